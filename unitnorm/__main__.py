@@ -1,0 +1,5 @@
+"""`python -m unitnorm`: the command line."""
+
+from unitnorm.cli import main
+
+main(prog_name="unitnorm")

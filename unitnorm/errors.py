@@ -1,0 +1,11 @@
+"""The one exception that a user is meant to see.
+
+Raise `UserError` for anything the user can mend: the command line prints its message on one line
+and leaves with `exit_code`, without a traceback. Everything else is a defect of ours.
+"""
+
+
+class UserError(Exception):
+    """One clear line: what is wrong, where, what was expected, what to do."""
+
+    exit_code = 2

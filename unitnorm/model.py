@@ -1,0 +1,168 @@
+"""ArchBN, the paper's network (section 2, figure 1), in Flax NNX.
+
+A layer is h = W x, batch normalisation with trainable scale and shift, ReLU, max-pooling of two
+features with stride 2; after the last layer stands a softmax classifier θ. There are no biases.
+
+Weights are stored as the paper writes them, one filter per row: W₁ is (width, features), the later
+W are (width, width / 2), θ is (classes, width / 2). (The paper prints W₂ as 32 × 64; with 64
+filters of 32 inputs, one per row, only 64 × 32 fits.) This is the transpose of `nnx.Linear`'s
+kernel: a filter runs over the *last* axis, `FILTER_AXIS`. It also spares a transposition of the
+weight gradient on CPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from unitnorm.geometry import retraction
+
+FILTER_AXIS = -1
+
+
+class Rows(nnx.Module):
+    """h = W x without bias; W has shape (outputs, inputs), rows Gaussian, then of unit norm."""
+
+    def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
+        rows = jax.random.normal(rngs.params(), (outputs, inputs))
+        self.W = nnx.Param(retraction(rows, FILTER_AXIS))
+
+    def __call__(self, x: Array) -> Array:
+        return jnp.einsum("...i,oi->...o", x, self.W[...])
+
+
+class Layer(nnx.Module):
+    """W x, batch normalisation, ReLU, max-pooling of 2 with stride 2: (…, inputs) → (…, width/2).
+
+    ReLU and max commute, so their order is no choice; which features are neighbours is
+    (`pool_pairs`).
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        width: int,
+        *,
+        pool_pairs: Literal["adjacent", "halves"],
+        bn_momentum: float,
+        bn_epsilon: float,
+        rngs: nnx.Rngs,
+    ):
+        self.rows = Rows(inputs, width, rngs=rngs)
+        # the fast variance E[h²] − E[h]² cancels badly on raw pixels, whose mean is large
+        self.norm = nnx.BatchNorm(
+            width,
+            momentum=bn_momentum,
+            epsilon=bn_epsilon,
+            use_fast_variance=False,
+            rngs=rngs,
+        )
+        self.pool_pairs = pool_pairs
+
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        h = self.norm(self.rows(x), use_running_average=not train)
+        return max_pool_pairs(jax.nn.relu(h), self.pool_pairs)
+
+
+class ArchBN(nnx.Module):
+    """A stack of `depth` layers and the classifier θ: (batch, features) → logits (batch, classes).
+
+    Args:
+      features: inputs, 784 for MNIST.
+      depth: layers, at least 1; the paper has 2 and 4.
+      width: filters per layer, even; the paper has 64.
+      classes: rows of θ.
+      pool_pairs: which two features are pooled, see `max_pool_pairs`.
+      bn_momentum, bn_epsilon: of the running statistics and inside the square root.
+      rngs: one key for all initial rows.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        depth: int,
+        width: int = 64,
+        classes: int = 10,
+        *,
+        pool_pairs: Literal["adjacent", "halves"] = "adjacent",
+        bn_momentum: float = 0.99,
+        bn_epsilon: float = 1e-5,
+        rngs: nnx.Rngs,
+    ):
+        if depth < 1 or width < 2 or width % 2:
+            raise ValueError(f"depth {depth} and width {width}: need depth ≥ 1 and an even width")
+        self.layers = nnx.List(
+            [
+                Layer(
+                    features if index == 0 else width // 2,
+                    width,
+                    pool_pairs=pool_pairs,
+                    bn_momentum=bn_momentum,
+                    bn_epsilon=bn_epsilon,
+                    rngs=rngs,
+                )
+                for index in range(depth)
+            ]
+        )
+        self.theta = Rows(width // 2, classes, rngs=rngs)
+
+    def __call__(self, x: Array, *, train: bool = False) -> Array:
+        """Logits. `train` normalises with the mini-batch and moves the running statistics."""
+        for layer in self.layers:
+            x = layer(x, train=train)
+        return self.theta(x)
+
+
+class Network(NamedTuple):
+    """A module as pure functions of its parameters and statistics (nested dicts of arrays).
+
+    `init(key)` gives (parameters, statistics); `apply(parameters, statistics, x, train)` gives
+    (logits, statistics), the statistics moved where `train` is true. Both can be traced.
+    """
+
+    init: Callable[[Array], tuple[Any, Any]]
+    apply: Callable[[Any, Any, Array, bool], tuple[Array, Any]]
+
+
+def split_network(make: Callable[[nnx.Rngs], nnx.Module]) -> Network:
+    """Split the module that `make` builds into pure functions."""
+    graph, *_ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), nnx.Param, nnx.BatchStat)
+
+    def init(key: Array) -> tuple[Any, Any]:
+        _, params, stats = nnx.split(make(nnx.Rngs(key)), nnx.Param, nnx.BatchStat)
+        return nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
+
+    def apply(params: Any, stats: Any, x: Array, train: bool) -> tuple[Array, Any]:
+        model = nnx.merge(graph, params, stats)
+        logits = model(x, train=train)
+        return logits, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+
+    return Network(init, apply)
+
+
+def filter_mask(params: Any) -> Any:
+    """True for every W, the filters that feed a normalisation layer; False for all else."""
+    return {
+        **jax.tree.map(lambda _: False, params),
+        "layers": {
+            index: {"norm": {"bias": False, "scale": False}, "rows": {"W": True}}
+            for index in params["layers"]
+        },
+    }
+
+
+def max_pool_pairs(h: Array, pairs: Literal["adjacent", "halves"]) -> Array:
+    """Maximum of two features: (…, width) → (…, width / 2).
+
+    "adjacent" pools features 2i and 2i + 1 (the paper's 2 × 1 pooling with stride 2), "halves"
+    pools i and i + width / 2, the same network with its features renumbered.
+    """
+    if pairs == "adjacent":
+        return jnp.maximum(h[..., 0::2], h[..., 1::2])
+    half = h.shape[-1] // 2
+    return jnp.maximum(h[..., :half], h[..., half:])

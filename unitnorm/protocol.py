@@ -1,0 +1,114 @@
+"""The paper's protocol as pure functions: bold driver, stopping rule, choice of the base rate.
+
+Each works on scalars or arrays of one shape and is traced into the training program. The numbers
+they need are arguments; their values live in `unitnorm.config`.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+# A run's stop reason is an index into this tuple; 0 means that it is still running. The order is
+# part of the checkpoint format: append only.
+STOP_REASONS = (
+    "running",
+    "train-error",  # training error below the threshold
+    "val-rise",  # validation error above that of `lookback` epochs before
+    "val-flat",  # two successive validation errors closer than `flat`
+    "max-epochs",
+    "non-finite",  # a loss that is not a number, or infinite
+    "no-rate",  # every rate of the sweep diverged: nothing to train with
+)
+RUNNING, TRAIN_ERROR, VAL_RISE, VAL_FLAT, MAX_EPOCHS, NON_FINITE, NO_RATE = range(7)
+
+
+def bold_driver(rate: Array, watched: Array, previous: Array, *, up: float, down: float) -> Array:
+    """Next epoch's learning rate (bold driver; the paper's [19]).
+
+    Args:
+      rate: this epoch's rate.
+      watched: the value after this epoch, usually the mean training loss.
+      previous: the same after the epoch before; infinity after the first epoch.
+      up, down: factors after a decrease and after an increase.
+
+    Returns:
+      `rate * up` if the value fell, `rate * down` if it rose, `rate` if it stayed or is the first.
+    """
+    factor = jnp.where(watched < previous, up, jnp.where(watched > previous, down, 1.0))
+    return jnp.where(jnp.isinf(previous), rate, rate * factor)
+
+
+def stop_reason(
+    epoch: Array,
+    loss: Array,
+    train_error: Array,
+    val_errors: Array,
+    *,
+    min_epochs: int,
+    max_epochs: int,
+    train_threshold: float,
+    lookback: int,
+    flat: float,
+) -> Array:
+    """Why a run ends after this epoch, as an index into `STOP_REASONS` (section 4).
+
+    Args:
+      epoch: epochs finished, 1 after the first.
+      loss: this epoch's training loss.
+      train_error: this epoch's training error, a fraction.
+      val_errors: shape (max_epochs,): validation errors, entry e - 1 after epoch e; entries from
+        `epoch` on are not read.
+      min_epochs, max_epochs, train_threshold, lookback, flat: the rule's numbers.
+
+    Returns:
+      int32. A non-finite loss ends a run at once; the other rules apply from `min_epochs` on, in
+      the order in which the paper names them; `max_epochs` comes last.
+    """
+
+    def value(back: int) -> Array:
+        return val_errors[jnp.maximum(epoch - 1 - back, 0)]
+
+    rise = (epoch > lookback) & (value(0) > value(lookback))
+    still = (epoch > 1) & (jnp.abs(value(0) - value(1)) < flat)
+    reason = jnp.where(epoch >= max_epochs, MAX_EPOCHS, RUNNING)
+    reason = jnp.where(still, VAL_FLAT, reason)
+    reason = jnp.where(rise, VAL_RISE, reason)
+    reason = jnp.where(train_error < train_threshold, TRAIN_ERROR, reason)
+    reason = jnp.where(epoch < min_epochs, RUNNING, reason)
+    return jnp.where(jnp.isfinite(loss), reason, NON_FINITE).astype(jnp.int32)
+
+
+def has_diverged(loss: Array, val_error: Array, *, diverged_error: float) -> Array:
+    """True where the loss is not finite or the validation error is at or above `diverged_error`."""
+    return ~jnp.isfinite(loss) | ~(val_error < diverged_error)
+
+
+def choose_rate(rates: Array, val_errors: Array, diverged: Array) -> Array:
+    """Index of the base learning rate: the lowest validation error among the rates that held.
+
+    Ties go to the larger rate, which needs fewer epochs. Vectorised over leading axes.
+
+    Args:
+      rates: shape (..., P), in any order.
+      val_errors: shape (..., P).
+      diverged: shape (..., P), bool.
+
+    Returns:
+      int32 of shape (...,); -1 where every rate diverged.
+    """
+    errors = jnp.where(diverged, jnp.inf, val_errors)
+    best = errors == errors.min(-1, keepdims=True)
+    index = jnp.argmax(jnp.where(best, rates, -jnp.inf), axis=-1)
+    return jnp.where(jnp.all(diverged, axis=-1), -1, index).astype(jnp.int32)
+
+
+def split(key: Array, images: int, train: int, validation: int) -> tuple[Array, Array]:
+    """Indices of a random training and a random validation set, disjoint, out of `images`.
+
+    Returns:
+      int32 of shape (train,) and (validation,).
+    """
+    order = jax.random.permutation(key, images).astype(jnp.int32)
+    return order[validation : validation + train], order[:validation]

@@ -1,0 +1,320 @@
+"""The records of a results folder: tables of runs, their provenance, and how they reach the disk.
+
+A folder holds `runs.csv`, `history.csv`, `sweep.csv`, `filters.safetensors` and
+`provenance.json`, which names the config that all of them belong to and the SHA-256 of each. They
+change together: a new set is staged beside the old one, one rename makes it valid, and whoever
+opens the folder next completes what a killed process left undone. To add a column, add it to its
+table here and fill it in `experiment`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import io
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import safetensors.numpy
+
+from unitnorm.errors import UserError
+
+FORMAT = 1  # of provenance.json and the tables; raised when an older reader would misread them
+
+# kind: i whole number, f number (float32, so that it is written as short as it is exact), b truth
+# value, s text
+RUNS = {
+    "depth": "i", "update": "s", "run": "i", "seed": "i", "base_lr": "f", "epochs": "i",
+    "train_loss": "f", "val_error": "f", "test_error": "f", "diverged": "b", "stop_reason": "s",
+}  # fmt: skip
+HISTORY = {
+    "depth": "i", "update": "s", "run": "i", "epoch": "i", "lr": "f", "train_loss": "f",
+    "train_error": "f", "val_error": "f", "norm_deviation": "f", "norm_mean": "f",
+}  # fmt: skip
+SWEEP = {
+    "depth": "i", "update": "s", "run": "i", "seed": "i", "base_lr": "f", "val_error": "f",
+    "train_loss": "f", "diverged": "b", "chosen": "b",
+}  # fmt: skip
+TABLES = {
+    "runs": (RUNS, ["depth", "update", "run"]),
+    "history": (HISTORY, ["depth", "update", "run", "epoch"]),
+    "sweep": (SWEEP, ["depth", "update", "run", "base_lr"]),
+}
+CELL = ["depth", "update", "run"]  # what names a run in every table
+
+_DTYPES = {"i": "int64", "f": "float32", "b": "bool", "s": "object"}
+_STAGED, _VALID = ".records-staged", ".records-valid"
+PROVENANCE, FILTERS = "provenance.json", "filters.safetensors"
+REPAIR = "restore the folder from a copy, or start over with --fresh or another --out"
+
+
+@dataclass
+class Records:
+    """What a results folder holds; empty tables where nothing is recorded yet.
+
+    Attributes:
+      runs, history, sweep: tables with the columns above, sorted by run.
+      filters: (depth, update) → float32 (filters, features): the first layer of run 0.
+      provenance: see `experiment.provenance`; `{}` before the first write.
+    """
+
+    runs: pd.DataFrame = field(default_factory=lambda: empty("runs"))
+    history: pd.DataFrame = field(default_factory=lambda: empty("history"))
+    sweep: pd.DataFrame = field(default_factory=lambda: empty("sweep"))
+    filters: dict[tuple[int, str], np.ndarray] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def is_empty(self) -> bool:
+        """No run is recorded, neither swept nor trained."""
+        return self.runs.empty and self.sweep.empty
+
+
+def cells(depths: Iterable[int], updates: Iterable[str], runs: int) -> pd.DataFrame:
+    """The runs of a selection: one row per depth, update and run."""
+    return pd.DataFrame(list(itertools.product(depths, updates, range(runs))), columns=CELL)
+
+
+def drop(records: Records, selected: pd.DataFrame) -> Records:
+    """The records without those of the selected runs."""
+    gone = set(zip(selected["depth"], selected["update"], strict=True))
+    return Records(
+        **{name: without(getattr(records, name), selected) for name in TABLES},
+        filters={cell: array for cell, array in records.filters.items() if cell not in gone},
+        provenance=records.provenance,
+    )
+
+
+def empty(table: str) -> pd.DataFrame:
+    """A table without rows."""
+    return frame(table, [])
+
+
+def frame(table: str, rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """Rows as a table with its columns, dtypes and order."""
+    columns, key = TABLES[table]
+    result = pd.DataFrame(rows, columns=list(columns))
+    result = result.astype({name: _DTYPES[kind] for name, kind in columns.items()})
+    ascending = [name != "base_lr" for name in key]
+    return result.sort_values(key, ascending=ascending, ignore_index=True)
+
+
+def merge(table: str, old: pd.DataFrame, new: pd.DataFrame) -> pd.DataFrame:
+    """The old rows and the new ones, which replace whatever is recorded of the same runs."""
+    kept = without(old, new)
+    return frame(table, kept.to_dict("records") + new.to_dict("records"))
+
+
+def without(table: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `table` whose run (depth, update, run) is not among `cells`."""
+    taken = pd.MultiIndex.from_frame(cells[CELL])
+    return table[~pd.MultiIndex.from_frame(table[CELL]).isin(taken)].reset_index(drop=True)
+
+
+# ---------------------------------------------------------------- files
+
+
+@contextlib.contextmanager
+def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold a results folder for one process; made if it is missing.
+
+    Raises:
+      UserError: another process holds it, or it cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise _cannot(folder, "used as a results folder", error) from None
+    try:
+        # a lock on the folder itself leaves no file behind and ends with the process
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        os.close(handle)
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            raise _cannot(folder, "locked", error) from None
+        raise UserError(
+            f"{folder}: another unitnorm process is writing here; wait for it to end, or give "
+            "another --out"
+        ) from None
+    try:
+        recover(folder)
+        yield
+    finally:
+        os.close(handle)
+
+
+def recover(folder: Path) -> None:
+    """Complete or undo what a process killed while writing records has left."""
+    valid = folder / _VALID
+    try:
+        if valid.is_dir():
+            _publish(folder)
+        shutil.rmtree(folder / _STAGED, ignore_errors=True)
+    except OSError as error:
+        raise _cannot(folder, "repaired after an interrupted write", error) from None
+
+
+def read(folder: Path) -> Records:
+    """The records of a folder, checked against their hashes; empty ones if there are none.
+
+    Raises:
+      UserError: a file is missing, altered, cut or of another format; one line says which, what
+        was expected and what to do.
+    """
+    if not folder.exists():
+        return Records()
+    if (folder / _VALID).is_dir():
+        recover(folder)
+    path = folder / PROVENANCE
+    if not path.exists():
+        for name in (*(f"{table}.csv" for table in TABLES), FILTERS):
+            if (folder / name).exists():
+                raise UserError(f"{path}: missing beside {name}; {REPAIR}")
+        return Records()
+    provenance = _read_provenance(path)
+    contents = {}
+    for name, digest in provenance["files"].items():
+        content = _read_bytes(folder / name)
+        found = hashlib.sha256(content).hexdigest()
+        if found != digest:
+            raise UserError(
+                f"{folder / name}: altered or cut: expected SHA-256 {digest[:12]}… from "
+                f"{PROVENANCE}, found {found[:12]}…; {REPAIR}"
+            )
+        contents[name] = content
+    tables = {name: _parse_csv(folder, name, contents[f"{name}.csv"]) for name in TABLES}
+    arrays = safetensors.numpy.load(contents[FILTERS])
+    return Records(**tables, filters=_unpack_filters(arrays), provenance=provenance)
+
+
+def write(folder: Path, records: Records) -> None:
+    """Replace a folder's records as a whole; call inside `locked`.
+
+    Raises:
+      UserError: the disk is full or the folder cannot be written; the old records stay.
+    """
+    files = {f"{name}.csv": _to_csv(getattr(records, name)) for name in TABLES}
+    files[FILTERS] = safetensors.numpy.save(_pack_filters(records.filters))
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    records.provenance = {"format": FORMAT, **records.provenance, "files": hashes}
+    text = json.dumps(records.provenance, indent=2, ensure_ascii=False) + "\n"
+    files[PROVENANCE] = text.encode()
+    write_files(folder, files)
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Put several files in place, all or none, even if the process is killed at any moment.
+
+    Args:
+      folder: where, held by `locked`.
+      files: content by name; a name may have one folder in front.
+
+    Raises:
+      UserError: the disk is full or the folder cannot be written; what was there stays.
+    """
+    staged = folder / _STAGED
+    try:
+        shutil.rmtree(staged, ignore_errors=True)
+        staged.mkdir(parents=True)
+        for name, content in files.items():
+            path = staged / name
+            path.parent.mkdir(exist_ok=True)
+            with open(path, "wb") as handle:
+                handle.write(content)
+                handle.flush()
+                os.fsync(handle.fileno())
+        os.rename(staged, folder / _VALID)
+        _sync(folder)
+        _publish(folder)
+    except OSError as error:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise _cannot(folder, "written", error) from None
+
+
+def _publish(folder: Path) -> None:
+    """Move every file of a valid set into place; can be repeated after a kill."""
+    valid = folder / _VALID
+    for path in sorted(p for p in valid.rglob("*") if p.is_file()):
+        target = folder / path.relative_to(valid)
+        target.parent.mkdir(exist_ok=True)
+        os.replace(path, target)
+    _sync(folder)
+    shutil.rmtree(valid)
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _to_csv(table: pd.DataFrame) -> bytes:
+    return table.to_csv(index=False, lineterminator="\n").encode()
+
+
+def _parse_csv(folder: Path, name: str, content: bytes) -> pd.DataFrame:
+    columns, _ = TABLES[name]
+    try:
+        table = pd.read_csv(
+            io.BytesIO(content), dtype={c: _DTYPES[k] for c, k in columns.items()}
+        )
+    except (ValueError, OverflowError) as error:
+        detail = " ".join(str(error).split())
+        raise UserError(f"{folder / name}.csv: not a table of records: {detail}; {REPAIR}") from None
+    if list(table.columns) != list(columns):
+        raise UserError(
+            f"{folder / name}.csv: columns {','.join(map(str, table.columns))}; expected "
+            f"{','.join(columns)}; {REPAIR}"
+        )
+    return table
+
+
+def _read_provenance(path: Path) -> dict[str, Any]:
+    try:
+        provenance = json.loads(_read_bytes(path))
+        known = {*(f"{name}.csv" for name in TABLES), FILTERS}
+        if provenance["format"] != FORMAT:
+            raise UserError(
+                f"{path}: records of format {provenance['format']}, this version of unitnorm "
+                f"reads format {FORMAT}; give another --out, or start over with --fresh"
+            )
+        if set(provenance["files"]) != known:
+            raise KeyError("files")
+        if not all(isinstance(digest, str) for digest in provenance["files"].values()):
+            raise TypeError
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f"{path}: damaged: not the provenance of a results folder; {REPAIR}") from None
+    return provenance
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {REPAIR}") from None
+
+
+def _pack_filters(filters: Mapping[tuple[int, str], np.ndarray]) -> dict[str, np.ndarray]:
+    return {f"{depth}/{update}": array for (depth, update), array in sorted(filters.items())}
+
+
+def _unpack_filters(arrays: Mapping[str, np.ndarray]) -> dict[tuple[int, str], np.ndarray]:
+    split = ((*name.split("/", 1), array) for name, array in arrays.items())
+    return {(int(depth), update): array for depth, update, array in split}
+
+
+def _cannot(folder: Path, what: str, error: OSError) -> UserError:
+    hint = "free some space" if error.errno == errno.ENOSPC else "give another --out"
+    return UserError(f"{folder}: cannot be {what} ({error.strerror or error}); {hint}")

@@ -1,0 +1,367 @@
+"""The training program: one epoch of many runs and several updates, compiled as one.
+
+`epoch` is a pure function of one seed's `Split` and of its `Run`s, one per update; the runs of a
+seed share their mini-batches, so that each batch is gathered once. `Program` maps it over seeds
+with `vmap`, compiles it and shards the seed axis over the devices. Nothing moves between host and
+device inside an epoch. What is trained (model, loss, protocol numbers) comes in as arguments; what
+may be changed here is how.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from unitnorm import protocol
+from unitnorm.config import Config
+from unitnorm.geometry import filter_norms
+from unitnorm.model import FILTER_AXIS, ArchBN, Network, filter_mask, split_network
+from unitnorm.updates import build
+
+EVALUATION_CHUNK = 500  # images per step of an evaluation; bounds its memory, not its result
+
+# One stream of random numbers for each use, so that adding one leaves the others as they are.
+INIT, SWEEP_SPLIT, SWEEP_ORDER, TRAIN_SPLIT, TRAIN_ORDER = range(5)
+
+
+class Images(NamedTuple):
+    """Pixels uint8 of shape (N, features) and labels int32 of shape (N,), on the device."""
+
+    pixels: Array
+    labels: Array
+
+
+class Split(NamedTuple):
+    """What the runs of one seed share: the training and validation indices and the order's key."""
+
+    train: Array  # int32 (train_images,)
+    validation: Array  # int32 (validation_images,)
+    order_seed: Array  # uint32 (), the seed of which the epochs' orders are drawn
+
+
+class History(NamedTuple):
+    """One value per epoch, each of shape (max_epochs,); NaN where there was no epoch."""
+
+    lr: Array
+    train_loss: Array  # mean cross-entropy per image, nats, in training mode
+    train_error: Array  # fraction, in training mode
+    val_error: Array  # fraction, with running statistics
+    norm_deviation: Array  # max |‖w‖ − 1| over all filters
+    norm_mean: Array  # mean ‖w‖ over all filters
+
+
+class Run(NamedTuple):
+    """One run of one update: everything that it needs to go on."""
+
+    params: Any
+    stats: Any
+    opt_state: Any
+    rate: Array  # the coming epoch's learning rate
+    watched: Array  # the bold driver's value after the last epoch
+    epoch: Array  # int32, epochs finished
+    reason: Array  # int32, index into protocol.STOP_REASONS
+    history: History
+
+
+class Phase(NamedTuple):
+    """The numbers of one kind of training, sweep or full; all are compiled in."""
+
+    train_images: int
+    validation_images: int
+    batch_size: int
+    reduction: str
+    min_epochs: int
+    max_epochs: int
+    watch: str
+    up: float
+    down: float
+    train_threshold: float
+    lookback: int
+    flat: float
+    split_stream: int
+    order_stream: int
+
+
+def sweep_phase(config: Config) -> Phase:
+    """The sweep: a fixed rate and a fixed number of epochs, no early stop (section 4)."""
+    part = config.sweep
+    return Phase(
+        part.train_images, part.validation_images, config.loss.batch_size, config.loss.reduction,
+        part.epochs, part.epochs, "train_loss", 1.0, 1.0, 0.0, 1, 0.0, SWEEP_SPLIT, SWEEP_ORDER,
+    )  # fmt: skip
+
+
+def train_phase(config: Config) -> Phase:
+    """The full training, with the bold driver and the stopping rule (section 4)."""
+    part, driver, stop = config.train, config.bold_driver, config.stopping
+    return Phase(
+        part.train_images, part.validation_images, config.loss.batch_size, config.loss.reduction,
+        part.min_epochs, part.max_epochs, driver.watch, driver.up, driver.down,
+        stop.train_error, stop.lookback, stop.flat, TRAIN_SPLIT, TRAIN_ORDER,
+    )  # fmt: skip
+
+
+def archbn(config: Config, features: int, classes: int, depth: int) -> Network:
+    """The config's ArchBN as pure functions."""
+    model = config.model
+    return split_network(
+        lambda rngs: ArchBN(
+            features,
+            depth,
+            model.width,
+            classes,
+            pool_pairs=model.pool_pairs,
+            bn_momentum=model.bn_momentum,
+            bn_epsilon=model.bn_epsilon,
+            rngs=rngs,
+        )
+    )
+
+
+def stream(seed: Array, use: int) -> Array:
+    """The key of one use of a run's seed."""
+    return jax.random.fold_in(jax.random.key(seed), use)
+
+
+def init_run(network: Network, phase: Phase, update: str, seed: Array, rate: Array) -> Run:
+    """A run at its start. The initial point depends on the seed alone, not on the update.
+
+    A rate that is not finite gives a run that has ended: no rate of its sweep held.
+    """
+    params, stats = network.init(stream(seed, INIT))
+    nothing = jnp.full(phase.max_epochs, jnp.nan)
+    return Run(
+        params,
+        stats,
+        build(update, rate, filters=filter_mask(params), axis=FILTER_AXIS).init(params),
+        rate=rate,
+        watched=jnp.asarray(jnp.inf),
+        epoch=jnp.asarray(0, jnp.int32),
+        reason=jnp.where(jnp.isfinite(rate), protocol.RUNNING, protocol.NO_RATE).astype(jnp.int32),
+        history=History(*(nothing for _ in History._fields)),
+    )
+
+
+def init_split(phase: Phase, seed: Array, images: int) -> Split:
+    """A seed's random split of `images` training images."""
+    train, validation = protocol.split(
+        stream(seed, phase.split_stream), images, phase.train_images, phase.validation_images
+    )
+    return Split(train, validation, seed)
+
+
+def epoch(
+    network: Network,
+    phase: Phase,
+    updates: Sequence[str],
+    split: Split,
+    runs: tuple[Run, ...],
+    images: Images,
+) -> tuple[Run, ...]:
+    """One epoch of one seed's runs, one run per update; a run that has ended stays as it is.
+
+    Mini-batches are drawn without replacement in an order that is new in each epoch and the same
+    for every update. Where the batch size does not divide the training images, the last batch is
+    smaller.
+    """
+    # Runs of a seed start together, but some may have ended: the running ones hold the epoch.
+    number = jnp.stack([run.epoch for run in runs]).max()
+    key = jax.random.fold_in(stream(split.order_seed, phase.order_stream), number)
+    order = split.train[jax.random.permutation(key, phase.train_images)]
+    full = phase.train_images // phase.batch_size * phase.batch_size
+
+    def step(carry: Any, index: Array) -> tuple[Any, None]:
+        x, y = gather(images, index)
+        return tuple(
+            train_step(network, phase, update, run.rate, *state, x, y)
+            for update, run, state in zip(updates, runs, carry, strict=True)
+        ), None
+
+    zero = jnp.asarray(0.0)
+    carry: Any = tuple((run.params, run.stats, run.opt_state, (zero, zero)) for run in runs)
+    carry, _ = jax.lax.scan(step, carry, order[:full].reshape(-1, phase.batch_size))
+    if full < phase.train_images:
+        carry, _ = step(carry, order[full:])
+    return tuple(
+        finish_epoch(network, phase, run, state, split, images)
+        for run, state in zip(runs, carry, strict=True)
+    )
+
+
+def gather(images: Images, index: Array) -> tuple[Array, Array]:
+    """The mini-batch at `index`: float32 pixels 0 to 255 as they are, and labels."""
+    # the indices come from a permutation; a bounds check would cost a third of the gather
+    x = images.pixels.at[index].get(mode="promise_in_bounds").astype(jnp.float32)
+    return x, images.labels.at[index].get(mode="promise_in_bounds")
+
+
+def cross_entropy(logits: Array, labels: Array) -> Array:
+    """Cross-entropy in nats, shape (batch,)."""
+    picked = labels[:, None] == jnp.arange(logits.shape[-1])
+    # a sum over a mask, since its gradient is a subtraction where an index's is a scatter
+    return -jnp.sum(jnp.where(picked, jax.nn.log_softmax(logits), 0.0), axis=-1)
+
+
+def train_step(
+    network: Network,
+    phase: Phase,
+    update: str,
+    rate: Array,
+    params: Any,
+    stats: Any,
+    opt_state: Any,
+    totals: tuple[Array, Array],
+    x: Array,
+    y: Array,
+) -> tuple[Any, Any, Any, tuple[Array, Array]]:
+    """One mini-batch: gradient, update, running statistics, and the epoch's loss and errors."""
+
+    def objective(params: Any) -> tuple[Array, tuple[Array, Array, Any]]:
+        logits, moved = network.apply(params, stats, x, True)
+        losses = cross_entropy(logits, y)
+        total = losses.sum()
+        objective = total if phase.reduction == "sum" else total / len(y)
+        wrong = jnp.sum(jnp.argmax(logits, -1) != y).astype(jnp.float32)
+        return objective, (total, wrong, moved)
+
+    gradient, (loss, wrong, stats) = jax.grad(objective, has_aux=True)(params)
+    transformation = build(update, rate, filters=filter_mask(params), axis=FILTER_AXIS)
+    step, opt_state = transformation.update(gradient, opt_state, params)
+    params = optax.apply_updates(params, step)
+    return params, stats, opt_state, (totals[0] + loss, totals[1] + wrong)
+
+
+def finish_epoch(
+    network: Network, phase: Phase, run: Run, state: Any, split: Split, images: Images
+) -> Run:
+    """Measure, anneal, decide on stopping, write the history; leave an ended run untouched."""
+    params, stats, opt_state, (loss, wrong) = state
+    loss, train_error = loss / phase.train_images, wrong / phase.train_images
+    val_error = error_rate(network, params, stats, images, split.validation)
+    norms = jnp.concatenate([filter_norms(w, FILTER_AXIS).ravel() for w in filters(params)])
+    values = History(
+        run.rate, loss, train_error, val_error, jnp.abs(norms - 1).max(), norms.mean()
+    )
+    history = jax.tree.map(lambda old, new: old.at[run.epoch].set(new), run.history, values)
+    watched = loss if phase.watch == "train_loss" else val_error
+    reason = protocol.stop_reason(
+        run.epoch + 1,
+        loss,
+        train_error,
+        history.val_error,
+        min_epochs=phase.min_epochs,
+        max_epochs=phase.max_epochs,
+        train_threshold=phase.train_threshold,
+        lookback=phase.lookback,
+        flat=phase.flat,
+    )
+    rate = protocol.bold_driver(run.rate, watched, run.watched, up=phase.up, down=phase.down)
+    after = Run(params, stats, opt_state, rate, watched, run.epoch + 1, reason, history)
+    active = run.reason == protocol.RUNNING
+    return jax.tree.map(lambda new, old: jnp.where(active, new, old), after, run)
+
+
+def filters(params: Any) -> list[Array]:
+    """Every W of ArchBN, first layer first, one filter per row."""
+    return [params["layers"][index]["rows"]["W"] for index in sorted(params["layers"])]
+
+
+def error_rate(network: Network, params: Any, stats: Any, images: Images, index: Array) -> Array:
+    """Fraction of the images at `index` that are misclassified, with running statistics.
+
+    Every image counts once, whatever `EVALUATION_CHUNK`.
+    """
+    count = len(index)
+    chunk = min(EVALUATION_CHUNK, count)
+    chunks = -(-count // chunk)
+    padded = jnp.pad(index, (0, chunks * chunk - count)).reshape(chunks, chunk)
+    valid = (jnp.arange(chunks * chunk) < count).reshape(chunks, chunk)
+
+    def body(wrong: Array, part: tuple[Array, Array]) -> tuple[Array, None]:
+        x, y = gather(images, part[0])
+        logits, _ = network.apply(params, stats, x, False)
+        return wrong + jnp.sum((jnp.argmax(logits, -1) != y) & part[1]), None
+
+    wrong, _ = jax.lax.scan(body, jnp.asarray(0, jnp.int32), (padded, valid))
+    return wrong / count
+
+
+class Program:
+    """The compiled functions of one depth, one set of updates and one phase, over many seeds.
+
+    Seeds are the leading axis of every array of `Split` and `Run`, sharded over all devices; where
+    they do not divide evenly, seeds that have ended are added and never reported.
+
+    Args:
+      config, depth, updates: what is trained.
+      phase: `sweep_phase(config)` or `train_phase(config)`.
+      images: training images, and `test` the test images.
+      classes: number of classes.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        depth: int,
+        updates: Sequence[str],
+        phase: Phase,
+        images: Images,
+        test: Images,
+        classes: int,
+    ):
+        network = archbn(config, images.pixels.shape[1], classes, depth)
+        self.updates = tuple(updates)
+        self.phase = phase
+        self.mesh = jax.make_mesh(
+            (len(jax.devices()),), ("seed",), axis_types=(AxisType.Auto,)
+        )
+        by_seed = NamedSharding(self.mesh, PartitionSpec("seed"))
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        self.images = jax.device_put(images, everywhere)
+        self.test = jax.device_put(test, everywhere)
+        total = len(images.labels)
+
+        def init(seeds: Array, rates: Array) -> tuple[Split, tuple[Run, ...]]:
+            splits = jax.vmap(lambda seed: init_split(phase, seed, total))(seeds)
+            runs = tuple(
+                jax.vmap(partial(init_run, network, phase, update))(seeds, rates[:, column])
+                for column, update in enumerate(self.updates)
+            )
+            return splits, runs
+
+        def many_epochs(splits: Split, runs: tuple[Run, ...], images: Images) -> tuple[Run, ...]:
+            one = partial(epoch, network, phase, self.updates)
+            return jax.vmap(one, in_axes=(0, 0, None))(splits, runs, images)
+
+        def test_error(runs: tuple[Run, ...], test: Images) -> tuple[Array, ...]:
+            everything = jnp.arange(len(test.labels), dtype=jnp.int32)
+            return tuple(
+                jax.vmap(lambda run: error_rate(network, run.params, run.stats, test, everything))(
+                    run
+                )
+                for run in runs
+            )
+
+        self._init = jax.jit(init, out_shardings=by_seed)
+        self.epoch = jax.jit(many_epochs, donate_argnums=1, out_shardings=by_seed)
+        self._test_error = jax.jit(test_error, out_shardings=by_seed)
+
+    def init(self, seeds: np.ndarray, rates: np.ndarray) -> tuple[Split, tuple[Run, ...]]:
+        """Runs at their start: seeds of shape (n,), rates of shape (n, updates)."""
+        devices = self.mesh.size
+        missing = -len(seeds) % devices
+        seeds = np.concatenate([seeds, np.zeros(missing)]).astype(np.uint32)
+        rates = np.concatenate([rates, np.full((missing, rates.shape[1]), np.nan)])
+        return self._init(seeds, rates.astype(np.float32))
+
+    def test_error(self, runs: tuple[Run, ...]) -> tuple[Array, ...]:
+        """Test error of every run over all test images, one array per update."""
+        return self._test_error(runs, self.test)
