@@ -93,14 +93,15 @@ def run_sweep(
     rates = np.asarray(config.sweep.rates)
     for group in missing(config, known.sweep):
         title = f"sweep depth {group.depth}"
-        program = make_program(config, data, group, training.sweep_phase(config))
         seeds = np.repeat([config.seed + run for run in group.runs], len(rates))
+        program = make_program(len(seeds), config, data, group, training.sweep_phase(config))
         grid = np.tile(rates[:, None], (len(group.runs), len(group.updates)))
         finished = train_all(program, seeds, grid, title, config, data, session)
         rows = []
         for update, run in zip(group.updates, finished, strict=True):
             shape = (len(group.runs), len(rates))
             val_error = last(run.history.val_error, run.epoch).reshape(shape)
+            val_error = exact(val_error, config.sweep.validation_images)
             loss = last(run.history.train_loss, run.epoch).reshape(shape)
             diverged = np.asarray(
                 protocol.has_diverged(
@@ -145,8 +146,8 @@ def run_training(
       UserError: a run has no row in the sweep.
     """
     for group in missing(config, known.runs):
-        program = make_program(config, data, group, training.train_phase(config))
         seeds = np.asarray([config.seed + run for run in group.runs])
+        program = make_program(len(seeds), config, data, group, training.train_phase(config))
         rates = base_rates(known.sweep, group)
         title = f"train depth {group.depth}"
         finished = train_all(program, seeds, rates, title, config, data, session)
@@ -154,8 +155,13 @@ def run_training(
         run_rows, history_rows, filters = [], [], {}
         for column, update in enumerate(group.updates):
             run = finished[column]
-            val_error = last(run.history.val_error, run.epoch)
-            loss = last(run.history.train_loss, run.epoch)
+            history = run.history._replace(
+                train_error=exact(run.history.train_error, config.train.train_images),
+                val_error=exact(run.history.val_error, config.train.validation_images),
+            )
+            test_error = exact(test_errors[column], len(data.test_labels))
+            val_error = last(history.val_error, run.epoch)
+            loss = last(history.train_loss, run.epoch)
             diverged = np.asarray(
                 protocol.has_diverged(
                     loss, val_error, diverged_error=config.stopping.diverged_error
@@ -174,7 +180,7 @@ def run_training(
                         "epochs": run.epoch[i],
                         "train_loss": loss[i],
                         "val_error": val_error[i],
-                        "test_error": test_errors[column][i] if trained else np.nan,
+                        "test_error": test_error[i] if trained else np.nan,
                         "diverged": diverged[i],
                         "stop_reason": protocol.STOP_REASONS[run.reason[i]],
                     }
@@ -183,7 +189,7 @@ def run_training(
                     {
                         **name,
                         "epoch": epoch + 1,
-                        **{key: values[i, epoch] for key, values in run.history._asdict().items()},
+                        **{key: values[i, epoch] for key, values in history._asdict().items()},
                     }
                     for epoch in range(run.epoch[i])
                 ]
@@ -285,10 +291,11 @@ def missing(config: Config, table: pd.DataFrame) -> list[Group]:
 
 
 def make_program(
-    config: Config, data: Dataset, group: Group, phase: training.Phase
+    seeds: int, config: Config, data: Dataset, group: Group, phase: training.Phase
 ) -> training.Program:
-    """The program that trains a group."""
+    """The program that trains a group over so many seeds."""
     return training.Program(
+        seeds,
         config,
         group.depth,
         group.updates,
@@ -326,6 +333,11 @@ def last(values: np.ndarray, epochs: np.ndarray) -> np.ndarray:
     """Each run's value after its last epoch: (…, max_epochs) and (…,) → (…,); NaN without any."""
     index = np.maximum(np.asarray(epochs) - 1, 0)
     return np.take_along_axis(np.asarray(values), index[..., None], -1)[..., 0]
+
+
+def exact(errors: np.ndarray, images: int) -> np.ndarray:
+    """Error rates as the fractions that they are; XLA multiplies by 1 / images, which rounds."""
+    return np.round(np.asarray(errors, np.float64) * images) / images
 
 
 def to_host(tree: Any) -> Any:

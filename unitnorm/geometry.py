@@ -126,14 +126,16 @@ def wide(x: jax.Array) -> jax.Array:
 def _inner(a: jax.Array, b: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Inner product of each pair of filters, with `axes` kept at length one.
 
-    The first sums are pairwise: XLA on a CPU adds a column entry by entry, and folding the array
-    first is both closer (which keeps norms within 1e-6 of one for wide filters) and faster, since
-    whole rows are added at once. More than four folds gain nothing.
+    The first sums over any axis but the last are pairwise: XLA on a CPU adds a column entry by
+    entry, and folding the array first is both closer (which keeps norms within 1e-6 of one for
+    wide filters) and faster, since whole rows are added at once. More than four folds gain nothing.
     """
     product = a * b
     folds = 4
     for axis in axes:
-        while folds and product.shape[axis] > 1 and product.shape[axis] % 2 == 0:
+        size = product.shape[axis]
+        while folds and size > 1 and size % 2 == 0 and axis < product.ndim - 1:
             product = jnp.add(*jnp.split(product, 2, axis))
+            size = product.shape[axis]
             folds -= 1
     return jnp.sum(product, axes, keepdims=True)

@@ -31,8 +31,7 @@ from unitnorm.errors import UserError
 
 FORMAT = 1  # of provenance.json and the tables; raised when an older reader would misread them
 
-# kind: i whole number, f number (float32, so that it is written as short as it is exact), b truth
-# value, s text
+# kind: i whole number, f number, b truth value, s text
 RUNS = {
     "depth": "i", "update": "s", "run": "i", "seed": "i", "base_lr": "f", "epochs": "i",
     "train_loss": "f", "val_error": "f", "test_error": "f", "diverged": "b", "stop_reason": "s",
@@ -52,7 +51,7 @@ TABLES = {
 }
 CELL = ["depth", "update", "run"]  # what names a run in every table
 
-_DTYPES = {"i": "int64", "f": "float32", "b": "bool", "s": "object"}
+_DTYPES = {"i": "int64", "f": "float64", "b": "bool", "s": "object"}
 _STAGED, _VALID = ".records-staged", ".records-valid"
 PROVENANCE, FILTERS = "provenance.json", "filters.safetensors"
 REPAIR = "restore the folder from a copy, or start over with --fresh or another --out"
@@ -103,9 +102,16 @@ def frame(table: str, rows: list[dict[str, Any]]) -> pd.DataFrame:
     """Rows as a table with its columns, dtypes and order."""
     columns, key = TABLES[table]
     result = pd.DataFrame(rows, columns=list(columns))
+    for name in (name for name, kind in columns.items() if kind == "f"):
+        result[name] = result[name].map(shortest).astype("float64")
     result = result.astype({name: _DTYPES[kind] for name, kind in columns.items()})
     ascending = [name != "base_lr" for name in key]
     return result.sort_values(key, ascending=ascending, ignore_index=True)
+
+
+def shortest(value: float) -> float:
+    """The shortest decimal that is this float32: 0.0701 and not 0.07010000199079514."""
+    return float(str(np.float32(value)))
 
 
 def merge(table: str, old: pd.DataFrame, new: pd.DataFrame) -> pd.DataFrame:

@@ -26,6 +26,9 @@ from unitnorm.geometry import filter_norms
 from unitnorm.model import FILTER_AXIS, ArchBN, Network, filter_mask, split_network
 from unitnorm.updates import build
 
+# XLA compiles a batch of one run to other code than a batch of several, with other rounding. With
+# at least two on every device a run's bits do not depend on how many runs or devices there are.
+RUNS_PER_DEVICE = 2
 EVALUATION_CHUNK = 500  # images per step of an evaluation; bounds its memory, not its result
 
 # One stream of random numbers for each use, so that adding one leaves the others as they are.
@@ -297,10 +300,11 @@ def error_rate(network: Network, params: Any, stats: Any, images: Images, index:
 class Program:
     """The compiled functions of one depth, one set of updates and one phase, over many seeds.
 
-    Seeds are the leading axis of every array of `Split` and `Run`, sharded over all devices; where
+    Seeds are the leading axis of every array of `Split` and `Run`, sharded over the devices; where
     they do not divide evenly, seeds that have ended are added and never reported.
 
     Args:
+      seeds: how many seeds will be trained at once.
       config, depth, updates: what is trained.
       phase: `sweep_phase(config)` or `train_phase(config)`.
       images: training images, and `test` the test images.
@@ -309,6 +313,7 @@ class Program:
 
     def __init__(
         self,
+        seeds: int,
         config: Config,
         depth: int,
         updates: Sequence[str],
@@ -320,9 +325,13 @@ class Program:
         network = archbn(config, images.pixels.shape[1], classes, depth)
         self.updates = tuple(updates)
         self.phase = phase
-        self.mesh = jax.make_mesh(
-            (len(jax.devices()),), ("seed",), axis_types=(AxisType.Auto,)
+        devices = jax.devices()
+        if jax.process_count() == 1:
+            devices = devices[: -(-seeds // RUNS_PER_DEVICE)]
+        self.seeds = max(
+            -(-seeds // len(devices)) * len(devices), RUNS_PER_DEVICE * len(devices)
         )
+        self.mesh = Mesh(np.asarray(devices), ("seed",), axis_types=(AxisType.Auto,))
         by_seed = NamedSharding(self.mesh, PartitionSpec("seed"))
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         self.images = jax.device_put(images, everywhere)
@@ -356,8 +365,7 @@ class Program:
 
     def init(self, seeds: np.ndarray, rates: np.ndarray) -> tuple[Split, tuple[Run, ...]]:
         """Runs at their start: seeds of shape (n,), rates of shape (n, updates)."""
-        devices = self.mesh.size
-        missing = -len(seeds) % devices
+        missing = self.seeds - len(seeds)
         seeds = np.concatenate([seeds, np.zeros(missing)]).astype(np.uint32)
         rates = np.concatenate([rates, np.full((missing, rates.shape[1]), np.nan)])
         return self._init(seeds, rates.astype(np.float32))

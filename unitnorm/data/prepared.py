@@ -1,0 +1,142 @@
+"""Data sets that TFDS has already prepared: finding them by name and reading them.
+
+Change here which of them are understood. Importing this module imports TFDS (half a second), so
+`unitnorm.data` does it inside functions only.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from numpy.typing import NDArray
+
+from unitnorm.data.arrays import MAX_BYTES, MAX_CLASSES, Arrays, check
+from unitnorm.data.builder import BLOCK, quiet
+from unitnorm.errors import UserError
+
+_SPLITS = ("train", "test")
+
+
+def find(dataset: str, root: Path) -> Path:
+    """The folder of a data set that TFDS has prepared.
+
+    Looked up here and not by TFDS, which would import its own builder of that name, if it has one.
+
+    Args:
+      dataset: `name`, `name/version`, `name/config` or `name/config/version` under `root`, or a
+        path; of several versions the highest is taken.
+      root: the folder of prepared data sets (TFDS calls it data_dir).
+
+    Raises:
+      UserError: if there is none, or several configurations to choose from.
+    """
+    for folder in (root / dataset.replace(":", "/"), Path(dataset)):
+        # dataset, dataset/version, dataset/config/version
+        for depth in ("", "*/", "*/*/"):
+            found = [path.parent for path in folder.glob(f"{depth}dataset_info.json")]
+            if depth:  # TFDS calls a half-prepared folder incomplete.XXXXXX_1.0.0
+                found = [path for path in found if _version(path)]
+            if len({path.parent for path in found}) > 1:
+                names = ", ".join(sorted({path.parent.name for path in found}))
+                raise UserError(f"{dataset}: expected one configuration, found {names}; name one")
+            if found:
+                return max(found, key=_version)
+    raise UserError(
+        f"{dataset}: expected a data set prepared by TFDS in {root}, found none; name one that is "
+        "there, give its path, set TFDS_DATA_DIR, or use mnist"
+    )
+
+
+@quiet()
+def read(folder: Path) -> Arrays:
+    """Reads a data set with `image` (uint8) and `label` (integer) in `train` and `test`.
+
+    Images of one channel lose that axis. The number of classes is that of a ClassLabel, or else
+    the highest training label plus one.
+
+    Raises:
+      UserError: if it is damaged, of another kind, or its parts do not fit together.
+    """
+    try:
+        builder = tfds.builder_from_directory(folder)
+        _check_kind(builder.info, folder)
+        (train_images, train_labels), (test_images, test_labels) = (
+            _read_split(builder.as_data_source(split), f"{folder}, {split}") for split in _SPLITS
+        )
+    except UserError:
+        raise
+    except Exception as problem:  # TFDS raises all kinds on damaged files
+        raise UserError(
+            f"{folder}: expected a data set prepared by TFDS, found one that cannot be read "
+            f"({' '.join(str(problem).split())[:200]}); prepare it again"
+        ) from problem
+    label = builder.info.features["label"]
+    if isinstance(label, tfds.features.ClassLabel) and label.num_classes:
+        classes = label.num_classes
+    else:
+        classes = int(train_labels.max(initial=0)) + 1
+    return check(
+        Arrays(train_images, train_labels, test_images, test_labels, classes),
+        [f"{folder}, {split}: {key}" for split in _SPLITS for key in ("image", "label")],
+    )
+
+
+def _check_kind(info: Any, folder: Path) -> None:
+    file_format = info.file_format.value if info.file_format else "none"
+    if file_format != "array_record":
+        raise UserError(
+            f"{folder}: expected the file format array_record, found {file_format}; "
+            "prepare it again with file_format='array_record'"
+        )
+    features = info.features
+    if not isinstance(features, tfds.features.FeaturesDict) or not {"image", "label"} <= set(
+        features.keys()
+    ):
+        raise UserError(f"{folder}: expected the features image and label, found {features!r}")
+    if missing := [split for split in _SPLITS if split not in info.splits]:
+        raise UserError(
+            f"{folder}: expected the splits train and test, found no {' and no '.join(missing)}"
+        )
+    image, label = features["image"], features["label"]
+    if image.np_dtype != np.uint8 or None in image.shape:
+        raise UserError(
+            f"{folder}: expected an image of uint8 and of one shape, "
+            f"found {image.np_dtype} and {image.shape}"
+        )
+    if label.shape != () or not np.issubdtype(label.np_dtype, np.integer):
+        raise UserError(
+            f"{folder}: expected one integer as label, found {label.np_dtype} and {label.shape}"
+        )
+    for split in _SPLITS:
+        size = info.splits[split].num_examples * math.prod(image.shape)
+        if size > MAX_BYTES:
+            raise UserError(
+                f"{folder}, {split}: expected at most {MAX_BYTES} bytes of images, found {size}"
+            )
+
+
+def _read_split(source: Any, name: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    image_shape = source.dataset_info.features["image"].shape
+    if image_shape[-1:] == (1,):
+        image_shape = image_shape[:-1]
+    images = np.empty((len(source), *image_shape), np.uint8)
+    labels = np.empty(len(source), np.int64)
+    for start in range(0, len(source), BLOCK):
+        block = slice(start, min(start + BLOCK, len(source)))
+        examples = source.__getitems__(range(block.start, block.stop))
+        images[block] = [example["image"].reshape(image_shape) for example in examples]
+        labels[block] = [example["label"] for example in examples]
+    # Narrowed to a byte below, which would hide such values.
+    if labels.size and not 0 <= labels.min() <= labels.max() < MAX_CLASSES:
+        raise UserError(
+            f"{name}: expected labels 0 to {MAX_CLASSES - 1}, "
+            f"found {labels.min()} to {labels.max()}"
+        )
+    return images, labels.astype(np.uint8)
+
+
+def _version(folder: Path) -> tuple[int, ...]:
+    parts = folder.name.split(".")
+    return tuple(map(int, parts)) if all(map(str.isdecimal, parts)) else ()
