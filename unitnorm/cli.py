@@ -80,7 +80,7 @@ def out_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """What every command that trains takes."""
-    options = [
+    options: list[Callable[..., Any]] = [
         click.option(
             "--config",
             "config_path",
@@ -110,7 +110,9 @@ def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
             type=click.IntRange(1, 4096),
             help="CPU devices to share the runs among.  [default: one per core]",
         ),
-        click.option("--coordinator", metavar="HOST:PORT", help="Several processes: where to meet."),
+        click.option(
+            "--coordinator", metavar="HOST:PORT", help="Several processes: where to meet."
+        ),
         click.option("--processes", type=click.IntRange(1), help="Several processes: how many."),
         click.option("--process", type=click.IntRange(0), help="Several processes: which this is."),
     ]
@@ -223,16 +225,12 @@ def opened(
             yield job
         except experiment.Interrupted:
             resume = [word for word in sys.argv[1:] if word != "--fresh"]
-            click.echo(
-                f"interrupted; everything is saved. Go on with: {shlex.join(['unitnorm', *resume])}",
-                err=True,
-            )
+            again = shlex.join(["unitnorm", *resume])
+            click.echo(f"interrupted; everything is saved. Go on with: {again}", err=True)
             sys.exit(INTERRUPTED)
 
 
-def matching(
-    known: Records, config: Config, dataset: Dataset, out: Path, fresh: bool
-) -> Records:
+def matching(known: Records, config: Config, dataset: Dataset, out: Path, fresh: bool) -> Records:
     """The folder's records, if they are of this config and data; without the selected runs
     where those are to start over."""
     from unitnorm import experiment, records

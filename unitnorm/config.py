@@ -119,7 +119,9 @@ class Stopping(Section):
         1e-5, description="stop when two successive validation errors differ by less"
     )
     diverged_error: Fraction = Field(
-        0.8, description="a run whose last validation error is at or above this has diverged"
+        0.8,
+        description="a run that ends with a validation error of at least this, and a training loss "
+        "above that of its first epoch, has diverged, like one whose loss is not finite",
     )
 
 
@@ -169,7 +171,9 @@ class Config(Section):
 
     def protocol(self) -> dict[str, Any]:
         """Everything that changes a run's numbers: all but the selection of runs."""
-        return self.model_dump(exclude={"runs", "depths", "updates"})
+        exclude: dict[str, Any] = dict.fromkeys(("runs", "depths", "updates"), True)
+        # where the images lie changes nothing; what they are is told by their hash
+        return self.model_dump(exclude=exclude | {"data": {"data_dir"}})
 
     def fingerprint(self) -> str:
         """SHA-256 of `protocol()`; two folders with equal fingerprints hold comparable runs."""

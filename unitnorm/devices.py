@@ -1,4 +1,4 @@
-"""Which devices JAX computes on: one CPU device per core, several processes, compiled programs kept.
+"""Which devices JAX computes on, in how many processes, and where compiled programs are kept.
 
 `prepare` must run before anything asks JAX for a device; the command line calls it first thing.
 """

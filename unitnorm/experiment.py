@@ -103,9 +103,10 @@ def run_sweep(
             val_error = last(run.history.val_error, run.epoch).reshape(shape)
             val_error = exact(val_error, config.sweep.validation_images)
             loss = last(run.history.train_loss, run.epoch).reshape(shape)
+            first = run.history.train_loss[:, 0].reshape(shape)
             diverged = np.asarray(
                 protocol.has_diverged(
-                    loss, val_error, diverged_error=config.stopping.diverged_error
+                    loss, first, val_error, diverged_error=config.stopping.diverged_error
                 )
             )
             chosen = np.asarray(protocol.choose_rate(rates, val_error, diverged))
@@ -164,11 +165,14 @@ def run_training(
             loss = last(history.train_loss, run.epoch)
             diverged = np.asarray(
                 protocol.has_diverged(
-                    loss, val_error, diverged_error=config.stopping.diverged_error
+                    loss,
+                    history.train_loss[:, 0],
+                    val_error,
+                    diverged_error=config.stopping.diverged_error,
                 )
             )
             if group.runs[0] == 0:
-                filters[group.depth, update] = training.filters(run.params)[0][0]
+                filters[group.depth, update] = np.asarray(training.filters(run.params)[0][0])
             for i, number in enumerate(group.runs):
                 name = {"depth": group.depth, "update": update, "run": number}
                 trained = run.epoch[i] > 0
@@ -316,7 +320,9 @@ def base_rates(sweep: pd.DataFrame, group: Group) -> np.ndarray:
     for column, update in enumerate(group.updates):
         for i, run in enumerate(group.runs):
             tried = sweep[
-                (sweep["depth"] == group.depth) & (sweep["update"] == update) & (sweep["run"] == run)
+                (sweep["depth"] == group.depth)
+                & (sweep["update"] == update)
+                & (sweep["run"] == run)
             ]
             if tried.empty:
                 raise UserError(

@@ -131,10 +131,11 @@ class Network(NamedTuple):
 
 def split_network(make: Callable[[nnx.Rngs], nnx.Module]) -> Network:
     """Split the module that `make` builds into pure functions."""
-    graph, *_ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), nnx.Param, nnx.BatchStat)
+    graph = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), nnx.Param, nnx.BatchStat)[0]
 
     def init(key: Array) -> tuple[Any, Any]:
-        _, params, stats = nnx.split(make(nnx.Rngs(key)), nnx.Param, nnx.BatchStat)
+        model = make(nnx.Rngs(key))
+        params, stats = nnx.state(model, nnx.Param), nnx.state(model, nnx.BatchStat)
         return nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
 
     def apply(params: Any, stats: Any, x: Array, train: bool) -> tuple[Array, Any]:

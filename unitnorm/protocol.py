@@ -9,6 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
 # A run's stop reason is an index into this tuple; 0 means that it is still running. The order is
 # part of the checkpoint format: append only.
@@ -80,12 +81,24 @@ def stop_reason(
     return jnp.where(jnp.isfinite(loss), reason, NON_FINITE).astype(jnp.int32)
 
 
-def has_diverged(loss: Array, val_error: Array, *, diverged_error: float) -> Array:
-    """True where the loss is not finite or the validation error is at or above `diverged_error`."""
-    return ~jnp.isfinite(loss) | ~(val_error < diverged_error)
+def has_diverged(
+    loss: ArrayLike, first_loss: ArrayLike, val_error: ArrayLike, *, diverged_error: float
+) -> Array:
+    """True where a run's validation error diverged (section 4: such runs are ignored).
+
+    Either the training loss is not finite, or the validation error is at or above `diverged_error`
+    and the training loss above that of the first epoch, which a rate that is only slow is not.
+
+    Args:
+      loss, first_loss: training loss of the last and of the first epoch.
+      val_error: validation error after the last epoch.
+    """
+    loss, val_error = jnp.asarray(loss), jnp.asarray(val_error)
+    worse = (val_error >= diverged_error) & (loss > first_loss)
+    return ~jnp.isfinite(loss) | jnp.isnan(val_error) | worse
 
 
-def choose_rate(rates: Array, val_errors: Array, diverged: Array) -> Array:
+def choose_rate(rates: ArrayLike, val_errors: ArrayLike, diverged: ArrayLike) -> Array:
     """Index of the base learning rate: the lowest validation error among the rates that held.
 
     Ties go to the larger rate, which needs fewer epochs. Vectorised over leading axes.

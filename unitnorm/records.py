@@ -18,7 +18,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,7 @@ def empty(table: str) -> pd.DataFrame:
     return frame(table, [])
 
 
-def frame(table: str, rows: list[dict[str, Any]]) -> pd.DataFrame:
+def frame(table: str, rows: Sequence[Mapping[Any, Any]]) -> pd.DataFrame:
     """Rows as a table with its columns, dtypes and order."""
     columns, key = TABLES[table]
     result = pd.DataFrame(rows, columns=list(columns))
@@ -273,12 +273,12 @@ def _to_csv(table: pd.DataFrame) -> bytes:
 def _parse_csv(folder: Path, name: str, content: bytes) -> pd.DataFrame:
     columns, _ = TABLES[name]
     try:
-        table = pd.read_csv(
-            io.BytesIO(content), dtype={c: _DTYPES[k] for c, k in columns.items()}
-        )
+        table = pd.read_csv(io.BytesIO(content), dtype={c: _DTYPES[k] for c, k in columns.items()})
     except (ValueError, OverflowError) as error:
         detail = " ".join(str(error).split())
-        raise UserError(f"{folder / name}.csv: not a table of records: {detail}; {REPAIR}") from None
+        raise UserError(
+            f"{folder / name}.csv: not a table of records: {detail}; {REPAIR}"
+        ) from None
     if list(table.columns) != list(columns):
         raise UserError(
             f"{folder / name}.csv: columns {','.join(map(str, table.columns))}; expected "
@@ -301,7 +301,9 @@ def _read_provenance(path: Path) -> dict[str, Any]:
         if not all(isinstance(digest, str) for digest in provenance["files"].values()):
             raise TypeError
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"{path}: damaged: not the provenance of a results folder; {REPAIR}") from None
+        raise UserError(
+            f"{path}: damaged: not the provenance of a results folder; {REPAIR}"
+        ) from None
     return provenance
 
 
@@ -317,8 +319,8 @@ def _pack_filters(filters: Mapping[tuple[int, str], np.ndarray]) -> dict[str, np
 
 
 def _unpack_filters(arrays: Mapping[str, np.ndarray]) -> dict[tuple[int, str], np.ndarray]:
-    split = ((*name.split("/", 1), array) for name, array in arrays.items())
-    return {(int(depth), update): array for depth, update, array in split}
+    split = ((name.partition("/"), array) for name, array in arrays.items())
+    return {(int(depth), update): array for (depth, _, update), array in split}
 
 
 def _cannot(folder: Path, what: str, error: OSError) -> UserError:

@@ -36,10 +36,10 @@ INIT, SWEEP_SPLIT, SWEEP_ORDER, TRAIN_SPLIT, TRAIN_ORDER = range(5)
 
 
 class Images(NamedTuple):
-    """Pixels uint8 of shape (N, features) and labels int32 of shape (N,), on the device."""
+    """Pixels uint8 (N, features) and labels int32 (N,), on the device or on the host."""
 
-    pixels: Array
-    labels: Array
+    pixels: Array | np.ndarray
+    labels: Array | np.ndarray
 
 
 class Split(NamedTuple):
@@ -72,6 +72,16 @@ class Run(NamedTuple):
     epoch: Array  # int32, epochs finished
     reason: Array  # int32, index into protocol.STOP_REASONS
     history: History
+
+
+class Stepping(NamedTuple):
+    """What changes from one mini-batch to the next."""
+
+    params: Any
+    stats: Any
+    opt_state: Any
+    loss: Array  # sum of the epoch's losses so far, in training mode
+    wrong: Array  # number of the epoch's images misclassified so far
 
 
 class Phase(NamedTuple):
@@ -181,29 +191,31 @@ def epoch(
     order = split.train[jax.random.permutation(key, phase.train_images)]
     full = phase.train_images // phase.batch_size * phase.batch_size
 
-    def step(carry: Any, index: Array) -> tuple[Any, None]:
+    def step(carry: tuple[Stepping, ...], index: Array) -> tuple[tuple[Stepping, ...], None]:
         x, y = gather(images, index)
         return tuple(
-            train_step(network, phase, update, run.rate, *state, x, y)
-            for update, run, state in zip(updates, runs, carry, strict=True)
+            train_step(network, phase, update, run.rate, stepping, x, y)
+            for update, run, stepping in zip(updates, runs, carry, strict=True)
         ), None
 
     zero = jnp.asarray(0.0)
-    carry: Any = tuple((run.params, run.stats, run.opt_state, (zero, zero)) for run in runs)
+    carry = tuple(Stepping(run.params, run.stats, run.opt_state, zero, zero) for run in runs)
     carry, _ = jax.lax.scan(step, carry, order[:full].reshape(-1, phase.batch_size))
     if full < phase.train_images:
         carry, _ = step(carry, order[full:])
     return tuple(
-        finish_epoch(network, phase, run, state, split, images)
-        for run, state in zip(runs, carry, strict=True)
+        finish_epoch(network, phase, run, stepping, split, images)
+        for run, stepping in zip(runs, carry, strict=True)
     )
 
 
 def gather(images: Images, index: Array) -> tuple[Array, Array]:
     """The mini-batch at `index`: float32 pixels 0 to 255 as they are, and labels."""
     # the indices come from a permutation; a bounds check would cost a third of the gather
-    x = images.pixels.at[index].get(mode="promise_in_bounds").astype(jnp.float32)
-    return x, images.labels.at[index].get(mode="promise_in_bounds")
+    pixels, labels = (
+        jnp.asarray(array).at[index].get(mode="promise_in_bounds") for array in images
+    )
+    return pixels.astype(jnp.float32), labels
 
 
 def cross_entropy(logits: Array, labels: Array) -> Array:
@@ -214,45 +226,32 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
 
 
 def train_step(
-    network: Network,
-    phase: Phase,
-    update: str,
-    rate: Array,
-    params: Any,
-    stats: Any,
-    opt_state: Any,
-    totals: tuple[Array, Array],
-    x: Array,
-    y: Array,
-) -> tuple[Any, Any, Any, tuple[Array, Array]]:
+    network: Network, phase: Phase, update: str, rate: Array, at: Stepping, x: Array, y: Array
+) -> Stepping:
     """One mini-batch: gradient, update, running statistics, and the epoch's loss and errors."""
 
     def objective(params: Any) -> tuple[Array, tuple[Array, Array, Any]]:
-        logits, moved = network.apply(params, stats, x, True)
-        losses = cross_entropy(logits, y)
-        total = losses.sum()
-        objective = total if phase.reduction == "sum" else total / len(y)
+        logits, stats = network.apply(params, at.stats, x, True)
+        total = cross_entropy(logits, y).sum()
         wrong = jnp.sum(jnp.argmax(logits, -1) != y).astype(jnp.float32)
-        return objective, (total, wrong, moved)
+        return total if phase.reduction == "sum" else total / len(y), (total, wrong, stats)
 
-    gradient, (loss, wrong, stats) = jax.grad(objective, has_aux=True)(params)
-    transformation = build(update, rate, filters=filter_mask(params), axis=FILTER_AXIS)
-    step, opt_state = transformation.update(gradient, opt_state, params)
-    params = optax.apply_updates(params, step)
-    return params, stats, opt_state, (totals[0] + loss, totals[1] + wrong)
+    gradient, (total, wrong, stats) = jax.grad(objective, has_aux=True)(at.params)
+    transformation = build(update, rate, filters=filter_mask(at.params), axis=FILTER_AXIS)
+    displacement, opt_state = transformation.update(gradient, at.opt_state, at.params)
+    params = optax.apply_updates(at.params, displacement)
+    return Stepping(params, stats, opt_state, at.loss + total, at.wrong + wrong)
 
 
 def finish_epoch(
-    network: Network, phase: Phase, run: Run, state: Any, split: Split, images: Images
+    network: Network, phase: Phase, run: Run, end: Stepping, split: Split, images: Images
 ) -> Run:
     """Measure, anneal, decide on stopping, write the history; leave an ended run untouched."""
-    params, stats, opt_state, (loss, wrong) = state
-    loss, train_error = loss / phase.train_images, wrong / phase.train_images
+    params, stats = end.params, end.stats
+    loss, train_error = end.loss / phase.train_images, end.wrong / phase.train_images
     val_error = error_rate(network, params, stats, images, split.validation)
     norms = jnp.concatenate([filter_norms(w, FILTER_AXIS).ravel() for w in filters(params)])
-    values = History(
-        run.rate, loss, train_error, val_error, jnp.abs(norms - 1).max(), norms.mean()
-    )
+    values = History(run.rate, loss, train_error, val_error, jnp.abs(norms - 1).max(), norms.mean())
     history = jax.tree.map(lambda old, new: old.at[run.epoch].set(new), run.history, values)
     watched = loss if phase.watch == "train_loss" else val_error
     reason = protocol.stop_reason(
@@ -267,7 +266,7 @@ def finish_epoch(
         flat=phase.flat,
     )
     rate = protocol.bold_driver(run.rate, watched, run.watched, up=phase.up, down=phase.down)
-    after = Run(params, stats, opt_state, rate, watched, run.epoch + 1, reason, history)
+    after = Run(params, stats, end.opt_state, rate, watched, run.epoch + 1, reason, history)
     active = run.reason == protocol.RUNNING
     return jax.tree.map(lambda new, old: jnp.where(active, new, old), after, run)
 
@@ -328,9 +327,7 @@ class Program:
         devices = jax.devices()
         if jax.process_count() == 1:
             devices = devices[: -(-seeds // RUNS_PER_DEVICE)]
-        self.seeds = max(
-            -(-seeds // len(devices)) * len(devices), RUNS_PER_DEVICE * len(devices)
-        )
+        self.seeds = max(-(-seeds // len(devices)) * len(devices), RUNS_PER_DEVICE * len(devices))
         self.mesh = Mesh(np.asarray(devices), ("seed",), axis_types=(AxisType.Auto,))
         by_seed = NamedSharding(self.mesh, PartitionSpec("seed"))
         everywhere = NamedSharding(self.mesh, PartitionSpec())

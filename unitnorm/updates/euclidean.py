@@ -1,0 +1,134 @@
+"""The updates that leave the norms of filters free, which the paper and others set against UN.
+
+`axis` and `learning_rate` are as in `manifold`.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from unitnorm import geometry
+from unitnorm.updates.parts import (
+    AxisSpec,
+    in_dtype_of_params,
+    map_filters,
+    stateless,
+)
+
+
+def b_sgd(
+    learning_rate: optax.ScalarOrSchedule, *, axis: AxisSpec = None
+) -> optax.GradientTransformation:
+    """Plain stochastic gradient descent, w ← w − λ ∇ℓ: optax.sgd, which needs no `axis`.
+
+    "Balanced" is the start, filters and class vectors of unit norm, not the step.
+
+    Source: Badrinarayanan, Mishra and Cipolla (2015), section 4.
+    """
+    del axis
+    return optax.sgd(learning_rate)
+
+
+def sgd_wd(
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: float | jax.Array = 5e-4,
+    *,
+    axis: AxisSpec = None,
+) -> optax.GradientTransformation:
+    """Gradient descent with weight decay: w ← w − λ (∇ℓ + η w).
+
+    Before a normalisation layer the decay does not regularise, it holds the effective rate λ/‖w‖²
+    up. `weight_decay` η weighs against the gradient, so a loss summed over a mini-batch of n needs
+    n times the η of its mean.
+
+    Source: Krogh and Hertz (1991); for its effect here van Laarhoven (2017), L2 regularization
+    versus batch and weight normalization.
+    """
+    del axis  # the decay is the same for every entry
+    return optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(learning_rate))
+
+
+def sm(
+    learning_rate: optax.ScalarOrSchedule, *, axis: AxisSpec = None
+) -> optax.GradientTransformation:
+    """Gradient descent in the scaled metric ⟨ξ, η⟩/‖w‖² of each filter: w ← w − λ ‖w‖² ∇ℓ.
+
+    Under w → α w with α > 0 the gradient shrinks by α and the step grows by α, so the network moves
+    the same way from every scaling of its filters, with no constraint. On a loss that does not
+    depend on norms its filters point where UN's do, step by step, while their norms only grow. A
+    zero filter stays zero.
+
+    Source: Badrinarayanan, Mishra and Cipolla (2015), section 2: "a suitable non-Euclidean
+    gradient which is invariant to reparameterizations".
+    """
+
+    def leaf(axes: tuple[int, ...], w: jax.Array, g: jax.Array) -> jax.Array:
+        return geometry.filter_norms(w, axes, keepdims=True) ** 2 * geometry.wide(g)
+
+    return optax.chain(
+        stateless(leaf, axis), optax.scale_by_learning_rate(learning_rate), in_dtype_of_params()
+    )
+
+
+class WeightNormState(NamedTuple):
+    """The parameters behind W = g v / ‖v‖, in at least float32."""
+
+    v: optax.Params  # directions, shaped like W
+    g: optax.Params  # norms, with the axes of a filter at length one
+    inner: optax.OptState  # state of optax.sgd on the pair (v, g)
+
+
+def weight_norm(
+    learning_rate: optax.ScalarOrSchedule, *, axis: AxisSpec = None
+) -> optax.GradientTransformation:
+    """Weight normalisation: gradient descent on v and g of W = g v / ‖v‖, from v = W, g = ‖W‖.
+
+    With ∇W the gradient of the loss, ∇g = ⟨∇W, v⟩ / ‖v‖ and ∇v = (g / ‖v‖)(∇W − ∇g v / ‖v‖). Flax
+    has it as a layer (linen.WeightNorm) that rewrites the model; here the model keeps W, the pair
+    lives in the state, and the update is the displacement of W. So after an edit of W by hand,
+    call `init` again. A zero filter stays zero.
+
+    Source: Salimans and Kingma (2016), equations (2) and (3).
+    """
+    sgd = optax.sgd(learning_rate)
+
+    def init(params: optax.Params) -> WeightNormState:
+        v = jax.tree.map(geometry.wide, params)
+        g = map_filters(_norms, axis, v)
+        return WeightNormState(v, g, sgd.init((v, g)))
+
+    def norm_gradient(axes: tuple[int, ...], v: jax.Array, grad: jax.Array) -> jax.Array:
+        return jnp.sum(geometry.retraction(v, axes) * geometry.wide(grad), axes, keepdims=True)
+
+    def direction_gradient(
+        axes: tuple[int, ...], v: jax.Array, g: jax.Array, grad: jax.Array
+    ) -> jax.Array:
+        norms = _norms(axes, v)
+        return (
+            g
+            / jnp.where(norms == 0, 1, norms)
+            * geometry.tangent_projection(v, geometry.wide(grad), axes)
+        )
+
+    def displacement(axes: tuple[int, ...], w: jax.Array, v: jax.Array, g: jax.Array) -> jax.Array:
+        return (g * geometry.retraction(v, axes) - geometry.wide(w)).astype(w.dtype)
+
+    def update(
+        updates: optax.Updates, state: WeightNormState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, WeightNormState]:
+        v, g = state.v, state.g
+        gradients = (
+            map_filters(direction_gradient, axis, v, g, updates),
+            map_filters(norm_gradient, axis, v, updates),
+        )
+        steps, inner = sgd.update(gradients, state.inner)
+        v, g = optax.apply_updates((v, g), steps)
+        return map_filters(displacement, axis, params, v, g), WeightNormState(v, g, inner)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _norms(axes: tuple[int, ...], w: jax.Array) -> jax.Array:
+    return geometry.filter_norms(w, axes, keepdims=True)

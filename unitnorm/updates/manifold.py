@@ -1,0 +1,189 @@
+"""The updates that keep every filter at unit norm: one function each.
+
+All share the arguments `learning_rate` (a number, a traced scalar or an optax schedule), `axis`
+(axes over which one filter runs, by default every axis but the last; see `parts.AxisSpec`) and
+`off_manifold` ("normalize" or "raise"; see `parts.retract`), and all raise `UserError` for a leaf
+without filters. Send biases, scales and classifiers elsewhere, with `unitnorm.updates.build` or
+optax.partition. The update is a displacement: optax.apply_updates lands on the manifold, and
+nothing may scale it afterwards. Weight decay is not offered: followed by a normalisation it
+shrinks nothing and only changes the size of the step in secret.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from unitnorm import geometry
+from unitnorm.updates.parts import (
+    AxisSpec,
+    OffManifold,
+    map_filters,
+    normalized_gradient,
+    retract,
+    riemannian_gradient,
+    tangent_momentum,
+)
+
+
+def un(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    axis: AxisSpec = None,
+    off_manifold: OffManifold = "normalize",
+) -> optax.GradientTransformation:
+    """Riemannian gradient descent on the oblique manifold, the paper's UN: w ← Orth(w − λ Π_w(∇ℓ)).
+
+    Π_w projects onto the tangent space and Orth divides by the norm, per filter. It holds no state
+    unless `learning_rate` is a schedule.
+
+    Source: Badrinarayanan, Mishra and Cipolla (2015), equation (2) and Table 1.
+    """
+    return optax.chain(
+        riemannian_gradient(axis),
+        optax.scale_by_learning_rate(learning_rate),
+        retract(axis, off_manifold),
+    )
+
+
+def un_momentum(
+    learning_rate: optax.ScalarOrSchedule,
+    momentum: float | jax.Array = 0.9,
+    *,
+    axis: AxisSpec = None,
+    off_manifold: OffManifold = "normalize",
+) -> optax.GradientTransformation:
+    """UN with heavy-ball momentum: m ← μ Π_w(m) + Π_w(∇ℓ), w ← Orth(w − λ m).
+
+    The buffer starts at zero, so that the first step is UN's, and is kept tangent by projection at
+    the current point.
+
+    Source: optax.sgd(momentum=μ), with the projection as vector transport; Absil, Mahony and
+    Sepulchre (2008), Optimization Algorithms on Matrix Manifolds, section 8.1.3.
+    """
+    return optax.chain(
+        riemannian_gradient(axis),
+        tangent_momentum(momentum, axis=axis),
+        optax.scale_by_learning_rate(learning_rate),
+        retract(axis, off_manifold),
+    )
+
+
+def un_nesterov(
+    learning_rate: optax.ScalarOrSchedule,
+    momentum: float | jax.Array = 0.9,
+    *,
+    axis: AxisSpec = None,
+    off_manifold: OffManifold = "normalize",
+) -> optax.GradientTransformation:
+    """UN with Nesterov momentum: m ← μ Π_w(m) + r, w ← Orth(w − λ (r + μ m)), r = Π_w(∇ℓ).
+
+    The parameters are the point looked ahead to, as in optax.sgd(nesterov=True), whose first step
+    is 1 + μ times the plain one for the same reason.
+
+    Source: Sutskever et al. (2013), in the form of optax.sgd; transport as in `un_momentum`.
+    """
+    return optax.chain(
+        riemannian_gradient(axis),
+        tangent_momentum(momentum, nesterov=True, axis=axis),
+        optax.scale_by_learning_rate(learning_rate),
+        retract(axis, off_manifold),
+    )
+
+
+def un_adam(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: float | jax.Array = 0.9,
+    b2: float | jax.Array = 0.999,
+    eps: float | jax.Array = 1e-8,
+    *,
+    axis: AxisSpec = None,
+    off_manifold: OffManifold = "normalize",
+) -> optax.GradientTransformation:
+    """Riemannian Adam: r = Π_w(∇ℓ), m ← b1 Π_w(m) + (1−b1) r, v ← b2 v + (1−b2) ‖r‖².
+
+    Then w ← Orth(w − λ m̂ / (√v̂ + eps)), both moments corrected for their zero start. The second
+    moment is one number per filter, not per entry: dividing entries by numbers of their own would
+    turn the step out of the tangent space. So λ is an angle in radians, the first step's exactly
+    (up to the retraction), whatever the width of the filter.
+
+    Source: Bécigneul and Ganea (2019), Riemannian adaptive optimization methods, without the
+    maximum of AMSGrad; each filter is one factor of the product manifold.
+    """
+    return optax.chain(
+        riemannian_gradient(axis),
+        _scale_by_tangent_adam(b1, b2, eps, axis),
+        optax.scale_by_learning_rate(learning_rate),
+        retract(axis, off_manifold),
+    )
+
+
+def normalize(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    axis: AxisSpec = None,
+    off_manifold: OffManifold = "normalize",
+) -> optax.GradientTransformation:
+    """Normalisation without projection: a Euclidean step, then unit norm, w ← Orth(w − λ ∇ℓ).
+
+    Where the loss does not change with the norm of a filter, ∇ℓ is tangent already and this is UN
+    to rounding; the two part where invariance is only near, as by the ε of batch normalisation.
+
+    Source: Huang, Liu, Lang and Li (2017), Projection based weight normalization for deep neural
+    networks.
+    """
+    return optax.chain(
+        normalized_gradient(axis),
+        optax.scale_by_learning_rate(learning_rate),
+        retract(axis, off_manifold),
+    )
+
+
+class TangentAdamState(NamedTuple):
+    """Moments of the Riemannian gradient, in at least float32."""
+
+    # shape (), int32: updates so far; optax's name, which hides tuple.count
+    count: jax.Array  # type: ignore[assignment]
+    mu: optax.Params  # shaped like the parameters
+    nu: optax.Params  # the same with the axes of a filter at length one
+
+
+def _scale_by_tangent_adam(
+    b1: float | jax.Array,
+    b2: float | jax.Array,
+    eps: float | jax.Array,
+    axis: AxisSpec,
+) -> optax.GradientTransformation:
+    def init(params: optax.Params) -> TangentAdamState:
+        def squares(axes: tuple[int, ...], w: jax.Array) -> jax.Array:
+            return jnp.zeros_like(geometry.filter_norms(w, axes, keepdims=True))
+
+        return TangentAdamState(
+            count=jnp.zeros([], jnp.int32),
+            mu=jax.tree.map(lambda w: jnp.zeros_like(geometry.wide(w)), params),
+            nu=map_filters(squares, axis, params),
+        )
+
+    def first(axes: tuple[int, ...], w: jax.Array, r: jax.Array, mu: jax.Array) -> jax.Array:
+        moved = b1 * geometry.tangent_projection(w, mu, axes)
+        return (moved + (1 - b1) * r).astype(mu.dtype)
+
+    def second(axes: tuple[int, ...], _: jax.Array, r: jax.Array, nu: jax.Array) -> jax.Array:
+        squares = geometry.filter_norms(r, axes, keepdims=True) ** 2
+        return (b2 * nu + (1 - b2) * squares).astype(nu.dtype)
+
+    def update(
+        updates: optax.Updates, state: TangentAdamState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, TangentAdamState]:
+        count = optax.safe_increment(state.count)
+        mu = map_filters(first, axis, params, updates, state.mu)
+        nu = map_filters(second, axis, params, updates, state.nu)
+        steps = jax.tree.map(
+            lambda m, v: m / (jnp.sqrt(v) + eps),
+            optax.tree.bias_correction(mu, b1, count),
+            optax.tree.bias_correction(nu, b2, count),
+        )
+        return steps, TangentAdamState(count, mu, nu)
+
+    return optax.GradientTransformation(init, update)
