@@ -164,6 +164,27 @@ def max_pool_pairs(h: Array, pairs: Literal["adjacent", "halves"]) -> Array:
     pools i and i + width / 2, the same network with its features renumbered.
     """
     if pairs == "adjacent":
-        return jnp.maximum(h[..., 0::2], h[..., 1::2])
+        return _max_of_neighbours(h)
     half = h.shape[-1] // 2
     return jnp.maximum(h[..., :half], h[..., half:])
+
+
+# The derivative that JAX finds for the two strided slices pads and adds, which takes as long as
+# everything else in a small layer. This one interleaves instead. Ties go to the first feature; they
+# are both zero behind a ReLU, whose derivative is zero there.
+@jax.custom_vjp
+def _max_of_neighbours(h: Array) -> Array:
+    return jnp.maximum(h[..., 0::2], h[..., 1::2])
+
+
+def _max_forward(h: Array) -> tuple[Array, Array]:
+    return _max_of_neighbours(h), h
+
+
+def _max_backward(h: Array, gradient: Array) -> tuple[Array]:
+    first = h[..., 0::2] >= h[..., 1::2]
+    both = jnp.stack([jnp.where(first, gradient, 0), jnp.where(first, 0, gradient)], -1)
+    return (both.reshape(h.shape),)
+
+
+_max_of_neighbours.defvjp(_max_forward, _max_backward)
