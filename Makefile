@@ -1,0 +1,39 @@
+# Two targets do everything: `make table2` and `make test`. Both install what they need into .venv
+# from the locked, hashed versions. Another Python: make test PYTHON=python3.12 VENV=.venv312
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+LOCK = .ci/requirements.lock
+INSTALLED = $(VENV)/.installed
+
+.PHONY: table2 test install lint lock clean
+
+# Table 2 of the paper from nothing: sweep, train, report, into results/
+table2: $(INSTALLED)
+	$(BIN)/unitnorm reproduce --fresh
+
+# Lint, types and all tests
+test: lint
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+install: $(INSTALLED)
+
+$(INSTALLED): $(LOCK) pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $(LOCK)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+# New versions into the lock file; needs uv
+lock:
+	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes \
+		--no-emit-index-url --no-emit-find-links --no-header --no-annotate --upgrade -o $(LOCK)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
