@@ -1,0 +1,124 @@
+"""The protocol's rules by table: annealing, stop reasons, the choice of the rate, the split."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from unitnorm import protocol
+
+INF, NAN = float("inf"), float("nan")
+
+
+@pytest.mark.parametrize(
+    ("watched", "previous", "expected"),
+    [
+        (0.9, INF, 1.0),  # the first epoch has nothing to compare with
+        (0.9, 1.0, 1.05),
+        (1.1, 1.0, 0.5),
+        (1.0, 1.0, 1.0),
+    ],
+)
+def test_bold_driver(watched, previous, expected):
+    rate = protocol.bold_driver(
+        jnp.float32(1.0), jnp.float32(watched), jnp.float32(previous), up=1.05, down=0.5
+    )
+    assert rate == pytest.approx(expected, rel=1e-6)
+
+
+def reason(errors, *, loss=0.1, train_error=0.5, **changes):
+    rule = {"min_epochs": 8, "max_epochs": 12, "train_threshold": 1e-5, "lookback": 5, "flat": 1e-5}
+    padded = jnp.asarray([*errors, *[NAN] * (20 - len(errors))])
+    code = protocol.stop_reason(
+        jnp.int32(len(errors)),
+        jnp.float32(loss),
+        jnp.float32(train_error),
+        padded,
+        **rule | changes,
+    )
+    return protocol.STOP_REASONS[int(code)]
+
+
+FALLING = [0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1, 0.09, 0.08, 0.07]
+
+
+@pytest.mark.parametrize(
+    ("errors", "options", "expected"),
+    [
+        (FALLING[:9], {}, "running"),
+        (FALLING[:9], {"train_error": 0.0}, "train-error"),
+        (FALLING[:9], {"train_error": 1e-5}, "running"),  # "less than", not "at most"
+        (FALLING[:7], {"train_error": 0.0}, "running"),  # before the minimum of epochs
+        (FALLING[:8], {"train_error": 0.0}, "train-error"),
+        ([*FALLING[:8], 0.36], {}, "val-rise"),  # above the 0.35 of 5 epochs before
+        ([*FALLING[:8], 0.35], {}, "running"),  # equal is no increase
+        ([*FALLING[:8], 0.34], {}, "running"),  # above the last, but below 5 epochs before
+        ([*FALLING[:8], 0.150001], {}, "val-flat"),
+        ([*FALLING[:8], 0.15002], {}, "running"),
+        ([*FALLING[:8], 0.14998], {}, "running"),
+        (FALLING, {}, "max-epochs"),
+        ([0.2] * 12, {}, "val-flat"),  # a reason of the paper's comes before the limit
+        ([*FALLING[:8], 0.36], {"train_error": 0.0}, "train-error"),  # in the paper's order
+        (FALLING[:3], {"loss": NAN}, "non-finite"),  # at once
+        (FALLING[:9], {"loss": INF, "train_error": 0.0}, "non-finite"),
+        ([0.3, 0.4], {"min_epochs": 1}, "running"),  # nothing 5 epochs before yet
+        ([0.3], {"min_epochs": 1}, "running"),  # nor an epoch before
+        ([0.3, 0.4, 0.5], {"min_epochs": 1, "lookback": 2}, "val-rise"),
+    ],
+)
+def test_stop_reasons(errors, options, expected):
+    assert reason(errors, **options) == expected
+
+
+def test_every_reason_but_no_rate_is_in_the_table():
+    assert protocol.STOP_REASONS[protocol.NO_RATE] == "no-rate"
+    assert len(protocol.STOP_REASONS) == 7
+
+
+@pytest.mark.parametrize(
+    ("errors", "diverged", "expected"),
+    [
+        ([0.3, 0.1, 0.2, 0.9], [0, 0, 0, 0], 1),
+        ([0.1, 0.1, 0.2, 0.9], [0, 0, 0, 0], 0),  # a tie goes to the larger rate
+        ([0.5, 0.1, 0.1, 0.9], [0, 0, 0, 0], 1),
+        ([0.0, 0.1, 0.2, 0.9], [1, 0, 0, 0], 1),  # a diverged rate cannot win
+        ([NAN, 0.9, 0.9, 0.9], [1, 0, 0, 0], 1),
+        ([NAN, NAN, NAN, NAN], [1, 1, 1, 1], -1),
+    ],
+)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_choice_of_the_rate(errors, diverged, expected, reverse):
+    rates = [1e-2, 1e-3, 1e-4, 1e-5]
+    if reverse:
+        rates, errors, diverged = rates[::-1], errors[::-1], diverged[::-1]
+        expected = 3 - expected if expected >= 0 else -1
+    chosen = protocol.choose_rate(
+        jnp.asarray(rates), jnp.asarray(errors), jnp.asarray(diverged, bool)
+    )
+    assert int(chosen) == expected
+
+
+@pytest.mark.parametrize(
+    ("loss", "first", "error", "expected"),
+    [
+        (0.1, 1.0, 0.02, False),
+        (3.0, 2.5, 0.9, True),
+        (2.2, 2.5, 0.9, False),  # slow is not diverged
+        (3.0, 2.5, 0.7, False),
+        (NAN, 2.5, 0.1, True),
+        (INF, 2.5, 0.1, True),
+        (0.1, 1.0, NAN, True),
+    ],
+)
+def test_what_counts_as_diverged(loss, first, error, expected):
+    assert bool(protocol.has_diverged(loss, first, error, diverged_error=0.8)) is expected
+
+
+def test_a_split_is_disjoint_and_random():
+    train, validation = protocol.split(jax.random.key(0), 1000, 700, 250)
+    assert (len(train), len(validation)) == (700, 250)
+    assert len(set(np.asarray(train)) | set(np.asarray(validation))) == 950
+    other, _ = protocol.split(jax.random.key(1), 1000, 700, 250)
+    assert not np.array_equal(np.sort(train), np.sort(other))
