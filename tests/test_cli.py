@@ -59,7 +59,9 @@ def test_reproduce_writes_every_file_and_prints_the_table(reproduced):
     for text in ("sweep depth 1", "train depth 2", "runs active", "samples/s", "left", "B-SGD"):
         assert text in done.stdout
     runs = pd.read_csv(out / "runs.csv")
-    assert list(runs.columns) == [
+    assert (out / "runs.csv").read_text().splitlines()[0] == (
+        "depth,update,run,seed,base_lr,epochs,train_loss,val_error,test_error,diverged,stop_reason"
+    )
         "depth",
         "update",
         "run",

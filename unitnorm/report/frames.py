@@ -2,8 +2,8 @@
 
 The frames come from `runs.csv`, `history.csv` and `sweep.csv` (a row per run; per run and epoch;
 per run and rate). What is checked here is what the report itself relies on, so that a damaged
-record ends in one clear line and never in a wrong figure. To show another column of the records,
-add it here first.
+record ends in one clear line and never in a wrong figure. Which columns there are is said in
+`unitnorm.records`.
 """
 
 import re
@@ -14,23 +14,10 @@ import numpy as np
 import pandas as pd
 
 from unitnorm.errors import UserError
+from unitnorm.records import HISTORY, RUNS, SWEEP
 
 BASELINE = "b-sgd"  # the update that the others are compared with
-FAILED_REASONS = ("diverged", "non-finite")
-
-# kind: i whole number, f number, b truth value, s text
-RUNS = {
-    "depth": "i", "update": "s", "run": "i", "seed": "i", "base_lr": "f", "epochs": "i",
-    "train_loss": "f", "val_error": "f", "test_error": "f", "diverged": "b", "stop_reason": "s",
-}  # fmt: skip
-HISTORY = {
-    "depth": "i", "update": "s", "run": "i", "epoch": "i", "lr": "f", "train_loss": "f",
-    "train_error": "f", "val_error": "f", "norm_deviation": "f", "norm_mean": "f",
-}  # fmt: skip
-SWEEP = {
-    "depth": "i", "update": "s", "run": "i", "seed": "i", "base_lr": "f", "val_error": "f",
-    "train_loss": "f", "diverged": "b", "chosen": "b",
-}  # fmt: skip
+FAILED_REASONS = ("diverged", "non-finite", "no-rate")
 
 _KINDS = {"i": "whole numbers", "f": "numbers", "b": "true or false", "s": "text"}
 _LABELS = {"b-sgd": "B-SGD", "un": "UN"}  # as the paper prints them

@@ -198,7 +198,7 @@ def against_paper(table: pd.DataFrame) -> str:
     """One sentence: which means of Table 2 lie within the paper's own std of the paper's mean."""
     known = table[table["paper_mean"].notna()]
     if known.empty:
-        return "the paper has no figures for these depths and updates"
+        return "nothing here is set beside the paper: other cells, another protocol or other data"
     away = (known["mean"] - known["paper_mean"]) / known["paper_std"]
     outside = known[~(away.abs() <= 1)]
     if outside.empty:
