@@ -6,6 +6,7 @@ An ordinary loop over the bundled MNIST, but for one line of `main`. It prints t
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
@@ -36,20 +37,19 @@ def train(model: CNN, optimizer: nnx.Optimizer, images: jax.Array, labels: jax.A
 
 def main(steps: int = 600) -> float:
     data = load()
-    images = data.train_images.reshape(-1, 28, 28, 1) / np.float32(255)
-    tests = data.test_images.reshape(-1, 28, 28, 1) / np.float32(255)
+    images = jnp.asarray(data.train_images.reshape(-1, 28, 28, 1)) / 255
+    tests = jnp.asarray(data.test_images.reshape(-1, 28, 28, 1)) / 255
     model = CNN(nnx.Rngs(0))
     # With SGD the next line reads: update = optax.sgd(0.1)
     update = build("un", 0.1, normalized_kernels_nnx(model, images[:100]))
     optimizer = nnx.Optimizer(model, update, wrt=nnx.Param)
-
     order = np.random.default_rng(0).permutation(len(images))
     for batch in np.resize(order, (steps, 100)):
-        train(model, optimizer, images[batch], data.train_labels[batch])
+        train(model, optimizer, images[batch], jnp.asarray(data.train_labels[batch]))
 
     model.eval()
     classify = nnx.jit(lambda model, images: model(images).argmax(-1))
-    answers = np.concatenate([classify(model, batch) for batch in np.split(tests, 10)])
+    answers = np.concatenate([classify(model, batch) for batch in jnp.split(tests, 10)])
     error = float(np.mean(answers != data.test_labels))
     print(f"test error {error:.4f} after {steps} steps")
     return error

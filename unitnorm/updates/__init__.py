@@ -15,8 +15,8 @@ that takes --update, and in the contract tests. All of it, for the sign of the R
 
     Update("un-sign", un_sign, optax.sgd, True, "sign of UN's direction"),
 
-An update whose step depends on a learning rate takes it as its first argument: a number, a traced
-scalar or an optax schedule. Its state may not depend on the value.
+An update takes a learning rate first (a number, a traced scalar or an optax schedule, on whose
+value its state may not depend) and `axis` by keyword, though it may ignore it.
 """
 
 import functools
@@ -67,7 +67,7 @@ class Update:
     """An update by name: what becomes of filters, and of every other parameter."""
 
     name: str
-    filters: Callable[..., optax.GradientTransformation]  # of a learning rate and options
+    filters: Callable[..., optax.GradientTransformation]  # of a learning rate, axis= and options
     rest: Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]
     constrained: bool  # filters stay at unit norm
     summary: str  # one line, with its source

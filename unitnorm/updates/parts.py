@@ -109,18 +109,19 @@ def retract(
     if off_manifold not in ("normalize", "raise"):
         raise UserError(f'off_manifold must be "normalize" or "raise", got {off_manifold!r}')
 
-    def init(params: optax.Params) -> optax.EmptyState:
-        axes_of_leaves(params, axis)
-        if off_manifold == "raise":
-            _refuse_off_manifold(params, axis)
-        return optax.EmptyState()
-
     def leaf(axes: tuple[int, ...], w: jax.Array, u: jax.Array) -> jax.Array:
         # ‖w‖ (w/‖w‖ + u): the retraction divides by the norm, so this needs no division of its own.
         step = geometry.wide(w) + _norms(w, axes) * u
         return (geometry.retraction(step, axes) - geometry.wide(w)).astype(w.dtype)
 
-    return optax.GradientTransformation(init, stateless(leaf, axis).update)
+    link = stateless(leaf, axis)
+
+    def init(params: optax.Params) -> optax.OptState:
+        if off_manifold == "raise":
+            _refuse_off_manifold(params, axis)
+        return link.init(params)
+
+    return optax.GradientTransformation(init, link.update)
 
 
 def in_dtype_of_params() -> optax.GradientTransformation:
@@ -133,12 +134,16 @@ def in_dtype_of_params() -> optax.GradientTransformation:
 def stateless(leaf: Callable[..., jax.Array], axis: AxisSpec) -> optax.GradientTransformation:
     """An optax transformation that applies leaf(axes, w, u) to every parameter and its update."""
 
+    def init(params: optax.Params) -> optax.OptState:
+        axes_of_leaves(params, axis)  # refuses leaves without filters before any training
+        return optax.EmptyState()
+
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
         return map_filters(leaf, axis, params, updates), state
 
-    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+    return optax.GradientTransformation(init, update)
 
 
 def map_filters(
@@ -151,8 +156,7 @@ def map_filters(
     """
     if params is None:
         raise UserError(
-            "this update moves parameters on a manifold and needs to know where they are: "
-            "call update(grads, state, params)"
+            "this step depends on where the parameters are: call update(grads, state, params)"
         )
     boxes = [_Box(axes) for axes in axes_of_leaves(params, axis)]
     axes_tree = jax.tree.unflatten(jax.tree.structure(params), boxes)

@@ -23,8 +23,6 @@ Selection = Any | Callable[[optax.Params], Any]
 # Batch normalisation leaves about its ε over the variance of a feature, 1e-5; a kernel that is not
 # normalised changes the output by the same order either way.
 _TOLERANCE = 0.01
-# A leaf that changes the output by no more than this, relatively, is taken to have no effect.
-_ROUNDING = 1e-5
 
 
 def normalized_kernels(
@@ -78,7 +76,6 @@ def normalized_kernels(
             "apply gave outputs that are not finite, so no symmetry of theirs can be tested: "
             "check the batch and the parameters, or select the kernels by a mask"
         )
-    smallest_effect = _ROUNDING * jnp.linalg.norm(before)
 
     def effect_of_scaling(position: int, shape: Sequence[int]) -> jax.Array:
         factors = jnp.asarray(2 ** random.uniform(-1, 1, shape), leaves[position].dtype)
@@ -92,9 +89,9 @@ def normalized_kernels(
         one_per_filter = tuple(1 if a in axes else n for a, n in enumerate(leaf.shape))
         if one_per_filter == leaf.shape:
             return False
-        of_entries = effect_of_scaling(position, leaf.shape)
         of_filters = effect_of_scaling(position, one_per_filter)
-        return bool(of_entries > smallest_effect) and bool(of_filters < _TOLERANCE * of_entries)
+        # Strictly less, for scaling a leaf without any effect changes nothing either way.
+        return bool(of_filters < _TOLERANCE * effect_of_scaling(position, leaf.shape))
 
     chosen = [is_normalized(i, spec) for i, spec in enumerate(axis_of_leaves(params, axis))]
     if not any(chosen):
@@ -116,11 +113,11 @@ def normalized_kernels_nnx(model: Any, *inputs: Any, axis: AxisSpec = None, seed
     """
     from flax import nnx  # half a second that no other update needs
 
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    graphdef, params, *rest = nnx.split(model, nnx.Param, ...)
 
     @jax.jit
     def apply(params: Any) -> Any:
-        return nnx.merge(graphdef, params, rest, copy=True)(*inputs)
+        return nnx.merge(graphdef, params, *rest, copy=True)(*inputs)
 
     return normalized_kernels(apply, params, axis=axis, seed=seed)
 

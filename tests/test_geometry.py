@@ -1,0 +1,160 @@
+"""The oblique manifold against float64 NumPy, written filter by filter."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from unitnorm import geometry
+from unitnorm.errors import UserError
+
+filter_norms = jax.jit(geometry.filter_norms, static_argnames=("axis", "keepdims"))
+tangent_projection = jax.jit(geometry.tangent_projection, static_argnames="axis")
+retraction = jax.jit(geometry.retraction, static_argnames="axis")
+
+# shape, axis as given, axes over which one filter runs
+ARRAYS = [
+    pytest.param((12, 5), None, (0,), id="dense"),
+    pytest.param((3, 3, 4, 6), None, (0, 1, 2), id="conv"),
+    pytest.param((5, 12), 1, (1,), id="rows"),
+    pytest.param((5, 12), -1, (1,), id="rows-negative"),
+    pytest.param((6, 3, 4, 3), (-1, 1, 2), (1, 2, 3), id="conv-first"),
+    pytest.param((4, 7, 3), (1,), (1,), id="stacked-dense"),
+    pytest.param((9,), 0, (0,), id="vector"),
+    pytest.param((4, 3), (0, 1), (0, 1), id="one-filter"),
+]
+
+
+def filters_of(shape, axes):
+    """An index for each filter: one place along every axis that counts filters."""
+    places = [[slice(None)] if a in axes else range(n) for a, n in enumerate(shape)]
+    return itertools.product(*places)
+
+
+def random(shape, seed=0, scale=1.0):
+    return scale * np.random.default_rng(seed).normal(size=shape)
+
+
+@pytest.mark.parametrize(("shape", "axis", "axes"), ARRAYS)
+def test_norms_projection_and_retraction_filter_by_filter(shape, axis, axes):
+    w, z = random(shape, 1, 3.0), random(shape, 2)
+    projected, unit = np.empty(shape), np.empty(shape)
+    norms = []
+    for filter in filters_of(shape, axes):
+        norm = np.linalg.norm(w[filter].ravel())
+        norms.append(norm)
+        unit[filter] = w[filter] / norm
+        projected[filter] = z[filter] - np.vdot(unit[filter], z[filter]) * unit[filter]
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(np.ravel(filter_norms(w, axis)), norms, rtol=1e-14)
+        kept = filter_norms(w, axis, keepdims=True)
+        assert kept.shape == tuple(1 if a in axes else n for a, n in enumerate(shape))
+        np.testing.assert_allclose(tangent_projection(w, z, axis), projected, rtol=0, atol=1e-14)
+        np.testing.assert_allclose(retraction(w, axis), unit, rtol=1e-14)
+
+
+@pytest.mark.parametrize(("shape", "axis", "axes"), ARRAYS)
+def test_projection_is_tangent_and_idempotent(shape, axis, axes):
+    w, z = random(shape, 3), random(shape, 4)
+    with jax.enable_x64(True):
+        once = np.asarray(tangent_projection(w, z, axis))
+        twice = np.asarray(tangent_projection(w, once, axis))
+    for filter in filters_of(shape, axes):
+        assert abs(np.vdot(w[filter], once[filter])) < 1e-13
+    np.testing.assert_allclose(twice, once, rtol=0, atol=1e-14)
+    assert np.abs(once - z).max() > 0.1
+
+
+@pytest.mark.parametrize(("shape", "axis", "axes"), ARRAYS)
+def test_retraction_is_idempotent_and_of_first_order(shape, axis, axes):
+    del axes
+    with jax.enable_x64(True):
+        w = np.asarray(retraction(random(shape, 5), axis))
+        np.testing.assert_allclose(retraction(w, axis), w, rtol=0, atol=1e-15)
+        tangent = np.asarray(tangent_projection(w, random(shape, 6), axis))
+        errors = [
+            np.abs(np.asarray(retraction(w + t * tangent, axis)) - (w + t * tangent)).max()
+            for t in (1e-3, 1e-4)
+        ]
+    # R(w + tξ) = w + tξ + O(t²): a tenth of the step leaves a hundredth of the error.
+    assert 1e-9 < errors[0] < 1e-4
+    assert errors[0] / errors[1] == pytest.approx(100, rel=0.05)
+
+
+@pytest.mark.parametrize("function", [filter_norms, retraction])
+def test_a_batch_is_its_members(function):
+    batch = jnp.asarray(random((6, 12, 5), 7), jnp.float32)
+    alone = jnp.stack([function(w) for w in batch])
+    np.testing.assert_allclose(jax.vmap(function)(batch), alone, rtol=1e-6)
+
+
+def test_a_batch_of_projections_is_its_members():
+    w, z = (jnp.asarray(random((6, 3, 3, 2, 4), seed), jnp.float32) for seed in (8, 9))
+    alone = jnp.stack([tangent_projection(a, b) for a, b in zip(w, z, strict=True)])
+    np.testing.assert_allclose(jax.vmap(tangent_projection)(w, z), alone, atol=1e-6)
+
+
+def test_zero_filters_stay_zero_and_have_no_tangent_space():
+    w = jnp.asarray(random((6, 3)), jnp.float32).at[:, 1].set(0)
+    z = jnp.ones_like(w)
+    assert np.all(retraction(w)[:, 1] == 0)
+    assert np.all(tangent_projection(w, z)[:, 1] == z[:, 1])
+    assert np.all(np.isfinite(retraction(w)))
+    assert np.all(np.isfinite(tangent_projection(w, z)))
+
+
+def test_a_norm_out_of_range_is_not_taken_for_a_dead_filter():
+    w = jnp.array([[1e30, 1e-30, jnp.nan, 3.0], [0.0, 0.0, 0.0, 4.0]], jnp.float32)
+    unit = np.asarray(retraction(w))
+    assert np.isnan(unit[0, 0])
+    np.testing.assert_array_equal(unit[:, 1], w[:, 1])
+    assert np.isnan(unit[0, 2])
+    np.testing.assert_allclose(unit[:, 3], [0.6, 0.8], rtol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_computed_in_float32(dtype):
+    w, z = (jnp.asarray(random((784, 3), seed), dtype) for seed in (1, 2))
+    w64, z64 = np.asarray(w, np.float64), np.asarray(z, np.float64)
+    unit64 = w64 / np.linalg.norm(w64, axis=0)
+    projected64 = z64 - unit64 * (unit64 * z64).sum(0)
+    one_rounding = float(jnp.finfo(dtype).eps) / 2 * 1.001
+    unit, projected = retraction(w), tangent_projection(w, z)
+    assert unit.dtype == projected.dtype == dtype
+    assert filter_norms(w).dtype == jnp.float32
+    np.testing.assert_allclose(np.asarray(unit, float), unit64, rtol=one_rounding, atol=1e-6)
+    np.testing.assert_allclose(
+        np.asarray(projected, float), projected64, rtol=one_rounding, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((3, 3, 512, 8), (0, 1, 2)), ((8, 4608), (1,))])
+def test_wide_filters_are_normalised_to_rounding(shape, axis):
+    w = retraction(jnp.asarray(random(shape), jnp.float32), axis)
+    norms = np.sqrt((np.asarray(w, np.float64) ** 2).sum(axis))
+    np.testing.assert_allclose(norms, 1, rtol=0, atol=3e-7)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "complaint"),
+    [
+        ((), None, "two or more"),
+        ((64,), None, "two or more"),
+        ((), 0, "no filters over axis=0"),
+        ((3, 4), 2, "from -2 to 1"),
+        ((3, 4), -3, "from -2 to 1"),
+        ((3, 4), (0, 0), r"axis=\(0, 0\)"),
+        ((3, 4), (0, -2), r"axis=\(0, -2\)"),
+        ((3, 4), (), "different axes"),
+        ((3, 4), 1.0, "static_args"),
+        ((3, 4), "0", "integer"),
+    ],
+)
+def test_axes_that_name_no_filters_are_refused(shape, axis, complaint):
+    with pytest.raises(UserError, match=complaint) as caught:
+        geometry.filter_axes(shape, axis, "conv1/kernel")
+    assert "conv1/kernel" in str(caught.value)
+    assert str(shape) in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,100 @@
+"""Step by step agreement, in float64, with two libraries for optimisation on manifolds.
+
+The problem is a random dense layer (12 inputs, 5 filters) with a quadratic loss that is not
+invariant to scale, so that its gradient is far from tangent.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from unitnorm import updates
+
+STEPS, RATE = 50, 0.05
+
+
+def peer(name):
+    """A package of the extra `peers`, or a skip that says which."""
+    return pytest.importorskip(name, reason=f"needs {name}: pip install unitnorm[peers]")
+
+
+def problem():
+    random = np.random.default_rng(0)
+    start, target = random.normal(size=(2, 12, 5))
+    curvature = random.normal(size=(12, 12))
+    return start / np.linalg.norm(start, axis=0), curvature @ curvature.T / 12, target
+
+
+def ours(tx):
+    """Our filters after each step, shape (steps, 12, 5)."""
+    with jax.enable_x64(True):
+        start, curvature, target = map(jnp.asarray, problem())
+        w, state, path = start, tx.init(start), []
+        for _ in range(STEPS):
+            displacement, state = tx.update(curvature @ w - target, state, w)
+            w = optax.apply_updates(w, displacement)
+            path.append(np.asarray(w))
+    assert np.abs(path[-1] - path[0]).max() > 0.1
+    return np.stack(path)
+
+
+def geoopts(make_optimizer, prepare=None):
+    """Its filters after each step. There a filter is a row, so everything is transposed."""
+    geoopt, torch = peer("geoopt"), peer("torch")
+    start, curvature, target = (torch.tensor(a) for a in problem())
+    w = geoopt.ManifoldParameter(start.T.contiguous(), manifold=geoopt.Sphere())
+    optimizer = make_optimizer(geoopt.optim, [w])
+    if prepare:
+        prepare(optimizer.state[w])
+    path = []
+    for _ in range(STEPS):
+        w.grad = (curvature @ w.detach().T - target).T.contiguous()
+        optimizer.step()
+        path.append(w.detach().numpy().T.copy())
+    return np.stack(path)
+
+
+def test_un_is_geoopts_riemannian_sgd():
+    theirs = geoopts(lambda optim, w: optim.RiemannianSGD(w, lr=RATE))
+    np.testing.assert_allclose(ours(updates.un(RATE)), theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("update", "nesterov"), [(updates.un_momentum, False), (updates.un_nesterov, True)]
+)
+def test_momentum_is_geoopts_from_a_zero_buffer(update, nesterov):
+    torch = peer("torch")
+
+    def make_optimizer(optim, w):
+        return optim.RiemannianSGD(w, lr=RATE, momentum=0.9, nesterov=nesterov)
+
+    def zero_buffer(state):
+        state["momentum_buffer"] = torch.zeros(5, 12, dtype=torch.float64)
+
+    path = ours(update(RATE, 0.9))
+    theirs = geoopts(make_optimizer, zero_buffer)
+    np.testing.assert_allclose(path, theirs, rtol=0, atol=1e-12)
+    # Left alone, geoopt starts from the Euclidean gradient, and its first step is another.
+    assert np.abs(path[0] - geoopts(make_optimizer)[0]).max() > 1e-3
+
+
+def test_un_adam_is_geoopts_riemannian_adam():
+    theirs = geoopts(lambda optim, w: optim.RiemannianAdam(w, lr=RATE, eps=1e-8))
+    np.testing.assert_allclose(ours(updates.un_adam(RATE)), theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_un_is_descent_on_pymanopts_oblique_manifold(momentum):
+    manifold = peer("pymanopt").manifolds.Oblique(12, 5)
+    w, curvature, target = problem()
+    buffer, theirs = np.zeros_like(w), []
+    for _ in range(STEPS):
+        gradient = manifold.euclidean_to_riemannian_gradient(w, curvature @ w - target)
+        buffer = momentum * buffer + gradient
+        moved = manifold.retraction(w, -RATE * buffer)
+        w, buffer = moved, manifold.transport(w, moved, buffer)
+        theirs.append(w)
+    update = updates.un_momentum(RATE, momentum) if momentum else updates.un(RATE)
+    np.testing.assert_allclose(ours(update), np.stack(theirs), rtol=0, atol=1e-12)
