@@ -558,12 +558,15 @@ def test_filters_are_images_in_order_on_one_symmetric_scale():
     assert (left.get_title("left"), right.get_title("left")) == ("depth 4, B-SGD", "depth 4, UN")
     image = np.asarray(right.images[0].get_array())
     assert image.shape == (2 * 2 + 2, 3 * 3 + 2 * 2)  # 5 images in 2 rows and 3 columns
-    np.testing.assert_array_equal(image[0:2, 5:8], [[1, 2, 3], [4, 5, 6]])
-    assert (np.asarray(left.images[0].get_array())[4:6, 5:8] == -6).all()
+    # each filter divided by its norm: √91, and 6 √6
+    shown = image[0:2, 5:8] * 91**0.5
+    np.testing.assert_allclose(shown, [[1, 2, 3], [4, 5, 6]], rtol=1e-12)
+    flat = np.asarray(left.images[0].get_array())[4:6, 5:8]
+    np.testing.assert_allclose(flat, np.full((2, 3), -(6**-0.5)), rtol=1e-12)
     limits = {axis.images[0].get_clim() for axis in (left, right)}
     ((low, high),) = limits
     assert low == -high
-    assert 5 <= high <= 6
+    assert 5 / 91**0.5 <= high <= 6 / 91**0.5
 
 
 def test_filters_that_are_not_finite_are_grey_and_said_so():

@@ -91,7 +91,7 @@ def encode(figure: Figure) -> dict[str, bytes]:
     """A figure of this module as bytes by file ending, `png` and `svg`; no date, no version."""
     metadata: dict[str, dict] = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
     files = {}
-    with _settings():
+    with settings():
         for ending, without in metadata.items():
             content = io.BytesIO()
             figure.savefig(content, format=ending, dpi=PNG_DPI, metadata=without)
@@ -110,7 +110,7 @@ def curves(runs: pd.DataFrame, history: pd.DataFrame) -> Figure:
     history = history.assign(val_percent=100 * history["val_error"])
     depths, styles = history["depth"].unique(), style(history["update"])
     note = _curve_note("mean of the runs, where a run that has stopped keeps its last value", runs)
-    with _settings():
+    with settings():
         figure, axes = _grid(len(depths), 2, 1.9, _update_handles(styles), note, sharey="col")
         panels = [("val_percent", "validation error [%]"), ("train_loss", "training loss")]
         for (column, name), axis_column in zip(panels, axes.T, strict=True):
@@ -133,7 +133,7 @@ def learning_rates(runs: pd.DataFrame, history: pd.DataFrame) -> Figure:
     columns = min(2, len(depths))
     rows = math.ceil(len(depths) / columns)
     note = _curve_note("geometric mean, where a run that has stopped keeps its last rate", runs)
-    with _settings():
+    with settings():
         figure, axes = _grid(rows, columns, 2.1, _update_handles(styles), note)
         _scale(axes[0, 0], history, "lr")
         for depth, axis in _each(depths, axes):
@@ -169,7 +169,7 @@ def errors(runs: pd.DataFrame, paper: Paper = PAPER) -> Figure:
     if runs["failed"].any():
         note += " Diverged runs have no point and are not in the mean."
     lines = 2 + bool(runs["failed"].any()) + (len(updates) > _NARROW)
-    with _settings():
+    with settings():
         figure, axes = _grid(rows, columns, 2.7, handles, note, xlabel="", tick_lines=lines)
         for depth, axis in _each(depths, axes):
             _draw_errors(axis, runs[runs["depth"] == depth], updates, paper)
@@ -181,8 +181,10 @@ def errors(runs: pd.DataFrame, paper: Paper = PAPER) -> Figure:
 def filters(weights: Mapping[str, np.ndarray], image_shape: tuple[int, int], depth: int) -> Figure:
     """The first layer's filters of one run as images, the updates side by side.
 
+    Each filter is shown divided by its norm, which has no effect on what the network computes.
+
     Args:
-        weights: per update the filters, shape (filters, features), in the units of the weights.
+        weights: per update the filters, shape (filters, features).
         image_shape: rows and columns of an image; their product is the number of features.
         depth: of the network, for the title.
 
@@ -190,6 +192,7 @@ def filters(weights: Mapping[str, np.ndarray], image_shape: tuple[int, int], dep
         UserError: no filters, or filters that are not images of that shape.
     """
     updates = in_order(weights)
+    weights = {name: _unit(np.asarray(array, float)) for name, array in weights.items()}
     mosaics = {name: _mosaic(np.asarray(weights[name]), image_shape, name) for name in updates}
     every = np.concatenate([np.abs(np.asarray(weights[name], float)).ravel() for name in updates])
     finite = every[np.isfinite(every)]
@@ -204,7 +207,7 @@ def filters(weights: Mapping[str, np.ndarray], image_shape: tuple[int, int], dep
     side = (WIDTH - gap * (columns + 1)) / columns
     tall = side * height / width
     total = rows * (tall + title) + foot
-    with _settings():
+    with settings():
         figure = Figure(figsize=(WIDTH, total))
         for place, name in enumerate(updates):
             row, column = divmod(place, columns)
@@ -225,9 +228,15 @@ def filters(weights: Mapping[str, np.ndarray], image_shape: tuple[int, int], dep
         bar.grid(visible=False)
         bar.xaxis.set_major_locator(MaxNLocator(4, symmetric=True))
         bar.set_xlabel(
-            "weight; the same scale in every panel, 0.5 % of the weights beyond its ends"
+            "weight / norm of its filter; one scale, 0.5 % of the weights beyond its ends"
         )
         return figure
+
+
+def _unit(filters: np.ndarray) -> np.ndarray:
+    """Each row divided by its norm; a row of zeros stays."""
+    norms = np.linalg.norm(filters, axis=1, keepdims=True) if filters.ndim == 2 else 1.0
+    return filters / np.where(norms == 0, 1, norms)
 
 
 def _draw_curves(
@@ -466,7 +475,7 @@ def _handle(marker: str, **options: object) -> Line2D:
 
 
 @contextmanager
-def _settings() -> Iterator[None]:
+def settings() -> Iterator[None]:
     """The project's settings on top of matplotlib's own, for the time of one figure."""
     with mpl.style.context(["default", _SETTINGS]):
         yield
