@@ -21,13 +21,14 @@ import click
 
 import unitnorm
 from unitnorm.errors import UserError
+from unitnorm.segment.cli import segment
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from unitnorm.config import Config
     from unitnorm.data import Dataset
-    from unitnorm.experiment import Session
+    from unitnorm.experiment import Checkpoints, Session
     from unitnorm.records import Records
 
 DEFAULT_CONFIG = Path("configs/table2.toml")
@@ -35,7 +36,7 @@ INTERRUPTED = 130  # exit code after Ctrl-C or SIGTERM, everything saved
 
 
 class Group(click.Group):
-    """Prints a `UserError` as one line and keeps the order in which commands are written."""
+    """Prints a `UserError` or an interruption as one line; keeps the order of the commands."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
@@ -46,6 +47,10 @@ class Group(click.Group):
         except UserError as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            resume = shlex.join(["unitnorm", *(word for word in sys.argv[1:] if word != "--fresh")])
+            click.echo(f"interrupted; what is saved stays. Go on with: {resume}", err=True)
+            ctx.exit(INTERRUPTED)
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -78,8 +83,8 @@ def out_option(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
-def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What every command that trains takes."""
+def config_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What every command with a config takes."""
     options: list[Callable[..., Any]] = [
         click.option(
             "--config",
@@ -91,7 +96,6 @@ def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
         out_option,
         click.option("--depth", type=int, multiple=True, help="Depth to run; may be repeated."),
         click.option("--update", multiple=True, help="Update to run; may be repeated."),
-        click.option("--runs", type=int, help="Runs of each depth and update."),
         click.option("--seed", type=int, help="Seed of run 0; run k has seed + k."),
         click.option("--dataset", help="mnist, or the name of a prepared TFDS data set."),
         click.option("--data-dir", help="Folder with four IDX files of your own, raw or .gz."),
@@ -102,8 +106,28 @@ def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
             metavar="KEY=VALUE",
             help="Override any key of the config, for example --set loss.batch_size=50.",
         ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What every command that trains takes."""
+    options: list[Callable[..., Any]] = [
+        config_options,
+        click.option("--runs", type=int, help="Runs of each depth and update."),
         click.option(
-            "--fresh", is_flag=True, help="Start over: drop the records of the selected runs."
+            "--fresh",
+            is_flag=True,
+            help="Start over: drop the records and checkpoints of the selected runs.",
+        ),
+        click.option(
+            "--checkpoint-every",
+            type=click.FloatRange(0.0),
+            metavar="SECONDS",
+            help="Save the state at the end of an epoch, at most so often; 0: of every epoch.  "
+            "[default: 5; 0 with several processes]",
         ),
         click.option(
             "--devices",
@@ -111,7 +135,14 @@ def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="CPU devices to share the runs among.  [default: one per core]",
         ),
         click.option(
-            "--coordinator", metavar="HOST:PORT", help="Several processes: where to meet."
+            "--distributed",
+            is_flag=True,
+            help="Several processes, as Slurm, Kubernetes, Open MPI or a TPU pod has started them.",
+        ),
+        click.option(
+            "--coordinator",
+            metavar="HOST:PORT",
+            help="Several processes: where to meet, on the host of process 0.",
         ),
         click.option("--processes", type=click.IntRange(1), help="Several processes: how many."),
         click.option("--process", type=click.IntRange(0), help="Several processes: which this is."),
@@ -148,6 +179,7 @@ class Job:
             entry["rows"] += commands.pop()["rows"]
         commands.append(entry)
         records.write(self.out, self.records)
+        self.session.checkpoints.drop(recorded(self.records))
 
 
 def command_line() -> str:
@@ -187,7 +219,9 @@ def read_config(
 def opened(
     out: Path,
     fresh: bool,
+    checkpoint_every: float | None,
     devices: int | None,
+    distributed: bool,
     coordinator: str | None,
     processes: int | None,
     process: int | None,
@@ -195,39 +229,96 @@ def opened(
 ) -> Iterator[Job]:
     """Check everything, lock the results folder and show progress; the frame of every training."""
     started = time.time()
-    config = read_config(**config_options)
-    from unitnorm import devices as device_setup
-
-    device_setup.prepare(devices, coordinator, processes, process)
-    from rich.console import Console
-
-    from unitnorm import checkpoints, data, experiment, progress, records
-
-    is_first = device_setup.is_first_process()
-    console = Console(stderr=False, quiet=not is_first)
-    dataset = data.load(config.data.dataset, config.data.data_dir)
-    config.check_images(len(dataset.train_labels))
     with contextlib.ExitStack() as stack:
-        if is_first:
-            stack.enter_context(records.locked(out))
-        device_setup.wait_for_all("folder opened")
-        known = records.read(out)
-        known = matching(known, config, dataset, out, fresh)
         stopping = stack.enter_context(interruptible())
+        config = read_config(**config_options)
+        from rich.console import Console
+
+        from unitnorm import data, experiment, progress, records
+        from unitnorm import devices as device_setup
+        from unitnorm.checkpoints import EVERY_S, Folder, Nowhere
+
+        stack.enter_context(as_interruption(experiment.Interrupted))
+        stack.enter_context(device_setup.together((experiment.Interrupted,)))
+        device_setup.prepare(devices, coordinator, processes, process, detect=distributed)
+        is_first = device_setup.is_first_process()
+        console = Console(stderr=False, quiet=not is_first)
+
+        def say(text: str) -> None:
+            console.print(text, highlight=False, soft_wrap=True)
+
+        def load() -> Dataset:
+            dataset = data.load(config.data.dataset, config.data.data_dir)
+            config.check_images(len(dataset.train_labels))
+            return dataset
+
+        dataset = device_setup.in_all(load)
+        asked = config.model_dump_json(exclude={"data": {"data_dir"}})
+        identity = " ".join([asked, dataset.sha256, experiment.code()])
+        device_setup.check_same("config, data set or version of unitnorm", identity)
+        checkpoints: Checkpoints = Nowhere()
+
+        def open_folder() -> Records:
+            nonlocal checkpoints
+            if not is_first:
+                return records.Records()
+            stack.enter_context(records.locked(out))
+            known = matching(records.read(out), config, dataset, out, fresh)
+            every_s = checkpoint_every
+            if every_s is None:  # one of several processes can die at any time, and take all along
+                every_s = 0.0 if device_setup.several() else EVERY_S
+            folder = Folder(out / ".checkpoints", every_s=every_s, say=say)
+            stack.callback(folder.close)
+            checkpoints = folder
+            start_over(out, known, config, checkpoints, fresh)
+            return known
+
+        known = device_setup.in_all(open_folder)
+        told = device_setup.text_from_first(records.to_text(known))
         session = experiment.Session(
             report=stack.enter_context(progress.shown(console)),
-            say=lambda text: console.print(text, highlight=False, soft_wrap=True),
-            checkpoints=checkpoints.Folder(out / ".checkpoints", fresh=fresh),
+            say=say,
+            checkpoints=checkpoints,
             interrupted=lambda: stopping.is_set,
         )
+        known = known if is_first else records.from_text(told)
         job = Job(config, dataset, out, known, session, console, started, is_first)
-        try:
-            yield job
-        except experiment.Interrupted:
-            resume = [word for word in sys.argv[1:] if word != "--fresh"]
-            again = shlex.join(["unitnorm", *resume])
-            click.echo(f"interrupted; everything is saved. Go on with: {again}", err=True)
-            sys.exit(INTERRUPTED)
+        stopping.after_the_epoch = True
+        yield job
+
+
+@contextlib.contextmanager
+def as_interruption(stopped: type[Exception]) -> Iterator[None]:
+    """Turn the end that was asked for into what the command ends with."""
+    try:
+        yield
+    except stopped:
+        raise KeyboardInterrupt from None
+
+
+def start_over(
+    out: Path, known: Records, config: Config, checkpoints: Checkpoints, fresh: bool
+) -> None:
+    """Remove the checkpoints that are of no use any more and, if asked, the selected runs.
+
+    They go from the disk at once: an interrupted command is repeated without --fresh.
+    """
+    from unitnorm import records
+
+    done = recorded(known)
+    if fresh:
+        cells = records.cells(config.depths, config.updates, config.runs)
+        done |= {name for table in ("sweep", "runs") for name in records.names(table, cells)}
+        if (out / records.PROVENANCE).exists():
+            records.write(out, known)
+    checkpoints.drop(done)
+
+
+def recorded(known: Records) -> set[str]:
+    """The names of the recorded runs and sweeps, which need no checkpoint."""
+    from unitnorm import records
+
+    return records.names("sweep", known.sweep) | records.names("runs", known.runs)
 
 
 def matching(known: Records, config: Config, dataset: Dataset, out: Path, fresh: bool) -> Records:
@@ -241,11 +332,12 @@ def matching(known: Records, config: Config, dataset: Dataset, out: Path, fresh:
         known = records.drop(known, cells)
     if known.provenance and not known.is_empty():
         for key, what in (("config_sha256", "config"), ("data", "data set")):
-            if known.provenance.get(key) != expected[key]:
+            if known.provenance[key] != expected[key]:
+                hint = "" if fresh else ", or start over with --fresh"
                 raise UserError(
-                    f"{out}: holds records of another {what}"
-                    f"{difference(known.provenance.get('config'), expected['config'])}; give "
-                    "another --out, or start over with --fresh"
+                    f"{out}: holds records of {'other runs with ' if fresh else ''}another {what}"
+                    f"{difference(known.provenance['config'], expected['config'])}; give "
+                    f"another --out{hint}"
                 )
     else:
         known.provenance = expected
@@ -265,27 +357,29 @@ def difference(old: Any, new: dict[str, Any], prefix: str = "") -> str:
     return ""
 
 
-class StopFlag:
-    """Set by Ctrl-C or SIGTERM; looked at after each epoch."""
+@dataclass
+class Stopping:
+    """What Ctrl-C and SIGTERM do: stop at once, or set `is_set`, looked at after each epoch."""
 
-    is_set = False
+    is_set: bool = False
+    after_the_epoch: bool = False
 
 
 @contextlib.contextmanager
-def interruptible() -> Iterator[StopFlag]:
-    """Turn the first Ctrl-C or SIGTERM into a request to stop after the epoch."""
-    flag = StopFlag()
+def interruptible() -> Iterator[Stopping]:
+    """Turn Ctrl-C or SIGTERM into a KeyboardInterrupt, or into a request to stop."""
+    stopping = Stopping()
 
     def request(number: int, _: Any) -> None:
-        if flag.is_set and number == signal.SIGINT:
-            raise KeyboardInterrupt  # asked twice: at once, with the last saved epoch
-        flag.is_set = True
+        if not stopping.after_the_epoch or (stopping.is_set and number == signal.SIGINT):
+            raise KeyboardInterrupt  # nothing to lose yet, or asked twice
+        stopping.is_set = True
         click.echo("stopping after this epoch …", err=True)
 
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, request) for number in numbers]
     try:
-        yield flag
+        yield stopping
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
@@ -351,6 +445,88 @@ def reproduce(**options: Any) -> None:
         do_report(options["out"])
 
 
+@main.command()
+@config_options
+@click.option(
+    "--rate",
+    type=float,
+    help="Learning rate.  [default: the config's largest candidate, 0.01 in Table 2]",
+)
+@click.option(
+    "--steps",
+    type=click.IntRange(1, 1_000_000),
+    default=1000,
+    show_default=True,
+    help="Length of the trajectories.",
+)
+@click.option(
+    "--epochs",
+    type=click.IntRange(1, 1000),
+    default=5,
+    show_default=True,
+    help="Length of the training whose row norms are recorded.",
+)
+def symmetry(out: Path, rate: float | None, steps: int, epochs: int, **options: Any) -> None:
+    """Scale every filter: what becomes of loss, gradient, training and row norms?
+
+    Shows the symmetry, and which updates respect it, on real mini-batches (sections 2 and 3 of the
+    paper), on CPU and in float64. Follows every update unless --update names some. Writes to
+    OUT/symmetry.
+
+    \b
+    Example
+      unitnorm symmetry --depth 2
+    """
+    do_symmetry(out, rate, steps, epochs, **options)
+
+
+@main.command()
+@out_option
+@click.option("--scaling", is_flag=True, help="Cost and memory against runs, depth and devices.")
+@click.option("--startup", is_flag=True, help="The time from typing a command to its first epoch.")
+@click.option("--depth", type=click.IntRange(1, 64), multiple=True, help="Depth to compare at.")
+@click.option("--rounds", type=click.IntRange(1, 50), help="Repetitions.  [default: 7, else 3]")
+@click.option("--quick", is_flag=True, help="A tenth of the images and 2 rounds: a first look.")
+def bench(
+    out: Path,
+    scaling: bool,
+    startup: bool,
+    depth: tuple[int, ...],
+    rounds: int | None,
+    quick: bool,
+) -> None:
+    """Training speed beside geoopt, PyTorch, plain optax and the machine's limits.
+
+    Takes turns among them, each in a process of its own; writes to OUT/bench. The machine should
+    have nothing else to do.
+
+    \b
+    Example
+      pip install "unitnorm[bench]"
+      unitnorm bench
+    """
+    do_bench(out, "scaling" if scaling else "startup" if startup else "", depth, rounds, quick)
+
+
+@main.command()
+@out_option
+@click.option("--depth", type=int, help="Depth of the run.  [default: the first recorded]")
+@click.option("--update", help="Update of the run.  [default: the first recorded]")
+@click.option("--run", type=int, help="Number of the run.  [default: the first recorded]")
+@click.option("--data-dir", help="Folder with the IDX files, if the records are of such.")
+def verify(out: Path, **run: Any) -> None:
+    """Compute a recorded run again and say whether every bit matches.
+
+    Hashes the records and the data as well. Exit code 0 if all match, 1 if not.
+
+    \b
+    Example
+      unitnorm verify --depth 4 --update un --run 0
+    """
+    if not do_verify(out, **run):
+        sys.exit(1)
+
+
 def do_sweep(job: Job) -> None:
     """Sweep what has no rate yet, and record it."""
     from unitnorm import experiment, records
@@ -381,20 +557,58 @@ def do_train(job: Job) -> None:
         job.store(len(trained.runs))
 
 
+def do_verify(
+    out: Path, depth: int | None, update: str | None, run: int | None, data_dir: str | None
+) -> bool:
+    """Print every check and whether all match."""
+    from unitnorm import devices
+
+    devices.prepare()
+    from rich.console import Console
+
+    from unitnorm import data, experiment, progress, records, verify
+    from unitnorm.checkpoints import Nowhere
+
+    known = records.read_alone(out)
+    group = verify.choose(known, depth, update, run)
+    dataset = data.load(known.provenance["config"]["data"]["dataset"], data_dir)
+    click.echo(f"records: {len(known.provenance['files'])} files with the SHA-256 recorded")
+    same = True
+    with progress.shown(Console(stderr=True)) as report:
+        session = experiment.Session(report, click.echo, Nowhere(), lambda: False)
+        for check in verify.verify(known, dataset, group, session):
+            click.echo(f"{check.what}: {check.found}")
+            same = same and check.matches
+    named = f"depth {group.depth}, {group.updates[0]}, run {group.runs[0]}"
+    click.echo(f"{named}: {'verified' if same else 'DOES NOT MATCH its record'}")
+    note = verify.elsewhere(known.provenance)
+    if note:
+        click.echo(f"note: recorded elsewhere, where other bits are to be expected: {note}")
+    return same
+
+
+def is_the_papers(provenance: dict[str, Any]) -> bool:
+    """Whether records may stand beside the paper's: its protocol, from any seed, on MNIST."""
+    from unitnorm.config import Config
+
+    mine = provenance["config"] | {"seed": 0}
+    return provenance["data"]["name"] == "mnist" and mine == Config().protocol()
+
+
 def do_report(out: Path) -> None:
     """Print the report and write its files."""
     from rich.console import Console
 
     from unitnorm import records, report
 
-    with records.locked(out):
+    with records.locked(out, make=False):
         known = records.read(out)
         if known.runs.empty:
             raise UserError(
                 f"{out}: no records of trained runs here; run `unitnorm train --out {out}` first"
             )
         image_shape = tuple(known.provenance["data"]["image_shape"])
-        paper = report.PAPER if known.provenance["data"]["name"] == "mnist" else {}
+        paper = report.PAPER if is_the_papers(known.provenance) else {}
         files = report.build(
             known.runs, known.history, known.sweep, known.filters, image_shape, paper
         )
@@ -402,3 +616,74 @@ def do_report(out: Path) -> None:
     console = Console()
     console.print(report.terminal(known.runs, paper))
     console.print(f"{len(files)} files in {out}{os.sep}", highlight=False)
+
+
+def do_symmetry(
+    out: Path, rate: float | None, steps: int, epochs: int, **config_options: Any
+) -> None:
+    """Measure, print the table and write the files."""
+    with interruptible():
+        config = read_config(runs=None, **config_options)
+        from unitnorm import devices
+
+        devices.prepare()
+        from rich.console import Console
+
+        from unitnorm import data, records
+        from unitnorm.symmetry import run
+        from unitnorm.updates import UPDATES
+
+        console = Console()
+        updates = config.updates if config_options["update"] else list(UPDATES)
+        dataset = data.load(config.data.dataset, config.data.data_dir)
+        config.check_images(len(dataset.train_labels))
+        with records.locked(out):
+            with console.status("measuring") as status:
+                result = run(config, dataset, updates, rate, steps, epochs, status.update)
+            records.write_files(out, result.files)
+    console.print(result.shown)
+    console.print(f"{len(result.files)} files in {out / 'symmetry'}{os.sep}", highlight=False)
+
+
+def do_bench(
+    out: Path, what: str, depths: tuple[int, ...], rounds: int | None, quick: bool
+) -> None:
+    """Measure, print the table and write the files."""
+    from rich.console import Console
+
+    from unitnorm import records
+    from unitnorm.bench import compare, measure, scaling, startup
+
+    started = time.time()
+    console = Console()
+    images = compare.IMAGES // 10 if quick else compare.IMAGES
+    rounds = rounds or (2 if quick else 3 if what else 7)
+    with records.locked(out):
+        with console.status("") as status:
+            say = status.update
+            if what == "scaling":
+                frame, device = scaling.scaling(
+                    scaling.points(measure.cores()), rounds, images, say=say
+                )
+            elif what == "startup":
+                frame = startup.startup(rounds, say=say)
+            else:
+                compared = compare.compare(depths or (2, 4), rounds, images, say=say)
+        done = measure.provenance(command_line(), started, time.time() - started)
+        if what == "scaling":
+            shown, lines = scaling.table(frame), scaling.growth(frame)
+            files = scaling.files(frame, device, rounds, done)
+        elif what == "startup":
+            shown, lines = startup.table(frame), []
+            files = startup.files(frame, rounds, done)
+        else:
+            shown, lines = compare.table(compared), compare.remarks(compared)
+            files = compare.files(compared, done)
+        records.write_files(out, files)
+    console.print(shown)
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
+    console.print(f"{len(files)} files in {out / 'bench'}{os.sep}", highlight=False)
+
+
+main.add_command(segment)

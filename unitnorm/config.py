@@ -11,7 +11,7 @@ import hashlib
 import json
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, overload
 
 import pydantic
 from pydantic import ConfigDict, Field, field_validator, model_validator
@@ -26,6 +26,9 @@ class Section(pydantic.BaseModel):
     """Strict by default: an unknown key or a wrong type is an error, never ignored."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+Schema = TypeVar("Schema", bound=Section)
 
 
 class Data(Section):
@@ -196,7 +199,17 @@ class Config(Section):
                 )
 
 
-def load(path: str | Path | None = None, overrides: dict[str, Any] | None = None) -> Config:
+@overload
+def load(path: str | Path | None = None, overrides: dict[str, Any] | None = None) -> Config: ...
+@overload
+def load(
+    path: str | Path | None, overrides: dict[str, Any] | None, schema: type[Schema]
+) -> Schema: ...
+def load(
+    path: str | Path | None = None,
+    overrides: dict[str, Any] | None = None,
+    schema: type[Section] = Config,
+) -> Section:
     """Read a TOML file (None: the defaults), put `overrides` (dotted key → value) on top, check.
 
     Raises:
@@ -220,19 +233,23 @@ def load(path: str | Path | None = None, overrides: dict[str, Any] | None = None
     for key, value in (overrides or {}).items():
         _put(values, key, value)
     where = f"config {path}" if path is not None else "config"
-    return parse(values, where)
+    return parse(values, where, schema)
 
 
-def parse(values: dict[str, Any], where: str = "config") -> Config:
+@overload
+def parse(values: dict[str, Any], where: str = "config") -> Config: ...
+@overload
+def parse(values: dict[str, Any], where: str, schema: type[Schema]) -> Schema: ...
+def parse(values: dict[str, Any], where: str = "config", schema: type[Section] = Config) -> Section:
     """Check a mapping against the schema.
 
     Raises:
       UserError: as `load`.
     """
     try:
-        return Config.model_validate(values)
+        return schema.model_validate(values)
     except pydantic.ValidationError as error:
-        raise UserError(f"{where}: {_explain(error)}") from None
+        raise UserError(f"{where}: {_explain(error, schema)}") from None
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -263,14 +280,14 @@ def _put(values: dict[str, Any], key: str, value: Any) -> None:
     values[last] = value
 
 
-def _explain(error: pydantic.ValidationError) -> str:
+def _explain(error: pydantic.ValidationError, schema: type[Section]) -> str:
     """The first fault in one line: key, value, what is allowed."""
     faults = error.errors(include_url=False)
     fault = faults[0]
     key = ".".join(str(part) for part in fault["loc"]) or "the file"
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
     if fault["type"] == "extra_forbidden":
-        section: Any = Config
+        section: Any = schema
         for part in fault["loc"][:-1]:
             section = section.model_fields[str(part)].annotation
         return f"unknown key {key}; allowed: {', '.join(section.model_fields)}{more}"

@@ -8,13 +8,15 @@ outside is a `Session`: where to report progress, keep checkpoints and hear of a
 from __future__ import annotations
 
 import datetime
+import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,7 +25,8 @@ import jax
 import numpy as np
 import pandas as pd
 
-from unitnorm import protocol, records, training
+from unitnorm import devices, protocol, records, training
+from unitnorm.checkpoints import Part
 from unitnorm.config import Config
 from unitnorm.data import Dataset
 from unitnorm.errors import UserError
@@ -53,11 +56,17 @@ class EpochReport:
 class Checkpoints(Protocol):
     """Keeps the state of a program from epoch to epoch; see `unitnorm.checkpoints`."""
 
-    def restore(self, name: str, fingerprint: str, state: Any) -> Any:
-        """The saved state in the shape of `state`, or `state` itself if none was saved."""
+    def restore(self, part: Part, like: Any) -> Any | None:
+        """The saved state, a tree of NumPy arrays like `like`; None if none was saved."""
 
-    def save(self, name: str, fingerprint: str, state: Any, *, last: bool) -> None:
-        """Keep the state after an epoch; `last` forces it to the disk before returning."""
+    def due(self) -> bool:
+        """It is time to save."""
+
+    def save(self, part: Part, state: Any, *, wait: bool) -> None:
+        """Keep the state after an epoch; `wait`: it is on the disk before this returns."""
+
+    def drop(self, covers: Iterable[str]) -> None:
+        """Remove what was saved of runs with these names (`records.names`)."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,11 @@ class Group:
     updates: tuple[str, ...]
     runs: tuple[int, ...]
 
+    def cells(self) -> pd.DataFrame:
+        """One row per depth, update and run."""
+        product = itertools.product([self.depth], self.updates, self.runs)
+        return pd.DataFrame(list(product), columns=records.CELL)
+
 
 def run_sweep(
     config: Config, data: Dataset, known: Records, session: Session
@@ -90,42 +104,47 @@ def run_sweep(
     Raises:
       Interrupted: after saving a checkpoint.
     """
-    rates = np.asarray(config.sweep.rates)
     for group in missing(config, known.sweep):
-        title = f"sweep depth {group.depth}"
-        seeds = np.repeat([config.seed + run for run in group.runs], len(rates))
-        program = make_program(len(seeds), config, data, group, training.sweep_phase(config))
-        grid = np.tile(rates[:, None], (len(group.runs), len(group.updates)))
-        finished = train_all(program, seeds, grid, title, config, data, session)
-        rows = []
-        for update, run in zip(group.updates, finished, strict=True):
-            shape = (len(group.runs), len(rates))
-            val_error = last(run.history.val_error, run.epoch).reshape(shape)
-            val_error = exact(val_error, config.sweep.validation_images)
-            loss = last(run.history.train_loss, run.epoch).reshape(shape)
-            first = run.history.train_loss[:, 0].reshape(shape)
-            diverged = np.asarray(
-                protocol.has_diverged(
-                    loss, first, val_error, diverged_error=config.stopping.diverged_error
-                )
+        yield sweep_group(config, data, group, session)
+
+
+def sweep_group(config: Config, data: Dataset, group: Group, session: Session) -> pd.DataFrame:
+    """The sweep of one group of runs, as rows of `records.SWEEP`."""
+    rates = np.asarray(config.sweep.rates)
+    seeds = np.repeat([config.seed + run for run in group.runs], len(rates))
+    program = make_program(len(seeds), config, data, group, training.sweep_phase(config))
+    grid = np.tile(rates[:, None], (len(group.runs), len(group.updates)))
+    part = part_of("sweep", group, seeds, grid, config, data)
+    finished = train_all(program, seeds, grid, part, session)
+    rows = []
+    for update, run in zip(group.updates, finished, strict=True):
+        shape = (len(group.runs), len(rates))
+        val_error = last(run.history.val_error, run.epoch).reshape(shape)
+        val_error = exact(val_error, config.sweep.validation_images)
+        loss = last(run.history.train_loss, run.epoch).reshape(shape)
+        first = run.history.train_loss[:, 0].reshape(shape)
+        diverged = np.asarray(
+            protocol.has_diverged(
+                loss, first, val_error, diverged_error=config.stopping.diverged_error
             )
-            chosen = np.asarray(protocol.choose_rate(rates, val_error, diverged))
-            rows += [
-                {
-                    "depth": group.depth,
-                    "update": update,
-                    "run": number,
-                    "seed": config.seed + number,
-                    "base_lr": rate,
-                    "val_error": val_error[i, j],
-                    "train_loss": loss[i, j],
-                    "diverged": diverged[i, j],
-                    "chosen": j == chosen[i],
-                }
-                for i, number in enumerate(group.runs)
-                for j, rate in enumerate(rates)
-            ]
-        yield records.frame("sweep", rows)
+        )
+        chosen = np.asarray(protocol.choose_rate(rates, val_error, diverged))
+        rows += [
+            {
+                "depth": group.depth,
+                "update": update,
+                "run": number,
+                "seed": config.seed + number,
+                "base_lr": rate,
+                "val_error": val_error[i, j],
+                "train_loss": loss[i, j],
+                "diverged": diverged[i, j],
+                "chosen": j == chosen[i],
+            }
+            for i, number in enumerate(group.runs)
+            for j, rate in enumerate(rates)
+        ]
+    return records.frame("sweep", rows)
 
 
 @dataclass(frozen=True)
@@ -147,59 +166,64 @@ def run_training(
       UserError: a run has no row in the sweep.
     """
     for group in missing(config, known.runs):
-        seeds = np.asarray([config.seed + run for run in group.runs])
-        program = make_program(len(seeds), config, data, group, training.train_phase(config))
-        rates = base_rates(known.sweep, group)
-        title = f"train depth {group.depth}"
-        finished = train_all(program, seeds, rates, title, config, data, session)
-        test_errors = to_host(program.test_error(finished.on_device))
-        run_rows, history_rows, filters = [], [], {}
-        for column, update in enumerate(group.updates):
-            run = finished[column]
-            history = run.history._replace(
-                train_error=exact(run.history.train_error, config.train.train_images),
-                val_error=exact(run.history.val_error, config.train.validation_images),
-            )
-            test_error = exact(test_errors[column], len(data.test_labels))
-            val_error = last(history.val_error, run.epoch)
-            loss = last(history.train_loss, run.epoch)
-            diverged = np.asarray(
-                protocol.has_diverged(
-                    loss,
-                    history.train_loss[:, 0],
-                    val_error,
-                    diverged_error=config.stopping.diverged_error,
-                )
-            )
-            if group.runs[0] == 0:
-                filters[group.depth, update] = np.asarray(training.filters(run.params)[0][0])
-            for i, number in enumerate(group.runs):
-                name = {"depth": group.depth, "update": update, "run": number}
-                trained = run.epoch[i] > 0
-                run_rows.append(
-                    {
-                        **name,
-                        "seed": seeds[i],
-                        "base_lr": rates[i, column],
-                        "epochs": run.epoch[i],
-                        "train_loss": loss[i],
-                        "val_error": val_error[i],
-                        "test_error": test_error[i] if trained else np.nan,
-                        "diverged": diverged[i],
-                        "stop_reason": protocol.STOP_REASONS[run.reason[i]],
-                    }
-                )
-                history_rows += [
-                    {
-                        **name,
-                        "epoch": epoch + 1,
-                        **{key: values[i, epoch] for key, values in history._asdict().items()},
-                    }
-                    for epoch in range(run.epoch[i])
-                ]
-        yield Trained(
-            records.frame("runs", run_rows), records.frame("history", history_rows), filters
+        yield train_group(config, data, group, known.sweep, session)
+
+
+def train_group(
+    config: Config, data: Dataset, group: Group, sweep: pd.DataFrame, session: Session
+) -> Trained:
+    """The full training of one group of runs, at their rates from `sweep`."""
+    seeds = np.asarray([config.seed + run for run in group.runs])
+    program = make_program(len(seeds), config, data, group, training.train_phase(config))
+    rates = base_rates(sweep, group)
+    part = part_of("runs", group, seeds, rates, config, data)
+    finished = train_all(program, seeds, rates, part, session)
+    test_errors = to_host(program.test_error(finished.on_device))
+    run_rows, history_rows, filters = [], [], {}
+    for column, update in enumerate(group.updates):
+        run = finished[column]
+        history = run.history._replace(
+            train_error=exact(run.history.train_error, config.train.train_images),
+            val_error=exact(run.history.val_error, config.train.validation_images),
         )
+        test_error = exact(test_errors[column], len(data.test_labels))
+        val_error = last(history.val_error, run.epoch)
+        loss = last(history.train_loss, run.epoch)
+        diverged = np.asarray(
+            protocol.has_diverged(
+                loss,
+                history.train_loss[:, 0],
+                val_error,
+                diverged_error=config.stopping.diverged_error,
+            )
+        )
+        if group.runs[0] == 0:
+            filters[group.depth, update] = np.asarray(training.filters(run.params)[0][0])
+        for i, number in enumerate(group.runs):
+            name = {"depth": group.depth, "update": update, "run": number}
+            trained = run.epoch[i] > 0
+            run_rows.append(
+                {
+                    **name,
+                    "seed": seeds[i],
+                    "base_lr": rates[i, column],
+                    "epochs": run.epoch[i],
+                    "train_loss": loss[i],
+                    "val_error": val_error[i],
+                    "test_error": test_error[i] if trained else np.nan,
+                    "diverged": diverged[i],
+                    "stop_reason": protocol.STOP_REASONS[run.reason[i]],
+                }
+            )
+            history_rows += [
+                {
+                    **name,
+                    "epoch": epoch + 1,
+                    **{key: values[i, epoch] for key, values in history._asdict().items()},
+                }
+                for epoch in range(run.epoch[i])
+            ]
+    return Trained(records.frame("runs", run_rows), records.frame("history", history_rows), filters)
 
 
 class Finished(tuple):
@@ -209,22 +233,21 @@ class Finished(tuple):
 
 
 def train_all(
-    program: training.Program,
-    seeds: np.ndarray,
-    rates: np.ndarray,
-    title: str,
-    config: Config,
-    data: Dataset,
-    session: Session,
+    program: training.Program, seeds: np.ndarray, rates: np.ndarray, part: Part, session: Session
 ) -> Finished:
     """Epoch after epoch until every run has ended, from a checkpoint if there is one."""
     splits, runs = program.init(seeds, rates)
-    identity = [config.fingerprint(), data.sha256, title, program.updates, seeds, rates]
-    fingerprint = fingerprint_of(identity)
-    name = title.replace(" ", "-")
-    runs = session.checkpoints.restore(name, fingerprint, runs)
-    samples = len(seeds) * len(program.updates) * program.phase.train_images
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(seeds), *x.shape[1:]), x.dtype), runs)
+    saved = devices.from_first(session.checkpoints.restore(part, like), like)
+    if saved is not None:
+        runs = put_back(saved, runs)
     status = Status.of(runs, len(seeds))
+    if saved is not None:
+        session.say(f"{part.title}: going on after epoch {status.epoch}")
+    samples = len(seeds) * len(program.updates) * program.phase.train_images
+    (stopping,) = devices.any_process(session.interrupted())
+    if stopping and status.active:
+        raise Interrupted
     while status.active:
         start = time.perf_counter()
         runs = program.epoch(splits, runs, program.images)
@@ -232,7 +255,7 @@ def train_all(
         seconds = time.perf_counter() - start
         session.report(
             EpochReport(
-                title,
+                part.title,
                 status.epoch,
                 program.phase.max_epochs,
                 status.active,
@@ -242,13 +265,45 @@ def train_all(
                 seconds,
             )
         )
-        stopping = session.interrupted()
-        session.checkpoints.save(name, fingerprint, runs, last=stopping or not status.active)
+        stopping, due = devices.any_process(session.interrupted(), session.checkpoints.due())
+        if stopping or (due and status.active):
+            session.checkpoints.save(part, take_out(runs, len(seeds)), wait=stopping)
         if stopping:
             raise Interrupted
-    finished = Finished(jax.tree.map(lambda x: x[: len(seeds)], to_host(runs)))
+    finished = Finished(take_out(runs, len(seeds)))
     finished.on_device = runs
     return finished
+
+
+def part_of(
+    table: str, group: Group, seeds: np.ndarray, rates: np.ndarray, config: Config, data: Dataset
+) -> Part:
+    """What a group's program is called, and what its state must not be mixed with."""
+    versions = [importlib.metadata.version(name) for name in VERSIONS]
+    platform_name = jax.devices()[0].platform
+    identity = [config.fingerprint(), data.sha256, code(), *versions, platform_name]
+    return Part(
+        title=f"{'train' if table == 'runs' else table} depth {group.depth}",
+        fingerprint=fingerprint_of([table, *identity, group.updates, seeds, rates]),
+        covers=tuple(sorted(records.names(table, group.cells()))),
+    )
+
+
+def take_out(tree: Any, count: int) -> Any:
+    """The first `count` seeds on the host: copies, which a later epoch leaves alone."""
+    return jax.tree.map(lambda x: np.array(x[:count]), to_host(tree))
+
+
+def put_back(saved: Any, runs: Any) -> Any:
+    """The saved seeds in place of the first of `runs`; the padding depends on the devices."""
+    whole = jax.tree.map(
+        lambda new, old: np.concatenate([new, old[len(new) :]]), saved, to_host(runs)
+    )
+    return jax.tree.map(
+        lambda x, on: jax.make_array_from_callback(x.shape, on.sharding, lambda index: x[index]),
+        whole,
+        runs,
+    )
 
 
 @dataclass(frozen=True)
@@ -361,6 +416,16 @@ def fingerprint_of(parts: list[Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+@functools.cache
+def code() -> str:
+    """SHA-256 of this package's source: a state of other code is not gone on with."""
+    digest = hashlib.sha256()
+    folder = Path(__file__).parent
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(f"\n{path.relative_to(folder)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
 # ---------------------------------------------------------------- provenance
 
 
@@ -394,11 +459,12 @@ def command_entry(command: str, started: float, wall_s: float, rows: int) -> dic
 
 def device() -> dict[str, Any]:
     """The devices that JAX computes on."""
-    devices = jax.devices()
+    found = jax.devices()
+    kind = found[0].device_kind
     return {
-        "platform": devices[0].platform,
-        "kind": devices[0].device_kind,
-        "count": len(devices),
+        "platform": found[0].platform,
+        "kind": devices.cpu_model() if kind == "cpu" else kind,
+        "count": len(found),
         "processes": jax.process_count(),
         "machine": platform.machine(),
     }

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pydantic
 import safetensors.numpy
 
 from unitnorm.errors import UserError
@@ -54,7 +55,34 @@ CELL = ["depth", "update", "run"]  # what names a run in every table
 _DTYPES = {"i": "int64", "f": "float64", "b": "bool", "s": "object"}
 _STAGED, _VALID = ".records-staged", ".records-valid"
 PROVENANCE, FILTERS = "provenance.json", "filters.safetensors"
-REPAIR = "restore the folder from a copy, or start over with --fresh or another --out"
+REPAIR = "restore the folder from a copy, or give another --out"
+
+
+class _Part(pydantic.BaseModel):
+    """A part of provenance.json: the keys that are relied on; others may stand beside them."""
+
+    model_config = pydantic.ConfigDict(extra="allow", strict=True)
+
+
+class _Data(_Part):
+    name: str
+    sha256: str
+    image_shape: list[int]
+
+
+class _Command(_Part):
+    started: str
+    rows: int
+    versions: dict[str, str]
+    device: dict[str, Any]
+
+
+class _Provenance(_Part):
+    config: dict[str, Any]
+    config_sha256: str
+    data: _Data
+    commands: list[_Command]
+    files: dict[str, str]
 
 
 @dataclass
@@ -93,6 +121,12 @@ def drop(records: Records, selected: pd.DataFrame) -> Records:
     )
 
 
+def names(table: str, cells: pd.DataFrame) -> set[str]:
+    """What the runs of `cells` are called in a table, such as "runs/4/un/0"."""
+    rows = cells[CELL].drop_duplicates()
+    return {f"{table}/{depth}/{update}/{run}" for depth, update, run in rows.itertuples(False)}
+
+
 def empty(table: str) -> pd.DataFrame:
     """A table without rows."""
     return frame(table, [])
@@ -122,25 +156,45 @@ def merge(table: str, old: pd.DataFrame, new: pd.DataFrame) -> pd.DataFrame:
 
 def without(table: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
     """The rows of `table` whose run (depth, update, run) is not among `cells`."""
-    taken = pd.MultiIndex.from_frame(cells[CELL])
-    return table[~pd.MultiIndex.from_frame(table[CELL]).isin(taken)].reset_index(drop=True)
+    return table[~_among(table, cells)].reset_index(drop=True)
+
+
+def rows_of(table: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `table` whose run (depth, update, run) is among `cells`."""
+    return table[_among(table, cells)].reset_index(drop=True)
+
+
+def _among(table: pd.DataFrame, cells: pd.DataFrame) -> np.ndarray:
+    return pd.MultiIndex.from_frame(table[CELL]).isin(pd.MultiIndex.from_frame(cells[CELL]))
 
 
 # ---------------------------------------------------------------- files
 
 
 @contextlib.contextmanager
-def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold a results folder for one process; made if it is missing.
+def locked(folder: Path, *, make: bool = True, wait: bool = False) -> Iterator[None]:
+    """Hold a results folder for one process, to write to it.
+
+    Args:
+      folder: where; made if it is missing, unless `make` is false.
+      wait: wait for another process that holds it.
 
     Raises:
-      UserError: another process holds it, or it cannot be made or written.
+      UserError: another process holds it, it is missing, or it cannot be made or written.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError as error:
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder}: no records: there is no such folder; name another with --out"
+        ) from None
+    except (OSError, ValueError) as error:  # the latter on a null character
         raise _cannot(folder, "used as a results folder", error) from None
+    if not os.access(folder, os.W_OK):  # said now, and not after an hour of training
+        os.close(handle)
+        raise UserError(f"{folder}: cannot be written (permissions); give another --out")
     try:
         # a lock on the folder itself leaves no file behind and ends with the process
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -149,7 +203,7 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
         if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
             raise _cannot(folder, "locked", error) from None
         raise UserError(
-            f"{folder}: another unitnorm process is writing here; wait for it to end, or give "
+            f"{folder}: another unitnorm process is at work here; wait for it to end, or give "
             "another --out"
         ) from None
     try:
@@ -199,8 +253,34 @@ def read(folder: Path) -> Records:
             )
         contents[name] = content
     tables = {name: _parse_csv(folder, name, contents[f"{name}.csv"]) for name in TABLES}
-    arrays = safetensors.numpy.load(contents[FILTERS])
-    return Records(**tables, filters=_unpack_filters(arrays), provenance=provenance)
+    filters = _unpack_filters(folder, contents[FILTERS])
+    return Records(**tables, filters=filters, provenance=provenance)
+
+
+def read_alone(folder: Path) -> Records:
+    """`read`, while no other process writes; also from a folder that cannot be written.
+
+    Raises:
+      UserError: as `read`, or another process is at work, or there are no records.
+    """
+    alone = locked(folder, make=False) if os.access(folder, os.W_OK) else contextlib.nullcontext()
+    with alone:
+        records = read(folder)
+    if not records.provenance:
+        raise UserError(f"{folder}: no records here; name another folder with --out")
+    return records
+
+
+def to_text(records: Records) -> str:
+    """The tables, for another process."""
+    return json.dumps({name: _to_csv(getattr(records, name)).decode() for name in TABLES})
+
+
+def from_text(text: str) -> Records:
+    """The tables of `to_text`; without filters and provenance, which only a writer needs."""
+    told = json.loads(text)
+    runs, history, sweep = (_parse_csv(Path(), name, told[name].encode()) for name in TABLES)
+    return Records(runs, history, sweep)
 
 
 def write(folder: Path, records: Records) -> None:
@@ -272,8 +352,9 @@ def _to_csv(table: pd.DataFrame) -> bytes:
 
 def _parse_csv(folder: Path, name: str, content: bytes) -> pd.DataFrame:
     columns, _ = TABLES[name]
+    dtypes = {column: _DTYPES[kind] for column, kind in columns.items()}
     try:
-        table = pd.read_csv(io.BytesIO(content), dtype={c: _DTYPES[k] for c, k in columns.items()})
+        table = pd.read_csv(io.BytesIO(content), dtype=dtypes, float_precision="round_trip")
     except (ValueError, OverflowError) as error:
         detail = " ".join(str(error).split())
         raise UserError(
@@ -290,16 +371,14 @@ def _parse_csv(folder: Path, name: str, content: bytes) -> pd.DataFrame:
 def _read_provenance(path: Path) -> dict[str, Any]:
     try:
         provenance = json.loads(_read_bytes(path))
-        known = {*(f"{name}.csv" for name in TABLES), FILTERS}
         if provenance["format"] != FORMAT:
             raise UserError(
-                f"{path}: records of format {provenance['format']}, this version of unitnorm "
-                f"reads format {FORMAT}; give another --out, or start over with --fresh"
+                f"{path}: records of format {provenance['format']!r:.20}, this version of unitnorm "
+                f"reads format {FORMAT}; give another --out"
             )
-        if set(provenance["files"]) != known:
+        _Provenance.model_validate(provenance)
+        if set(provenance["files"]) != {*(f"{name}.csv" for name in TABLES), FILTERS}:
             raise KeyError("files")
-        if not all(isinstance(digest, str) for digest in provenance["files"].values()):
-            raise TypeError
     except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(
             f"{path}: damaged: not the provenance of a results folder; {REPAIR}"
@@ -318,11 +397,20 @@ def _pack_filters(filters: Mapping[tuple[int, str], np.ndarray]) -> dict[str, np
     return {f"{depth}/{update}": array for (depth, update), array in sorted(filters.items())}
 
 
-def _unpack_filters(arrays: Mapping[str, np.ndarray]) -> dict[tuple[int, str], np.ndarray]:
-    split = ((name.partition("/"), array) for name, array in arrays.items())
-    return {(int(depth), update): array for (depth, _, update), array in split}
+def _unpack_filters(folder: Path, content: bytes) -> dict[tuple[int, str], np.ndarray]:
+    try:
+        arrays = safetensors.numpy.load(content)
+        names = {name: name.partition("/") for name in arrays}
+        return {(int(names[name][0]), names[name][2]): arrays[name] for name in arrays}
+    except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        detail = " ".join(str(error).split())
+        raise UserError(
+            f"{folder / FILTERS}: not the filters of runs: {detail}; {REPAIR}"
+        ) from None
 
 
-def _cannot(folder: Path, what: str, error: OSError) -> UserError:
-    hint = "free some space" if error.errno == errno.ENOSPC else "give another --out"
-    return UserError(f"{folder}: cannot be {what} ({error.strerror or error}); {hint}")
+def _cannot(folder: Path, what: str, error: OSError | ValueError) -> UserError:
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    hint = "free some space" if full else "give another --out"
+    reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return UserError(f"{folder}: cannot be {what} ({reason}); {hint}")

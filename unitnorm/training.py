@@ -9,7 +9,7 @@ may be changed here is how.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,9 +26,9 @@ from unitnorm.geometry import filter_norms
 from unitnorm.model import FILTER_AXIS, ArchBN, Network, filter_mask, split_network
 from unitnorm.updates import build
 
-# XLA compiles a batch of one run to other code than a batch of several, with other rounding. With
-# at least two on every device a run's bits do not depend on how many runs or devices there are.
-RUNS_PER_DEVICE = 2
+# Seeds that a CPU device computes together: with more they leave its caches, with one XLA has no
+# batch to work on; either costs a fifth. A GPU or TPU computes all of its seeds together.
+CPU_BLOCK = 2
 EVALUATION_CHUNK = 500  # images per step of an evaluation; bounds its memory, not its result
 
 # One stream of random numbers for each use, so that adding one leaves the others as they are.
@@ -298,6 +298,57 @@ def error_rate(network: Network, params: Any, stats: Any, images: Images, index:
     return wrong / count
 
 
+def over_seeds(
+    mesh: Mesh,
+    block: int,
+    function: Callable[..., Any],
+    *,
+    by_seed: int,
+    unless_idle: tuple[Callable[..., Array], int] | None = None,
+    donate: int | None = None,
+) -> Callable[..., Any]:
+    """Compile a function of one seed for many: sharded over the devices, in blocks on each.
+
+    Args:
+      mesh: the devices, along the axis "seed".
+      block: seeds that are computed together (`vmap`); blocks follow one another. XLA compiles
+        batches of other sizes to code with other rounding, so it is the block alone that decides a
+        run's bits, and not how many runs or devices there are.
+      function: of one seed.
+      by_seed: how many of its arguments have seeds as their leading axis; the rest are shared.
+      unless_idle: a predicate of the arguments by seed, and which of them stands for the result
+        where the predicate is false for a whole block, which then costs nothing.
+      donate: an argument whose memory may be reused.
+    """
+
+    def local(*arguments: Any) -> Any:
+        mapped, shared = arguments[:by_seed], arguments[by_seed:]
+        blocks = jax.tree.map(lambda a: a.reshape(-1, block, *a.shape[1:]), mapped)
+
+        def compute(mine: tuple[Any, ...]) -> Any:
+            return jax.vmap(lambda *one: function(*one, *shared))(*mine)
+
+        def one_block(mine: tuple[Any, ...]) -> Any:
+            if unless_idle is None:
+                return compute(mine)
+            predicate, result = unless_idle
+            busy = jnp.any(jax.vmap(predicate)(*mine))
+            return jax.lax.cond(busy, compute, lambda mine: mine[result], mine)
+
+        done = jax.lax.map(one_block, blocks)
+        return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), done)
+
+    seeds, everywhere = PartitionSpec("seed"), PartitionSpec()
+
+    def sharded(*arguments: Any) -> Any:
+        specs = (seeds,) * by_seed + (everywhere,) * (len(arguments) - by_seed)
+        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=seeds, check_vma=False)(
+            *arguments
+        )
+
+    return jax.jit(sharded, donate_argnums=() if donate is None else donate)
+
+
 class Program:
     """The compiled functions of one depth, one set of updates and one phase, over many seeds.
 
@@ -328,39 +379,39 @@ class Program:
         self.phase = phase
         devices = jax.devices()
         if jax.process_count() == 1:
-            devices = devices[: -(-seeds // RUNS_PER_DEVICE)]
-        self.seeds = max(-(-seeds // len(devices)) * len(devices), RUNS_PER_DEVICE * len(devices))
+            devices = devices[: -(-seeds // CPU_BLOCK)]
+        each = -(-seeds // len(devices))
+        block = CPU_BLOCK if devices[0].platform == "cpu" else each
+        self.seeds = -(-each // block) * block * len(devices)
         self.mesh = Mesh(np.asarray(devices), ("seed",), axis_types=(AxisType.Auto,))
-        by_seed = NamedSharding(self.mesh, PartitionSpec("seed"))
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         self.images = jax.device_put(images, everywhere)
         self.test = jax.device_put(test, everywhere)
         total = len(images.labels)
 
-        def init(seeds: Array, rates: Array) -> tuple[Split, tuple[Run, ...]]:
-            splits = jax.vmap(lambda seed: init_split(phase, seed, total))(seeds)
-            runs = tuple(
-                jax.vmap(partial(init_run, network, phase, update))(seeds, rates[:, column])
+        def init_one(seed: Array, rates: Array) -> tuple[Split, tuple[Run, ...]]:
+            return init_split(phase, seed, total), tuple(
+                init_run(network, phase, update, seed, rates[column])
                 for column, update in enumerate(self.updates)
             )
-            return splits, runs
 
-        def many_epochs(splits: Split, runs: tuple[Run, ...], images: Images) -> tuple[Run, ...]:
-            one = partial(epoch, network, phase, self.updates)
-            return jax.vmap(one, in_axes=(0, 0, None))(splits, runs, images)
+        def epoch_one(split: Split, runs: tuple[Run, ...], images: Images) -> tuple[Run, ...]:
+            return epoch(network, phase, self.updates, split, runs, images)
 
-        def test_error(runs: tuple[Run, ...], test: Images) -> tuple[Array, ...]:
+        def test_one(runs: tuple[Run, ...], test: Images) -> tuple[Array, ...]:
             everything = jnp.arange(len(test.labels), dtype=jnp.int32)
             return tuple(
-                jax.vmap(lambda run: error_rate(network, run.params, run.stats, test, everything))(
-                    run
-                )
-                for run in runs
+                error_rate(network, run.params, run.stats, test, everything) for run in runs
             )
 
-        self._init = jax.jit(init, out_shardings=by_seed)
-        self.epoch = jax.jit(many_epochs, donate_argnums=1, out_shardings=by_seed)
-        self._test_error = jax.jit(test_error, out_shardings=by_seed)
+        def is_running(_: Split, runs: tuple[Run, ...]) -> Array:
+            reasons = jnp.stack([run.reason for run in runs])
+            return jnp.any(reasons == protocol.RUNNING)
+
+        spread = partial(over_seeds, self.mesh, block)
+        self._init = spread(init_one, by_seed=2)
+        self.epoch = spread(epoch_one, by_seed=2, unless_idle=(is_running, 1), donate=1)
+        self._test_error = spread(test_one, by_seed=1)
 
     def init(self, seeds: np.ndarray, rates: np.ndarray) -> tuple[Split, tuple[Run, ...]]:
         """Runs at their start: seeds of shape (n,), rates of shape (n, updates)."""

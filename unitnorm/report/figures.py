@@ -111,7 +111,7 @@ def curves(runs: pd.DataFrame, history: pd.DataFrame) -> Figure:
     depths, styles = history["depth"].unique(), style(history["update"])
     note = _curve_note("mean of the runs, where a run that has stopped keeps its last value", runs)
     with settings():
-        figure, axes = _grid(len(depths), 2, 1.9, _update_handles(styles), note, sharey="col")
+        figure, axes = grid(len(depths), 2, 1.9, update_handles(styles), note, sharey="col")
         panels = [("val_percent", "validation error [%]"), ("train_loss", "training loss")]
         for (column, name), axis_column in zip(panels, axes.T, strict=True):
             _scale(axis_column[0], history, column)
@@ -134,7 +134,7 @@ def learning_rates(runs: pd.DataFrame, history: pd.DataFrame) -> Figure:
     rows = math.ceil(len(depths) / columns)
     note = _curve_note("geometric mean, where a run that has stopped keeps its last rate", runs)
     with settings():
-        figure, axes = _grid(rows, columns, 2.1, _update_handles(styles), note)
+        figure, axes = grid(rows, columns, 2.1, update_handles(styles), note)
         _scale(axes[0, 0], history, "lr")
         for depth, axis in _each(depths, axes):
             _draw_curves(axis, history[history["depth"] == depth], "lr", styles, geometric=True)
@@ -170,7 +170,7 @@ def errors(runs: pd.DataFrame, paper: Paper = PAPER) -> Figure:
         note += " Diverged runs have no point and are not in the mean."
     lines = 2 + bool(runs["failed"].any()) + (len(updates) > _NARROW)
     with settings():
-        figure, axes = _grid(rows, columns, 2.7, handles, note, xlabel="", tick_lines=lines)
+        figure, axes = grid(rows, columns, 2.7, handles, note, xlabel="", tick_lines=lines)
         for depth, axis in _each(depths, axes):
             _draw_errors(axis, runs[runs["depth"] == depth], updates, paper)
             axis.set_title(f"depth {depth}", loc="left")
@@ -392,7 +392,7 @@ def _plain(value: float, _: int) -> str:
     return f"{value:g}"
 
 
-def _grid(
+def grid(
     rows: int,
     columns: int,
     height: float,
@@ -402,6 +402,7 @@ def _grid(
     xlabel: str = "epoch",
     tick_lines: int = 1,
     sharey: Literal["all", "col"] = "all",
+    legend_columns: int = 5,
 ) -> tuple[Figure, np.ndarray]:
     """A figure of equal panels, a legend above and a note below; all sizes in inches.
 
@@ -411,7 +412,7 @@ def _grid(
         The figure and its axes, shape (rows, columns).
     """
     left, right, across, title, line = 0.72, 0.12, 0.85, 0.3, 0.17
-    legend_columns = min(len(handles), 5)
+    legend_columns = min(len(handles), legend_columns)
     notes = textwrap.wrap(note, 118)
     head = 0.08 + 0.22 * math.ceil(len(handles) / legend_columns) + title
     below = 0.1 + line * tick_lines + (0.22 if xlabel else 0)  # every panel's ticks and label
@@ -463,7 +464,7 @@ def _curve_note(mean: str, runs: pd.DataFrame) -> str:
     return note
 
 
-def _update_handles(styles: Mapping[str, Style]) -> list[Line2D]:
+def update_handles(styles: Mapping[str, Style]) -> list[Line2D]:
     return [
         Line2D([], [], color=s.colour, ls=s.line, marker=s.marker, lw=2, ms=5, label=label(update))
         for update, s in styles.items()

@@ -47,13 +47,13 @@ def table2_markdown(table: pd.DataFrame, differences: pd.DataFrame, failed: pd.D
         differences: from `statistics.paired_differences`.
         failed: from `statistics.failed_runs`; listed only if there are any.
     """
-    parts = [f"**{TABLE2_TITLE}**", _markdown(_table2_cells(table)), _notes(table)]
+    parts = [f"**{TABLE2_TITLE}**", markdown(_table2_cells(table)), _notes(table)]
     if len(differences):
         cells = _difference_cells(differences)
-        parts += [f"**{cells.title}**", _markdown(cells), _difference_notes(differences)]
+        parts += [f"**{cells.title}**", markdown(cells), _difference_notes(differences)]
     parts.append("\n".join(f"- {_sentence(line)}" for line in _findings(table, differences)))
     if len(failed):
-        parts += [f"**{FAILED_TITLE}**", _markdown(_failed_cells(failed))]
+        parts += [f"**{FAILED_TITLE}**", markdown(_failed_cells(failed))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -79,8 +79,8 @@ def runs_markdown(conduct: pd.DataFrame, sweep: pd.DataFrame, failed: pd.DataFra
     """
     parts = []
     for cells in (_conduct_cells(conduct), _sweep_cells(sweep)):
-        parts += [f"**{cells.title}**", _markdown(cells)]
-    parts += [f"**{FAILED_TITLE}**", _markdown(_failed_cells(failed)) if len(failed) else "None."]
+        parts += [f"**{cells.title}**", markdown(cells)]
+    parts += [f"**{FAILED_TITLE}**", markdown(_failed_cells(failed)) if len(failed) else "None."]
     return "\n\n".join(parts) + "\n"
 
 
@@ -105,14 +105,14 @@ def terminal(runs: pd.DataFrame, paper: statistics.Paper = statistics.PAPER) -> 
     `paper` is as in `statistics.table2`.
     """
     table, differences = statistics.table2(runs, paper), statistics.paired_differences(runs)
-    parts: list[RenderableType] = [_Fitting(_table2_cells(table)), Text(_notes(table) + "\n")]
+    parts: list[RenderableType] = [Fitting(_table2_cells(table)), Text(_notes(table) + "\n")]
     if len(differences):
         notes = Text(_difference_notes(differences) + "\n")
-        parts += [_Fitting(_difference_cells(differences)), notes]
+        parts += [Fitting(_difference_cells(differences)), notes]
     parts += [Text(_sentence(line)) for line in _findings(table, differences)]
     failed = statistics.failed_runs(runs)
     if len(failed):
-        parts += [Text(), _Fitting(_failed_cells(failed))]
+        parts += [Text(), Fitting(_failed_cells(failed))]
     return Group(*parts)
 
 
@@ -245,7 +245,8 @@ def _difference_notes(differences: pd.DataFrame) -> str:
     return note
 
 
-def _markdown(cells: Cells) -> str:
+def markdown(cells: Cells) -> str:
+    """A table in Markdown, without its title."""
     rows = [[cell.replace("|", "\\|") for cell in row] for row in (cells.header, *cells.rows)]
     rows.insert(1, ["---" if name in cells.text else "---:" for name in cells.header])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
@@ -313,7 +314,7 @@ def _width(cells: Cells, gap: int) -> int:
     return sum(max(map(len, column)) for column in columns) + gap * (len(cells.header) - 1)
 
 
-class _Fitting(NamedTuple):
+class Fitting(NamedTuple):
     """A table for the terminal; where that is too narrow for it, a paragraph per row."""
 
     cells: Cells

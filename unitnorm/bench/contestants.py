@@ -1,0 +1,180 @@
+"""What one repetition is, for everything written in JAX.
+
+Each function serves one kind of contestant in a worker: it sets up, tells that it is ready and
+repeats. To add one, write a function here and name it in `worker.KINDS`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from unitnorm import checkpoints, data, devices, experiment, training
+from unitnorm.bench.worker import Orders
+from unitnorm.config import Config, parse
+from unitnorm.data import Dataset
+
+RATE = 1e-3  # at which every update trains at every depth; speed does not depend on it
+MOST_EPOCHS = 60  # a program serves so many repetitions
+
+
+def config_of(images: int, seeds: int) -> Config:
+    """The paper's protocol, without an early stop and with so many training images."""
+    epochs = {"min_epochs": MOST_EPOCHS, "max_epochs": MOST_EPOCHS}
+    return parse({"runs": seeds, "train": {"train_images": images, **epochs}})
+
+
+def program(
+    orders: Orders,
+    depth: int,
+    seeds: int,
+    updates: Sequence[str],
+    images: int,
+    devices_used: int | None = None,
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process: int | None = None,
+) -> None:
+    """An epoch of `unitnorm train`: every run, its evaluation, the report and the checkpoint."""
+    devices.prepare(devices_used, coordinator, processes, process)
+    config, mnist = config_of(images, seeds), data.load()
+    group = experiment.Group(depth, tuple(updates), tuple(range(seeds)))
+    numbers = np.arange(seeds)
+    rates = np.full((seeds, len(updates)), RATE)
+    task = experiment.make_program(seeds, config, mnist, group, training.train_phase(config))
+    part = experiment.part_of("runs", group, numbers, rates, config, mnist)
+    orders.ready(samples=seeds * len(updates) * images, device=experiment.device())
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        keep: experiment.Checkpoints = checkpoints.Nowhere()
+        if devices.is_first_process():
+            kept = checkpoints.Folder(Path(folder) / "checkpoints", say=lambda _: None)
+            stack.callback(kept.close)
+            keep = kept
+        session = experiment.Session(
+            report=lambda _: orders.done(**device_memory()),
+            say=lambda _: None,
+            checkpoints=keep,
+            interrupted=lambda: not orders.wait(),
+        )
+        with contextlib.suppress(experiment.Interrupted):
+            experiment.train_all(task, numbers, rates, part, session)
+
+
+def device_memory() -> dict[str, float]:
+    """The most memory that any one device has had, where it is not the computer's own."""
+    found = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [stats["peak_bytes_in_use"] for stats in found if "peak_bytes_in_use" in stats]
+    return {"device_memory_mb": max(peaks) / 1e6} if peaks else {}
+
+
+class OptaxLoop:
+    """The plain way in JAX: one run, one jitted step for each mini-batch, all data on the device.
+
+    Without any of our set-up: JAX as it is after `import jax`.
+    """
+
+    def __init__(self, depth: int, mnist: Dataset, config: Config, seed: int = 0):
+        network = training.archbn(config, mnist.train_images.shape[1], mnist.classes, depth)
+        self.batch = config.loss.batch_size
+        self.x = jnp.asarray(mnist.train_images, jnp.float32)
+        self.y = jnp.asarray(mnist.train_labels, jnp.int32)
+        self.params, self.stats = network.init(jax.random.key(seed))
+        optimiser = optax.sgd(RATE)
+        self.opt_state = optimiser.init(self.params)
+
+        @jax.jit
+        def step(
+            params: Any, stats: Any, opt_state: Any, x: Any, y: Any, index: Any
+        ) -> tuple[Any, Any, Any]:
+            def loss(params: Any) -> tuple[Any, Any]:
+                logits, new = network.apply(params, stats, x[index], True)
+                losses = optax.softmax_cross_entropy_with_integer_labels(logits, y[index])
+                return losses.sum(), new
+
+            gradient, new = jax.grad(loss, has_aux=True)(params)
+            displacement, opt_state = optimiser.update(gradient, opt_state, params)
+            return optax.apply_updates(params, displacement), new, opt_state
+
+        self._step = step
+
+    def train(self, order: np.ndarray) -> None:
+        """One step for each mini-batch of `order`, int (images,)."""
+        for start in range(0, len(order), self.batch):
+            index = order[start : start + self.batch]
+            self.params, self.stats, self.opt_state = self._step(
+                self.params, self.stats, self.opt_state, self.x, self.y, index
+            )
+        jax.block_until_ready(self.params)
+
+    def weights(self) -> list[np.ndarray]:
+        """Every W and θ, one filter per row, first layer first."""
+        found = [*training.filters(self.params), self.params["theta"]["W"]]
+        return [np.asarray(w) for w in found]
+
+
+def optax_loop(orders: Orders, depth: int, images: int) -> None:
+    """`OptaxLoop` over so many images in a new order."""
+    mnist = data.load()
+    loop = OptaxLoop(depth, mnist, Config())
+    rng = np.random.default_rng(0)
+    orders.serve(
+        lambda: loop.train(rng.permutation(len(mnist.train_labels))[:images].astype(np.int32)),
+        samples=images,
+    )
+
+
+def machine(orders: Orders) -> None:
+    """The machine's two limits: the rate of matrix products and that of the memory, in float32.
+
+    Products of square matrices, a stack on every device, as large as is quick; the memory by
+    doubling an array larger than the caches, read once and written once.
+    """
+    devices.prepare()
+    on_cpu = jax.default_backend() == "cpu"
+    side, length, times = (1024, 1 << 25, 4) if on_cpu else (8192, 1 << 29, 16)
+    found = jax.devices()
+    mesh = jax.sharding.Mesh(np.asarray(found), ("device",))
+    by_device = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("device"))
+
+    @jax.jit
+    def multiply(a: jax.Array, b: jax.Array) -> jax.Array:
+        # each product needs the one before it, so that none can be left out
+        return jax.lax.fori_loop(0, times, lambda _, c: jnp.matmul(a, c), b)
+
+    @jax.jit
+    def double(x: jax.Array) -> jax.Array:
+        return x * 2.0
+
+    stack = jnp.ones((len(found), side, side), jnp.float32) / side
+    stack = jax.device_put(stack, by_device)
+    array = jax.device_put(jnp.ones((len(found), length // len(found)), jnp.float32), by_device)
+
+    def repetition() -> dict[str, float]:
+        product = seconds_of(lambda: multiply(stack, stack))
+        copy = seconds_of(lambda: double(array))
+        return {
+            "flops_per_s": 2.0 * side**3 * times * len(found) / product,
+            "bytes_per_s": 2.0 * array.nbytes / copy,
+        }
+
+    orders.serve(repetition)
+
+
+def seconds_of(compute: Any, tries: int = 5) -> float:
+    """The least time of a few: a limit is what can be reached."""
+    import time
+
+    times = []
+    for _ in range(tries):
+        start = time.perf_counter()
+        jax.block_until_ready(compute())
+        times.append(time.perf_counter() - start)
+    return min(times)

@@ -1,0 +1,127 @@
+"""The loop that a user of PyTorch or geoopt would write: one run, mini-batch after mini-batch.
+
+On a GPU where PyTorch has one, else on the CPU, with the number of threads that is quicker here:
+its default or one. The data lie in memory as float32 and are shuffled each epoch by indexing, which
+is several times as fast as a DataLoader.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from unitnorm import data
+from unitnorm.bench.contestants import RATE
+from unitnorm.bench.worker import Orders
+from unitnorm.config import Config
+
+TRIAL = 100  # mini-batches to choose the number of threads by
+
+
+class ArchBN(nn.Module):
+    """The same network as `unitnorm.model.ArchBN`."""
+
+    def __init__(self, features: int, depth: int, width: int, classes: int, config: Config):
+        super().__init__()
+        momentum, epsilon = 1 - config.model.bn_momentum, config.model.bn_epsilon
+        sizes = [features] + [width // 2] * depth
+        self.linear = nn.ModuleList(nn.Linear(size, width, bias=False) for size in sizes[:-1])
+        self.norm = nn.ModuleList(
+            nn.BatchNorm1d(width, eps=epsilon, momentum=momentum) for _ in range(depth)
+        )
+        self.theta = nn.Linear(sizes[-1], classes, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits (batch, classes)."""
+        for linear, norm in zip(self.linear, self.norm, strict=True):
+            h = torch.relu(norm(linear(x)))
+            x = nn.functional.max_pool1d(h.unsqueeze(1), 2).squeeze(1)
+        return self.theta(x)
+
+
+class Loop:
+    """One run's training.
+
+    Args:
+      depth: of the network.
+      riemannian: geoopt's RiemannianSGD with the filters on its Sphere, else PyTorch's SGD.
+    """
+
+    def __init__(self, depth: int, mnist: data.Dataset, config: Config, riemannian: bool):
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.batch = config.loss.batch_size
+        self.x = torch.tensor(mnist.train_images, dtype=torch.float32, device=self.device)
+        self.y = torch.tensor(mnist.train_labels.astype(np.int64), device=self.device)
+        torch.manual_seed(0)
+        features = mnist.train_images.shape[1]
+        self.model = ArchBN(features, depth, config.model.width, mnist.classes, config)
+        self.model.to(self.device)
+        self.optimiser: Any
+        if riemannian:
+            import geoopt
+
+            for linear in self.model.linear:
+                assert isinstance(linear, nn.Linear)
+                rows = nn.functional.normalize(linear.weight.data)
+                # the sphere is that of the last dimension: one for each filter
+                linear.weight = geoopt.ManifoldParameter(rows, manifold=geoopt.Sphere())
+            self.optimiser = geoopt.optim.RiemannianSGD(self.model.parameters(), lr=RATE)
+        else:
+            self.optimiser = torch.optim.SGD(self.model.parameters(), lr=RATE)
+
+    def train(self, order: torch.Tensor) -> None:
+        """One step for each mini-batch of `order`, int64 (images,)."""
+        self.model.train()
+        for index in order.split(self.batch):
+            self.optimiser.zero_grad()
+            logits = self.model(self.x[index])
+            loss = nn.functional.cross_entropy(logits, self.y[index], reduction="sum")
+            loss.backward()
+            self.optimiser.step()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def epoch(self, images: int) -> None:
+        """So many images in a new order."""
+        self.train(torch.randperm(len(self.y), device=self.device)[:images])
+
+    def weights(self) -> list[np.ndarray]:
+        """Every W and θ, one filter per row, first layer first."""
+        found = [*self.model.linear, self.model.theta]
+        return [linear.weight.detach().cpu().numpy() for linear in found]
+
+
+def quickest_threads(loop: Loop) -> int:
+    """Set and return the number of threads that trains faster; more are often slower here."""
+    times: dict[int, list[float]] = {torch.get_num_threads(): [], 1: []}
+    for _ in range(3):
+        for threads, seconds in times.items():
+            torch.set_num_threads(threads)
+            start = time.perf_counter()
+            loop.epoch(TRIAL * loop.batch)
+            seconds.append(time.perf_counter() - start)
+    best = min(times, key=lambda threads: min(times[threads]))
+    torch.set_num_threads(best)
+    return best
+
+
+def _serve(orders: Orders, depth: int, images: int, riemannian: bool) -> None:
+    loop = Loop(depth, data.load(), Config(), riemannian)
+    loop.epoch(loop.batch)
+    threads = quickest_threads(loop) if loop.device.type == "cpu" else None
+    where = "cpu" if threads else torch.cuda.get_device_name()
+    orders.serve(lambda: loop.epoch(images), samples=images, torch_device=where, threads=threads)
+
+
+def torch_sgd(orders: Orders, depth: int, images: int) -> None:
+    """`Loop` with PyTorch's own SGD."""
+    _serve(orders, depth, images, riemannian=False)
+
+
+def geoopt(orders: Orders, depth: int, images: int) -> None:
+    """`Loop` with geoopt's RiemannianSGD."""
+    _serve(orders, depth, images, riemannian=True)

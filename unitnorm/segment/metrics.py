@@ -1,0 +1,85 @@
+"""What is measured of a segmentation: a confusion matrix on the device, and its figures.
+
+Unlabelled pixels count nowhere. The figures are those of the SegNet papers: global accuracy, class
+average, mean intersection over union.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from numpy.typing import NDArray
+
+
+class Metrics(NamedTuple):
+    """Fractions of 1; NaN where a class makes them undefined.
+
+    Attributes:
+      global_accuracy: labelled pixels that are right.
+      class_accuracy: mean over the classes of the part of their pixels that is right.
+      mean_iou: mean over the classes of `iou`.
+      iou: per class, right pixels over those that are of the class or taken for it.
+    """
+
+    global_accuracy: float
+    class_accuracy: float
+    mean_iou: float
+    iou: NDArray[np.float64]
+
+
+def confusion(labels: Array, predictions: Array, classes: int) -> Array:
+    """Pixels of true class i taken for class j: int32 (classes, classes).
+
+    Labels of `classes` or above are unlabelled pixels. Exact up to 2³¹ pixels.
+    """
+    cells = jnp.where(
+        labels < classes,
+        labels.astype(jnp.int32) * classes + predictions.astype(jnp.int32),
+        classes * classes,
+    )
+    counts = jnp.bincount(cells.ravel(), length=classes * classes + 1)
+    return counts[:-1].reshape(classes, classes).astype(jnp.int32)
+
+
+def measure(matrix: NDArray[np.integer]) -> Metrics:
+    """The figures of a confusion matrix; classes without a pixel are left out of the means."""
+    matrix = np.asarray(matrix, np.float64)
+    right, true, taken = np.diag(matrix), matrix.sum(1), matrix.sum(0)
+    accuracy = _ratio(right, true)
+    iou = _ratio(right, true + taken - right)
+    return Metrics(
+        float(_ratio(right.sum(), matrix.sum())), _mean(accuracy), _mean(iou), np.asarray(iou)
+    )
+
+
+def median_frequency_weights(labels: NDArray[np.uint8], classes: int) -> NDArray[np.float32]:
+    """Weights of the classes in the loss: median(f) / f(c), float32 (classes,).
+
+    f(c) is the number of pixels of class c over the number of labelled and unlabelled pixels of the
+    images that have it (Eigen and Fergus 2015, as in the SegNet paper). A class that no image has
+    weighs nothing.
+
+    Args:
+      labels: (n, height, width), of the training images.
+    """
+    counts = np.stack([np.bincount(image.ravel(), minlength=256)[:classes] for image in labels])
+    pixels = labels[0].size * (counts > 0).sum(0)
+    frequency = _ratio(counts.sum(0), pixels)
+    known = np.isfinite(frequency)
+    weights = np.zeros(classes, np.float32)
+    if known.any():
+        weights[known] = np.median(frequency[known]) / frequency[known]
+    return weights
+
+
+def _ratio(above: NDArray, below: NDArray) -> NDArray[np.float64]:
+    below = np.asarray(below, np.float64)
+    return np.divide(above, below, out=np.full(below.shape, np.nan), where=below > 0)
+
+
+def _mean(values: NDArray[np.float64]) -> float:
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if known.size else float("nan")

@@ -1,0 +1,152 @@
+"""SegNet-Basic in Flax NNX, and its pooling, unpooling and input normalisation as pure functions.
+
+An encoder is convolution, batch normalisation, ReLU, 2 × 2 max-pooling; a decoder is unpooling at
+the indices of its encoder's pooling, convolution, batch normalisation. Badrinarayanan, Kendall and
+Cipolla (2015), "SegNet"; the layout, without ReLU in decoders, follows the authors' published
+code. Convolutions have no bias, since batch normalisation would take it out again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from unitnorm.geometry import retraction
+from unitnorm.model import Network, split_network
+from unitnorm.segment.config import Network as NetworkConfig
+
+LRN_SIZE, LRN_ALPHA, LRN_BETA = 5, 1e-4, 0.75  # of the authors' SegNet-Basic
+
+
+def local_response_normalisation(x: Array) -> Array:
+    """x / (1 + α/n Σ x²)^β over the n = 5 neighbouring channels: (…, channels) → the same.
+
+    Krizhevsky, Sutskever and Hinton (2012), as Caffe computes it (α is divided by n).
+    """
+    window = (1,) * (x.ndim - 1) + (LRN_SIZE,)
+    strides = (1,) * x.ndim
+    squares = jax.lax.reduce_window(x * x, 0.0, jax.lax.add, window, strides, "SAME")
+    return x * (1 + LRN_ALPHA / LRN_SIZE * squares) ** -LRN_BETA
+
+
+def pool_indices(x: Array) -> Array:
+    """Where the maximum of each 2 × 2 window is: (n, h, w, c) → uint8 (n, ⌈h/2⌉, ⌈w/2⌉, c).
+
+    0 and 1 are the upper row, 2 and 3 the lower; of equal values the first. Windows over the edge
+    of an odd size hold the pixels that exist.
+    """
+    a, b, c, d = _corners(x, -jnp.inf)
+    top, bottom = jnp.maximum(a, b), jnp.maximum(c, d)
+    in_top = jnp.where(a >= b, 0, 1)
+    in_bottom = jnp.where(c >= d, 2, 3)
+    return jnp.where(top >= bottom, in_top, in_bottom).astype(jnp.uint8)
+
+
+def pool(x: Array, indices: Array) -> Array:
+    """The values at `indices` (of `pool_indices`): (n, h, w, c) → (n, ⌈h/2⌉, ⌈w/2⌉, c)."""
+    a, b, c, d = _corners(x, 0)
+    upper = jnp.where(indices == 0, a, b)
+    lower = jnp.where(indices == 2, c, d)
+    return jnp.where(indices < 2, upper, lower)
+
+
+def unpool(x: Array, indices: Array, height: int, width: int) -> Array:
+    """Values back at their indices, zeros elsewhere; the transpose of `pool`.
+
+    Args:
+      x: (n, ⌈height/2⌉, ⌈width/2⌉, c).
+      indices: of that shape, from the pooling of an array of the height and width asked for.
+
+    Returns:
+      (n, height, width, c).
+    """
+    n, h, w, c = x.shape
+    corners = [jnp.where(indices == corner, x, 0) for corner in range(4)]
+    upper = jnp.stack(corners[:2], axis=3)  # (n, h, w, 2, c): left and right
+    lower = jnp.stack(corners[2:], axis=3)
+    whole = jnp.stack([upper, lower], axis=2)  # (n, h, 2, w, 2, c)
+    return whole.reshape(n, 2 * h, 2 * w, c)[:, :height, :width]
+
+
+def _corners(x: Array, fill: float) -> list[Array]:
+    """The four pixels of each 2 × 2 window, `fill` where the window goes over the edge."""
+    _, h, w, _ = x.shape
+    x = jnp.pad(x, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)), constant_values=fill)
+    return [x[:, row::2, column::2] for row in (0, 1) for column in (0, 1)]
+
+
+class Convolution(nnx.Module):
+    """Convolution of stride 1 that keeps the size, then batch normalisation.
+
+    The kernel is (k, k, inputs, features); each filter, all but the last axis, starts Gaussian and
+    at unit norm.
+    """
+
+    def __init__(self, inputs: int, config: NetworkConfig, *, rngs: nnx.Rngs):
+        dtype = jnp.dtype(config.dtype)
+        self.conv = nnx.Conv(
+            inputs,
+            config.features,
+            (config.kernel_size, config.kernel_size),
+            use_bias=False,
+            dtype=dtype,
+            kernel_init=_unit_filters,
+            rngs=rngs,
+        )
+        self.norm = nnx.BatchNorm(
+            config.features,
+            momentum=config.bn_momentum,
+            epsilon=config.bn_epsilon,
+            dtype=dtype,  # of the output: statistics are in float32 all the same
+            rngs=rngs,
+        )
+
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        return self.norm(self.conv(x), use_running_average=not train)
+
+
+class SegNetBasic(nnx.Module):
+    """Images (n, h, w, 3) of values 0 to 255, any h and w → float32 logits (n, h, w, classes)."""
+
+    def __init__(self, config: NetworkConfig, classes: int, *, rngs: nnx.Rngs):
+        inputs = [3] + [config.features] * (config.stages - 1)
+        self.encoders = nnx.List([Convolution(n, config, rngs=rngs) for n in inputs])
+        self.decoders = nnx.List([Convolution(config.features, config, rngs=rngs) for _ in inputs])
+        self.classifier = nnx.Conv(
+            config.features, classes, (1, 1), kernel_init=_unit_filters, rngs=rngs
+        )
+
+    def __call__(self, x: Array, *, train: bool = False) -> Array:
+        """Logits. `train` normalises with the whole batch and moves the running statistics."""
+        x = local_response_normalisation(x)
+        kept: list[tuple[Array, int, int]] = []
+        for encoder in self.encoders:
+            x = jax.nn.relu(encoder(x, train=train))
+            indices = jax.lax.stop_gradient(pool_indices(x))
+            kept.append((indices, x.shape[1], x.shape[2]))
+            x = pool(x, indices)
+        for decoder in self.decoders:
+            x = decoder(unpool(x, *kept.pop()), train=train)
+        return self.classifier(x.astype(jnp.float32))
+
+
+def segnet(config: NetworkConfig, classes: int) -> Network:
+    """SegNet-Basic as pure functions of its parameters and statistics."""
+    return split_network(lambda rngs: SegNetBasic(config, classes, rngs=rngs))
+
+
+def filter_mask(params: Any) -> Any:
+    """True for every kernel that feeds a batch normalisation, False for all else."""
+    mask = jax.tree.map(lambda _: False, params)
+    for part in ("encoders", "decoders"):
+        for layer in mask[part].values():
+            layer["conv"]["kernel"] = True
+    return mask
+
+
+def _unit_filters(key: Array, shape: tuple[int, ...], dtype: Any, **_: Any) -> Array:
+    return retraction(jax.random.normal(key, shape)).astype(dtype)

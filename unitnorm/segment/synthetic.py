@@ -1,0 +1,123 @@
+"""Invented road scenes with all eleven classes, for tests and a first look without data.
+
+Each scene is drawn from a seed: sky over buildings and trees, a road in perspective between
+pavements, fences, poles with signs, cars, people on foot and on bicycles. Coordinates are fractions
+of the height and width, so that scenes of any size look alike.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from unitnorm.segment.palette import NAMES, UNLABELLED
+
+COUNTS = {"train": 48, "val": 16, "test": 16}
+
+# What the things look like, unlike their colours in a label image.
+_LOOKS = {
+    "sky": (170, 200, 235), "building": (150, 110, 90), "pole": (70, 75, 80),
+    "road": (85, 85, 90), "pavement": (165, 160, 150), "tree": (60, 105, 50),
+    "sign": (215, 190, 50), "fence": (120, 100, 70), "car": (150, 30, 40),
+    "pedestrian": (205, 150, 120), "bicyclist": (40, 90, 190),
+}  # fmt: skip
+_NOISE = 9.0  # standard deviation of the pixels' noise, of 255
+_EDGE = 0.01  # part of a scene's pixels that nobody labelled
+
+
+def scenes(
+    count: int, height: int, width: int, seed: int = 0
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Images uint8 (count, height, width, 3) and labels uint8 (count, height, width).
+
+    Scene i of a seed does not depend on `count`.
+    """
+    pairs = [scene(np.random.default_rng([seed, i]), height, width) for i in range(count)]
+    images, labels = zip(*pairs, strict=True)
+    return np.stack(images), np.stack(labels)
+
+
+def scene(
+    rng: np.random.Generator, height: int, width: int
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """One scene: uint8 (height, width, 3) and (height, width)."""
+    canvas = _Canvas(rng, height, width)
+    u = rng.uniform
+    horizon = u(0.42, 0.52)
+    vanishing = u(0.4, 0.6)
+    canvas.box("sky", 0, 0, 1, 1)
+    for side in (0, 1):
+        x = 0.0
+        while x < 0.45:  # from the edge towards the vanishing point, ever smaller
+            step = u(0.08, 0.2)
+            top = horizon - (0.5 - x) * u(0.5, 0.95)
+            left, right = (x, x + step) if side == 0 else (1 - x - step, 1 - x)
+            canvas.box("building", left, top, right, horizon + 0.06)
+            x += step
+    for _ in range(rng.integers(1, 4)):
+        x, r = u(0.05, 0.95), u(0.05, 0.14)
+        canvas.box("tree", x - 0.01, horizon - r, x + 0.01, horizon + 0.04)
+        canvas.ellipse("tree", x - r * 0.8, horizon - 2.4 * r, x + r * 0.8, horizon - 0.3 * r)
+    canvas.box("pavement", 0, horizon, 1, 1)
+    left, right = u(-0.1, 0.12), u(0.88, 1.1)
+    canvas.polygon(
+        "road", (vanishing - 0.03, horizon), (vanishing + 0.03, horizon), (right, 1), (left, 1)
+    )
+    far, near = (vanishing - 0.1, 0.0) if rng.integers(2) else (vanishing + 0.1, 1.0)
+    canvas.polygon(
+        "fence",
+        (far, horizon),
+        (near, horizon + 0.02),
+        (near, horizon + 0.2),
+        (far, horizon + 0.04),
+    )
+    for _ in range(rng.integers(1, 4)):
+        size = u(0.08, 0.24)
+        x, foot = u(0.25, 0.75), horizon + size * u(0.8, 1.4)
+        canvas.box("car", x - size / 2, foot - size * 0.45, x + size / 2, foot)
+        canvas.box("car", x - size / 3, foot - size * 0.8, x + size / 3, foot - size * 0.4)
+    for name in ("pedestrian", "pedestrian", "bicyclist"):
+        size = u(0.16, 0.3)
+        x, foot = (u(0.04, 0.25), u(0.75, 0.96))[rng.integers(2)], horizon + size * u(0.9, 1.3)
+        wide = 0.13 * size if name == "pedestrian" else 0.3 * size
+        canvas.box(name, x - wide, foot - 0.75 * size, x + wide, foot)
+        canvas.ellipse(name, x - 0.1 * size, foot - size, x + 0.1 * size, foot - 0.75 * size)
+    for _ in range(2):
+        x, top = (u(0.08, 0.3), u(0.7, 0.92))[rng.integers(2)], horizon - u(0.2, 0.38)
+        canvas.box("pole", x - 0.008, top, x + 0.008, horizon + u(0.1, 0.2))
+        canvas.box("sign", x - 0.035, top - 0.03, x + 0.035, top + 0.06)
+    return canvas.arrays()
+
+
+class _Canvas:
+    """A picture and its labels, drawn with the same strokes."""
+
+    def __init__(self, rng: np.random.Generator, height: int, width: int):
+        self._rng = rng
+        self._scale = np.array([width, height])
+        self._image = Image.new("RGB", (width, height))
+        self._label = Image.new("L", (width, height), UNLABELLED)
+
+    def _stroke(self, shape: str, name: str, *points: tuple[float, float]) -> None:
+        at = [tuple(np.round(np.array(point) * self._scale).tolist()) for point in points]
+        tone = np.array(_LOOKS[name]) * self._rng.uniform(0.8, 1.2)
+        fill = tuple(np.clip(tone, 0, 255).astype(int).tolist())
+        getattr(ImageDraw.Draw(self._image), shape)(at, fill=fill)
+        getattr(ImageDraw.Draw(self._label), shape)(at, fill=NAMES.index(name))
+
+    def box(self, name: str, left: float, top: float, right: float, bottom: float) -> None:
+        self._stroke("rectangle", name, (left, top), (right, bottom))
+
+    def ellipse(self, name: str, left: float, top: float, right: float, bottom: float) -> None:
+        self._stroke("ellipse", name, (left, top), (right, bottom))
+
+    def polygon(self, name: str, *corners: tuple[float, float]) -> None:
+        self._stroke("polygon", name, *corners)
+
+    def arrays(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """The picture under noise, and the labels, of which a few are missing."""
+        image, label = np.asarray(self._image, float), np.array(self._label)
+        noisy = image + self._rng.normal(0, _NOISE, image.shape)
+        label[self._rng.random(label.shape) < _EDGE] = UNLABELLED
+        return np.clip(noisy, 0, 255).astype(np.uint8), label
