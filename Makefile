@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 LOCK = .ci/requirements.lock
 INSTALLED = $(VENV)/.installed
 
-.PHONY: table2 test install lint lock clean
+.PHONY: table2 test install lint lock readme audit clean
 
 # Table 2 of the paper from nothing: sweep, train, report, into results/
 table2: $(INSTALLED)
@@ -34,6 +34,15 @@ $(INSTALLED): $(LOCK) pyproject.toml
 lock:
 	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes \
 		--no-emit-index-url --no-emit-find-links --no-header --no-annotate --upgrade -o $(LOCK)
+
+# The README's tables again, from results/
+readme: $(INSTALLED)
+	$(BIN)/python .ci/readme.py
+
+# Known vulnerabilities of the locked versions (asks a public service), and secrets in the tree
+audit: $(INSTALLED)
+	$(BIN)/pip-audit --require-hashes --disable-pip -r $(LOCK)
+	git ls-files -z | xargs -0 $(BIN)/detect-secrets-hook --exclude-files '\.ci/requirements\.lock|results/'
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

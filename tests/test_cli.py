@@ -62,18 +62,6 @@ def test_reproduce_writes_every_file_and_prints_the_table(reproduced):
     assert (out / "runs.csv").read_text().splitlines()[0] == (
         "depth,update,run,seed,base_lr,epochs,train_loss,val_error,test_error,diverged,stop_reason"
     )
-        "depth",
-        "update",
-        "run",
-        "seed",
-        "base_lr",
-        "epochs",
-        "train_loss",
-        "val_error",
-        "test_error",
-        "diverged",
-        "stop_reason",
-    ]
     assert len(runs) == 2 * 2 * 3
     assert runs["test_error"].between(0, 0.75).all()
     assert not runs["diverged"].any()

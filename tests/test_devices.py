@@ -6,19 +6,17 @@ The processes are real ones, over loopback, with the command line as a user type
 from __future__ import annotations
 
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import jax
 import pytest
 from click.testing import CliRunner
 
-from unitnorm import cli, devices
+from unitnorm import cli, devices, records
 from unitnorm.errors import UserError
 
 EPOCHS = 40
@@ -35,7 +33,7 @@ train_images = 100
 validation_images = 50
 epochs = 1
 [train]
-train_images = 410
+train_images = 400
 validation_images = 150
 min_epochs = {EPOCHS}
 max_epochs = {EPOCHS}
@@ -45,7 +43,6 @@ PATIENCE_S = 120  # a process that takes so long hangs
 COMMAND = "import unitnorm.progress as p, unitnorm.cli as c; p.PLAIN_EVERY_S = 0; c.main()"
 # Compiles in half the time.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-RECORDS = ("runs.csv", "history.csv", "filters.safetensors")
 
 
 class Process:
@@ -120,71 +117,91 @@ def pair(code: str, *words: object) -> list[Process]:
 
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory, idx_folder):
-    """Words of a command that trains in a moment, into a folder that is swept already."""
+def many_devices(tmp_path_factory, idx_folder):
+    """A process at work on `DEVICES`, while others are started."""
+    config = tmp_path_factory.mktemp("devices") / "config.toml"
+    config.write_text(CONFIG)
+    return Process(DEVICES, config, idx_folder)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, idx_folder):
+    """A process that has trained on two devices: its folder, and the options it was given."""
     config = tmp_path_factory.mktemp("config") / "config.toml"
     config.write_text(CONFIG)
-    swept = tmp_path_factory.mktemp("records") / "swept"
-    options = ["--config", str(config), "--data-dir", str(idx_folder)]
+    out = tmp_path_factory.mktemp("records") / "alone"
+    options = ["--config", str(config), "--data-dir", str(idx_folder), "--update", "un"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("UNITNORM_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("XLA_FLAGS", QUICK)
-        done = Process(COMMAND, "sweep", "--out", swept, *options)
-        assert done.end() == 0, done.errors
-
-        def start(name: str, *more: object) -> list[object]:
-            out = swept.parent / name
-            if not out.exists():
-                shutil.copytree(swept, out)
-            return ["train", "--out", out, *options, *more]
-
-        yield start
+        process = Process(COMMAND, "train", "--out", out, "--devices", 2, *options)
+        assert process.end() == 0, process.errors
+        yield out, options
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in RECORDS}
+DEVICES = """
+import sys
+import jax, numpy as np
+jax.config.update("jax_num_cpu_devices", 3)
+from unitnorm import checkpoints, config, data, experiment, records
+found = jax.devices()
+settings = config.load(sys.argv[1], {"train.min_epochs": 3, "train.max_epochs": 3})
+images = data.load(data_dir=sys.argv[2])
+group = experiment.Group(1, ("un",), (0, 1, 2))
+nothing = lambda *_: None
+session = experiment.Session(nothing, nothing, checkpoints.Nowhere(), lambda: False)
+sweep = records.frame("sweep", [
+    {"depth": 1, "update": "un", "run": run, "seed": run, "base_lr": 0.01, "val_error": 0.5,
+     "train_loss": 1.0, "diverged": False, "chosen": True} for run in group.runs])
+for number in (1, 2, 3):
+    jax.devices = lambda *_: found[:number]
+    trained = experiment.train_group(settings, images, group, sweep, session)
+    print([value.hex() if isinstance(value, float) else value
+           for value in trained.history.to_numpy().ravel()])
+"""
 
 
-def test_every_number_of_devices_gives_the_same_bits(words, monkeypatch):
-    monkeypatch.delenv("XLA_FLAGS")  # with the code that users get, whose rounding may differ
+def test_every_number_of_devices_gives_the_same_bits(many_devices, alone):
     # 3 runs: 2 devices do not share them evenly
-    many = [words(f"on {number}", "--devices", number) for number in (1, 2, 3)]
-    processes = [Process(COMMAND, *started) for started in many]
-    assert [process.end() for process in processes] == [0, 0, 0], processes[0].errors
-    one, two, three = (contents(started[2]) for started in many)
+    assert many_devices.end() == 0, many_devices.errors
+    one, two, three = many_devices.said
+    assert one.count("0x1.") > 3 * 3 * 5  # numbers, and not NaN
     assert one == two
     assert one == three
 
 
-def test_two_processes_stop_die_and_go_on_to_the_same_bits(words):
-    alone = words("alone", "--devices", 2)
-    process = Process(COMMAND, *alone)
-    started = words("two", "--devices", 1)
-    out = started[2]
+def test_two_processes_stop_die_and_go_on_to_the_same_bits(alone, tmp_path):
+    once, options = alone
+    swept = records.read(once)
+    swept.runs, swept.history, swept.filters = records.empty("runs"), records.empty("history"), {}
+    out = tmp_path / "two"
+    with records.locked(out):
+        records.write(out, swept)
+    words = ["train", "--out", out, "--devices", 1, *options]
 
-    first, second = pair(COMMAND, *started)
+    first, second = pair(COMMAND, *words)
     first.wait_for("epoch 3/")
     second.send(signal.SIGTERM)
-    assert (first.end(), second.end()) == (cli.INTERRUPTED, cli.INTERRUPTED)
-    assert first.errors.count("interrupted; ") == 1
+    assert (first.end(), second.end()) == (cli.INTERRUPTED, cli.INTERRUPTED), first.errors
+    assert "interrupted; what is saved stays" in first.errors
     assert not second.said  # process 0 speaks for both
     last = first.epochs()[-1]
 
-    first, second = pair(COMMAND, *started)
+    first, second = pair(COMMAND, *words)
     first.wait_for(f"going on after epoch {last}")
     first.wait_for(f"epoch {last + 3}/")
     second.send(signal.SIGKILL)
     assert second.end() == -signal.SIGKILL
-    assert first.end() == UserError.exit_code
+    assert first.end() == UserError.exit_code, first.errors
     assert re.search("^error: another process has ended.*saved", first.errors, re.M)
     last = first.epochs()[-1]
 
-    first, second = pair(COMMAND, *started)
+    first, second = pair(COMMAND, *words)
     assert (first.end(), second.end()) == (0, 0), first.errors
     assert first.epochs() == list(range(last + 1, EPOCHS + 1))  # no finished epoch is lost
     assert not (out / ".checkpoints").exists()
-    assert process.end() == 0, process.errors
-    assert contents(out) == contents(alone[2])
+    for name in ("runs.csv", "history.csv", "sweep.csv", "filters.safetensors"):
+        assert (out / name).read_bytes() == (once / name).read_bytes()
 
 
 EXCHANGE = """
@@ -252,12 +269,10 @@ def test_processes_exchange_agree_on_faults_and_hear_of_an_end(fails):
         assert "another task died" in second.errors or "another process" in second.errors
 
 
-def test_processes_with_different_numbers_of_devices_are_refused(words):
+def test_processes_with_different_numbers_of_devices_are_refused(alone, tmp_path):
     meet = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", 2, "--process"]
-    both = [
-        Process(COMMAND, *words("uneven", "--devices", 1 + number, *meet, number))
-        for number in (0, 1)
-    ]
+    words = ["train", "--out", tmp_path / "out", *alone[1], *meet]
+    both = [Process(COMMAND, *words, number, "--devices", 1 + number) for number in (0, 1)]
     assert [process.end() for process in both] == [UserError.exit_code] * 2
     for process in both:
         assert "different numbers of devices (1, 2); give all of them" in process.errors

@@ -19,8 +19,9 @@ _HOME = {
     "unitnorm.model": ["ArchBN"],
     "unitnorm.updates": [
         "UPDATES", "Update", "b_sgd", "build", "normalize", "normalize_filters",
-        "normalized_kernels", "normalized_kernels_nnx", "partition", "retract", "riemannian_gradient", "sgd_wd", "sm",
-        "tangent_momentum", "un", "un_adam", "un_momentum", "un_nesterov", "weight_norm",
+        "normalized_kernels", "normalized_kernels_nnx", "partition", "retract",
+        "riemannian_gradient", "sgd_wd", "sm", "tangent_momentum", "un", "un_adam",
+        "un_momentum", "un_nesterov", "weight_norm",
     ],
 }  # fmt: skip
 _MODULE = {name: module for module, names in _HOME.items() for name in names}

@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import os
 import platform
+import re
 import socket
 import sys
 import time
@@ -260,8 +261,9 @@ def together(agreed: tuple[type[BaseException], ...] = ()) -> Iterator[None]:
     """
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if not several():
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        # a failed exchange is a ValueError too, with the name of its status in front
+        if not several() or not re.match(r"[A-Z_]+: ", str(error)):
             raise
         _end_without_farewell(UserError.exit_code)
         detail = " ".join(str(error).split())

@@ -253,6 +253,11 @@ def train_all(
         runs = program.epoch(splits, runs, program.images)
         status = Status.of(runs, len(seeds))
         seconds = time.perf_counter() - start
+        stopping, due = devices.any_process(session.interrupted(), session.checkpoints.due())
+        # another process can take the last epoch along, too, until it is recorded
+        if stopping or (due and (status.active or devices.several())):
+            session.checkpoints.save(part, take_out(runs, len(seeds)), wait=stopping)
+        # afterwards, so that what was reported is kept whatever happens to the other processes
         session.report(
             EpochReport(
                 part.title,
@@ -265,9 +270,6 @@ def train_all(
                 seconds,
             )
         )
-        stopping, due = devices.any_process(session.interrupted(), session.checkpoints.due())
-        if stopping or (due and status.active):
-            session.checkpoints.save(part, take_out(runs, len(seeds)), wait=stopping)
         if stopping:
             raise Interrupted
     finished = Finished(take_out(runs, len(seeds)))

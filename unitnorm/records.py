@@ -352,9 +352,16 @@ def _to_csv(table: pd.DataFrame) -> bytes:
 
 def _parse_csv(folder: Path, name: str, content: bytes) -> pd.DataFrame:
     columns, _ = TABLES[name]
-    dtypes = {column: _DTYPES[kind] for column, kind in columns.items()}
+    dtypes = {
+        column: _DTYPES[kind] if kind != "f" else "object" for column, kind in columns.items()
+    }
     try:
-        table = pd.read_csv(io.BytesIO(content), dtype=dtypes, float_precision="round_trip")
+        table = pd.read_csv(io.BytesIO(content), dtype=dtypes)
+        for column in (column for column, kind in columns.items() if kind == "f"):
+            if (
+                column in table
+            ):  # by Python, since not every version of pandas reads to the last bit
+                table[column] = np.array([float(text) for text in table[column]], np.float64)
     except (ValueError, OverflowError) as error:
         detail = " ".join(str(error).split())
         raise UserError(

@@ -101,7 +101,7 @@ def compare(table: str, recorded: pd.DataFrame, computed: pd.DataFrame, group: G
 def elsewhere(provenance: dict[str, Any]) -> str:
     """In what this machine and its versions differ from those recorded; "" where they do not."""
     here = experiment.command_entry("", time.time(), 0.0, 0)
-    notes = [
+    notes: list[list[str]] = [
         [
             f"{key} {command[part].get(key)}, here {here[part][key]}"
             for part, keys in MATTERS.items()
@@ -110,7 +110,8 @@ def elsewhere(provenance: dict[str, Any]) -> str:
         ]
         for command in provenance["commands"]
     ]
-    return ", ".join(min(notes, key=len, default=[]))
+    fewest: list[str] = min(notes, key=len, default=[])
+    return ", ".join(fewest)
 
 
 def _same(what: str, recorded: str, found: str) -> Check:

@@ -58,11 +58,17 @@ def program(
             kept = checkpoints.Folder(Path(folder) / "checkpoints", say=lambda _: None)
             stack.callback(kept.close)
             keep = kept
+        epochs = 0
+
+        def is_over() -> bool:  # asked before the first epoch and after each
+            nonlocal epochs
+            if epochs:
+                orders.done(**device_memory())
+            epochs += 1
+            return not orders.wait()
+
         session = experiment.Session(
-            report=lambda _: orders.done(**device_memory()),
-            say=lambda _: None,
-            checkpoints=keep,
-            interrupted=lambda: not orders.wait(),
+            report=lambda _: None, say=lambda _: None, checkpoints=keep, interrupted=is_over
         )
         with contextlib.suppress(experiment.Interrupted):
             experiment.train_all(task, numbers, rates, part, session)

@@ -1,0 +1,386 @@
+"""Each claim about the scaling symmetry, on a small network, so that a wrong update fails it."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+import PIL.Image
+import pytest
+from click.testing import CliRunner
+
+from tests import reference
+from unitnorm import config as config_module
+from unitnorm import data as data_module
+from unitnorm import symmetry, training
+from unitnorm.cli import main
+from unitnorm.errors import UserError
+from unitnorm.symmetry import figures, findings, measure
+from unitnorm.symmetry.measure import Case, Measured
+from unitnorm.updates import UPDATES
+
+DEPTH, WIDTH, STEPS, EPOCHS, RATE = 2, 8, 20, 2, 0.01
+CLAIM, TRAINED = Case("float64", 0.0), Case("float32", 1e-5)
+BLIND = {"b-sgd", "sgd-wd", "weight-norm"}  # what the symmetry changes these do not undo
+SETTINGS = findings.Settings("blobs", 20, 0, RATE, STEPS, EPOCHS)
+
+
+@pytest.fixture(scope="module")
+def config(small_toml):
+    return config_module.load(small_toml, {"depths": [DEPTH]})
+
+
+@pytest.fixture(scope="module")
+def images(idx_folder, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UNITNORM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return data_module.load("mnist", str(idx_folder))
+
+
+@pytest.fixture(scope="module")
+def start(config, images):
+    """The training images and run 0's initial point."""
+    train = training.Images(images.train_images, images.train_labels)
+    return train, measure.initial(config, train, images.classes, DEPTH)
+
+
+@pytest.fixture(scope="module")
+def measured(config, images, start):
+    """What `measure.everything` measures, with fewer updates where that is enough."""
+    train, point = start
+    table, trained = measure.norms(config, train, images.classes, DEPTH, point, RATE, EPOCHS)
+    points = {"start": point, "trained": trained}
+    probed = [
+        measure.probe(config, train, images.classes, DEPTH, points, case)
+        for case in measure.cases(config)
+    ]
+    scaling, gradient = (
+        pd.concat(tables, ignore_index=True) for tables in zip(*probed, strict=True)
+    )
+    walked = [follow(config, images, start, CLAIM, UPDATES)]
+    walked.append(follow(config, images, start, TRAINED, ["b-sgd", "un"]))
+    return Measured(scaling, gradient, pd.concat(walked, ignore_index=True), table)
+
+
+def follow(config, images, start, case, updates, steps=STEPS):
+    train, point = start
+    test = images.test_images[:100]
+    return measure.trajectories(
+        config, train, test, images.classes, DEPTH, point, case, list(updates), RATE, steps
+    )
+
+
+def of(table, case=CLAIM, **columns):
+    """The rows of a case with these values."""
+    chosen = (table["dtype"] == case.dtype) & (table["bn_epsilon"] == case.bn_epsilon)
+    for name, value in columns.items():
+        chosen &= table[name] == value
+    assert chosen.any()
+    return table[chosen]
+
+
+def numpy_layers(params, alpha=1.0, gamma=1.0):
+    """ArchBN's layers for `reference`, with every filter and scale multiplied."""
+    return [
+        (
+            alpha * np.asarray(layer["rows"]["W"], float),
+            gamma * np.asarray(layer["norm"]["scale"], float),
+            np.asarray(layer["norm"]["bias"], float),
+        )
+        for _, layer in sorted(params["layers"].items())
+    ]
+
+
+# ---------------------------------------------------------------- (a) the loss
+
+
+def test_the_loss_is_the_same_over_ten_decades(measured):
+    positive = of(measured.scaling)[lambda t: t["alpha"] > 0]
+    for kind in ("all", "own"):
+        for point in ("start", "trained"):
+            part = positive[(positive["filters"] == kind) & (positive["point"] == point)]
+            assert part["alpha"].max() / part["alpha"].min() == pytest.approx(1e10)
+            assert part["change"].max() < 1e-12
+            assert part["loss"].min() > 0.01
+
+
+def test_a_negative_alpha_changes_the_loss_unless_the_scale_turns_with_it(measured):
+    negative = of(measured.scaling)[lambda t: t["alpha"] < 0]
+    assert negative[negative["compensated"]]["change"].max() < 1e-12
+    assert negative[~negative["compensated"]]["change"].min() > 1e-3
+    # the same network at every negative α, though another one than at α > 0
+    plain = negative[~negative["compensated"] & (negative["point"] == "trained")]
+    np.testing.assert_allclose(plain["loss"], plain["loss"].iloc[0], rtol=1e-12)
+
+
+def test_alpha_zero_loses_the_feature(measured):
+    assert of(measured.scaling, alpha=0.0)["loss"].isna().all()  # 0/0
+    zero = of(measured.scaling, TRAINED, alpha=0.0, filters="all", point="start")
+    assert zero["loss"].item() == pytest.approx(np.log(4), rel=1e-6)  # four classes, all alike
+    assert (of(measured.scaling, TRAINED, alpha=0.0)["change"] > 1e-4).all()
+
+
+@pytest.mark.parametrize("alpha", [1.0, -1.0, 1e-3])
+@pytest.mark.parametrize("epsilon", [0.0, 1e-5])
+def test_loss_and_gradient_are_those_of_numpy(config, start, measured, alpha, epsilon):
+    train, point = start
+    losses, norms, shares = [], [], []
+    for index in measure.batches(config, train, measure.PROBE_BATCHES):
+        x, y = train.pixels[index].astype(float), train.labels[index]
+        theta = np.asarray(point.params["theta"]["W"], float)
+        layers = numpy_layers(point.params, alpha)
+        losses.append(reference.forward(layers, theta, x, y, epsilon)[0] / len(y))
+        gradients = reference.gradients(layers, theta, x, y, epsilon)[0]
+        norms.append(np.sqrt(sum((dW**2).sum() for dW, _, _ in gradients)))
+        kept = reference.forward(numpy_layers(point.params), theta, x, y, epsilon)[2][0]
+        variances = np.concatenate([(h @ W.T).var(0) for h, W, *_ in kept])
+        shares.append((epsilon / (alpha**2 * variances)).max())
+    columns = {"alpha": alpha, "filters": "all", "point": "start", "compensated": False}
+    row = of(measured.scaling, Case("float64", epsilon), **columns)
+    assert row["loss"].item() == pytest.approx(np.mean(losses), rel=1e-12)
+    assert row["epsilon_share"].item() == pytest.approx(max(shares), rel=1e-12)
+    if alpha > 0:
+        row = of(measured.gradient, Case("float64", epsilon), **columns)
+        assert row["norm"].item() == pytest.approx(np.mean(norms), rel=1e-10)
+
+
+def test_epsilon_ends_the_invariance_at_small_alpha(measured):
+    for case in (TRAINED, Case("float64", TRAINED.bn_epsilon)):
+        part = of(measured.scaling, case, filters="all", point="start", compensated=False)
+        change = part.set_index("alpha")["change"]
+        assert change[1e-5] > 0.01
+        assert change[1e5] < 1e-4
+
+
+# ---------------------------------------------------------------- (b) the gradient
+
+
+def test_the_gradient_falls_as_one_over_alpha(measured):
+    for point in ("start", "trained"):
+        part = of(measured.gradient, point=point, filters="all", compensated=False)
+        part = part[part["alpha"] > 0]
+        slope = np.polyfit(np.log10(part["alpha"]), np.log10(part["norm"]), 1)[0]
+        assert slope == pytest.approx(-1, abs=1e-9)
+    every = of(measured.gradient)[lambda t: t["alpha"] != 0]
+    assert (every["alpha"] < 0).any()
+    assert every["deviation"].max() < 1e-10  # entry by entry, each filter by its own α
+    np.testing.assert_allclose(every["norm"], every["expected"], rtol=1e-10)
+
+
+def test_epsilon_bounds_the_gradient(measured):
+    part = of(measured.gradient, TRAINED, filters="all", point="start", compensated=False)
+    smallest = part[part["alpha"] == 1e-5]
+    assert smallest["norm"].item() < 0.1 * smallest["expected"].item()
+
+
+# ---------------------------------------------------------------- (c) trajectories
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_only_updates_that_know_the_symmetry_take_both_starts_the_same_way(measured, update):
+    walk = of(measured.trajectories, update=update)
+    assert walk["steps"].tolist() == [0, 1, 2, 5, 10, 20]
+    assert walk["gap"].iloc[0] < 1e-13  # one network, from both starts
+    assert walk["rounding_gap"].max() < 1e-10
+    trained = walk[walk["steps"] > 0]
+    if update in BLIND:
+        assert trained["gap"].min() > 1e-3
+        assert findings.verdict(walk) == findings.DRIFTS
+    else:
+        assert trained["gap"].max() < 1e-9
+        assert (trained["differing"] == 0).all()
+        assert findings.verdict(walk) == findings.STAYS
+
+
+def test_with_epsilon_the_starts_differ_until_they_are_normalised(measured):
+    first = of(measured.trajectories, TRAINED, steps=0)
+    assert (first["gap"] > 3 * first["rounding_gap"]).all()
+    assert first["rounding_gap"].max() < 1e-5
+
+
+def test_a_step_of_un_from_a_scaled_start_is_that_of_table_1(config, images, start):
+    """What `trajectories` compares are the updates themselves, by hand in NumPy."""
+    train, point = start
+    walks = follow(config, images, start, CLAIM, ["b-sgd", "un"], 1)
+    test = images.test_images[:100].astype(float)
+    index = measure.batches(config, train, 1)[0]
+    x, y = train.pixels[index].astype(float), train.labels[index]
+    theta = np.asarray(point.params["theta"]["W"], float)
+    factors = measure.own_factors(config.seed, DEPTH, WIDTH)
+
+    def logits(update, alpha):
+        layers = [
+            (a[:, None] * W / np.linalg.norm(W, axis=1, keepdims=True), scale, shift)
+            for a, (W, scale, shift) in zip(alpha, numpy_layers(point.params), strict=True)
+        ]
+        gradients, d_theta = reference.gradients(layers, theta, x, y, 0.0)
+        moved = []
+        for (W, scale, shift), (dW, d_scale, d_shift) in zip(layers, gradients, strict=True):
+            norm = np.linalg.norm(W, axis=1, keepdims=True)
+            stepped = W - RATE * dW
+            if update == "un":
+                stepped = reference.un_step(W / norm, norm * dW, RATE)
+            moved.append((stepped, scale - RATE * d_scale, shift - RATE * d_shift))
+        new_theta = theta - RATE * d_theta
+        return reference.forward(moved, new_theta, test, np.zeros(100, int), 0.0)[1]
+
+    for update in ("b-sgd", "un"):
+        plain, scaled = logits(update, np.ones_like(factors)), logits(update, factors)
+        expected = np.linalg.norm(scaled - plain) / np.linalg.norm(plain)
+        found = of(walks, update=update, steps=1)["gap"].item()
+        assert found == pytest.approx(expected, rel=1e-8, abs=1e-12)
+
+
+def test_verdict_tells_drift_from_grown_rounding():
+    def walk(gap, rounding, dtype="float64"):
+        steps = [0, 1, 10, 100]
+        return pd.DataFrame({"steps": steps, "gap": gap, "rounding_gap": rounding, "dtype": dtype})
+
+    chaos = [1e-16, 1e-15, 1e-9, 1e-2]
+    assert findings.verdict(walk(chaos, chaos)) == findings.STAYS
+    assert findings.verdict(walk([1e-16, 1e-15, 3e-8, 0.1], chaos)) == findings.STAYS
+    assert findings.verdict(walk([1e-16, 1e-2, 1e-2, 1e-2], chaos)) == findings.DRIFTS
+    assert findings.verdict(walk([1e-16, 1e-15, 1e-6, 1e-2], chaos)) == findings.DRIFTS
+    assert findings.verdict(walk([0.0, 0.0, 0.0, np.nan], chaos)) == "not finite"
+    assert findings.verdict(walk([0.0, 1e-7, 1e-7, 1e-6], [0.0] * 4, "float32")) == findings.STAYS
+
+
+# ---------------------------------------------------------------- (d) row norms
+
+
+def test_b_sgd_lengthens_its_rows_and_un_does_not(measured):
+    table = measured.norms
+    assert set(table["update"]) == {"b-sgd", "un"}
+    assert set(table["layer"]) == {1, 2}
+    free, held = (table[table["update"] == update] for update in ("b-sgd", "un"))
+    end = free[free["epoch"] == EPOCHS]
+    assert len(end) == DEPTH
+    assert (end["norm_min"] > 1.0001).all()
+    assert (end["effective_max"] < RATE).all()
+    assert free["norm_fall"].max() < 1e-5
+    for name in ("norm_min", "norm_median", "norm_max"):
+        np.testing.assert_allclose(held[name], 1, atol=1e-5)
+    for size, rate in (("min", "max"), ("median", "median"), ("max", "min")):
+        expected = RATE / table[f"norm_{size}"] ** 2
+        np.testing.assert_allclose(table[f"effective_{rate}"], expected, rtol=1e-12)
+
+
+def test_the_squared_norm_grows_by_the_squared_step(config, images, start):
+    """‖w − λ∇ℓ‖² = ‖w‖² + λ²‖∇ℓ‖²: the gradient is orthogonal to w."""
+    train, point = start
+    with jax.enable_x64(True):
+        params, stats = measure.cast(point, "float64")
+        network = measure.network_of(config, train, images.classes, DEPTH, CLAIM)
+        x, y = training.gather(train, measure.batches(config, train, 1)[0])
+        at = measure.stepping("b-sgd", RATE, *jax.tree.map(jnp.asarray, (params, stats)))
+        phase = training.train_phase(config)
+        after = training.train_step(network, phase, "b-sgd", jnp.asarray(RATE), at, x, y).params
+        for old, new in zip(training.filters(params), training.filters(after), strict=True):
+            grown = (new**2).sum(-1) - (old**2).sum(-1)
+            np.testing.assert_allclose(grown, ((new - old) ** 2).sum(-1), rtol=1e-8)
+            assert (grown > 1e-9).all()
+
+
+# ---------------------------------------------------------------- what is said of it
+
+
+def test_the_findings_follow_the_numbers(measured):
+    cases = (CLAIM, TRAINED)
+    shown = {line.quantity: line.finding for line in findings.lines(measured, cases)[DEPTH]}
+    assert shown["loss, α > 0"] == shown["loss, α < 0, γ → −γ"] == "unchanged, to rounding"
+    assert shown["loss, α < 0"] == shown["loss, α = 0, ε = 1e-5"] == "changed"
+    assert shown["‖∇ℓ(αW)‖, slope"] == "falls as 1/α"
+    assert shown["gap, B-SGD"] == "drifts"
+    assert shown["gap, UN"] == shown["gap, sm"] == "stays, to rounding"
+    assert (shown["‖w‖, B-SGD"], shown["‖w‖, UN"]) == ("only grows", "stays 1")
+
+    walks, losses, steep = (
+        table.copy() for table in (measured.trajectories, measured.scaling, measured.gradient)
+    )
+    walks.loc[(walks["update"] == "un") & (walks["steps"] > 0), "gap"] = 0.1
+    losses.loc[losses["alpha"] > 0, "change"] = 0.1
+    steep["norm"] = 1.0
+    norms = measured.norms.assign(norm_fall=0.1, norm_min=0.5)
+    wrong = findings.lines(Measured(losses, steep, walks, norms), cases)[DEPTH]
+    shown = {line.quantity: line.finding for line in wrong}
+    assert shown["loss, α > 0"] == "changed"
+    assert shown["‖∇ℓ(αW)‖, slope"] == "does not fall as 1/α"
+    assert shown["gap, UN"] == "drifts"
+    assert (shown["‖w‖, B-SGD"], shown["‖w‖, UN"]) == ("moves", "moves")
+    text = findings.summary(Measured(losses, steep, walks, norms), cases, SETTINGS)
+    assert "B-SGD, UN, sgd-wd, weight-norm drift" in text
+
+
+def test_numbers_are_short():
+    shown = [figures.short(value) for value in (1e-5, 0.0131, 2.2e-16, 100000.0, 1.0)]
+    assert shown == ["1e-5", "0.013", "2.2e-16", "1e5", "1"]
+
+
+def test_steps_to_record():
+    assert measure.steps_to_record(1000) == [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]
+    assert measure.steps_to_record(7) == [1, 2, 5, 7]
+    assert measure.steps_to_record(1) == [1]
+
+
+def test_the_slower_updates_exist():
+    assert set(measure.RATE_SHARE) <= set(UPDATES)
+
+
+def test_without_epsilon_both_cases_are_told_apart(measured):
+    """A config with ε = 0 has nothing to say of ε."""
+
+    def without(table):
+        if "bn_epsilon" not in table:
+            return table
+        kept = table[(table["dtype"] == "float32") | (table["bn_epsilon"] == 0)]
+        return kept.assign(bn_epsilon=0.0)
+
+    cases = (CLAIM, Case("float32", 0.0))
+    text = findings.summary(Measured(*map(without, measured)), cases, SETTINGS)
+    assert "**ε.**" not in text
+    assert "ε = 0, float64" in text
+    assert "1e-5" not in text
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_command_end_to_end_gives_the_same_bytes_as_the_library(
+    tmp_path, monkeypatch, idx_folder, small_toml, config, images
+):
+    monkeypatch.setenv("UNITNORM_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "out"
+    words = ["symmetry", "--config", small_toml, "--data-dir", idx_folder, "--out", out]
+    words += ["--depth", 1, "--update", "un", "--update", "b-sgd", "--steps", 3, "--epochs", 1]
+    done = CliRunner().invoke(main, list(map(str, words)), catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    for text in ("‖w‖, B-SGD", "stays, to rounding", "drifts", "14 files in"):
+        assert text in done.output
+    written = {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    result = symmetry.run(
+        config.model_copy(update={"depths": [1]}), images, ["un", "b-sgd"], None, 3, 1
+    )
+    assert written == result.files
+    tables = ("scaling", "gradient", "trajectories", "norms")
+    assert set(written) == {
+        "symmetry/summary.md",
+        "symmetry/provenance.json",
+        *(f"symmetry/{name}.{ending}" for name in tables for ending in ("csv", "png", "svg")),
+    }
+    for name in tables:
+        assert len(pd.read_csv(out / f"symmetry/{name}.csv")) > 0
+        picture = PIL.Image.open(io.BytesIO(written[f"symmetry/{name}.png"]))
+        assert picture.width == round(8.3 * 150)
+        assert max(len(written[f"symmetry/{name}.{e}"]) for e in ("png", "svg")) < 160_000
+    assert json.loads(written["symmetry/provenance.json"])["rate"] == 0.01
+
+
+@pytest.mark.parametrize("rate", ["0", "-0.1", "nan", "inf"])
+def test_a_rate_that_is_none_is_refused_in_one_line(rate, config, images):
+    with pytest.raises(UserError, match="expected a positive number") as error:
+        symmetry.run(config, images, ["un"], float(rate))
+    assert "\n" not in str(error.value)
