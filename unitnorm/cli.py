@@ -634,12 +634,16 @@ def do_symmetry(
         from unitnorm.updates import UPDATES
 
         console = Console()
+
+        def say(text: str) -> None:
+            console.print(f"measured: {text}", highlight=False)
+
         updates = config.updates if config_options["update"] else list(UPDATES)
         dataset = data.load(config.data.dataset, config.data.data_dir)
         config.check_images(len(dataset.train_labels))
         with records.locked(out):
-            with console.status("measuring") as status:
-                result = run(config, dataset, updates, rate, steps, epochs, status.update)
+            with console.status("measuring"):
+                result = run(config, dataset, updates, rate, steps, epochs, say)
             records.write_files(out, result.files)
     console.print(result.shown)
     console.print(f"{len(result.files)} files in {out / 'symmetry'}{os.sep}", highlight=False)
@@ -682,7 +686,7 @@ def do_bench(
         records.write_files(out, files)
     console.print(shown)
     for line in lines:
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(f"{len(files)} files in {out / 'bench'}{os.sep}", highlight=False)
 
 

@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import pandas as pd
 import PIL.Image
 from rich.console import Group
 
@@ -64,16 +65,11 @@ def run(
     if not (math.isfinite(rate) and rate > 0):
         raise UserError(f"--rate {rate}: expected a positive number, for example 0.01")
     measured = measure.everything(config, data, updates, rate, steps, epochs, say)
-    cases = measure.both_ends(config)
+    cases = measure.cases(config)
     settings = findings.Settings(
         data.name, config.loss.batch_size, config.seed, rate, steps, epochs
     )
-    files = {
-        f"symmetry/{name}.csv": table.to_csv(
-            index=False, lineterminator="\n", float_format="%.6g"
-        ).encode()
-        for name, table in measured._asdict().items()
-    }
+    files = {f"symmetry/{name}.csv": to_csv(table) for name, table in measured._asdict().items()}
     files["symmetry/summary.md"] = findings.summary(measured, cases, settings).encode()
     record = {
         **{k: v for k, v in experiment.provenance(config, data).items() if k != "commands"},
@@ -89,6 +85,11 @@ def run(
         files[f"symmetry/{name}.png"] = in_palette(encoded["png"])
         files[f"symmetry/{name}.svg"] = encoded["svg"]
     return Result(files, findings.terminal(measured, cases, settings))
+
+
+def to_csv(table: pd.DataFrame) -> bytes:
+    """A table of `measure` in six digits; NaN as an empty field."""
+    return table.to_csv(index=False, lineterminator="\n", float_format="%.6g").encode()
 
 
 def in_palette(png: bytes) -> bytes:
