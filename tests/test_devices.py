@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from unitnorm import cli, devices, records
 from unitnorm.errors import UserError
 
-EPOCHS = 40
+EPOCHS = 24
 CONFIG = f"""
 runs = 3
 depths = [1]
@@ -56,6 +56,7 @@ class Process:
             text=True,
         )
         self.said: list[str] = []
+        self._ended = False
         self.errors = ""
         self._news = threading.Condition()
         self._readers = [
@@ -70,6 +71,9 @@ class Process:
             with self._news:
                 self.said.append(line)
                 self._news.notify()
+        with self._news:
+            self._ended = True
+            self._news.notify()
 
     def _read_errors(self) -> None:
         self.errors = self._process.stderr.read()
@@ -78,7 +82,7 @@ class Process:
         """Until a line has `text` in it."""
         with self._news:
             arrived = self._news.wait_for(
-                lambda: any(text in line for line in self.said) or self._process.poll() is not None,
+                lambda: any(text in line for line in self.said) or self._ended,
                 PATIENCE_S,
             )
         assert arrived

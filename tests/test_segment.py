@@ -579,7 +579,7 @@ def test_train_writes_records_weights_and_provenance(folder):
     provenance = json.loads((folder / "provenance.json").read_text())
     assert provenance["data"]["images"] == synthetic.COUNTS
     (command,) = provenance["commands"]
-    assert command["command"].startswith("unitnorm ")
+    assert command["command"].startswith("unitnorm")
     assert command["versions"]["jax"] == jax.__version__
     records.read(folder)
 

@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -191,8 +192,8 @@ class Folder:
 def _orbax_manager(place: Path) -> Any:
     import orbax.checkpoint as ocp
 
-    # it reports its progress as warnings, on the terminal
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # what it has to say is said here, in a line
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     alone = ocp.options.MultiprocessingOptions(
         # only this process saves, whatever others it computes with
         primary_host=jax.process_index(),
@@ -225,7 +226,10 @@ def _read(manager: Any, step: int, wanted: Mapping[str, np.ndarray]) -> dict[str
     items = ocp.args.Composite(
         state=ocp.args.StandardRestore(dict(wanted)), content=ocp.args.JsonRestore()
     )
+    heard = sys.unraisablehook
+    sys.unraisablehook = _but_for_closed_loops(heard)  # for good, if there is damage
     found = manager.restore(step, args=items)
+    sys.unraisablehook = heard
     arrays = {name: np.asarray(found.state[name]) for name in wanted}
     if _sha256(arrays) != found.content["sha256"]:
         raise ValueError("the content does not have the SHA-256 that was noted")
@@ -233,6 +237,17 @@ def _read(manager: Any, step: int, wanted: Mapping[str, np.ndarray]) -> dict[str
         if (array.shape, array.dtype) != (wanted[name].shape, wanted[name].dtype):
             raise ValueError(f"{name} is {array.dtype} of shape {array.shape}")
     return arrays
+
+
+def _but_for_closed_loops(heard: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Where one array is damaged, TensorStore goes on with the others for a moment, and complains
+    on the terminal that Orbax has stopped listening."""
+
+    def hear(problem: Any) -> None:
+        if str(problem.exc_value) != "Event loop is closed":
+            heard(problem)
+
+    return hear
 
 
 def _sha256(arrays: Mapping[str, np.ndarray]) -> str:

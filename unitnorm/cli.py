@@ -374,7 +374,7 @@ def interruptible() -> Iterator[Stopping]:
         if not stopping.after_the_epoch or (stopping.is_set and number == signal.SIGINT):
             raise KeyboardInterrupt  # nothing to lose yet, or asked twice
         stopping.is_set = True
-        click.echo("stopping after this epoch …", err=True)
+        click.echo("stopping …", err=True)
 
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, request) for number in numbers]

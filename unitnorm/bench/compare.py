@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
+import rich.box
 from rich.table import Table
 
 from unitnorm.bench import figures, measure, roofline
@@ -236,12 +237,15 @@ def table(comparison: Comparison) -> Table:
     """What is printed: speeds, and how many times as fast ours is."""
     result = Table(
         title=f"Training samples per second, median of {comparison.rounds}",
-        caption="unitnorm ×: how many times as fast unitnorm is, round by round",
+        caption="ours ×: how many times as fast unitnorm is, round by round",
+        box=rich.box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
     )
-    result.add_column("depth")
-    result.add_column("what")
-    for heading in ("runs", "samples/s", "low – high", "unitnorm ×", "low – high", "of bound"):
-        result.add_column(heading, justify="right")
+    result.add_column("depth", no_wrap=True)
+    result.add_column("what", no_wrap=True)
+    for heading in ("runs", "samples/s", "low–high", "ours\n×", "low–high", "of\nbound"):
+        result.add_column(heading, justify="right", no_wrap=True)
     bounds = comparison.samples[comparison.samples["name"] == "bound"].set_index("depth")
     for name, depth, runs, speed, low, high in comparison.samples.itertuples(index=False):
         ratio = comparison.ratios[name, depth]
@@ -251,9 +255,9 @@ def table(comparison: Comparison) -> Table:
             name,
             str(runs),
             f"{speed / 1e3:,.0f}k",
-            f"{low / 1e3:,.0f}k – {high / 1e3:,.0f}k",
+            f"{low / 1e3:,.0f}k–{high / 1e3:,.0f}k",
             "" if ours else f"{ratio.median:.2f}",
-            "" if ours else f"{ratio.low:.2f} – {ratio.high:.2f}",
+            "" if ours else f"{ratio.low:.2f}–{ratio.high:.2f}",
             f"{speed / bounds.loc[depth, 'samples_per_s']:.0%}",
             end_section=name == "bound",
         )

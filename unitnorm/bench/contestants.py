@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,15 +86,26 @@ class OptaxLoop:
     """The plain way in JAX: one run, one jitted step for each mini-batch, all data on the device.
 
     Without any of our set-up: JAX as it is after `import jax`.
+
+    Args:
+      depth: of the network.
+      mnist, config: what it is trained on, and how it is made.
+      make: from the parameters to the optimiser.
     """
 
-    def __init__(self, depth: int, mnist: Dataset, config: Config, seed: int = 0):
+    def __init__(
+        self,
+        depth: int,
+        mnist: Dataset,
+        config: Config,
+        make: Callable[[Any], optax.GradientTransformation] = lambda _: optax.sgd(RATE),
+    ):
         network = training.archbn(config, mnist.train_images.shape[1], mnist.classes, depth)
         self.batch = config.loss.batch_size
         self.x = jnp.asarray(mnist.train_images, jnp.float32)
         self.y = jnp.asarray(mnist.train_labels, jnp.int32)
-        self.params, self.stats = network.init(jax.random.key(seed))
-        optimiser = optax.sgd(RATE)
+        self.params, self.stats = network.init(jax.random.key(0))
+        optimiser = make(self.params)
         self.opt_state = optimiser.init(self.params)
 
         @jax.jit
@@ -174,10 +186,8 @@ def machine(orders: Orders) -> None:
     orders.serve(repetition)
 
 
-def seconds_of(compute: Any, tries: int = 5) -> float:
+def seconds_of(compute: Callable[[], jax.Array], tries: int = 5) -> float:
     """The least time of a few: a limit is what can be reached."""
-    import time
-
     times = []
     for _ in range(tries):
         start = time.perf_counter()

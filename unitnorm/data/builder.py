@@ -25,7 +25,7 @@ VERSION = "1.0.0"
 BLOCK = 4096  # examples asked for at once: one by one takes four times as long
 
 
-class _Info(tfds.core.DatasetInfo):
+class CopyInfo(tfds.core.DatasetInfo):
     def initialize_from_bucket(self) -> None:
         """TFDS would ask its cloud bucket about the data set, and leave an empty folder behind."""
 
@@ -50,7 +50,7 @@ class ImageClasses(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # 
             encoding="zlib",
         )
         label = tfds.features.ClassLabel(num_classes=self._arrays.classes)
-        return _Info(
+        return CopyInfo(
             builder=self,
             features=tfds.features.FeaturesDict({"image": image, "label": label}),
             metadata=tfds.core.MetadataDict(

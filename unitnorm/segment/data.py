@@ -295,7 +295,7 @@ def _builder_class() -> Any:
     """The TFDS builder; made here so that TFDS, half a second, is imported only where needed."""
     import tensorflow_datasets as tfds
 
-    from unitnorm.data.builder import _Info
+    from unitnorm.data.builder import CopyInfo
 
     class CamVid(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
         """Writes `Split`s as examples of `image` and `label`, in their order."""
@@ -313,7 +313,7 @@ def _builder_class() -> Any:
                 shape = (height, width, channels)
                 return tfds.features.Tensor(shape=shape, dtype=np.uint8, encoding="zlib")
 
-            return _Info(
+            return CopyInfo(
                 builder=self,
                 features=tfds.features.FeaturesDict({"image": tensor(3), "label": tensor(1)}),
                 metadata=tfds.core.MetadataDict(sha256=digest(self._splits), classes=CLASSES),
