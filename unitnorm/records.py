@@ -351,18 +351,19 @@ def _to_csv(table: pd.DataFrame) -> bytes:
 
 
 def _parse_csv(folder: Path, name: str, content: bytes) -> pd.DataFrame:
-    columns, _ = TABLES[name]
+    columns, key = TABLES[name]
     dtypes = {
         column: _DTYPES[kind] if kind != "f" else "object" for column, kind in columns.items()
     }
     try:
-        table = pd.read_csv(io.BytesIO(content), dtype=dtypes)
+        with np.errstate(invalid="raise"):  # a number that is no whole one
+            table = pd.read_csv(io.BytesIO(content), dtype=dtypes)
         for column in (column for column, kind in columns.items() if kind == "f"):
             if (
                 column in table
             ):  # by Python, since not every version of pandas reads to the last bit
                 table[column] = np.array([float(text) for text in table[column]], np.float64)
-    except (ValueError, OverflowError) as error:
+    except (ValueError, OverflowError, FloatingPointError, TypeError) as error:
         detail = " ".join(str(error).split())
         raise UserError(
             f"{folder / name}.csv: not a table of records: {detail}; {REPAIR}"
@@ -372,6 +373,11 @@ def _parse_csv(folder: Path, name: str, content: bytes) -> pd.DataFrame:
             f"{folder / name}.csv: columns {','.join(map(str, table.columns))}; expected "
             f"{','.join(columns)}; {REPAIR}"
         )
+    named = table["update"].astype(str).str.fullmatch(r"[\w.+-]+")
+    if not (named & table["update"].notna() & (table["depth"] > 0) & (table["run"] >= 0)).all():
+        raise UserError(f"{folder / name}.csv: a row names no depth, update and run; {REPAIR}")
+    if table.duplicated(key).any():
+        raise UserError(f"{folder / name}.csv: a row stands there twice; {REPAIR}")
     return table
 
 

@@ -22,6 +22,7 @@ import numpy as np
 from unitnorm.errors import UserError
 
 PACKAGES = ("unitnorm", "jax", "jaxlib", "flax", "optax", "numpy", "torch", "geoopt")
+PATIENCE_S = 20  # a worker that takes longer to leave is ended
 WARM_UP = 2  # the first compiles, the second writes the first checkpoint
 
 
@@ -68,6 +69,7 @@ class Worker:
         if count > 1:
             joint = {"coordinator": f"127.0.0.1:{free_port()}", "processes": count}
         self._members: list[tuple[subprocess.Popen[str], IO[str]]] = []
+        stack.callback(self._end)
         for number in range(count):
             options = {**contestant.options, **joint} | ({"process": number} if joint else {})
             errors = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
@@ -82,7 +84,6 @@ class Worker:
                 # several JAX processes share one GPU: none may take it whole
                 env={"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ},
             )
-            stack.callback(_end, process)
             self._members.append((process, errors))
         self._kind = contestant.kind
         answers = self._answers()
@@ -118,14 +119,20 @@ class Worker:
             raise UserError(f"bench: {self._kind} failed while it was measured: {last}")
         return json.loads(line)
 
-
-def _end(process: subprocess.Popen[str]) -> None:
-    """Ask a worker to leave, and see to it."""
-    with contextlib.suppress(OSError):
-        process.communicate("", timeout=20)
-    if process.poll() is None:
-        process.kill()
-        process.wait()
+    def _end(self) -> None:
+        """Ask all to leave, then see to it: processes that work together leave together."""
+        for process, _ in self._members:
+            assert process.stdin is not None
+            with contextlib.suppress(OSError):
+                process.stdin.close()
+        for process, _ in self._members:
+            try:
+                process.wait(PATIENCE_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            assert process.stdout is not None
+            process.stdout.close()
 
 
 @contextlib.contextmanager
