@@ -1,0 +1,298 @@
+"""Real processes, killed at any moment and started again until they are done.
+
+`python tests/faults.py --kills 200` runs as many as one likes; `test_survival.py` runs thirty. The
+processes come out of a fork server that has imported everything, so that a life is spent on the
+experiment and not on imports. Change here what is killed, and when.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+RECORDS = ("runs.csv", "history.csv", "sweep.csv", "filters.safetensors")
+CONFIG = """
+runs = 2
+depths = [1]
+updates = ["un"]
+[model]
+width = 4
+bn_momentum = 0.9
+[loss]
+batch_size = 20
+[sweep]
+rates = [1e-2, 1e-3]
+train_images = 100
+validation_images = 50
+epochs = 8
+[train]
+train_images = 200
+validation_images = 100
+min_epochs = 12
+max_epochs = 12
+"""
+# Compiles in half the time.
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+PATIENCE_S = 300  # a process that takes so long hangs
+
+
+def write_idx(folder: Path, train: int = 300, test: int = 100, side: int = 6) -> Path:
+    """A data set of four classes that can be learnt."""
+    rng = np.random.default_rng(0)
+    patterns = rng.integers(0, 120, (4, side, side))
+    folder.mkdir(parents=True)
+    for prefix, count in (("train", train), ("t10k", test)):
+        labels = (np.arange(count) % 4).astype(np.uint8)
+        images = (patterns[labels] + rng.integers(0, 60, (count, side, side))).astype(np.uint8)
+        for name, array in ((f"{prefix}-images-idx3", images), (f"{prefix}-labels-idx1", labels)):
+            header = bytes([0, 0, 8, array.ndim])
+            sizes = b"".join(size.to_bytes(4, "big") for size in array.shape)
+            (folder / f"{name}-ubyte").write_bytes(header + sizes + array.tobytes())
+    return folder
+
+
+class Workshop:
+    """A config, a data set and a fork server: what commands need to run.
+
+    Args:
+      folder: an empty one, for everything.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.config = folder / "config.toml"
+        self.config.write_text(CONFIG)
+        self.data = write_idx(folder / "data")
+        self.programs = folder / "programs"  # compiled ones, shared by all caches
+        self.programs.mkdir()
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["tests.preloaded"])
+
+    def cache(self, name: str) -> Path:
+        """An empty data cache, with the compiled programs of the others."""
+        folder = self.folder / f"cache-{name}"
+        folder.mkdir()
+        (folder / "xla").symlink_to(self.programs)
+        return folder
+
+    def train(self, out: Path, *more: object) -> list[str]:
+        """The words of a command that trains, saving the state of every epoch."""
+        words = ["train", "--config", self.config, "--data-dir", self.data, "--out", out]
+        return [str(word) for word in (*words, "--checkpoint-every", 0, *more)]
+
+    def start(self, words: list[str], cache: Path, **environment: str) -> Life:
+        """Start a command in a process of its own."""
+        own = {"UNITNORM_CACHE": str(cache), "XLA_FLAGS": QUICK, **environment}
+        return Life(self._context, words, own)
+
+
+class Life:
+    """A process that runs a command."""
+
+    def __init__(self, context, words: list[str], environment: dict[str, str]):
+        self._folder = Path(tempfile.mkdtemp(prefix="life-"))
+        self._process = context.Process(
+            target=live, args=(words, environment, str(self._folder)), daemon=True
+        )
+        self._process.start()
+
+    def running(self) -> bool:
+        return self._process.is_alive()
+
+    def send(self, number: int) -> None:
+        """Send a signal, unless the process has ended."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._process.pid, number)
+
+    def wait_for(self, text: str) -> None:
+        """Return when the process has printed a text."""
+        until = time.monotonic() + PATIENCE_S
+        while text not in self._read("out"):
+            assert self.running(), self._read("out", "err")
+            assert time.monotonic() < until, self._read("out", "err")
+            time.sleep(0.002)
+
+    def end(self) -> tuple[int, str, str]:
+        """Wait; the exit code (negative: the signal), and what was printed and complained of."""
+        self._process.join(PATIENCE_S)
+        assert not self.running(), f"hangs: {self._read('out', 'err')}"
+        found = self._process.exitcode, self._read("out"), self._read("err")
+        shutil.rmtree(self._folder)
+        return found
+
+    def _read(self, *names: str) -> str:
+        paths = [self._folder / name for name in names]
+        return "".join(path.read_text() for path in paths if path.exists())
+
+
+def live(words: list[str], environment: dict[str, str], folder: str) -> None:
+    """The process: `unitnorm` with these words."""
+    for name, descriptor in (("out", 1), ("err", 2)):
+        handle = os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(handle, descriptor)
+    os.environ |= environment
+    sys.addaudithook(no_pickle)
+    sys.argv = ["unitnorm", *words]
+    from unitnorm.cli import main
+
+    main()
+
+
+def no_pickle(event: str, _: tuple) -> None:
+    """Complain, which every test hears, where anything is unpickled."""
+    if event == "pickle.find_class":
+        os.write(2, b"something was unpickled\n")
+
+
+# ---------------------------------------------------------------- kills
+
+
+def exists(pattern: str) -> Callable[[Path], bool]:
+    return lambda folder: any(True for _ in folder.glob(pattern))
+
+
+# What a process is at, and the files that tell: looked for in the folder of cache and results.
+MOMENTS: dict[str, Callable[[Path], bool]] = {
+    "start": lambda _: True,
+    "preparing data": exists("cache/.preparing-*"),
+    "sweep": exists("out/.checkpoints/sweep-*"),
+    "training": exists("out/.checkpoints/train-*"),
+    "checkpointing": exists("out/.checkpoints/*/*tmp*"),
+    "writing records": lambda folder: any(
+        (folder / "out" / name).exists() for name in (".records-staged", ".records-valid")
+    ),
+}
+SPREAD_S = {"start": 2.0, "sweep": 0.8, "training": 1.0, "checkpointing": 0.1}
+BRIEF_S = 0.01  # for the other moments, which are over soon
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """The records' bytes, and the provenance without what a command did when."""
+    provenance = json.loads((out / "provenance.json").read_bytes())
+    provenance.pop("commands")
+    found = {name: (out / name).read_bytes() for name in RECORDS}
+    return {**found, "provenance.json": json.dumps(provenance).encode()}
+
+
+def campaign(workshop: Workshop, name: str, kills: int, seed: int) -> tuple[Counter, list[dict]]:
+    """Kill a training `kills` times, at moments drawn from `seed`; resume until done, and again.
+
+    Returns:
+      How often it was killed at which moment, and the records of every training that was done.
+    """
+    rng = random.Random(seed)
+    folder = workshop.folder / name
+    folder.mkdir()
+    cache, out = workshop.cache(name), folder / "out"
+    (folder / "cache").symlink_to(cache)
+    killed: Counter = Counter()
+    done = []
+    while True:
+        moment = rng.choice(list(MOMENTS)) if killed.total() < kills else None
+        if moment == "preparing data":
+            for copy in cache.iterdir():
+                if copy.name != "xla":
+                    shutil.rmtree(copy)
+        life = workshop.start(workshop.train(out), cache)
+        if moment is not None:
+            delay = rng.uniform(0.0, SPREAD_S.get(moment, BRIEF_S))
+            while life.running() and not MOMENTS[moment](folder):
+                time.sleep(0.0005)
+            time.sleep(delay)
+            life.send(signal.SIGKILL)
+        code, said, errors = life.end()
+        if code == -signal.SIGKILL:
+            killed[moment] += 1
+            continue
+        assert code == 0, f"killed {dict(killed)}: exit code {code}\n{said}{errors}"
+        assert errors == "", errors
+        left = {str(path.relative_to(out)) for path in out.rglob("*")}
+        assert left == {*RECORDS, "provenance.json"}, left
+        stray = {path.name for path in cache.iterdir()} - {"xla"}
+        assert len(stray) == 1, stray  # the one prepared copy
+        done.append(contents(out))
+        if killed.total() >= kills:
+            return killed, done
+        shutil.rmtree(out)
+
+
+def kill(workshop: Workshop, kills: int, seed: int, at_once: int = 2) -> Counter:
+    """Kill trainings `kills` times in all; every one that is done must have the same records.
+
+    Raises:
+      AssertionError: other records, stray files, or a process that failed by itself.
+    """
+    cache = workshop.cache("undisturbed")
+    code, said, errors = workshop.start(
+        workshop.train(workshop.folder / "undisturbed"), cache
+    ).end()
+    assert (code, errors) == (0, ""), said + errors
+    expected = contents(workshop.folder / "undisturbed")
+    shares = [kills // at_once + (i < kills % at_once) for i in range(at_once)]
+    with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+        jobs = [
+            pool.submit(campaign, workshop, f"lane-{seed}-{i}", share, seed * at_once + i)
+            for i, share in enumerate(shares)
+        ]
+        results = [job.result() for job in jobs]
+    for killed, done in results:
+        for found in done:
+            differs = [name for name in expected if found[name] != expected[name]]
+            assert not differs, f"{differs} after kills {dict(killed)}"
+    return sum((killed for killed, _ in results), Counter())
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str, *, read_only: bool = False) -> Iterator[Path | None]:
+    """A file system of its own on `folder`; None where the system does not permit one."""
+    folder.mkdir(exist_ok=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    try:
+        done = subprocess.run(mount, capture_output=True)
+    except OSError:
+        yield None
+        return
+    if done.returncode:
+        yield None
+        return
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True, capture_output=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="faults-") as folder:
+        started = time.monotonic()
+        killed = kill(Workshop(Path(folder)), options.kills, options.seed)
+    seconds = time.monotonic() - started
+    print(f"{killed.total()} kills in {seconds:.0f} s (seed {options.seed}), identical records")
+    for moment, count in sorted(killed.items()):
+        print(f"  {count:4} {moment}")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    from tests.faults import main as importable_main  # the fork server imports it by name
+
+    importable_main()
