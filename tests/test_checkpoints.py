@@ -160,14 +160,6 @@ def test_without_a_good_state_one_starts_anew(opened, tmp_path, said):
     assert_same(opened().restore(PART, state(0)), state(7))
 
 
-def test_what_a_killed_save_left_is_cleared_and_never_taken(opened, tmp_path):
-    saved(opened(), 1)
-    (place,) = (tmp_path / "kept").iterdir()
-    shutil.copytree(place / "1", place / "2.orbax-checkpoint-tmp")
-    assert_same(opened().restore(PART, state(0)), state(1))
-    assert {path.name for path in place.iterdir()} == {"about.json", "1"}
-
-
 @pytest.mark.parametrize("about", [None, b"", b"{", b"[]", b'{"format": 99, "covers": []}'])
 def test_a_folder_without_a_sound_description_is_removed(about, opened, tmp_path):
     saved(opened(), 1)
