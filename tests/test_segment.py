@@ -20,6 +20,7 @@ from unitnorm.errors import UserError
 from unitnorm.experiment import Interrupted
 from unitnorm.segment import config, data, metrics, model, palette, predicting, records, synthetic
 from unitnorm.segment import training as seg
+from unitnorm.segment.convolution import convolution
 
 CAMVID = Path(__file__).parents[2] / "shared" / "data" / "CamVid"
 SMALL = {
@@ -122,6 +123,44 @@ def test_local_response_normalisation_equals_a_loop():
         expected[..., i] = x[..., i] / (1 + 1e-4 / 5 * squares) ** 0.75
     found = model.local_response_normalisation(jnp.asarray(x, jnp.float32))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel_size"), [((12, 18), 7), ((23, 30), 7), ((1, 40), 7), ((9, 5), 5), ((7, 8), 2)]
+)
+def test_convolution_by_fourier_transforms_equals_the_direct_one(size, kernel_size):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, *size, 3), dtype=np.float32)
+    kernel = rng.standard_normal((kernel_size, kernel_size, 3, 4), dtype=np.float32)
+    weights = rng.standard_normal((2, *size, 4), dtype=np.float32)
+
+    def direct(x, kernel):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers)
+
+    def all_of(compute):
+        y, transpose = jax.vjp(compute, x, kernel)
+        return y, *transpose(weights)
+
+    for ours, expected in zip(all_of(convolution), all_of(direct), strict=True):
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(ours / scale, expected / scale, rtol=0, atol=3e-6)
+
+
+def test_a_network_by_fourier_transforms_gives_the_logits_of_a_direct_one():
+    network_config = config.Network(features=16, kernel_size=7, stages=2)
+    images = np.random.default_rng(0).integers(0, 256, (1, 143, 150, 3)).astype(np.float32)
+    logits = {}
+    for way in ("direct", "fourier"):
+        network = model.segnet(network_config.model_copy(update={"convolution": way}), 11)
+        params, stats = network.init(jax.random.key(0))
+        logits[way], _ = network.apply(params, stats, images, True)
+    mesh = jax.make_mesh((2,), ("image",), axis_types=(jax.sharding.AxisType.Auto,))
+    network = model.segnet(network_config, 11, mesh)
+    logits["shared"], _ = network.apply(params, stats, np.concatenate([images, images]), True)
+    np.testing.assert_allclose(logits["shared"][1:], logits["fourier"], atol=1e-4)
+    assert not np.array_equal(logits["direct"], logits["fourier"])  # the way was another
+    np.testing.assert_allclose(logits["direct"], logits["fourier"], atol=1e-4)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (23, 30), (17, 9)])

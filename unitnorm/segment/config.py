@@ -36,6 +36,11 @@ class Network(Section):
 
     features: Annotated[int, Field(ge=1, le=4096)] = Field(64, description="filters per layer")
     kernel_size: Annotated[int, Field(ge=1, le=31)] = Field(7, description="odd")
+    convolution: Literal["direct", "fourier"] = Field(
+        "fourier",
+        description="the same up to rounding: XLA's own, or, in large layers, through Fourier "
+        "transforms of tiles, which is faster on a CPU",
+    )
     stages: Annotated[int, Field(ge=1, le=8)] = Field(4, description="encoders, and decoders")
     bn_momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         0.9, description="weight of the old value in the running mean and variance"

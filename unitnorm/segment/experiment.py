@@ -133,7 +133,10 @@ def code() -> str:
     """SHA-256 of the source that a training's numbers depend on."""
     folder = Path(__file__).parents[1]
     paths = [
-        *(folder / "segment" / f"{name}.py" for name in ("model", "training", "metrics")),
+        *(
+            folder / "segment" / f"{name}.py"
+            for name in ("convolution", "model", "training", "metrics")
+        ),
         folder / "geometry.py",
         *sorted((folder / "updates").glob("*.py")),
     ]

@@ -8,17 +8,21 @@ code. Convolutions have no bias, since batch normalisation would take it out aga
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.sharding import Mesh, PartitionSpec
 
 from unitnorm.geometry import retraction
 from unitnorm.model import Network, split_network
 from unitnorm.segment.config import Network as NetworkConfig
+from unitnorm.segment.convolution import convolution
 
+FOURIER_PIXELS, FOURIER_CHANNELS = 5000, 16  # below, direct is as fast on 2 cores
 LRN_SIZE, LRN_ALPHA, LRN_BETA = 5, 1e-4, 0.75  # of the authors' SegNet-Basic
 
 
@@ -86,7 +90,9 @@ class Convolution(nnx.Module):
     at unit norm.
     """
 
-    def __init__(self, inputs: int, config: NetworkConfig, *, rngs: nnx.Rngs):
+    def __init__(
+        self, inputs: int, config: NetworkConfig, mesh: Mesh | None = None, *, rngs: nnx.Rngs
+    ):
         dtype = jnp.dtype(config.dtype)
         self.conv = nnx.Conv(
             inputs,
@@ -95,6 +101,7 @@ class Convolution(nnx.Module):
             use_bias=False,
             dtype=dtype,
             kernel_init=_unit_filters,
+            conv_general_dilated=_convolution(config, mesh),
             rngs=rngs,
         )
         self.norm = nnx.BatchNorm(
@@ -112,10 +119,15 @@ class Convolution(nnx.Module):
 class SegNetBasic(nnx.Module):
     """Images (n, h, w, 3) of values 0 to 255, any h and w → float32 logits (n, h, w, classes)."""
 
-    def __init__(self, config: NetworkConfig, classes: int, *, rngs: nnx.Rngs):
-        inputs = [3] + [config.features] * (config.stages - 1)
-        self.encoders = nnx.List([Convolution(n, config, rngs=rngs) for n in inputs])
-        self.decoders = nnx.List([Convolution(config.features, config, rngs=rngs) for _ in inputs])
+    def __init__(
+        self, config: NetworkConfig, classes: int, mesh: Mesh | None = None, *, rngs: nnx.Rngs
+    ):
+        def layer(inputs: int) -> Convolution:
+            return Convolution(inputs, config, mesh, rngs=rngs)
+
+        later = range(1, config.stages)
+        self.encoders = nnx.List([layer(3)] + [layer(config.features) for _ in later])
+        self.decoders = nnx.List([layer(config.features) for _ in range(config.stages)])
         self.classifier = nnx.Conv(
             config.features, classes, (1, 1), kernel_init=_unit_filters, rngs=rngs
         )
@@ -134,9 +146,34 @@ class SegNetBasic(nnx.Module):
         return self.classifier(x.astype(jnp.float32))
 
 
-def segnet(config: NetworkConfig, classes: int) -> Network:
-    """SegNet-Basic as pure functions of its parameters and statistics."""
-    return split_network(lambda rngs: SegNetBasic(config, classes, rngs=rngs))
+def segnet(config: NetworkConfig, classes: int, mesh: Mesh | None = None) -> Network:
+    """SegNet-Basic as pure functions of its parameters and statistics.
+
+    Args:
+      mesh: of one axis, among whose devices images are shared.
+    """
+    return split_network(lambda rngs: SegNetBasic(config, classes, mesh, rngs=rngs))
+
+
+def _convolution(config: NetworkConfig, mesh: Mesh | None) -> Callable[..., Array]:
+    """What computes a layer's convolution, for `nnx.Conv(conv_general_dilated=…)`."""
+    direct = jax.lax.conv_general_dilated
+    if config.convolution == "direct" or config.kernel_size == 1:
+        return direct
+    fourier = convolution
+    if mesh is not None:  # so that devices add their kernels' gradients once, at the end
+        images = PartitionSpec(*mesh.axis_names)
+        fourier = jax.shard_map(
+            convolution, mesh=mesh, in_specs=(images, PartitionSpec()), out_specs=images
+        )
+
+    def same_size_stride_1(x: Array, kernel: Array, *others: Any, **options: Any) -> Array:
+        _, height, width, channels = x.shape
+        if height * width < FOURIER_PIXELS or channels < FOURIER_CHANNELS:
+            return direct(x, kernel, *others, **options)
+        return fourier(x, kernel).astype(x.dtype)
+
+    return same_size_stride_1
 
 
 def filter_mask(params: Any) -> Any:

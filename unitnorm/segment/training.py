@@ -75,7 +75,7 @@ class Program:
     """
 
     def __init__(self, config: SegmentConfig, update: str, train: Split, val: Split):
-        part, self._network = config.train, segnet(config.network, CLASSES)
+        part = config.train
         self.update, self._config = update, config
         images = len(train.labels)
         devices = jax.devices()
@@ -89,6 +89,7 @@ class Program:
                 f"train.batch_size = {part.batch_size}, but there are {images} training images"
             )
         mesh = Mesh(np.asarray(devices), ("image",), axis_types=(AxisType.Auto,))
+        self._network = segnet(config.network, CLASSES, mesh)
         self._by_image = NamedSharding(mesh, PartitionSpec("image"))
         self._everywhere = NamedSharding(mesh, PartitionSpec())
         self.epochs = part.epochs
