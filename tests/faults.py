@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -50,6 +51,8 @@ max_epochs = 12
 # Compiles in half the time.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 PATIENCE_S = 300  # a process that takes so long hangs
+# Starting a process asks after all others, and only one thread hears how one has ended.
+ASKING = threading.Lock()
 
 
 def write_idx(folder: Path, train: int = 300, test: int = 100, side: int = 6) -> Path:
@@ -110,28 +113,32 @@ class Life:
         self._process = context.Process(
             target=live, args=(words, environment, str(self._folder)), daemon=True
         )
-        self._process.start()
+        with ASKING:
+            self._process.start()
 
     def running(self) -> bool:
-        return self._process.is_alive()
+        with ASKING:
+            return self._process.is_alive()
 
     def send(self, number: int) -> None:
         """Send a signal, unless the process has ended."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._process.pid, number)
 
-    def wait_for(self, text: str) -> None:
-        """Return when the process has printed a text."""
+    def wait_until(self, there: Callable[[], object]) -> None:
+        """Return as soon as something is there; it must be before the process has ended."""
         until = time.monotonic() + PATIENCE_S
-        while text not in self._read("out"):
+        while not there():
             assert self.running(), self._read("out", "err")
             assert time.monotonic() < until, self._read("out", "err")
-            time.sleep(0.002)
+            time.sleep(0.001)
 
     def end(self) -> tuple[int, str, str]:
         """Wait; the exit code (negative: the signal), and what was printed and complained of."""
-        self._process.join(PATIENCE_S)
-        assert not self.running(), f"hangs: {self._read('out', 'err')}"
+        until = time.monotonic() + PATIENCE_S
+        while self.running():
+            assert time.monotonic() < until, f"hangs: {self._read('out', 'err')}"
+            time.sleep(0.002)
         found = self._process.exitcode, self._read("out"), self._read("err")
         shutil.rmtree(self._folder)
         return found
@@ -262,7 +269,8 @@ def kill(workshop: Workshop, kills: int, seed: int, at_once: int = 2) -> Counter
 def small_disk(folder: Path, size: str, *, read_only: bool = False) -> Iterator[Path | None]:
     """A file system of its own on `folder`; None where the system does not permit one."""
     folder.mkdir(exist_ok=True)
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    options = f"size={size}" + ",ro" * read_only
+    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
     try:
         done = subprocess.run(mount, capture_output=True)
     except OSError:

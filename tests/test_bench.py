@@ -35,6 +35,7 @@ from unitnorm.bench.measure import Contestant, Spread
 from unitnorm.config import Config, parse
 from unitnorm.errors import UserError
 from unitnorm.model import FILTER_AXIS, filter_mask
+from unitnorm.report.tables import Fitting
 
 # ---------------------------------------------------------------- what a sample costs
 
@@ -204,7 +205,7 @@ def test_a_worker_answers_each_order_with_one_line(monkeypatch):
 
 DEVICE = {"kind": "AMD EPYC", "platform": "cpu", "count": 2, "processes": 1, "machine": "x86_64"}
 SECONDS = {"unitnorm": [2.0, 4.0, 5.0], "geoopt": [1.0, 0.5, 0.4], "optax-loop": [0.5, 0.5, 0.5]}
-UN_COST = {"b-sgd": [1.0, 2.0, 1.0], "un": [1.1, 2.0, 1.05]}
+COSTS = {"without": [1.0, 2.0, 1.0], "with": [1.1, 2.0, 1.05]}
 
 
 @pytest.fixture
@@ -221,7 +222,7 @@ def measured(monkeypatch):
             elif name == "torch-sgd":
                 missing[name] = "torch"
             else:
-                times = UN_COST[name] if name in UN_COST else SECONDS[name]
+                times = COSTS[name] if name in COSTS else SECONDS[name]
                 about = {"samples": 1_000_000 if name == "unitnorm" else 50_000, "device": DEVICE}
                 assert contestant.options["images"] == 50_000
                 workers[name] = Fake(name, [], about, [{"seconds": s} for s in times])
@@ -251,15 +252,18 @@ def test_the_comparison_is_medians_and_ratios_round_by_round(measured, tmp_path)
     assert facts["missing"] == {"torch-sgd": "torch"}
     assert facts["command"].startswith("unitnorm")
     assert facts["versions"]["jax"] == jax.__version__
-    cost = pd.read_csv(folder / "amd-epyc-2-cores-un-cost.csv")
-    assert cost.to_dict("records") == [
+    costs = pd.read_csv(folder / "amd-epyc-2-cores-costs.csv")
+    assert list(costs["what"]) == ["UN instead of B-SGD", "a checkpoint after every epoch"]
+    assert costs.drop(columns="what").to_dict("records") == 2 * [
         {
-            "depth": 2, "runs": 10, "b_sgd_epoch_s": 1.0, "un_epoch_s": 1.1,
-            "ratio": 1.05, "low": 1.0, "high": 1.1,
+            "depth": 2, "runs": 10, "without_s": 1.0, "with_s": 1.1,
+            "median": 1.05, "low": 1.0, "high": 1.1,
         }
     ]  # fmt: skip
     assert "torch-sgd is left out: torch is not installed (pip install" in done.output
-    assert "UN's epoch takes 1.050 times B-SGD's at depth 2 (1.000 – 1.100)" in done.output
+    said = "10 runs at depth 2 with UN instead of B-SGD takes 1.050 times as long (1.000–1.100)."
+    assert said in done.output
+    assert said in (folder / "amd-epyc-2-cores.md").read_text()
     assert re.search(r"2 +geoopt +1 +100k +50k–125k +2\.50 +1\.60–10\.00 +10%", done.output)
     names = {path.name for path in folder.iterdir()}
     assert {"amd-epyc-2-cores-roofline.png", "amd-epyc-2-cores-roofline.svg"} < names
@@ -320,7 +324,10 @@ def test_scaling_measures_each_point_alone_and_tells_how_it_grows(monkeypatch):
     written = pd.read_csv(io.BytesIO(files["bench/scaling.csv"]))
     assert list(written.columns) == scaling.COLUMNS
     assert set(written["images"]) == {1_000}
-    assert set(files) == {f"bench/scaling.{ending}" for ending in ("csv", "json", "png", "svg")}
+    endings = "csv", "json", "md", "png", "svg"
+    assert set(files) == {f"bench/scaling.{ending}" for ending in endings}
+    assert b"| 100 | 2 | 2 | 1 | 100.00 | 1,000 | 600 |" in files["bench/scaling.md"]
+    assert b"- runs \xc3\x97 20: time" in files["bench/scaling.md"]
     axes = figures.scaling(frame).axes
     assert axes[0].lines[0].get_xydata().tolist() == [
         [10, 10], [20, 20], [50, 50], [100, 100], [200, 200]
@@ -378,7 +385,7 @@ def test_a_start_that_fails_says_why(tmp_path, monkeypatch):
 
 def test_tables_fit_a_narrow_terminal(measured):
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(compare.table(compare.compare([2, 4], 3)))
+    console.print(Fitting(compare.table(compare.compare([2, 4], 3))))
     lines = console.export_text().splitlines()
     assert max(map(len, lines)) <= 80
     assert sum("200k–500k" in line for line in lines) == 2  # not broken into two lines

@@ -114,6 +114,11 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
+def is_free(port: int) -> bool:
+    with socket.socket() as found:
+        return found.connect_ex(("127.0.0.1", port)) != 0
+
+
 def pair(code: str, *words: object) -> list[Process]:
     """Two processes that meet."""
     meet = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", 2, "--process"]
@@ -212,10 +217,13 @@ EXCHANGE = """
 import os, signal, sys
 from unitnorm import devices
 from unitnorm.errors import UserError
-import numpy as np
-fails, _, coordinator, _, processes, _, process = sys.argv[1:]
-fails, own = fails == "True", int(process)
-devices.prepare(1, coordinator, int(processes), own)
+import jax, numpy as np
+fails, detected = (word == "True" for word in sys.argv[1:3])
+if detected:
+    devices.prepare(1, detect=True)
+else:
+    devices.prepare(1, sys.argv[4], int(sys.argv[6]), int(sys.argv[8]))
+own = jax.process_index()
 
 def fault(of):
     if own == of:
@@ -247,8 +255,18 @@ with devices.together():
 
 
 @pytest.mark.parametrize("fails", [True, False])
-def test_processes_exchange_agree_on_faults_and_hear_of_an_end(fails):
-    first, second = pair(EXCHANGE, fails)
+def test_processes_exchange_agree_on_faults_and_hear_of_an_end(fails, monkeypatch):
+    if fails:
+        first, second = pair(EXCHANGE, True, False)
+    else:  # as Slurm starts them; JAX makes the port of the job's number
+        job = next(port for port in range(61_440, 65_536) if is_free(port)) - 61_440
+        step = {"JOB_ID": job, "STEP_NODELIST": "127.0.0.1", "NTASKS": 2}
+        started = []
+        for number in (0, 1):
+            for name, value in {**step, "PROCID": number, "LOCALID": number}.items():
+                monkeypatch.setenv(f"SLURM_{name}", str(value))
+            started.append(Process(EXCHANGE, False, True))
+        first, second = started
     codes = first.end(), second.end()
     for process in (first, second):
         assert "".join(process.said).splitlines() == [
@@ -280,6 +298,14 @@ def test_processes_with_different_numbers_of_devices_are_refused(alone, tmp_path
     assert [process.end() for process in both] == [UserError.exit_code] * 2
     for process in both:
         assert "different numbers of devices (1, 2); give all of them" in process.errors
+
+
+@pytest.mark.parametrize("present", [0, 1])
+def test_a_process_that_waits_in_vain_says_so(present):
+    code = "from unitnorm import devices as d; import sys; d.MEETING_S = 1; d.prepare(1, "
+    process = Process(f"{code} 'localhost:{free_port()}', 2, {present})")
+    assert process.end() == UserError.exit_code
+    assert re.match(r"error: not all processes came to localhost:\d+ in 1 s; ", process.errors)
 
 
 @pytest.mark.parametrize(

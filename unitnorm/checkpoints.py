@@ -192,8 +192,7 @@ class Folder:
 def _orbax_manager(place: Path) -> Any:
     import orbax.checkpoint as ocp
 
-    # what it has to say is said here, in a line
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    _quieten()
     alone = ocp.options.MultiprocessingOptions(
         # only this process saves, whatever others it computes with
         primary_host=jax.process_index(),
@@ -226,10 +225,7 @@ def _read(manager: Any, step: int, wanted: Mapping[str, np.ndarray]) -> dict[str
     items = ocp.args.Composite(
         state=ocp.args.StandardRestore(dict(wanted)), content=ocp.args.JsonRestore()
     )
-    heard = sys.unraisablehook
-    sys.unraisablehook = _but_for_closed_loops(heard)  # for good, if there is damage
     found = manager.restore(step, args=items)
-    sys.unraisablehook = heard
     arrays = {name: np.asarray(found.state[name]) for name in wanted}
     if _sha256(arrays) != found.content["sha256"]:
         raise ValueError("the content does not have the SHA-256 that was noted")
@@ -239,15 +235,23 @@ def _read(manager: Any, step: int, wanted: Mapping[str, np.ndarray]) -> dict[str
     return arrays
 
 
-def _but_for_closed_loops(heard: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Where one array is damaged, TensorStore goes on with the others for a moment, and complains
-    on the terminal that Orbax has stopped listening."""
+def _quieten() -> None:
+    """Keep from the terminal what is said here in a line, for as long as the process lives.
+
+    Where one array is damaged, or does not fit on the disk, TensorStore goes on with the others for
+    a moment, and complains that Orbax has stopped listening.
+    """
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    heard = sys.unraisablehook
+    if getattr(heard, "without_closed_loops", False):
+        return
 
     def hear(problem: Any) -> None:
         if str(problem.exc_value) != "Event loop is closed":
             heard(problem)
 
-    return hear
+    hear.without_closed_loops = True  # type: ignore[attr-defined]
+    sys.unraisablehook = hear
 
 
 def _sha256(arrays: Mapping[str, np.ndarray]) -> str:

@@ -12,6 +12,7 @@ import platform
 import re
 import socket
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -92,22 +93,27 @@ def _join(
             _check_port(int(port))
     # Its handler would take SIGTERM away from the command line, which stops all processes alike.
     jax.config.update("jax_enable_preemption_service", False)
+    if detect:
+        where = "Slurm, Kubernetes, Open MPI or a TPU pod"
+        hint = "start them there (srun, mpirun, a Job), or give --coordinator instead"
+    else:
+        where = str(coordinator)
+        hint = "start every process with the same --coordinator and --processes"
     try:
-        jax.distributed.initialize(
-            coordinator,
-            processes,
-            process,
-            cluster_detection_method=None if detect else "deactivate",
-            initialization_timeout=MEETING_S,
-            heartbeat_timeout_seconds=SILENCE_S,
-            shutdown_timeout_seconds=SILENCE_S,
-        )
+        with _patience(MEETING_S, f"not all processes came to {where} in {MEETING_S} s; {hint}"):
+            jax.distributed.initialize(
+                coordinator,
+                processes,
+                process,
+                cluster_detection_method=None if detect else "deactivate",
+                initialization_timeout=MEETING_S + 30,
+                heartbeat_timeout_seconds=SILENCE_S,
+                shutdown_timeout_seconds=SILENCE_S,
+            )
     except (RuntimeError, ValueError, KeyError, OSError) as error:
         detail = " ".join(str(error).split())
-        where = "Slurm, Kubernetes, Open MPI or a TPU pod" if detect else coordinator
         raise UserError(
-            f"the processes did not meet through {where}: {detail[:300]}; start every process "
-            "with the same --coordinator and --processes, each with its own --process"
+            f"the processes did not meet through {where}: {detail[:300]}; {hint}"
         ) from None
     with _library_lines_as_errors():
         counts = {device.process_index: 0 for device in jax.devices()}
@@ -119,6 +125,23 @@ def _join(
                 "give all of them the same number, on CPUs with --devices"
             )
         wait_for_all("joined")
+
+
+@contextlib.contextmanager
+def _patience(seconds: float, text: str) -> Iterator[None]:
+    """End this process with a line of its own where JAX would abort it with a stack of C++."""
+
+    def give_up() -> None:
+        print(f"error: {text}", file=sys.stderr, flush=True)
+        os._exit(UserError.exit_code)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _check_port(port: int) -> None:

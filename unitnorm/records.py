@@ -231,7 +231,7 @@ def read(folder: Path) -> Records:
       UserError: a file is missing, altered, cut or of another format; one line says which, what
         was expected and what to do.
     """
-    if not folder.exists():
+    if not os.path.isdir(folder):  # unlike Path.is_dir, without errors for impossible names
         return Records()
     if (folder / _VALID).is_dir():
         recover(folder)

@@ -6,21 +6,21 @@ what is printed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
-import rich.box
-from rich.table import Table
 
 from unitnorm.bench import figures, measure, roofline
 from unitnorm.bench.measure import Contestant, Spread
+from unitnorm.report.tables import Cells
 
 UPDATES = ("b-sgd", "un")
 SEEDS = 10  # of each update, as in Table 2
 IMAGES = 50_000  # training images of an epoch, as in Table 2
 VALIDATION_IMAGES = 10_000
+UN_COST, SAVE_COST = "UN instead of B-SGD", "a checkpoint after every epoch"
 COLUMNS = ["name", "depth", "runs", "samples_per_s", "low", "high"]
 WHAT = {
     "unitnorm": "an epoch of `unitnorm train` for all runs of a depth, with its evaluation on "
@@ -41,8 +41,8 @@ class Comparison:
     Attributes:
       samples: columns `COLUMNS`; low and high are the slowest and the fastest repetition.
       ratios: (name, depth) → how many times as fast ours is, round by round.
-      un_cost: columns depth, runs, b_sgd_epoch_s, un_epoch_s, ratio, low, high; the ratio's are of
-        the rounds.
+      costs: columns what, depth, runs, without_s, with_s (medians of an epoch), and of the rounds'
+        ratios median, low, high.
       missing: name → the package that it needs.
       machine: the roofs: flops_per_s and bytes_per_s.
       about: (name, depth) → what the worker said of itself.
@@ -51,7 +51,7 @@ class Comparison:
 
     samples: pd.DataFrame
     ratios: dict[tuple[str, int], Spread]
-    un_cost: pd.DataFrame
+    costs: pd.DataFrame
     missing: dict[str, str]
     machine: dict[str, Spread]
     about: dict[tuple[str, int], dict[str, Any]]
@@ -92,7 +92,8 @@ def compare(
     Raises:
       UserError: a contestant fails.
     """
-    rows, costs = [], []
+    rows: list[list[Any]] = []
+    costs: list[dict[str, Any]] = []
     ratios: dict[tuple[str, int], Spread] = {}
     missing: dict[str, str] = {}
     about: dict[tuple[str, int], dict[str, Any]] = {}
@@ -128,7 +129,7 @@ def compare(
         for name, values in rates.items():
             pairs = zip(rates["unitnorm"], values, strict=True)
             ratios[name, depth] = Spread.of([ours / theirs for ours, theirs in pairs])
-        costs.append(un_cost(depth, rounds, images, told))
+        costs += costs_of(depth, rounds, images, told)
     return Comparison(
         pd.DataFrame(rows, columns=COLUMNS),
         ratios,
@@ -141,23 +142,35 @@ def compare(
     )
 
 
-def un_cost(depth: int, rounds: int, images: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """An epoch of a program that has only UN's runs against one that has only B-SGD's."""
+def costs_of(
+    depth: int, rounds: int, images: int, say: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
+    """What UN's epoch costs beside B-SGD's, and what it costs to save the state after every epoch.
+
+    Each is measured as two programs of 10 runs that take turns. (`unitnorm train` saves at most
+    every five seconds, so that it pays less.)
+    """
     options = {"depth": depth, "seeds": SEEDS, "images": images}
-    alone = {name: Contestant("program", {**options, "updates": [name]}) for name in UPDATES}
-    with measure.started(alone) as (workers, _):
-        found = measure.take_turns(workers, rounds, say)
-    b_sgd, un = ([answer["seconds"] for answer in found[name]] for name in UPDATES)
-    ratio = Spread.of([one / other for one, other in zip(un, b_sgd, strict=True)])
-    return {
-        "depth": depth,
-        "runs": SEEDS,
-        "b_sgd_epoch_s": Spread.of(b_sgd).median,
-        "un_epoch_s": Spread.of(un).median,
-        "ratio": ratio.median,
-        "low": ratio.low,
-        "high": ratio.high,
+    b_sgd, un = ({**options, "updates": [name]} for name in UPDATES)
+    pairs = {
+        UN_COST: (b_sgd, un),
+        SAVE_COST: ({**un, "save_every_s": None}, {**un, "save_every_s": 0.0}),
     }
+    for what, (without, added) in pairs.items():
+        both = {"without": Contestant("program", without), "with": Contestant("program", added)}
+        with measure.started(both) as (workers, _):
+            say(what)
+            found = measure.take_turns(workers, rounds)
+        old, new = ([answer["seconds"] for answer in found[name]] for name in both)
+        ratio = Spread.of([one / other for one, other in zip(new, old, strict=True)])
+        yield {
+            "what": what,
+            "depth": depth,
+            "runs": SEEDS,
+            "without_s": Spread.of(old).median,
+            "with_s": Spread.of(new).median,
+            **ratio._asdict(),
+        }
 
 
 def work_of(name: str, depth: int, images: int) -> tuple[float, float]:
@@ -212,8 +225,9 @@ def files(comparison: Comparison, done: dict[str, Any]) -> dict[str, bytes]:
     }
     return {
         f"{name}.csv": comparison.samples.to_csv(index=False, float_format="%.0f").encode(),
-        f"{name}-un-cost.csv": comparison.un_cost.to_csv(index=False, float_format="%.4f").encode(),
+        f"{name}-costs.csv": comparison.costs.to_csv(index=False, float_format="%.4f").encode(),
         f"{name}.json": measure.as_json(facts),
+        f"{name}.md": measure.as_markdown(table(comparison), remarks(comparison)),
         **{f"{name}-roofline.{ending}": content for ending, content in drawn.items()},
     }
 
@@ -233,43 +247,45 @@ def points(comparison: Comparison) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def table(comparison: Comparison) -> Table:
-    """What is printed: speeds, and how many times as fast ours is."""
-    result = Table(
-        title=f"Training samples per second, median of {comparison.rounds}",
-        caption="ours ×: how many times as fast unitnorm is, round by round",
-        box=rich.box.SIMPLE_HEAD,
-        collapse_padding=True,
-        pad_edge=False,
-    )
-    result.add_column("depth", no_wrap=True)
-    result.add_column("what", no_wrap=True)
-    for heading in ("runs", "samples/s", "low–high", "ours\n×", "low–high", "of\nbound"):
-        result.add_column(heading, justify="right", no_wrap=True)
+def table(comparison: Comparison) -> Cells:
+    """Speeds, and how many times as fast ours is."""
     bounds = comparison.samples[comparison.samples["name"] == "bound"].set_index("depth")
+    rows = []
     for name, depth, runs, speed, low, high in comparison.samples.itertuples(index=False):
         ratio = comparison.ratios[name, depth]
         ours = name == "unitnorm"
-        result.add_row(
-            str(depth),
-            name,
-            str(runs),
-            f"{speed / 1e3:,.0f}k",
-            f"{low / 1e3:,.0f}k–{high / 1e3:,.0f}k",
-            "" if ours else f"{ratio.median:.2f}",
-            "" if ours else f"{ratio.low:.2f}–{ratio.high:.2f}",
-            f"{speed / bounds.loc[depth, 'samples_per_s']:.0%}",
-            end_section=name == "bound",
+        rows.append(
+            [
+                str(depth),
+                name,
+                str(runs),
+                f"{speed / 1e3:,.0f}k",
+                f"{low / 1e3:,.0f}k–{high / 1e3:,.0f}k",
+                "" if ours else f"{ratio.median:.2f}",
+                "" if ours else f"{ratio.low:.2f}–{ratio.high:.2f}",
+                f"{speed / bounds.loc[depth, 'samples_per_s']:.0%}",
+            ]
         )
-    return result
+    header = ["depth", "what", "runs", "samples/s", "(range)", "ours ×", "(range) ", "of bound"]
+    return Cells(
+        f"Training samples per second: medians and ranges of {comparison.rounds} rounds",
+        header,
+        rows,
+        frozenset({"what"}),
+    )
 
 
 def remarks(comparison: Comparison) -> list[str]:
     """What stands below the table, a line each."""
     lines = [
-        f"UN's epoch takes {cost.ratio:.3f} times B-SGD's at depth {cost.depth} "
-        f"({cost.low:.3f} – {cost.high:.3f})"
-        for cost in comparison.un_cost.itertuples()
+        "ours ×: how many times as fast unitnorm is, round by round. unitnorm: an epoch of "
+        "`unitnorm train` with its evaluation, report and checkpoint; the others: one run, without "
+        "evaluation. bound: the machine's rate of matrix products over the operations of a sample."
+    ]
+    lines += [
+        f"An epoch of {cost.runs} runs at depth {cost.depth} with {cost.what} takes "
+        f"{cost.median:.3f} times as long ({cost.low:.3f}–{cost.high:.3f})."
+        for cost in comparison.costs.itertuples()
     ]
     lines += [
         f"{name} is left out: {package} is not installed (pip install 'unitnorm[bench]')"

@@ -43,8 +43,12 @@ def program(
     coordinator: str | None = None,
     processes: int | None = None,
     process: int | None = None,
+    save_every_s: float | None = checkpoints.EVERY_S,
 ) -> None:
-    """An epoch of `unitnorm train`: every run, its evaluation, the report and the checkpoint."""
+    """An epoch of `unitnorm train`: every run, its evaluation, the report and the checkpoint.
+
+    `save_every_s` is that of the checkpoints; None: there are none.
+    """
     devices.prepare(devices_used, coordinator, processes, process)
     config, mnist = config_of(images, seeds), data.load()
     group = experiment.Group(depth, tuple(updates), tuple(range(seeds)))
@@ -55,8 +59,9 @@ def program(
     orders.ready(samples=seeds * len(updates) * images, device=experiment.device())
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         keep: experiment.Checkpoints = checkpoints.Nowhere()
-        if devices.is_first_process():
-            kept = checkpoints.Folder(Path(folder) / "checkpoints", say=lambda _: None)
+        if devices.is_first_process() and save_every_s is not None:
+            place = Path(folder) / "checkpoints"
+            kept = checkpoints.Folder(place, every_s=save_every_s, say=lambda _: None)
             stack.callback(kept.close)
             keep = kept
         epochs = 0

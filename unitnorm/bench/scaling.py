@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
-from rich.table import Table
 
 from unitnorm.bench import figures, measure
 from unitnorm.bench.compare import IMAGES, SEEDS, UPDATES
 from unitnorm.bench.measure import Contestant, Spread
+from unitnorm.report.tables import Cells
 
 RUNS = (10, 20, 50, 100, 200)
 DEPTHS = (2, 4, 8, 16)
@@ -129,24 +129,24 @@ def files(
     return {
         "bench/scaling.csv": frame.round(decimals).to_csv(index=False).encode(),
         "bench/scaling.json": measure.as_json(facts),
+        "bench/scaling.md": measure.as_markdown(table(frame), growth(frame)),
         **{f"bench/scaling.{ending}": content for ending, content in drawn.items()},
     }
 
 
-def table(frame: pd.DataFrame) -> Table:
-    """What is printed."""
-    result = Table(title="Seconds of an epoch, and memory")
-    headings = ("runs", "depth", "devices", "processes", "epoch s", "samples/s", "peak MB")
-    for heading in headings:
-        result.add_column(heading, justify="right")
-    for row in frame.itertuples(index=False):
-        result.add_row(
+def table(frame: pd.DataFrame) -> Cells:
+    """Seconds and memory of every point."""
+    header = ["runs", "depth", "devices", "processes", "epoch s", "samples/s", "peak MB"]
+    rows = [
+        [
             *map(str, (row.runs, row.depth, row.devices, row.processes)),
             f"{row.epoch_s:.2f}",
             f"{row.samples_per_s:,.0f}",
             f"{row.peak_memory_mb:,.0f}",
-        )
-    return result
+        ]
+        for row in frame.itertuples(index=False)
+    ]
+    return Cells("Seconds of an epoch, and memory", header, rows, frozenset())
 
 
 def growth(frame: pd.DataFrame) -> list[str]:

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from rich.table import Table
 
 from unitnorm.bench import measure
 from unitnorm.bench.measure import Spread
 from unitnorm.errors import UserError
+from unitnorm.report.tables import Cells
 
 COLUMNS = ["what", "cache", "seconds", "low", "high"]
 COMMAND = [sys.executable, "-m", "unitnorm"]
@@ -110,16 +110,20 @@ def files(frame: pd.DataFrame, rounds: int, done: dict[str, Any]) -> dict[str, b
     return {
         "bench/startup.csv": frame.to_csv(index=False, float_format="%.2f").encode(),
         "bench/startup.json": measure.as_json(facts),
+        "bench/startup.md": measure.as_markdown(table(frame), []),
     }
 
 
-def table(frame: pd.DataFrame) -> Table:
-    """What is printed."""
-    result = Table(title="Seconds to start")
-    result.add_column("what")
-    result.add_column("cache")
-    for heading in ("median", "low – high"):
-        result.add_column(heading, justify="right")
-    for what, cache, seconds, low, high in frame.itertuples(index=False):
-        result.add_row(what, cache, f"{seconds:.2f}", f"{low:.2f} – {high:.2f}")
-    return result
+def table(frame: pd.DataFrame) -> Cells:
+    """Seconds of every start."""
+    rows = [
+        [what, cache, f"{seconds:.2f}", f"{low:.2f} – {high:.2f}"]
+        for what, cache, seconds, low, high in frame.itertuples(index=False)
+    ]
+    header = ["what", "cache", "seconds", "(range)"]
+    return Cells(
+        "Seconds from typing to the end of --help, or of the first epoch",
+        header,
+        rows,
+        frozenset({"what", "cache"}),
+    )

@@ -113,7 +113,7 @@ def train(
     values = dict(base_config.parse_override(text) for text in overrides)
     given = {"updates": list(update) or None, "seed": seed}
     values |= {key: value for key, value in given.items() if value is not None}
-    from unitnorm.cli import command_line, interruptible
+    from unitnorm.job import command_line, interruptible
 
     started = time.time()
     with contextlib.ExitStack() as stack:
@@ -385,7 +385,7 @@ def _matching(
     known: Records, config: SegmentConfig, scenes: Scenes, out: Path, fresh: bool
 ) -> Records:
     """The folder's records, if they are of this config and data; else an error."""
-    from unitnorm.cli import difference
+    from unitnorm.job import difference
     from unitnorm.segment import experiment
 
     expected = experiment.provenance(config, scenes)

@@ -1,0 +1,335 @@
+"""Any config, flag or data file: exit code 0 or 2, one line, no traceback, nothing written."""
+
+from __future__ import annotations
+
+import ast
+import gzip
+import os
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import unitnorm
+from tests import faults
+from unitnorm import config
+from unitnorm.cli import main, on_one_line
+from unitnorm.data import idx, load
+from unitnorm.errors import UserError
+from unitnorm.updates import UPDATES
+
+KEYS = sorted(
+    {
+        *config.Config.model_fields,
+        *(
+            f"{section}.{key}"
+            for section, value in config.Config()
+            if hasattr(value, "model_fields_set")
+            for key in type(value).model_fields
+        ),
+    }
+)
+TRAINS = ("sweep", "train", "reproduce")
+
+
+def cases(count: int):
+    """So many cases, on fixtures that hypothesis may use again."""
+    return settings(
+        max_examples=count,
+        deadline=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    )
+
+
+numbers = (
+    st.integers(-3, 12)
+    | st.integers()
+    | st.floats()
+    | st.sampled_from([0, 1, 2, 60_000, 2**31 - 1, 2**31, 2**64, 1e-300, 1e300])
+)
+scalars = st.none() | st.booleans() | numbers | st.text(max_size=8) | st.sampled_from(list(UPDATES))
+values = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner),
+    max_leaves=4,
+)
+keys = (
+    st.sampled_from(KEYS)
+    | st.text(st.characters(exclude_characters="\0"), max_size=6)
+    | st.sampled_from(["a.b.c", ".", "", "seed.x"])
+)
+
+
+def one_line(error: UserError) -> None:
+    text = on_one_line(str(error))
+    assert text.strip()
+    assert len(text.splitlines()) == 1
+    text.encode()  # can be printed
+
+
+# ---------------------------------------------------------------- configs
+
+
+@cases(600)
+@given(st.dictionaries(keys, values, max_size=4))
+def test_any_values_are_a_config_or_a_line(overrides):
+    try:
+        found = config.load(None, overrides)
+    except UserError as error:
+        one_line(error)
+        return
+    assert config.parse(found.model_dump()) == found
+    assert len(found.fingerprint()) == 64
+
+
+toml_lines = st.builds(
+    "{} = {}".format,
+    st.sampled_from([key for key in KEYS if "." not in key]) | st.text("abcd.\"' ", max_size=5),
+    scalars.map(repr) | st.sampled_from(["true", "[1, 2]", "[]", "{}", "1979-05-27", '"""', "[["]),
+)
+toml = st.lists(
+    toml_lines
+    | st.sampled_from(["[sweep]", "[train]", "[train]", "[a.b]", "[[updates]]", "[", "# x", "="]),
+    max_size=5,
+).map("\n".join)
+
+
+@cases(500)
+@given(toml.map(str.encode) | st.text().map(lambda text: text.encode("utf-8")) | st.binary())
+def test_any_file_is_a_config_or_a_line(tmp_path, content):
+    path = tmp_path / "config.toml"
+    path.write_bytes(content)
+    try:
+        config.load(path)
+    except UserError as error:
+        one_line(error)
+        assert str(path) in str(error)  # noqa: PT017
+    assert path.read_bytes() == content
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_deeply_nested_toml_is_a_line(tmp_path):
+    path = tmp_path / "deep.toml"
+    path.write_text("seed = " + "[" * 100_000)
+    with pytest.raises(UserError, match="not valid TOML"):
+        config.load(path)
+
+
+# ---------------------------------------------------------------- flags
+
+
+# no argument of a process can hold a null character
+words = st.text(st.characters(exclude_characters="\0"), max_size=8) | st.sampled_from(
+    ["none.toml", ".", "/dev/null", "/proc/self/mem", "a/../b", "x" * 300, "-", "--", "\udc80"]
+)
+number_words = numbers.map(str) | words
+flags = st.one_of(
+    st.tuples(st.just("--depth"), number_words),
+    st.tuples(st.just("--update"), st.sampled_from(list(UPDATES)) | words),
+    st.tuples(st.just("--runs"), number_words),
+    st.tuples(st.just("--seed"), number_words),
+    st.tuples(st.just("--set"), st.builds("{}={}".format, keys, numbers | words) | words),
+    st.tuples(st.just("--config"), words),
+    st.tuples(st.just("--dataset"), words),
+    st.tuples(st.just("--data-dir"), words),
+    st.tuples(st.just("--devices"), number_words),
+    st.tuples(st.just("--checkpoint-every"), number_words),
+    st.tuples(st.just("--coordinator"), words),
+    st.tuples(st.just("--process"), number_words),
+    st.tuples(st.just("--run"), number_words),
+    st.tuples(words, words),
+    st.just(("--fresh",)),
+)
+
+
+class Accepted(SystemExit):
+    """All options are in order: the data would be read next."""
+
+
+@pytest.fixture
+def in_empty_folder(tmp_path, monkeypatch):
+    def accept(*_: object, **__: object) -> None:
+        raise Accepted(0)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("unitnorm.devices.prepare", lambda *_, **__: None)
+    monkeypatch.setattr("unitnorm.data.load", accept)
+    return tmp_path
+
+
+def invoke(line: list[str]) -> int:
+    done = CliRunner().invoke(main, line)
+    unexpected = done.exception is not None and not isinstance(done.exception, SystemExit)
+    assert not unexpected, (line, done.exc_info)
+    assert done.exit_code in (0, 2), (line, done.output)
+    assert "Traceback" not in done.output
+    if done.exit_code == 2:
+        lines = done.stderr.removesuffix("\n").split("\n")
+        # click's own refusals have two lines of usage in front
+        assert len(lines) == 1 or lines[0].startswith("Usage: "), (line, done.stderr)
+        assert re.search("^error: ", done.stderr, re.M | re.I), (line, done.stderr)
+    return done.exit_code
+
+
+@cases(600)
+@given(
+    st.sampled_from([*TRAINS, "report", "verify"]),
+    st.lists(flags, max_size=4),
+    st.none() | words,
+)
+def test_any_flags_are_accepted_or_refused_in_a_line(in_empty_folder, command, more, out):
+    line = [command, *(word for flag in more for word in flag)]
+    if out is not None and not out.startswith("/"):  # what is refused must write nothing anywhere
+        line += ["--out", out]
+    invoke(line)
+    assert not list(in_empty_folder.iterdir()), line
+
+
+def test_good_flags_are_accepted_and_help_is_no_fault(in_empty_folder):
+    good = ["train", "--depth", "4", "--update", "un", "--runs", "3", "--set", "loss.batch_size=50"]
+    assert invoke(good) == 0
+    for command in main.commands:
+        assert invoke([command, "--help"]) == 0
+
+
+# ---------------------------------------------------------------- data
+
+
+NAMES = idx.FILES
+rng = np.random.default_rng(0)
+
+
+def idx_bytes(*shape: int) -> bytes:
+    sizes = b"".join(size.to_bytes(4, "big") for size in shape)
+    return bytes([0, 0, 8, len(shape)]) + sizes + rng.integers(0, 3, shape, np.uint8).tobytes()
+
+
+GOOD = dict(
+    zip(NAMES, (idx_bytes(12, 3, 4), idx_bytes(12), idx_bytes(6, 3, 4), idx_bytes(6)), strict=True)
+)
+SPOIL = {
+    "cut": lambda content, at, byte: content[:at],
+    "changed": lambda content, at, byte: content[:at] + bytes([byte]) + content[at + 1 :],
+    "inserted": lambda content, at, byte: content[:at] + bytes([byte]) * 3 + content[at:],
+    "packed": lambda content, at, byte: gzip.compress(content, mtime=0),
+    "packed and cut": lambda content, at, byte: gzip.compress(content, mtime=0)[:at],
+    "packed and changed": lambda content, at, byte: SPOIL["changed"](
+        gzip.compress(content, mtime=0), at, byte
+    ),
+    "packed and more": lambda content, at, byte: gzip.compress(content, mtime=0) + bytes([byte]),
+    "another": lambda content, at, byte: GOOD[NAMES[at % 4]],
+}
+spoilt = st.lists(
+    st.tuples(
+        st.sampled_from(NAMES),
+        st.sampled_from(sorted(SPOIL)),
+        st.integers(0, 20) | st.integers(0, 170),
+        st.integers(0, 255),
+    ),
+    min_size=1,
+    max_size=3,
+)
+
+
+def data_folder(folder: Path, faults: list[tuple[str, str, int, int]]) -> dict[str, bytes]:
+    files = dict(GOOD)
+    for name, how, at, byte in faults:
+        files[name] = SPOIL[how](files[name], at, byte)
+    folder.mkdir(exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return files
+
+
+@cases(500)
+@given(spoilt)
+def test_any_idx_files_are_sound_or_refused_in_a_line(tmp_path, faults):
+    files = data_folder(tmp_path / "data", faults)
+    try:
+        arrays = idx.read_all(idx.find(tmp_path / "data"))
+    except UserError as error:
+        one_line(error)
+        assert any(name in str(error) for name in NAMES)  # noqa: PT017
+    else:
+        assert len(arrays.train_images) == len(arrays.train_labels) > 0
+        assert arrays.test_labels.max() < arrays.classes
+    assert {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()} == files
+
+
+@cases(40)
+@given(spoilt)
+def test_bad_data_files_leave_nothing_behind(tmp_path, faults):
+    data_folder(tmp_path / "data", faults)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        patch.setenv("UNITNORM_CACHE", str(tmp_path / "cache"))
+        patch.setattr("unitnorm.devices.prepare", lambda *_, **__: None)
+        patch.setattr(config.Config, "check_images", lambda *_: sys.exit(0))
+        before = sorted((tmp_path / "cache").glob("*"))
+        code = invoke(["train", "--data-dir", "data", "--out", "out"])
+        after = sorted((tmp_path / "cache").glob("*"))
+        assert code == 0 or after == before
+        assert not [path for path in after if path.name.startswith(".")]
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["../escaped", "/etc", "..", "a/../../b", "~root/x", "*", "\0"])
+def test_names_of_data_sets_lead_nowhere_else(name, tmp_path, monkeypatch):
+    (tmp_path / "inner").mkdir()
+    monkeypatch.chdir(tmp_path / "inner")
+    before = {str(path) for path in tmp_path.rglob("*")}
+    with pytest.raises(UserError) as caught:
+        load(name, data_dir=tmp_path / "inner", cache_dir=tmp_path / "inner" / "cache")
+    one_line(caught.value)
+    assert {str(path) for path in tmp_path.rglob("*")} == before
+
+
+# ---------------------------------------------------------------- nothing is run that is read
+
+UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "yaml"}
+UNSAFE_METHODS = {"extractall", "unpack_archive", "mktemp"}
+
+
+def sources() -> list[Path]:
+    return sorted(Path(unitnorm.__file__).parent.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: path.name)
+def test_no_module_can_load_a_pickle_run_text_or_unpack_an_archive(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            module = getattr(node, "module", None) or node.names[0].name
+            assert module.split(".")[0] not in UNSAFE_MODULES, ast.unparse(node)
+        if isinstance(node, ast.Call):
+            if isinstance(node.func, ast.Name):
+                assert node.func.id not in {"eval", "exec", "__import__"}, ast.unparse(node)
+            assert getattr(node.func, "attr", "") not in UNSAFE_METHODS, ast.unparse(node)
+            for keyword in node.keywords:
+                unsafe = (keyword.arg, getattr(keyword.value, "value", None)) in {
+                    ("allow_pickle", True),
+                    ("shell", True),
+                    ("weights_only", False),
+                }
+                assert not unsafe, ast.unparse(node)
+
+
+def test_the_watch_for_pickles_in_test_survival_hears_one():
+    code = (
+        "import os, pickle, sys; sys.path.insert(0, sys.argv[1])\n"
+        "from tests.faults import no_pickle\n"
+        "sys.addaudithook(no_pickle)\n"
+        "pickle.loads(bytes.fromhex(sys.argv[2]))"
+    )
+    root = Path(faults.__file__).parent.parent
+    payload = pickle.dumps(os.path.join).hex()
+    done = subprocess.run(
+        [sys.executable, "-c", code, root, payload], capture_output=True, text=True, check=True
+    )
+    assert done.stderr == "something was unpickled\n"
