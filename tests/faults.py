@@ -45,8 +45,8 @@ epochs = 8
 [train]
 train_images = 200
 validation_images = 100
-min_epochs = 12
-max_epochs = 12
+min_epochs = 30
+max_epochs = 30
 """
 # Compiles in half the time.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"

@@ -27,3 +27,14 @@ def test_every_link_leads_somewhere():
     for link in links:
         if not link.startswith("http"):
             assert (ROOT / link).exists(), link
+
+
+def test_every_promise_names_tests_that_exist():
+    promised = set(re.findall(r"`(test_\w+)`", README))
+    assert len(promised) > 20
+    defined = {
+        name
+        for path in Path(__file__).parent.glob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)
+    }
+    assert promised <= defined, promised - defined

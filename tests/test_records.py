@@ -420,6 +420,15 @@ def test_one_process_at_a_time_and_a_killed_one_holds_nothing(out):
         assert len(records.read(out).runs) == 4
 
 
+def test_files_of_a_pattern_give_way_to_the_new_ones_and_others_stay(tmp_path):
+    with records.locked(tmp_path):
+        records.write_files(tmp_path, {"a/x1": b"", "a/x2": b"", "a/y": b""})
+        records.write_files(tmp_path, {"a/x2": b"new", "b": b""}, replacing="a/x*")
+    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert found - {".lock"} == {"a/x2", "a/y", "b"}
+    assert (tmp_path / "a" / "x2").read_bytes() == b"new"
+
+
 def test_names_cannot_leave_the_folder(out, tmp_path):
     """File names of a set come from our own code alone; those in damaged provenance are refused."""
     provenance = json.loads((out / "provenance.json").read_text())

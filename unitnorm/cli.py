@@ -374,7 +374,7 @@ def do_report(out: Path) -> None:
         files = report.build(
             known.runs, known.history, known.sweep, known.filters, image_shape, paper
         )
-        records.write_files(out, files)
+        records.write_files(out, files, replacing="figures/filters_depth*")
     console = Console()
     console.print(report.terminal(known.runs, paper))
     console.print(f"{len(files)} files in {out}{os.sep}", highlight=False)

@@ -298,12 +298,13 @@ def write(folder: Path, records: Records) -> None:
     write_files(folder, files)
 
 
-def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+def write_files(folder: Path, files: Mapping[str, bytes], replacing: str = "") -> None:
     """Put several files in place, all or none, even if the process is killed at any moment.
 
     Args:
       folder: where, held by `locked`.
       files: content by name; a name may have one folder in front.
+      replacing: a pattern; files of such names that are not among `files` are removed afterwards.
 
     Raises:
       UserError: the disk is full or the folder cannot be written; what was there stays.
@@ -322,6 +323,9 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
         os.rename(staged, folder / _VALID)
         _sync(folder)
         _publish(folder)
+        for path in folder.glob(replacing) if replacing else ():
+            if str(path.relative_to(folder)) not in files:
+                path.unlink()
     except OSError as error:
         shutil.rmtree(staged, ignore_errors=True)
         raise _cannot(folder, "written", error) from None
