@@ -21,6 +21,7 @@ SEEDS = 10  # of each update, as in Table 2
 IMAGES = 50_000  # training images of an epoch, as in Table 2
 VALIDATION_IMAGES = 10_000
 UN_COST, SAVE_COST = "UN instead of B-SGD", "a checkpoint after every epoch"
+COST_ROUNDS = 3  # for each round of the others: the difference is small beside the noise
 COLUMNS = ["name", "depth", "runs", "samples_per_s", "low", "high"]
 WHAT = {
     "unitnorm": "an epoch of `unitnorm train` for all runs of a depth, with its evaluation on "
@@ -41,8 +42,8 @@ class Comparison:
     Attributes:
       samples: columns `COLUMNS`; low and high are the slowest and the fastest repetition.
       ratios: (name, depth) → how many times as fast ours is, round by round.
-      costs: columns what, depth, runs, without_s, with_s (medians of an epoch), and of the rounds'
-        ratios median, low, high.
+      costs: columns what, depth, runs, without_s, with_s (medians of an epoch), of the rounds'
+        ratios median, low, high, and the rounds.
       missing: name → the package that it needs.
       machine: the roofs: flops_per_s and bytes_per_s.
       about: (name, depth) → what the worker said of itself.
@@ -160,7 +161,7 @@ def costs_of(
         both = {"without": Contestant("program", without), "with": Contestant("program", added)}
         with measure.started(both) as (workers, _):
             say(what)
-            found = measure.take_turns(workers, rounds)
+            found = measure.take_turns(workers, rounds * COST_ROUNDS)
         old, new = ([answer["seconds"] for answer in found[name]] for name in both)
         ratio = Spread.of([one / other for one, other in zip(new, old, strict=True)])
         yield {
@@ -170,6 +171,7 @@ def costs_of(
             "without_s": Spread.of(old).median,
             "with_s": Spread.of(new).median,
             **ratio._asdict(),
+            "rounds": len(old),
         }
 
 
@@ -284,7 +286,8 @@ def remarks(comparison: Comparison) -> list[str]:
     ]
     lines += [
         f"An epoch of {cost.runs} runs at depth {cost.depth} with {cost.what} takes "
-        f"{cost.median:.3f} times as long ({cost.low:.3f}–{cost.high:.3f})."
+        f"{cost.median:.3f} times as long (median of {cost.rounds} pairs; "
+        f"{cost.low:.3f}–{cost.high:.3f})."
         for cost in comparison.costs.itertuples()
     ]
     lines += [
