@@ -122,7 +122,7 @@ def table(frame: pd.DataFrame) -> Cells:
     ]
     header = ["what", "cache", "seconds", "(range)"]
     return Cells(
-        "Seconds from typing to the end of --help, or of the first epoch",
+        "Seconds until --help is over, or the first epoch",
         header,
         rows,
         frozenset({"what", "cache"}),
