@@ -230,6 +230,8 @@ def load(
             raise UserError(f"config {path}: not UTF-8 text, expected a TOML file") from None
         except (tomllib.TOMLDecodeError, RecursionError) as error:
             raise UserError(f"config {path}: not valid TOML: {_one_line(error)}") from None
+        except ValueError:  # a null character, or one that no file system encodes
+            raise UserError(f"config {path}: no file can have this name") from None
     for key, value in (overrides or {}).items():
         _put(values, key, value)
     where = f"config {path}" if path is not None else "config"
