@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import contextlib
+import glob
 import json
 import multiprocessing
 import os
@@ -171,7 +172,12 @@ def no_pickle(event: str, _: tuple) -> None:
 
 
 def exists(pattern: str) -> Callable[[Path], bool]:
-    return lambda folder: any(True for _ in folder.glob(pattern))
+    return lambda folder: found(folder, pattern)
+
+
+def found(folder: Path, pattern: str) -> bool:
+    """There is a file of this name; unlike Path.glob's, folders may vanish meanwhile."""
+    return bool(glob.glob(pattern, root_dir=folder))
 
 
 # What a process is at, and the files that tell: looked for in the folder of cache and results.
@@ -193,8 +199,8 @@ def contents(out: Path) -> dict[str, bytes]:
     """The records' bytes, and the provenance without what a command did when."""
     provenance = json.loads((out / "provenance.json").read_bytes())
     provenance.pop("commands")
-    found = {name: (out / name).read_bytes() for name in RECORDS}
-    return {**found, "provenance.json": json.dumps(provenance).encode()}
+    tables = {name: (out / name).read_bytes() for name in RECORDS}
+    return {**tables, "provenance.json": json.dumps(provenance).encode()}
 
 
 def campaign(workshop: Workshop, name: str, kills: int, seed: int) -> tuple[Counter, list[dict]]:
@@ -259,8 +265,8 @@ def kill(workshop: Workshop, kills: int, seed: int, at_once: int = 2) -> Counter
         ]
         results = [job.result() for job in jobs]
     for killed, done in results:
-        for found in done:
-            differs = [name for name in expected if found[name] != expected[name]]
+        for records in done:
+            differs = [name for name in expected if records[name] != expected[name]]
             assert not differs, f"{differs} after kills {dict(killed)}"
     return sum((killed for killed, _ in results), Counter())
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from tests.faults import MOMENTS, RECORDS, Life, Workshop, contents, kill, small_disk
+from tests.faults import MOMENTS, RECORDS, Life, Workshop, contents, found, kill, small_disk
 from unitnorm.cli import INTERRUPTED
 from unitnorm.errors import UserError
 
@@ -42,8 +42,8 @@ def once(workshop, cache):
 
 def run(workshop, cache, words, code=0, **environment) -> str:
     """Run a command to its end; what it printed, or where a fault is expected, its line."""
-    found, said, errors = workshop.start([str(word) for word in words], cache, **environment).end()
-    assert found == code, said + errors
+    ended, said, errors = workshop.start([str(word) for word in words], cache, **environment).end()
+    assert ended == code, said + errors
     if code == REFUSED:
         assert errors.count("\n") == 1, errors
         assert errors.startswith("error: ")
@@ -55,7 +55,7 @@ def halted(workshop, cache, words, table="train", state=1) -> Life:
     """A command that stands still, having saved so many states of a sweep or training."""
     out = Path(words[words.index("--out") + 1])
     life = workshop.start(words, cache)
-    life.wait_until(lambda: list(out.glob(f".checkpoints/{table}-*/{state}")))
+    life.wait_until(lambda: found(out, f".checkpoints/{table}-*/{state}"))
     life.send(signal.SIGSTOP)
     return life
 
