@@ -20,7 +20,7 @@ from unitnorm.errors import UserError
 from unitnorm.experiment import Interrupted
 from unitnorm.segment import config, data, metrics, model, palette, predicting, records, synthetic
 from unitnorm.segment import training as seg
-from unitnorm.segment.convolution import convolution
+from unitnorm.segment.convolution import fourier_convolution
 
 CAMVID = Path(__file__).parents[2] / "shared" / "data" / "CamVid"
 SMALL = {
@@ -142,7 +142,7 @@ def test_convolution_by_fourier_transforms_equals_the_direct_one(size, kernel_si
         y, transpose = jax.vjp(compute, x, kernel)
         return y, *transpose(weights)
 
-    for ours, expected in zip(all_of(convolution), all_of(direct), strict=True):
+    for ours, expected in zip(all_of(fourier_convolution), all_of(direct), strict=True):
         scale = np.abs(expected).max()
         np.testing.assert_allclose(ours / scale, expected / scale, rtol=0, atol=3e-6)
 

@@ -36,7 +36,7 @@ def segment() -> None:
     Example: invented road scenes, no data needed
       unitnorm segment train --synthetic --set train.epochs=10 --out look
       unitnorm segment report --synthetic --out look
-    CamVid, about 70 minutes for each update on 2 CPU cores
+    CamVid, more than an hour for each update on 2 CPU cores
       unitnorm segment train --config configs/segnet_cpu.toml --data-dir CamVid
     """
 

@@ -56,7 +56,7 @@ def transforms(k: int) -> Transforms:
     )
 
 
-def convolution(x: Array, kernel: Array) -> Array:
+def fourier_convolution(x: Array, kernel: Array) -> Array:
     """Cross-correlation of stride 1, zeros around: (n, h, w, c), (k, k, c, d) → (n, h, w, d).
 
     Equal to `jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME")`, channels last, up to

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, PartitionSpec
 from unitnorm.geometry import retraction
 from unitnorm.model import Network, split_network
 from unitnorm.segment.config import Network as NetworkConfig
-from unitnorm.segment.convolution import convolution
+from unitnorm.segment.convolution import fourier_convolution
 
 FOURIER_PIXELS, FOURIER_CHANNELS = 5000, 16  # below, direct is as fast on 2 cores
 LRN_SIZE, LRN_ALPHA, LRN_BETA = 5, 1e-4, 0.75  # of the authors' SegNet-Basic
@@ -160,11 +160,11 @@ def _convolution(config: NetworkConfig, mesh: Mesh | None) -> Callable[..., Arra
     direct = jax.lax.conv_general_dilated
     if config.convolution == "direct" or config.kernel_size == 1:
         return direct
-    fourier = convolution
+    fourier = fourier_convolution
     if mesh is not None:  # so that devices add their kernels' gradients once, at the end
         images = PartitionSpec(*mesh.axis_names)
         fourier = jax.shard_map(
-            convolution, mesh=mesh, in_specs=(images, PartitionSpec()), out_specs=images
+            fourier_convolution, mesh=mesh, in_specs=(images, PartitionSpec()), out_specs=images
         )
 
     def same_size_stride_1(x: Array, kernel: Array, *others: Any, **options: Any) -> Array:
