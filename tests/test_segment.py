@@ -671,6 +671,13 @@ def test_predict_writes_labels_of_the_photos_size(folder, tmp_path):
     assert "cannot be read as an image" in text
 
 
+def test_predict_comes_with_weights(tmp_path):
+    photo = tmp_path / "photo.png"
+    Image.effect_noise((60, 45), 80).convert("RGB").save(photo)
+    call("predict", photo, "--out", tmp_path)
+    assert opened(tmp_path / "photo_labels.png").size == (60, 45)
+
+
 def test_altered_records_are_refused(folder, tmp_path):
     for path in folder.iterdir():
         if path.is_file():

@@ -44,22 +44,34 @@ class Job:
     console: Console
     started: float
     writes: bool  # only process 0 touches the folder
+    rows: int = 0  # added to the records so far
 
     def store(self, rows: int) -> None:
-        """Write the records, with what this command did."""
-        from unitnorm import experiment, records
+        """Write the records, with what this command did: that it added so many rows to them."""
+        from unitnorm import records
 
         if not self.writes:
             return
-        entry = experiment.command_entry(
-            command_line(), self.started, time.time() - self.started, rows
-        )
-        commands = self.records.provenance["commands"]
-        if commands and commands[-1]["started"] == entry["started"]:
-            entry["rows"] += commands.pop()["rows"]
-        commands.append(entry)
+        self.rows += rows
+        note(self.records.provenance, self.started, self.rows)
         records.write(self.out, self.records)
         self.session.checkpoints.drop(recorded(self.records))
+
+
+def note(provenance: dict[str, Any], started: float, rows: int) -> None:
+    """Put this command among those of the provenance, or bring its entry up to date.
+
+    Args:
+      started: seconds since the epoch, by which its entry is known.
+      rows: that it has added to the records so far.
+    """
+    from unitnorm import experiment
+
+    entry = experiment.command_entry(command_line(), started, time.time() - started, rows)
+    commands = provenance["commands"]
+    if commands and commands[-1]["started"] == entry["started"]:
+        commands.pop()
+    commands.append(entry)
 
 
 def command_line() -> str:
@@ -211,17 +223,21 @@ def matching(known: Records, config: Config, dataset: Dataset, out: Path, fresh:
     if fresh:
         known = records.drop(known, cells)
     if known.provenance and not known.is_empty():
-        for key, what in (("config_sha256", "config"), ("data", "data set")):
-            if known.provenance[key] != expected[key]:
-                hint = "" if fresh else ", or start over with --fresh"
-                raise UserError(
-                    f"{out}: holds records of {'other runs with ' if fresh else ''}another {what}"
-                    f"{difference(known.provenance['config'], expected['config'])}; give "
-                    f"another --out{hint}"
-                )
+        refuse_others(out, known.provenance, expected, fresh)
     else:
         known.provenance = expected
     return known
+
+
+def refuse_others(out: Path, found: dict[str, Any], expected: dict[str, Any], fresh: bool) -> None:
+    """Refuse a folder whose records, by their provenance, are of another config or data set."""
+    for key, what in (("config_sha256", "config"), ("data", "data set")):
+        if found.get(key) != expected[key]:
+            hint = "" if fresh else ", or start over with --fresh"
+            raise UserError(
+                f"{out}: holds records of {'other runs with ' if fresh else ''}another {what}"
+                f"{difference(found['config'], expected['config'])}; give another --out{hint}"
+            )
 
 
 def difference(old: Any, new: dict[str, Any], prefix: str = "") -> str:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from unitnorm.segment.records import Records, Trained
 
 OUT = Path("results/segnet")
-WEIGHTS = OUT / "un.safetensors"
+PUBLISHED = Path(__file__).with_name("un.safetensors")  # a link to results/segnet/un.safetensors
 PHOTOS = Path("predictions")
 
 
@@ -44,7 +44,7 @@ def segment() -> None:
 def _path(*names: str, default: Path | None = None, text: str, **options: Any) -> Any:
     return click.option(
         *names, type=click.Path(path_type=Path, **options), default=default,
-        show_default=default is not None, help=text,
+        show_default=default is not None and not default.is_absolute(), help=text,
     )  # fmt: skip
 
 
@@ -56,6 +56,14 @@ def data_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(
         "--data-dir", help="Folder of CamVid: train/, trainannot/, val/, valannot/ and so on."
     )(command)
+
+
+def weights_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Which trained network."""
+    return _path(
+        "--weights", default=PUBLISHED,
+        text="File that train wrote.  [default: UN's at 90×120, which are part of unitnorm]",
+    )(command)  # fmt: skip
 
 
 def devices_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -113,7 +121,7 @@ def train(
     values = dict(base_config.parse_override(text) for text in overrides)
     given = {"updates": list(update) or None, "seed": seed}
     values |= {key: value for key, value in given.items() if value is not None}
-    from unitnorm.job import command_line, interruptible
+    from unitnorm.job import interruptible, note
 
     started = time.time()
     with contextlib.ExitStack() as stack:
@@ -145,14 +153,10 @@ def train(
             if (out / records.PROVENANCE).exists():
                 records.write(out, known)
 
+        before = len(known.metrics)
+
         def store(now: Records) -> None:
-            entry = base.command_entry(
-                command_line(), started, time.time() - started, len(now.metrics)
-            )
-            commands = now.provenance["commands"]
-            if commands and commands[-1]["started"] == entry["started"]:
-                commands.pop()
-            commands.append(entry)
+            note(now.provenance, started, len(now.metrics) - before)
             records.write(out, now)
             checkpoints.drop(experiment.covered(name) for name in now.trained())
 
@@ -181,7 +185,7 @@ def train(
 
 
 @segment.command()
-@_path("--weights", default=WEIGHTS, text="File that train wrote.")
+@weights_option
 @click.option(
     "--split", type=click.Choice(["train", "val", "test"]), default="test", show_default=True
 )
@@ -218,7 +222,7 @@ def evaluate(
 
 @segment.command()
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
-@_path("--weights", default=WEIGHTS, text="File that train wrote.")
+@weights_option
 @_path("--out", default=PHOTOS, text="Folder of the PNGs.", file_okay=False)
 def predict(images: tuple[Path, ...], weights: Path, out: Path) -> None:
     """Segment photos of any size, and write PNGs.
@@ -385,7 +389,7 @@ def _matching(
     known: Records, config: SegmentConfig, scenes: Scenes, out: Path, fresh: bool
 ) -> Records:
     """The folder's records, if they are of this config and data; else an error."""
-    from unitnorm.job import difference
+    from unitnorm.job import refuse_others
     from unitnorm.segment import experiment
 
     expected = experiment.provenance(config, scenes)
@@ -393,14 +397,8 @@ def _matching(
         known = known.dropped(config.updates)
     if known.metrics.empty:
         known.provenance = expected
-        return known
-    for key, what in (("config_sha256", "config"), ("data", "data set")):
-        if known.provenance.get(key) != expected[key]:
-            changed = difference(known.provenance["config"], expected["config"])
-            hint = "" if fresh else ", or start over with --fresh"
-            raise UserError(
-                f"{out}: holds records of another {what}{changed}; give another --out{hint}"
-            )
+    else:
+        refuse_others(out, known.provenance, expected, fresh)
     return known
 
 
