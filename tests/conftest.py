@@ -9,16 +9,10 @@ import jax
 import numpy as np
 import pytest
 
+from tests.idx import idx_of
+
 # Before any test asks for a device. Some results must not depend on it: see tests/test_devices.py.
 jax.config.update("jax_num_cpu_devices", 2)
-
-
-def idx_bytes(array: np.ndarray) -> bytes:
-    """An array of bytes in the IDX format, written from its description and not from our reader."""
-    header = bytes([0, 0, 8, array.ndim]) + b"".join(
-        int(size).to_bytes(4, "big") for size in array.shape
-    )
-    return header + array.astype(np.uint8).tobytes()
 
 
 def blobs(
@@ -39,8 +33,8 @@ def idx_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     for prefix, count in (("train", 600), ("t10k", 200)):
         images, labels = blobs(rng, count)
-        (folder / f"{prefix}-images-idx3-ubyte").write_bytes(idx_bytes(images))
-        packed = gzip.compress(idx_bytes(labels), mtime=0)
+        (folder / f"{prefix}-images-idx3-ubyte").write_bytes(idx_of(images))
+        packed = gzip.compress(idx_of(labels), mtime=0)
         (folder / f"{prefix}-labels-idx1-ubyte.gz").write_bytes(packed)
     return folder
 

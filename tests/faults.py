@@ -1,6 +1,6 @@
 """Real processes, killed at any moment and started again until they are done.
 
-`python tests/faults.py --kills 200` runs as many as one likes; `test_survival.py` runs thirty. The
+`python -m tests.faults --kills 200` runs as many as one likes; `test_survival.py` runs thirty. The
 processes come out of a fork server that has imported everything, so that a life is spent on the
 experiment and not on imports. Change here what is killed, and when.
 """
@@ -27,6 +27,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+
+from tests.idx import idx_of
 
 RECORDS = ("runs.csv", "history.csv", "sweep.csv", "filters.safetensors")
 CONFIG = """
@@ -65,9 +67,7 @@ def write_idx(folder: Path, train: int = 300, test: int = 100, side: int = 6) ->
         labels = (np.arange(count) % 4).astype(np.uint8)
         images = (patterns[labels] + rng.integers(0, 60, (count, side, side))).astype(np.uint8)
         for name, array in ((f"{prefix}-images-idx3", images), (f"{prefix}-labels-idx1", labels)):
-            header = bytes([0, 0, 8, array.ndim])
-            sizes = b"".join(size.to_bytes(4, "big") for size in array.shape)
-            (folder / f"{name}-ubyte").write_bytes(header + sizes + array.tobytes())
+            (folder / f"{name}-ubyte").write_bytes(idx_of(array))
     return folder
 
 
@@ -306,7 +306,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent.parent))
     from tests.faults import main as importable_main  # the fork server imports it by name
 
     importable_main()

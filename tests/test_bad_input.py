@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 import unitnorm
 from tests import faults
-from tests.conftest import idx_bytes
+from tests.idx import idx_of
 from unitnorm import config
 from unitnorm.cli import main, on_one_line
 from unitnorm.data import idx, load
@@ -221,7 +221,7 @@ rng = np.random.default_rng(0)
 
 
 def noise(*shape: int) -> bytes:
-    return idx_bytes(rng.integers(0, 3, shape))
+    return idx_of(rng.integers(0, 3, shape))
 
 
 GOOD = dict(zip(NAMES, (noise(12, 3, 4), noise(12), noise(6, 3, 4), noise(6)), strict=True))

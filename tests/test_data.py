@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import unitnorm.data
+from tests.idx import idx_bytes
 from unitnorm.data import Dataset, arrays, cache, idx, load
 from unitnorm.errors import UserError
 
@@ -34,12 +35,6 @@ MNIST_HASHES = (
     "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
     "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 )
-
-
-def idx_bytes(*values: bytes, shape: tuple[int, ...]) -> bytes:
-    """An IDX file, written here by hand: 0 0 8 (unsigned bytes), dimensions, sizes, values."""
-    sizes = b"".join(size.to_bytes(4, "big") for size in shape)
-    return bytes([0, 0, 8, len(shape)]) + sizes + b"".join(values)
 
 
 def small_set(train: int = 12, test: int = 6, classes: int = 3) -> dict[str, bytes]:

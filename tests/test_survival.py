@@ -1,6 +1,6 @@
 """Experiments that are killed, stopped, doubled, starved of disk or spoilt: nothing is lost.
 
-Real processes, by `faults`; more kills than here on demand: python tests/faults.py --kills 200
+Real processes, by `faults`; more kills than here on demand: python -m tests.faults --kills 200
 """
 
 from __future__ import annotations
