@@ -137,6 +137,17 @@ def test_wide_filters_are_normalised_to_rounding(shape, axis):
     np.testing.assert_allclose(norms, 1, rtol=0, atol=3e-7)
 
 
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 24, 40, 784, 1032, 2048, 2056])
+def test_row_sums_are_sums_whatever_the_size(size):
+    a, b = random((2, 3, size), 1), random((2, 3, size), 2)
+    with jax.enable_x64(True):
+        found = geometry.row_sums(lambda a, b: a * (b + 1), a, b)
+        np.testing.assert_allclose(found, (a * (b + 1)).sum(-1, keepdims=True), atol=1e-12)
+    found = geometry.row_sums(jnp.square, jnp.asarray(a, jnp.float32))
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, (a**2).sum(-1, keepdims=True), rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("shape", "axis", "complaint"),
     [

@@ -449,6 +449,57 @@ def test_ten_steps_as_in_the_formula(name, layer):
     assert min(gaps.values()) > 1e-5
 
 
+@pytest.mark.parametrize("size", [1, 5, 8, 24, 784, 1032])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_rows_take_the_step_that_columns_take(size, scale):
+    random = np.random.default_rng(size)
+    rows = scale * orth(random.normal(size=(6, size)))
+    rows[2] = 0
+    gradient = random.normal(size=rows.shape) / scale
+
+    def schedule(count):
+        return 0.3 / (1 + count)
+
+    with jax.enable_x64(True):
+
+        def twice(axis, w, g):
+            tx = updates.un(schedule, axis=axis)
+            w, state = jnp.asarray(w), tx.init(jnp.asarray(w))
+            for _ in range(2):
+                step, state = tx.update(jnp.asarray(g), state, w)
+                w = w + step
+            return np.asarray(w)
+
+        by_row = twice(-1, rows, gradient)
+        np.testing.assert_allclose(by_row, twice(0, rows.T, gradient.T).T, rtol=0, atol=1e-14)
+        chain = optax.chain(updates.riemannian_gradient(-1), optax.scale(-0.3), updates.retract(-1))
+        links, _ = chain.update(jnp.asarray(gradient), chain.init(rows), jnp.asarray(rows))
+        step = one_update(updates.un(0.3, axis=-1), jnp.asarray(gradient), jnp.asarray(rows))
+        np.testing.assert_allclose(rows + step, rows + links, rtol=0, atol=1e-14)
+    assert not by_row[2].any()
+
+
+def test_un_is_the_chain_of_its_links_bit_for_bit_where_filters_are_no_rows():
+    chain = optax.chain(updates.riemannian_gradient(), optax.scale(-0.3), updates.retract())
+    params, gradient = arrays(0, layers=BOTH), arrays(1, layers=BOTH)
+    links, _ = jax.jit(chain.update)(gradient, chain.init(params), params)
+    assert (
+        farthest(jax.jit(one_update, static_argnums=0)(updates.un(0.3), gradient, params), links)
+        == 0
+    )
+
+
+@pytest.mark.parametrize("axis", [0, -1])
+@pytest.mark.parametrize("push", [1.0, 1e3, 1e6])
+def test_a_gradient_along_the_filter_does_not_spoil_its_norm(axis, push):
+    # ‖w − λΠ(g)‖² = ⟨w, w⟩ + λ²(⟨g, g⟩ − ⟨w, g⟩²) would cancel here
+    rows = orth(np.random.default_rng(0).normal(size=(6, 32)))
+    w = jnp.asarray(rows if axis == -1 else rows.T, jnp.float32)
+    step = one_update(updates.un(1.0, axis=axis), push * w, w)
+    norms = np.linalg.norm(np.asarray(w + step, np.float64), axis=axis)
+    np.testing.assert_allclose(norms, 1, rtol=0, atol=1e-6)
+
+
 def test_the_first_step_with_momentum_is_that_of_un():
     heavy_ball = one_update(updates.un_momentum(0.1), arrays(1), kernels())
     plain = one_update(updates.un(0.1), arrays(1), kernels())

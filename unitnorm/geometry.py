@@ -9,7 +9,7 @@ here is geometry that needs no optimiser; a training step built from it goes int
 """
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,9 @@ import jax.numpy as jnp
 from unitnorm.errors import UserError
 
 Axis = int | Sequence[int] | None
+
+VECTOR = 8  # float32 numbers that a CPU adds at once
+MOST_PIECES = 128  # of a row, each of which is code of its own
 
 
 def filter_axes(shape: Sequence[int], axis: Axis = None, name: str = "array") -> tuple[int, ...]:
@@ -114,13 +117,41 @@ def retraction(w: jax.Array, axis: Axis = None) -> jax.Array:
         UserError: see `filter_axes`.
     """
     norms = filter_norms(w, axis, keepdims=True)
-    inverse = jnp.where(jnp.isinf(norms), jnp.nan, 1 / jnp.where(norms == 0, 1, norms))
-    return (wide(w) * inverse).astype(jnp.result_type(w))
+    return (wide(w) * inverse_norms(norms)).astype(jnp.result_type(w))
+
+
+def inverse_norms(norms: jax.Array) -> jax.Array:
+    """What a filter of each norm is multiplied by in its `retraction`: 1 for zero, NaN for ∞."""
+    return jnp.where(jnp.isinf(norms), jnp.nan, 1 / jnp.where(norms == 0, 1, norms))
 
 
 def wide(x: jax.Array) -> jax.Array:
     """The array in at least float32, the precision in which everything here is computed."""
     return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
+
+
+def row_sums(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+    """Sum of function(*arrays), entry by entry, over the last axis, kept at length one.
+
+    Pairwise, in pieces of a few neighbours that go through `function` on their own: on a CPU, XLA
+    makes one vectorised loop of that, without the array of the terms.
+
+    Args:
+        function: of arrays, to an array; entry by entry.
+        arrays: of at least one axis, all of the same last one.
+    """
+    size = arrays[0].shape[-1]
+    width = VECTOR
+    while size % width == 0 and size // width > MOST_PIECES:
+        width *= 2
+    if size == 0 or size % width:
+        return jnp.sum(function(*arrays), -1, keepdims=True)
+    starts = range(0, size, width)
+    pieces = [function(*(array[..., i : i + width] for array in arrays)) for i in starts]
+    while len(pieces) > 1:
+        pairs = [operator.add(*pieces[i : i + 2]) for i in range(0, len(pieces) - 1, 2)]
+        pieces = pairs + pieces[2 * len(pairs) :]
+    return jnp.sum(pieces[0], -1, keepdims=True)
 
 
 def _inner(a: jax.Array, b: jax.Array, axes: tuple[int, ...]) -> jax.Array:

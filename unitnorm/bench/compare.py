@@ -279,11 +279,9 @@ def table(comparison: Comparison) -> Cells:
 
 def remarks(comparison: Comparison) -> list[str]:
     """What stands below the table, a line each."""
-    lines = [
-        "ours ×: how many times as fast unitnorm is, round by round. unitnorm: an epoch of "
-        "`unitnorm train` with its evaluation, report and checkpoint; the others: one run, without "
-        "evaluation. bound: the machine's rate of matrix products over the operations of a sample."
-    ]
+    shown = {*comparison.samples["name"]}
+    lines = ["ours ×: how many times as fast unitnorm is, round by round."]
+    lines += [f"{name}: {what}." for name, what in WHAT.items() if name in shown]
     lines += [
         f"An epoch of {cost.runs} runs at depth {cost.depth} with {cost.what} takes "
         f"{cost.median:.3f} times as long (median of {cost.rounds} pairs; "

@@ -22,7 +22,9 @@ from unitnorm.updates.parts import (
     map_filters,
     normalized_gradient,
     retract,
+    retracted,
     riemannian_gradient,
+    riemannian_gradient_of,
     tangent_momentum,
 )
 
@@ -38,13 +40,50 @@ def un(
     Π_w projects onto the tangent space and Orth divides by the norm, per filter. It holds no state
     unless `learning_rate` is a schedule.
 
+    It is the chain of `riemannian_gradient`, the learning rate and `retract`; rows, filters over
+    the last axis, take the same step to rounding in fewer passes over the memory (`_row_step`).
+
     Source: Badrinarayanan, Mishra and Cipolla (2015), equation (2) and Table 1.
     """
-    return optax.chain(
-        riemannian_gradient(axis),
-        optax.scale_by_learning_rate(learning_rate),
-        retract(axis, off_manifold),
-    )
+    scale, last = optax.scale_by_learning_rate(learning_rate), retract(axis, off_manifold)
+
+    def init(params: optax.Params) -> optax.OptState:
+        last.init(params)  # refuses what has no filters, or is off the manifold
+        return scale.init(params)
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        factor, state = scale.update(jnp.ones([]), state)  # −λ, also of a schedule
+
+        def leaf(axes: tuple[int, ...], w: jax.Array, g: jax.Array) -> jax.Array:
+            if axes == (w.ndim - 1,):
+                return _row_step(w, g, factor)
+            return retracted(axes, w, factor * riemannian_gradient_of(axes, w, g))
+
+        return map_filters(leaf, axis, params, updates), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def _row_step(w: jax.Array, g: jax.Array, factor: jax.Array) -> jax.Array:
+    """The displacement of UN for filters w over the last axis, with gradient g and factor −λ.
+
+    Orth(w/‖w‖ − λ ‖w‖ Π_w(g)) = Orth(w − λ ⟨w, w⟩ (g − ⟨w, g⟩/⟨w, w⟩ w)): with two numbers for each
+    filter nothing as large as w has to be kept between w and its new value. The norm is a sum of
+    its own: made of ⟨w, w⟩, ⟨w, g⟩ and ⟨g, g⟩ it would cancel where g is nearly parallel to w.
+    """
+    w_wide, g_wide = geometry.wide(w), geometry.wide(g)
+    squared = geometry.row_sums(jnp.square, w_wide)
+    share = geometry.row_sums(jnp.multiply, w_wide, g_wide) / jnp.where(squared == 0, 1, squared)
+    rate = factor * squared
+
+    def step(w: jax.Array, g: jax.Array) -> jax.Array:
+        return w + rate * (g - share * w)
+
+    norms = jnp.sqrt(geometry.row_sums(lambda w, g: jnp.square(step(w, g)), w_wide, g_wide))
+    new = step(w_wide, g_wide) * geometry.inverse_norms(norms)
+    return (new - w_wide).astype(w.dtype)
 
 
 def un_momentum(

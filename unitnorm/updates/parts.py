@@ -35,11 +35,12 @@ def riemannian_gradient(axis: AxisSpec = None) -> optax.GradientTransformation:
 
     Equation (2) of the paper, first line, per filter. A zero filter gives zero.
     """
+    return stateless(riemannian_gradient_of, axis)
 
-    def leaf(axes: tuple[int, ...], w: jax.Array, g: jax.Array) -> jax.Array:
-        return _norms(w, axes) * geometry.tangent_projection(w, geometry.wide(g), axes)
 
-    return stateless(leaf, axis)
+def riemannian_gradient_of(axes: tuple[int, ...], w: jax.Array, g: jax.Array) -> jax.Array:
+    """What `riemannian_gradient` does to one parameter w and its gradient g."""
+    return _norms(w, axes) * geometry.tangent_projection(w, geometry.wide(g), axes)
 
 
 def normalized_gradient(axis: AxisSpec = None) -> optax.GradientTransformation:
@@ -109,12 +110,7 @@ def retract(
     if off_manifold not in ("normalize", "raise"):
         raise UserError(f'off_manifold must be "normalize" or "raise", got {off_manifold!r}')
 
-    def leaf(axes: tuple[int, ...], w: jax.Array, u: jax.Array) -> jax.Array:
-        # ‖w‖ (w/‖w‖ + u): the retraction divides by the norm, so this needs no division of its own.
-        step = geometry.wide(w) + _norms(w, axes) * u
-        return (geometry.retraction(step, axes) - geometry.wide(w)).astype(w.dtype)
-
-    link = stateless(leaf, axis)
+    link = stateless(retracted, axis)
 
     def init(params: optax.Params) -> optax.OptState:
         if off_manifold == "raise":
@@ -122,6 +118,13 @@ def retract(
         return link.init(params)
 
     return optax.GradientTransformation(init, link.update)
+
+
+def retracted(axes: tuple[int, ...], w: jax.Array, u: jax.Array) -> jax.Array:
+    """What `retract` does to one parameter w and its step u."""
+    # ‖w‖ (w/‖w‖ + u): the retraction divides by the norm, so this needs no division of its own.
+    step = geometry.wide(w) + _norms(w, axes) * u
+    return (geometry.retraction(step, axes) - geometry.wide(w)).astype(w.dtype)
 
 
 def in_dtype_of_params() -> optax.GradientTransformation:
