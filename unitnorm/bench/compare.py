@@ -21,7 +21,7 @@ SEEDS = 10  # of each update, as in Table 2
 IMAGES = 50_000  # training images of an epoch, as in Table 2
 VALIDATION_IMAGES = 10_000
 UN_COST, SAVE_COST = "UN instead of B-SGD", "a checkpoint after every epoch"
-COST_ROUNDS = 3  # for each round of the others: the difference is small beside the noise
+COST_STARTS = 5  # where the memory of a process comes to lie makes a percent or two
 COLUMNS = ["name", "depth", "runs", "samples_per_s", "low", "high"]
 WHAT = {
     "unitnorm": "an epoch of `unitnorm train` for all runs of a depth, with its evaluation on "
@@ -148,8 +148,8 @@ def costs_of(
 ) -> Iterator[dict[str, Any]]:
     """What UN's epoch costs beside B-SGD's, and what it costs to save the state after every epoch.
 
-    Each is measured as two programs of 10 runs that take turns. (`unitnorm train` saves at most
-    every five seconds, so that it pays less.)
+    Each is measured as two programs of 10 runs that take turns, in several starts of both.
+    (`unitnorm train` saves at most every five seconds, so that it pays less.)
     """
     options = {"depth": depth, "seeds": SEEDS, "images": images}
     b_sgd, un = ({**options, "updates": [name]} for name in UPDATES)
@@ -159,10 +159,13 @@ def costs_of(
     }
     for what, (without, added) in pairs.items():
         both = {"without": Contestant("program", without), "with": Contestant("program", added)}
-        with measure.started(both) as (workers, _):
-            say(what)
-            found = measure.take_turns(workers, rounds * COST_ROUNDS)
-        old, new = ([answer["seconds"] for answer in found[name]] for name in both)
+        seconds: dict[str, list[float]] = {name: [] for name in both}
+        for start in range(COST_STARTS):
+            with measure.started(both) as (workers, _):
+                say(f"{what}, start {start + 1} of {COST_STARTS}")
+                for name, answers in measure.take_turns(workers, rounds).items():
+                    seconds[name] += [answer["seconds"] for answer in answers]
+        old, new = seconds["without"], seconds["with"]
         ratio = Spread.of([one / other for one, other in zip(new, old, strict=True)])
         yield {
             "what": what,
