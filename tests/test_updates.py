@@ -462,8 +462,8 @@ def test_rows_take_the_step_that_columns_take(size, scale):
 
     with jax.enable_x64(True):
 
-        def twice(axis, w, g):
-            tx = updates.un(schedule, axis=axis)
+        def twice(axis, w, g, **options):
+            tx = updates.un(schedule, axis=axis, **options)
             w, state = jnp.asarray(w), tx.init(jnp.asarray(w))
             for _ in range(2):
                 step, state = tx.update(jnp.asarray(g), state, w)
@@ -476,6 +476,10 @@ def test_rows_take_the_step_that_columns_take(size, scale):
         links, _ = chain.update(jnp.asarray(gradient), chain.init(rows), jnp.asarray(rows))
         step = one_update(updates.un(0.3, axis=-1), jnp.asarray(gradient), jnp.asarray(rows))
         np.testing.assert_allclose(rows + step, rows + links, rtol=0, atol=1e-14)
+        if scale == 1:
+            trusted = twice(-1, rows, gradient, off_manifold="trust")
+            alive = rows.any(-1)
+            np.testing.assert_allclose(trusted[alive], by_row[alive], rtol=0, atol=1e-14)
     assert not by_row[2].any()
 
 
@@ -606,8 +610,10 @@ def test_filters_off_the_manifold_are_normalised_or_refused(name):
         strict.init(jax.tree.map(lambda w: w.at[0, 0, 0, 0].set(jnp.nan), kernels()))
     with pytest.raises(UserError, match="outside jit"):
         jax.jit(strict.init)(kernels())
-    with pytest.raises(UserError, match="off_manifold"):
+    with pytest.raises(UserError, match="normalize, raise, trust; got 'warn'"):
         UPDATES[name].filters(0.1, off_manifold="warn")
+    trusting = one_update(UPDATES[name].filters(0.1, off_manifold="trust"), arrays(1), kernels())
+    assert_close(trusting, one_update(UPDATES[name].filters(0.1), arrays(1), kernels()))
     updates.retract().init(off)  # the default, here as in every update, is to normalise
     UPDATES[name].filters(0.1).init(off)
 

@@ -24,7 +24,8 @@ from unitnorm import protocol
 from unitnorm.config import Config
 from unitnorm.geometry import filter_norms
 from unitnorm.model import FILTER_AXIS, ArchBN, Network, filter_mask, split_network
-from unitnorm.updates import build
+from unitnorm.updates import UPDATES, build
+from unitnorm.updates.parts import OffManifold
 
 # Seeds that a CPU device computes together: with more they leave its caches, with one XLA has no
 # batch to work on; either costs a fifth. A GPU or TPU computes all of its seeds together.
@@ -154,7 +155,7 @@ def init_run(network: Network, phase: Phase, update: str, seed: Array, rate: Arr
     return Run(
         params,
         stats,
-        build(update, rate, filters=filter_mask(params), axis=FILTER_AXIS).init(params),
+        transformation(update, rate, params).init(params),
         rate=rate,
         watched=jnp.asarray(jnp.inf),
         epoch=jnp.asarray(0, jnp.int32),
@@ -227,8 +228,23 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
     return -jnp.sum(jnp.where(picked, jax.nn.log_softmax(logits), 0.0), axis=-1)
 
 
+def transformation(
+    update: str, rate: Array, params: Any, off_manifold: OffManifold = "trust"
+) -> optax.GradientTransformation:
+    """The named update of ArchBN's parameters, whose filters have unit norm from the start."""
+    options = {"off_manifold": off_manifold} if UPDATES[update].constrained else {}
+    return build(update, rate, filters=filter_mask(params), axis=FILTER_AXIS, **options)
+
+
 def train_step(
-    network: Network, phase: Phase, update: str, rate: Array, at: Stepping, x: Array, y: Array
+    network: Network,
+    phase: Phase,
+    update: str,
+    rate: Array,
+    at: Stepping,
+    x: Array,
+    y: Array,
+    off_manifold: OffManifold = "trust",
 ) -> Stepping:
     """One mini-batch: gradient, update, running statistics, and the epoch's loss and errors."""
 
@@ -239,8 +255,8 @@ def train_step(
         return total if phase.reduction == "sum" else total / len(y), (total, wrong, stats)
 
     gradient, (total, wrong, stats) = jax.grad(objective, has_aux=True)(at.params)
-    transformation = build(update, rate, filters=filter_mask(at.params), axis=FILTER_AXIS)
-    displacement, opt_state = transformation.update(gradient, at.opt_state, at.params)
+    optimiser = transformation(update, rate, at.params, off_manifold)
+    displacement, opt_state = optimiser.update(gradient, at.opt_state, at.params)
     params = optax.apply_updates(at.params, displacement)
     return Stepping(params, stats, opt_state, at.loss + total, at.wrong + wrong)
 

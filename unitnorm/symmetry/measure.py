@@ -360,7 +360,9 @@ def trajectories(
 
                 def one(update: str, run: Stepping) -> Stepping:
                     here = jnp.asarray(rates[update])
-                    return training.train_step(network, phase, update, here, run, x, y)
+                    return training.train_step(
+                        network, phase, update, here, run, x, y, off_manifold="normalize"
+                    )
 
                 return tuple(
                     jax.vmap(partial(one, update))(runs)

@@ -16,7 +16,8 @@ that takes --update, and in the contract tests. All of it, for the sign of the R
     Update("un-sign", un_sign, optax.sgd, True, "sign of UN's direction"),
 
 An update takes a learning rate first (a number, a traced scalar or an optax schedule, on whose
-value its state may not depend) and `axis` by keyword, though it may ignore it.
+value its state may not depend) and `axis` by keyword, though it may ignore it; one that constrains
+filters takes `off_manifold` too.
 """
 
 import functools

@@ -2,11 +2,11 @@
 
 All share the arguments `learning_rate` (a number, a traced scalar or an optax schedule), `axis`
 (axes over which one filter runs, by default every axis but the last; see `parts.AxisSpec`) and
-`off_manifold` ("normalize" or "raise"; see `parts.retract`), and all raise `UserError` for a leaf
-without filters. Send biases, scales and classifiers elsewhere, with `unitnorm.updates.build` or
+`off_manifold` ("normalize", "raise" or "trust"; see `parts.retract`), and all raise `UserError` for
+a leaf without filters. Send biases, scales and classifiers elsewhere, with `updates.build` or
 optax.partition. The update is a displacement: optax.apply_updates lands on the manifold, and
-nothing may scale it afterwards. Weight decay is not offered: followed by a normalisation it
-shrinks nothing and only changes the size of the step in secret.
+nothing may scale it afterwards. Weight decay is not offered: followed by a normalisation it shrinks
+nothing and only changes the size of the step in secret.
 """
 
 from typing import NamedTuple
@@ -58,7 +58,7 @@ def un(
 
         def leaf(axes: tuple[int, ...], w: jax.Array, g: jax.Array) -> jax.Array:
             if axes == (w.ndim - 1,):
-                return _row_step(w, g, factor)
+                return _row_step(w, g, factor, off_manifold == "trust")
             return retracted(axes, w, factor * riemannian_gradient_of(axes, w, g))
 
         return map_filters(leaf, axis, params, updates), state
@@ -66,16 +66,19 @@ def un(
     return optax.GradientTransformation(init, update)
 
 
-def _row_step(w: jax.Array, g: jax.Array, factor: jax.Array) -> jax.Array:
+def _row_step(w: jax.Array, g: jax.Array, factor: jax.Array, unit: bool) -> jax.Array:
     """The displacement of UN for filters w over the last axis, with gradient g and factor −λ.
+
+    `unit`: every ⟨w, w⟩ is 1 but for rounding, so that it need not be summed.
 
     Orth(w/‖w‖ − λ ‖w‖ Π_w(g)) = Orth(w − λ ⟨w, w⟩ (g − ⟨w, g⟩/⟨w, w⟩ w)): with two numbers for each
     filter nothing as large as w has to be kept between w and its new value. The norm is a sum of
     its own: made of ⟨w, w⟩, ⟨w, g⟩ and ⟨g, g⟩ it would cancel where g is nearly parallel to w.
     """
     w_wide, g_wide = geometry.wide(w), geometry.wide(g)
-    squared = geometry.row_sums(jnp.square, w_wide)
-    share = geometry.row_sums(jnp.multiply, w_wide, g_wide) / jnp.where(squared == 0, 1, squared)
+    inner = geometry.row_sums(jnp.multiply, w_wide, g_wide)
+    squared = jnp.ones_like(inner) if unit else geometry.row_sums(jnp.square, w_wide)
+    share = inner / jnp.where(squared == 0, 1, squared)
     rate = factor * squared
 
     def step(w: jax.Array, g: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ Add a link here when two updates need it; a link of one update stays beside that
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from unitnorm.errors import UserError
 # One axis specification for all leaves, a pytree (or prefix) of them, or a function from a leaf's
 # path, such as "conv1/kernel", to one. A tuple of integers is one specification, never a pytree.
 AxisSpec = geometry.Axis | Any | Callable[[str], geometry.Axis]
-OffManifold = Literal["normalize", "raise"]
+OffManifold = Literal["normalize", "raise", "trust"]
 
 
 def riemannian_gradient(axis: AxisSpec = None) -> optax.GradientTransformation:
@@ -102,13 +102,15 @@ def retract(
         axis: axes over which one filter runs, see `AxisSpec`.
         off_manifold: what becomes of filters that do not start at unit norm. "normalize": the
             first update normalises them. "raise": `init` refuses them, and needs concrete
-            parameters for that. Zero filters are allowed by both.
+            parameters for that. Zero filters are allowed by both. "trust": there are none of
+            either kind; nobody looks, and an update may leave out what it needs them for.
 
     Raises:
         UserError: by `init`, for a leaf without filters or, with "raise", off the manifold.
     """
-    if off_manifold not in ("normalize", "raise"):
-        raise UserError(f'off_manifold must be "normalize" or "raise", got {off_manifold!r}')
+    if off_manifold not in get_args(OffManifold):
+        names = ", ".join(get_args(OffManifold))
+        raise UserError(f"off_manifold must be one of {names}; got {off_manifold!r}")
 
     link = stateless(retracted, axis)
 
