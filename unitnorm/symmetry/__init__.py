@@ -78,6 +78,7 @@ def run(
         **{key: getattr(settings, key) for key in ("rate", "steps", "epochs")},
         "versions": {name: importlib.metadata.version(name) for name in experiment.VERSIONS},
         "cpu": devices.cpu_model(),
+        "commit": experiment.commit(),
     }
     files["symmetry/provenance.json"] = (json.dumps(record, indent=2) + "\n").encode()
     for name, figure in figures.every(measured._asdict(), cases).items():
