@@ -146,8 +146,10 @@ def row_sums(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Arra
         width *= 2
     if size == 0 or size % width:
         return jnp.sum(function(*arrays), -1, keepdims=True)
-    starts = range(0, size, width)
-    pieces = [function(*(array[..., i : i + width] for array in arrays)) for i in starts]
+    pieces = [
+        function(*(jax.lax.slice_in_dim(array, i, i + width, axis=-1) for array in arrays))
+        for i in range(0, size, width)
+    ]
     while len(pieces) > 1:
         pairs = [operator.add(*pieces[i : i + 2]) for i in range(0, len(pieces) - 1, 2)]
         pieces = pairs + pieces[2 * len(pairs) :]
