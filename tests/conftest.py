@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import os
 from pathlib import Path
 
+import hypothesis
 import jax
 import numpy as np
 import pytest
@@ -13,6 +15,12 @@ from tests.idx import idx_of
 
 # Before any test asks for a device. Some results must not depend on it: see tests/test_devices.py.
 jax.config.update("jax_num_cpu_devices", 2)
+
+# The same generated cases every time; UNITNORM_RANDOM_CASES=1 in the environment draws new ones.
+hypothesis.settings.register_profile(
+    "unitnorm", derandomize=not os.environ.get("UNITNORM_RANDOM_CASES"), deadline=None
+)
+hypothesis.settings.load_profile("unitnorm")
 
 
 def blobs(

@@ -47,8 +47,6 @@ def cases(count: int):
     """So many cases, on fixtures that hypothesis may use again."""
     return settings(
         max_examples=count,
-        deadline=None,
-        derandomize=not os.environ.get("UNITNORM_RANDOM_CASES"),
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     )
 
