@@ -149,7 +149,7 @@ def test_convolution_by_fourier_transforms_equals_the_direct_one(size, kernel_si
 
 def test_a_network_by_fourier_transforms_gives_the_logits_of_a_direct_one():
     network_config = config.Network(features=16, kernel_size=7, stages=2)
-    images = np.random.default_rng(0).integers(0, 256, (1, 143, 150, 3)).astype(np.float32)
+    images = np.random.default_rng(0).integers(0, 256, (1, 91, 92, 3)).astype(np.float32)
     logits = {}
     for way in ("direct", "fourier"):
         network = model.segnet(network_config.model_copy(update={"convolution": way}), 11)
@@ -161,6 +161,29 @@ def test_a_network_by_fourier_transforms_gives_the_logits_of_a_direct_one():
     np.testing.assert_allclose(logits["shared"][1:], logits["fourier"], atol=1e-4)
     assert not np.array_equal(logits["direct"], logits["fourier"])  # the way was another
     np.testing.assert_allclose(logits["direct"], logits["fourier"], atol=1e-4)
+
+
+def test_devices_that_share_a_convolution_by_fourier_transforms_add_its_gradients():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((4, 45, 46, 16), dtype=np.float32)
+    kernel = rng.standard_normal((7, 7, 16, 3), dtype=np.float32)
+    weights = rng.standard_normal((4, 45, 46, 3), dtype=np.float32)
+    mesh = jax.make_mesh((2,), ("image",), axis_types=(jax.sharding.AxisType.Auto,))
+    found = {}
+    for way, over in (("direct", None), ("fourier", mesh)):
+        network_config = config.Network(convolution=way)
+        convolution = model._convolution(network_config, over)
+
+        def compute(x, kernel, convolution=convolution):
+            numbers = ("NHWC", "HWIO", "NHWC")
+            return convolution(x, kernel, (1, 1), "SAME", dimension_numbers=numbers)
+
+        y, transpose = jax.vjp(jax.jit(compute), x, kernel)
+        found[way] = y, *transpose(weights)
+    for ours, expected in zip(found["fourier"], found["direct"], strict=True):
+        scale = np.abs(expected).max()
+        assert not np.array_equal(ours, expected)  # the way was another
+        np.testing.assert_allclose(ours / scale, expected / scale, rtol=0, atol=3e-6)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (23, 30), (17, 9)])

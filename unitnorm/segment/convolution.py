@@ -73,30 +73,59 @@ def fourier_convolution(x: Array, kernel: Array) -> Array:
     ]
     x = jnp.pad(x.astype(jnp.float32), [(0, 0), *pads, (0, 0)])
     x = x.reshape(n, rows + 1, m, columns + 1, m, c).transpose(2, 4, 0, 1, 3, 5)
-    x = jnp.tensordot(matrices.block, x.reshape(m * m, n, rows + 1, columns + 1, c), 1)
+    x = _transformed(matrices.block, x.reshape(m * m, n, rows + 1, columns + 1, c))
     x = x.reshape(-1, 2, n, rows + 1, columns + 1, c)
-    x = x[:, :, :, :-1] + _along_frequencies(matrices.down) * x[:, :, :, 1:]
-    x = x[:, :, :, :, :-1] + _along_frequencies(matrices.right) * x[:, :, :, :, 1:]
-    x = x.reshape(-1, 2, n * rows * columns, c)
 
-    weights = jnp.tensordot(matrices.kernel, kernel.astype(jnp.float32).reshape(k * k, c, d), 1)
-    y = _times_conjugate(x, weights.reshape(-1, 2, c, d))
+    weights = _transformed(matrices.kernel, kernel.astype(jnp.float32).reshape(k * k, c, d))
+    y = _at_each_frequency(x, weights.reshape(-1, 2, c, d), matrices.down, matrices.right)
 
-    y = jnp.tensordot(matrices.inverse, y.reshape(-1, n, rows, columns, d), 1)
+    y = _transformed(matrices.inverse, y.reshape(-1, n, rows, columns, d))
     y = y.reshape(m, m, n, rows, columns, d).transpose(2, 3, 0, 4, 1, 5)
     return y.reshape(n, rows * m, columns * m, d)[:, :h, :w]
 
 
-def _along_frequencies(values: np.ndarray) -> np.ndarray:
-    return values.reshape(-1, 1, 1, 1, 1, 1)
+def _transformed(matrix: np.ndarray, x: Array) -> Array:
+    """The matrix times the first axis of x.
+
+    Its derivative is the transposed matrix times the first axis, too. The one that JAX finds is the
+    same, but with that axis last, which takes turning all values around and back.
+    """
+
+    @jax.custom_vjp
+    def times(x: Array) -> Array:
+        return jnp.tensordot(matrix, x, 1)
+
+    def forward(x: Array) -> tuple[Array, None]:
+        return times(x), None
+
+    def backward(_: None, gradient: Array) -> tuple[Array]:
+        return (jnp.tensordot(matrix.T, gradient, 1),)
+
+    times.defvjp(forward, backward)
+    return times(x)
 
 
-def _times_conjugate(x: Array, w: Array) -> Array:
-    """x · conj(w) at each frequency: (f, 2, tiles, c), (f, 2, c, d) → (f, 2, tiles, d)."""
+def _at_each_frequency(x: Array, w: Array, down: np.ndarray, right: np.ndarray) -> Array:
+    """Tiles made of blocks, times the conjugate of the kernel, at each of f frequencies.
 
-    def at_one_frequency(operands: tuple[Array, Array]) -> Array:
-        (x_re, x_im), (w_re, w_im) = operands
+    Args:
+      x: blocks (f, 2, n, rows + 1, columns + 1, c), real and imaginary parts.
+      w: kernel (f, 2, c, d).
+      down, right: see `Transforms`.
+
+    Returns:
+      (f, 2, n · rows · columns, d).
+    """
+
+    # the derivative makes the tiles again: to keep them takes new memory, which costs more
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def at_one(operands: tuple[Array, Array, Array, Array]) -> Array:
+        blocks, (w_re, w_im), down, right = operands
+        x = blocks[:, :, :-1] + down * blocks[:, :, 1:]
+        x = x[:, :, :, :-1] + right * x[:, :, :, 1:]
+        x_re, x_im = x.reshape(2, -1, x.shape[-1])
         common = (x_re + x_im) @ w_re
         return jnp.stack([common + x_im @ (w_im - w_re), common - x_re @ (w_re + w_im)])
 
-    return jax.lax.map(at_one_frequency, (x, w))  # one after another: each fits the cache
+    # one after another: what belongs to one fits the cache
+    return jax.lax.map(at_one, (x, w, jnp.asarray(down), jnp.asarray(right)))
