@@ -483,6 +483,28 @@ def test_rows_take_the_step_that_columns_take(size, scale):
     assert not by_row[2].any()
 
 
+@pytest.mark.parametrize("size", [32, 784])
+def test_rows_stay_at_unit_norm_over_long_steps_and_radial_gradients(size):
+    rng = np.random.default_rng(size)
+    start = jnp.asarray(orth(rng.normal(size=(64, size))), jnp.float32)
+
+    def norms_after(steps, off_manifold, radial):
+        tx = updates.un(0.1, axis=-1, off_manifold=off_manifold)
+
+        def step(w, key):
+            g = 10 * jax.random.normal(key, w.shape)  # a step is longer than the filter
+            g -= (1 - radial) * jnp.sum(w * g, -1, keepdims=True) * w
+            g += radial * w
+            return optax.apply_updates(w, tx.update(g, tx.init(w), w)[0]), None
+
+        w, _ = jax.lax.scan(step, start, jax.random.split(jax.random.key(0), steps))
+        return np.linalg.norm(np.asarray(w, np.float64), axis=-1)
+
+    np.testing.assert_allclose(norms_after(1, "normalize", 1e5), 1, rtol=0, atol=3e-7)
+    np.testing.assert_allclose(norms_after(1000, "normalize", 0.0), 1, rtol=0, atol=3e-7)
+    np.testing.assert_allclose(norms_after(1000, "trust", 0.0), 1, rtol=0, atol=5e-7)
+
+
 def test_un_is_the_chain_of_its_links_bit_for_bit_where_filters_are_no_rows():
     chain = optax.chain(updates.riemannian_gradient(), optax.scale(-0.3), updates.retract())
     params, gradient = arrays(0, layers=BOTH), arrays(1, layers=BOTH)

@@ -19,6 +19,7 @@ from unitnorm.errors import UserError
 Axis = int | Sequence[int] | None
 
 VECTOR = 8  # float32 numbers that a CPU adds at once
+SHORT = 64  # a row that XLA on a CPU adds as fast by itself
 MOST_PIECES = 128  # of a row, each of which is code of its own
 
 
@@ -144,7 +145,7 @@ def row_sums(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Arra
     width = VECTOR
     while size % width == 0 and size // width > MOST_PIECES:
         width *= 2
-    if size == 0 or size % width:
+    if size <= SHORT or size % width:
         return jnp.sum(function(*arrays), -1, keepdims=True)
     pieces = [
         function(*(jax.lax.slice_in_dim(array, i, i + width, axis=-1) for array in arrays))

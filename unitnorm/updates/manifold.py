@@ -66,17 +66,21 @@ def un(
     return optax.GradientTransformation(init, update)
 
 
-def _row_step(w: jax.Array, g: jax.Array, factor: jax.Array, unit: bool) -> jax.Array:
+def _row_step(w: jax.Array, g: jax.Array, factor: jax.Array, trust: bool) -> jax.Array:
     """The displacement of UN for filters w over the last axis, with gradient g and factor −λ.
-
-    `unit`: every ⟨w, w⟩ is 1 but for rounding, so that it need not be summed.
 
     Orth(w/‖w‖ − λ ‖w‖ Π_w(g)) = Orth(w − λ ⟨w, w⟩ (g − ⟨w, g⟩/⟨w, w⟩ w)): with two numbers for each
     filter nothing as large as w has to be kept between w and its new value. The norm is a sum of
-    its own: made of ⟨w, w⟩, ⟨w, g⟩ and ⟨g, g⟩ it would cancel where g is nearly parallel to w.
+    its own: made by Pythagoras of ⟨w, w⟩, ⟨w, g⟩ and ⟨g, g⟩ it would cancel where g is nearly
+    parallel to w.
+
+    `trust` spares one sum: in long rows that of ⟨w, w⟩, which is 1 but for rounding; in short
+    ones that of the norm, as their gradient is nearly orthogonal.
     """
     w_wide, g_wide = geometry.wide(w), geometry.wide(g)
+    short = w.shape[-1] <= geometry.SHORT
     inner = geometry.row_sums(jnp.multiply, w_wide, g_wide)
+    unit = trust and not short
     squared = jnp.ones_like(inner) if unit else geometry.row_sums(jnp.square, w_wide)
     share = inner / jnp.where(squared == 0, 1, squared)
     rate = factor * squared
@@ -84,8 +88,12 @@ def _row_step(w: jax.Array, g: jax.Array, factor: jax.Array, unit: bool) -> jax.
     def step(w: jax.Array, g: jax.Array) -> jax.Array:
         return w + rate * (g - share * w)
 
-    norms = jnp.sqrt(geometry.row_sums(lambda w, g: jnp.square(step(w, g)), w_wide, g_wide))
-    new = step(w_wide, g_wide) * geometry.inverse_norms(norms)
+    if trust and short:
+        tangent_squared = geometry.row_sums(jnp.square, g_wide) - inner * share
+        new_squared = squared + rate**2 * jnp.maximum(tangent_squared, 0)
+    else:
+        new_squared = geometry.row_sums(lambda w, g: jnp.square(step(w, g)), w_wide, g_wide)
+    new = step(w_wide, g_wide) * geometry.inverse_norms(jnp.sqrt(new_squared))
     return (new - w_wide).astype(w.dtype)
 
 

@@ -103,7 +103,8 @@ def retract(
         off_manifold: what becomes of filters that do not start at unit norm. "normalize": the
             first update normalises them. "raise": `init` refuses them, and needs concrete
             parameters for that. Zero filters are allowed by both. "trust": there are none of
-            either kind; nobody looks, and an update may leave out what it needs them for.
+            either kind, and gradients are tangent or nearly so, as those of filters that feed a
+            normalisation layer; nobody looks, and an update may leave out what only others need.
 
     Raises:
         UserError: by `init`, for a leaf without filters or, with "raise", off the manifold.
