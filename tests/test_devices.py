@@ -125,6 +125,15 @@ def pair(code: str, *words: object) -> list[Process]:
     return [Process(code, *words, *meet, number) for number in (0, 1)]
 
 
+def test_products_of_float32_are_of_float32_whatever_the_device():
+    code = (
+        "import jax, jax.numpy as jnp; from unitnorm import devices; devices.prepare(1); "
+        "x = jnp.ones((2, 2)); print(jax.jit(jnp.matmul).lower(x, x).as_text())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "precision = [HIGHEST, HIGHEST]" in done.stdout
+
+
 @pytest.fixture(scope="module")
 def many_devices(tmp_path_factory, idx_folder):
     """A process at work on `DEVICES`, while others are started."""

@@ -39,7 +39,7 @@ def prepare(
     *,
     detect: bool = False,
 ) -> None:
-    """Set up JAX for an experiment.
+    """Set up JAX for an experiment, with products of float32 in float32 on every device.
 
     On CPUs, XLA gains little from several threads inside one small program, so each core becomes a
     device of its own and the runs are shared among them.
@@ -59,6 +59,9 @@ def prepare(
     if cpu_devices is None:
         cpu_devices = len(os.sched_getaffinity(0))
     jax.config.update("jax_num_cpu_devices", cpu_devices)
+    # By default JAX rounds the factors of float32 products, to TF32 on recent NVIDIA GPUs and to
+    # bfloat16 on TPUs: figures of one device would then not be those of another.
+    jax.config.update("jax_default_matmul_precision", "highest")
     cache = compilation_cache()
     if cache is not None:
         jax.config.update("jax_compilation_cache_dir", str(cache))

@@ -263,7 +263,9 @@ def predict(images: tuple[Path, ...], weights: Path, out: Path) -> None:
             base_records.write_files(
                 out, dict(zip(names, (content.getvalue(), encode(figure)["png"]), strict=True))
             )
-            console.print(f"{path}: {out / names[0]}, {out / names[1]}", highlight=False)
+            console.print(
+                f"{path}: {out / names[0]}, {out / names[1]}", highlight=False, soft_wrap=True
+            )
 
 
 @segment.command()
@@ -303,7 +305,7 @@ def report(out: Path, data_dir: str | None, synthetic: bool, count: int) -> None
             files |= {f"figures/{name}.{ending}": encoded[ending] for ending in endings}
         base_records.write_files(out, files)
     _print_table(console, known)
-    console.print(f"{', '.join(files)} in {out}", highlight=False)
+    console.print(f"{', '.join(files)} in {out}", highlight=False, soft_wrap=True)
 
 
 def _figure2(out: Path, known: Records, data_dir: str | None, synthetic: bool, count: int) -> Any:
