@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 
 class Metrics(NamedTuple):
@@ -46,12 +46,12 @@ def confusion(labels: Array, predictions: Array, classes: int) -> Array:
 
 def measure(matrix: NDArray[np.integer]) -> Metrics:
     """The figures of a confusion matrix; classes without a pixel are left out of the means."""
-    matrix = np.asarray(matrix, np.float64)
-    right, true, taken = np.diag(matrix), matrix.sum(1), matrix.sum(0)
+    pixels = np.asarray(matrix, np.float64)
+    right, true, taken = np.diag(pixels), pixels.sum(1), pixels.sum(0)
     accuracy = _ratio(right, true)
     iou = _ratio(right, true + taken - right)
     return Metrics(
-        float(_ratio(right.sum(), matrix.sum())), _mean(accuracy), _mean(iou), np.asarray(iou)
+        float(_ratio(right.sum(), pixels.sum())), _mean(accuracy), _mean(iou), np.asarray(iou)
     )
 
 
@@ -75,7 +75,7 @@ def median_frequency_weights(labels: NDArray[np.uint8], classes: int) -> NDArray
     return weights
 
 
-def _ratio(above: NDArray, below: NDArray) -> NDArray[np.float64]:
+def _ratio(above: ArrayLike, below: ArrayLike) -> NDArray[np.float64]:
     below = np.asarray(below, np.float64)
     return np.divide(above, below, out=np.full(below.shape, np.nan), where=below > 0)
 

@@ -183,7 +183,7 @@ def variants(seed: int, depth: int, width: int) -> tuple[pd.DataFrame, np.ndarra
       shape (rows, depth, width).
     """
     factors = {"all": np.ones((depth, width)), "own": own_factors(seed, depth, width)}
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"alpha": sign * 10**exponent, "filters": kind, "compensated": compensated}
         for kind in factors
         for sign, compensated in ((1, False), (-1, False), (-1, True))
