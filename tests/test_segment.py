@@ -329,6 +329,21 @@ def test_training_learns_and_keeps_filters_at_unit_norm(program, scenes, trained
     assert np.array_equal(last, trained.history.confusion[-1])
 
 
+def test_images_are_measured_one_mini_batch_after_another(program, scenes, trained, monkeypatch):
+    # several at once can block each other where devices share the cores
+    sent, count = [], program._count
+
+    def watched(*arguments):
+        assert all(matrix.is_ready() for matrix in sent)
+        sent.append(count(*arguments))
+        return sent[-1]
+
+    monkeypatch.setattr(program, "_count", watched)
+    for _ in range(20):
+        program.confusion(trained.now, scenes.splits["train"])
+    assert len(sent) == 60
+
+
 @pytest.mark.parametrize("stop_after", [1, 4])  # inside the first epoch, and inside the second
 def test_an_interrupted_training_goes_on_bit_for_bit(program, trained, stop_after):
     memory, said = Memory(), []

@@ -125,7 +125,9 @@ class Program:
             images = np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0)))
             labels = np.pad(labels, ((0, missing), (0, 0), (0, 0)), constant_values=UNLABELLED)
             batch = jax.device_put((images, labels), self._by_image)
-            total = total + self._count(weights, *batch)
+            # one after another: CPU devices that sum for several batches at once can wait for each
+            # other for ever, as each sum in waiting holds one of XLA's threads
+            total = jax.block_until_ready(total + self._count(weights, *batch))
         return np.asarray(total)
 
     def finish_epoch(self, state: State) -> State:
