@@ -705,8 +705,11 @@ def test_predict_writes_labels_of_the_photos_size(folder, tmp_path):
     assert np.asarray(labels).max() < 11
     assert opened(out / "tall_labels.png").size == (7, 90)
     assert (out / "tall_figure.png").stat().st_size > 1000
-    text = call("predict", __file__, "--weights", folder / "un.safetensors", code=2)
+    nowhere = tmp_path / "nowhere"
+    weights = "--weights", folder / "un.safetensors"
+    text = call("predict", __file__, *weights, "--out", nowhere, code=2)
     assert "cannot be read as an image" in text
+    assert not nowhere.exists()
 
 
 def test_predict_comes_with_weights(tmp_path):

@@ -250,22 +250,21 @@ def predict(images: tuple[Path, ...], weights: Path, out: Path) -> None:
     trained = records.unpack(weights)
     predictor = predicting.predictor(trained)
     console = _console()
-    with base_records.locked(out):
-        for path in images:
-            photo = predicting.open_photo(path)
-            labels = predicting.segment_photo(predictor, photo, trained.size)
-            content = io.BytesIO()
-            predicting.label_image(labels).save(content, "PNG")
-            photo.thumbnail((1600, 1600))  # more than a figure shows
-            small = predicting.label_image(labels).resize(photo.size, 0)
-            figure = figures.photo(np.asarray(photo), np.asarray(small))
-            names = f"{path.stem}_labels.png", f"{path.stem}_figure.png"
-            base_records.write_files(
-                out, dict(zip(names, (content.getvalue(), encode(figure)["png"]), strict=True))
-            )
-            console.print(
-                f"{path}: {out / names[0]}, {out / names[1]}", highlight=False, soft_wrap=True
-            )
+    for path in images:
+        photo = predicting.open_photo(path)
+        labels = predicting.segment_photo(predictor, photo, trained.size)
+        content = io.BytesIO()
+        predicting.label_image(labels).save(content, "PNG")
+        photo.thumbnail((1600, 1600))  # more than a figure shows
+        small = predicting.label_image(labels).resize(photo.size, 0)
+        figure = figures.photo(np.asarray(photo), np.asarray(small))
+        names = f"{path.stem}_labels.png", f"{path.stem}_figure.png"
+        files = dict(zip(names, (content.getvalue(), encode(figure)["png"]), strict=True))
+        with base_records.locked(out):  # makes the folder: not before there is something to keep
+            base_records.write_files(out, files)
+        console.print(
+            f"{path}: {out / names[0]}, {out / names[1]}", highlight=False, soft_wrap=True
+        )
 
 
 @segment.command()
