@@ -9,7 +9,8 @@ INSTALLED = $(VENV)/.installed
 
 .PHONY: table2 test install lint lock readme audit clean
 
-# Table 2 of the paper from nothing: sweep, train, report, into results/
+# Table 2 of the paper from nothing: sweep, train, report, into runs/table2/, which git
+# ignores: what is published stays as it is in results/
 table2: $(INSTALLED)
 	$(BIN)/unitnorm reproduce --fresh
 

@@ -6,8 +6,3 @@ import warnings
 warnings.filterwarnings("ignore", "os.fork.. was called", RuntimeWarning)
 
 import orbax.checkpoint  # noqa: E402, F401
-
-import unitnorm.cli  # noqa: E402
-import unitnorm.data.builder  # noqa: E402
-import unitnorm.experiment  # noqa: E402
-import unitnorm.progress  # noqa: E402, F401

@@ -23,10 +23,10 @@ from hypothesis import strategies as st
 import unitnorm
 from tests import faults
 from tests.idx import idx_of
-from unitnorm import config
 from unitnorm.cli import main, on_one_line
 from unitnorm.data import idx, load
 from unitnorm.errors import UserError
+from unitnorm.table2 import config
 from unitnorm.updates import UPDATES
 
 KEYS = sorted(
@@ -171,7 +171,7 @@ def in_empty_folder(tmp_path, monkeypatch):
         raise Accepted(0)
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("unitnorm.devices.prepare", lambda *_, **__: None)
+    monkeypatch.setattr("unitnorm.run.devices.prepare", lambda *_, **__: None)
     monkeypatch.setattr("unitnorm.data.load", accept)
     return tmp_path
 
@@ -279,7 +279,7 @@ def test_bad_data_files_leave_nothing_behind(tmp_path, faults):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
         patch.setenv("UNITNORM_CACHE", str(tmp_path / "cache"))
-        patch.setattr("unitnorm.devices.prepare", lambda *_, **__: None)
+        patch.setattr("unitnorm.run.devices.prepare", lambda *_, **__: None)
         patch.setattr(config.Config, "check_images", lambda *_: sys.exit(0))
         before = sorted((tmp_path / "cache").glob("*"))
         code = invoke(["train", "--data-dir", "data", "--out", "out"])

@@ -20,7 +20,7 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from unitnorm import build, cli, data, training
+from unitnorm import build, cli, data
 from unitnorm.bench import (
     compare,
     contestants,
@@ -32,10 +32,11 @@ from unitnorm.bench import (
     worker,
 )
 from unitnorm.bench.measure import Contestant, Spread
-from unitnorm.config import Config, parse
 from unitnorm.errors import UserError
-from unitnorm.model import FILTER_AXIS, filter_mask
 from unitnorm.report.tables import Fitting
+from unitnorm.table2 import training
+from unitnorm.table2.config import Config, parse
+from unitnorm.table2.model import FILTER_AXIS, filter_mask
 
 # ---------------------------------------------------------------- what a sample costs
 

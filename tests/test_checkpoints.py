@@ -12,9 +12,10 @@ import jax
 import numpy as np
 import pytest
 
-from unitnorm import checkpoints, config, experiment
-from unitnorm.checkpoints import Folder, Part
 from unitnorm.data import load
+from unitnorm.run import checkpoints
+from unitnorm.run.checkpoints import Folder, Part
+from unitnorm.table2 import config, experiment
 
 PART = Part("train depth 2", "f" * 64, ("runs/2/un/0", "runs/2/un/1"))
 
@@ -215,7 +216,7 @@ def test_a_save_is_due_after_so_many_seconds_and_not_before(opened, monkeypatch)
 
 def test_orbax_is_imported_only_when_there_is_something_to_keep(tmp_path):
     code = (
-        "import sys, pathlib; from unitnorm.checkpoints import Folder, Part\n"
+        "import sys, pathlib; from unitnorm.run.checkpoints import Folder, Part\n"
         "folder = Folder(pathlib.Path(sys.argv[1]), say=print)\n"
         "folder.drop(['x']); folder.restore(Part('a', 'b'), {}); folder.due(); folder.close()\n"
         "sys.exit('orbax' in sys.modules)"

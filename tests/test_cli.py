@@ -124,7 +124,7 @@ def test_what_is_recorded_is_not_trained_again_and_another_config_is_refused(rep
 )
 def test_a_fault_is_one_line_and_exit_code_2(words, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("unitnorm.devices.prepare", lambda *_, **__: None)
+    monkeypatch.setattr("unitnorm.run.devices.prepare", lambda *_, **__: None)
     done = CliRunner().invoke(main, words)
     assert done.exit_code == 2, done.output
     assert done.stderr.count("\n") == 1

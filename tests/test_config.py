@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from unitnorm import config
 from unitnorm.errors import UserError
+from unitnorm.table2 import config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

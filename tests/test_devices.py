@@ -16,8 +16,9 @@ import jax
 import pytest
 from click.testing import CliRunner
 
-from unitnorm import cli, devices, records
+from unitnorm import cli
 from unitnorm.errors import UserError
+from unitnorm.run import devices, records
 
 EPOCHS = 24
 CONFIG = f"""
@@ -40,7 +41,7 @@ max_epochs = {EPOCHS}
 """
 PATIENCE_S = 120  # a process that takes so long hangs
 # The command line, with a line for every epoch.
-COMMAND = "import unitnorm.progress as p, unitnorm.cli as c; p.PLAIN_EVERY_S = 0; c.main()"
+COMMAND = "import unitnorm.run.progress as p, unitnorm.cli as c; p.PLAIN_EVERY_S = 0; c.main()"
 # Compiles in half the time.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
@@ -127,7 +128,7 @@ def pair(code: str, *words: object) -> list[Process]:
 
 def test_products_of_float32_are_of_float32_whatever_the_device():
     code = (
-        "import jax, jax.numpy as jnp; from unitnorm import devices; devices.prepare(1); "
+        "import jax, jax.numpy as jnp; from unitnorm.run import devices; devices.prepare(1); "
         "x = jnp.ones((2, 2)); print(jax.jit(jnp.matmul).lower(x, x).as_text())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -161,7 +162,9 @@ DEVICES = """
 import sys
 import jax, numpy as np
 jax.config.update("jax_num_cpu_devices", 3)
-from unitnorm import checkpoints, config, data, experiment, records
+from unitnorm.run import checkpoints, records
+from unitnorm.table2 import config, experiment
+from unitnorm import data
 found = jax.devices()
 settings = config.load(sys.argv[1], {"train.min_epochs": 3, "train.max_epochs": 3})
 images = data.load(data_dir=sys.argv[2])
@@ -224,7 +227,7 @@ def test_two_processes_stop_die_and_go_on_to_the_same_bits(alone, tmp_path):
 
 EXCHANGE = """
 import os, signal, sys
-from unitnorm import devices
+from unitnorm.run import devices
 from unitnorm.errors import UserError
 import jax, numpy as np
 fails, detected = (word == "True" for word in sys.argv[1:3])
@@ -311,7 +314,7 @@ def test_processes_with_different_numbers_of_devices_are_refused(alone, tmp_path
 
 @pytest.mark.parametrize("present", [0, 1])
 def test_a_process_that_waits_in_vain_says_so(present):
-    code = "from unitnorm import devices as d; import sys; d.MEETING_S = 1; d.prepare(1, "
+    code = "from unitnorm.run import devices as d; import sys; d.MEETING_S = 1; d.prepare(1, "
     process = Process(f"{code} 'localhost:{free_port()}', 2, {present})")
     assert process.end() == UserError.exit_code
     assert re.match(r"error: not all processes came to localhost:\d+ in 1 s; ", process.errors)

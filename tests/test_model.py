@@ -9,9 +9,9 @@ import pytest
 from flax import nnx
 
 from tests import reference
-from unitnorm import training
-from unitnorm.config import Config
-from unitnorm.model import ArchBN, filter_mask, max_pool_pairs
+from unitnorm.table2 import training
+from unitnorm.table2.config import Config
+from unitnorm.table2.model import ArchBN, filter_mask, max_pool_pairs
 
 
 def as_numpy(params):

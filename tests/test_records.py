@@ -20,8 +20,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.faults import small_disk
-from unitnorm import records
 from unitnorm.errors import UserError
+from unitnorm.run import records
 
 FILES = ("runs.csv", "history.csv", "sweep.csv", "filters.safetensors", "provenance.json")
 
@@ -333,7 +333,7 @@ def test_a_file_size_limit_is_a_full_disk_too(out):
         "import resource, signal, sys, pathlib\n"
         "sys.path.insert(0, sys.argv[2])\n"
         "from tests.test_records import example\n"
-        "from unitnorm import records\n"
+        "from unitnorm.run import records\n"
         "from unitnorm.errors import UserError\n"
         "out, large = pathlib.Path(sys.argv[1]), example(1, runs=300)\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
@@ -396,7 +396,7 @@ def test_a_missing_folder_is_not_made_where_only_reading_is_meant(tmp_path):
 
 HOLD = """
 import sys, pathlib
-from unitnorm import records
+from unitnorm.run import records
 with records.locked(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

@@ -14,13 +14,13 @@ from click.testing import CliRunner
 from PIL import Image
 
 import unitnorm
-from unitnorm.checkpoints import Part
 from unitnorm.cli import main
 from unitnorm.errors import UserError
-from unitnorm.experiment import Interrupted
+from unitnorm.run.checkpoints import Part
 from unitnorm.segment import config, data, metrics, model, palette, predicting, records, synthetic
 from unitnorm.segment import training as seg
 from unitnorm.segment.convolution import fourier_convolution
+from unitnorm.table2.experiment import Interrupted
 
 CAMVID = Path(__file__).parents[2] / "shared" / "data" / "CamVid"
 SMALL = {
@@ -624,7 +624,7 @@ def options():
 def call(*words, code=0):
     with pytest.MonkeyPatch.context() as patch:
         # the devices of this process are set up already
-        patch.setattr("unitnorm.devices.prepare", lambda *_: None)
+        patch.setattr("unitnorm.run.devices.prepare", lambda *_: None)
         done = CliRunner().invoke(main, ["segment", *map(str, words)])
     assert done.exit_code == code, done.output
     return done.output

@@ -17,13 +17,14 @@ import PIL.Image
 import pytest
 
 from tests import reference
-from unitnorm import config as config_module
 from unitnorm import data as data_module
-from unitnorm import symmetry, training
+from unitnorm import symmetry
 from unitnorm.errors import UserError
 from unitnorm.report.figures import encode
 from unitnorm.symmetry import figures, findings, measure
 from unitnorm.symmetry.measure import Case, Measured
+from unitnorm.table2 import config as config_module
+from unitnorm.table2 import training
 from unitnorm.updates import UPDATES
 
 DEPTH, WIDTH, STEPS, EPOCHS, RATE = 2, 8, 20, 2, 0.01

@@ -10,8 +10,8 @@ import pytest
 from tests import reference
 from tests.conftest import blobs
 from tests.test_model import as_numpy
-from unitnorm import protocol, training
-from unitnorm.config import parse
+from unitnorm.table2 import protocol, training
+from unitnorm.table2.config import parse
 from unitnorm.updates import UPDATES
 
 CLASSES = 4

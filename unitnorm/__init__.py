@@ -16,7 +16,7 @@ _HOME = {
     "unitnorm.data": ["Dataset", "load"],
     "unitnorm.errors": ["UserError"],
     "unitnorm.geometry": ["filter_norms", "retraction", "tangent_projection"],
-    "unitnorm.model": ["ArchBN"],
+    "unitnorm.table2.model": ["ArchBN"],
     "unitnorm.updates": [
         "UPDATES", "Update", "b_sgd", "build", "normalize", "normalize_filters",
         "normalized_kernels", "normalized_kernels_nnx", "partition", "retract",

@@ -19,10 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from unitnorm import checkpoints, data, devices, experiment, training
+from unitnorm import data
 from unitnorm.bench.worker import Orders
-from unitnorm.config import Config, parse
 from unitnorm.data import Dataset
+from unitnorm.run import checkpoints, devices
+from unitnorm.table2 import experiment, training
+from unitnorm.table2.config import Config, parse
 
 RATE = 1e-3  # at which every update trains at every depth; speed does not depend on it
 MOST_EPOCHS = 60  # a program serves so many repetitions

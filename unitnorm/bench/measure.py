@@ -193,8 +193,8 @@ def slug(device: Mapping[str, Any]) -> str:
 
 def provenance(command: str, started: float, wall_s: float) -> dict[str, Any]:
     """What a measurement was made with: command, time, code, versions, processor and its load."""
-    from unitnorm.devices import cpu_model
-    from unitnorm.experiment import commit
+    from unitnorm.run.devices import cpu_model
+    from unitnorm.table2.experiment import commit
 
     versions = {"python": platform.python_version()}
     for name in PACKAGES:

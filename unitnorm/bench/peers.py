@@ -17,13 +17,13 @@ from torch import nn
 from unitnorm import data
 from unitnorm.bench.contestants import RATE
 from unitnorm.bench.worker import Orders
-from unitnorm.config import Config
+from unitnorm.table2.config import Config
 
 TRIAL = 100  # mini-batches to choose the number of threads by
 
 
 class ArchBN(nn.Module):
-    """The same network as `unitnorm.model.ArchBN`."""
+    """The same network as `unitnorm.table2.model.ArchBN`."""
 
     def __init__(self, features: int, depth: int, width: int, classes: int, config: Config):
         super().__init__()

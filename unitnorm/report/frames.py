@@ -3,7 +3,7 @@
 The frames come from `runs.csv`, `history.csv` and `sweep.csv` (a row per run; per run and epoch;
 per run and rate). What is checked here is what the report itself relies on, so that a damaged
 record ends in one clear line and never in a wrong figure. Which columns there are is said in
-`unitnorm.records`.
+`unitnorm.run.records`.
 """
 
 import re
@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from unitnorm.errors import UserError
-from unitnorm.records import HISTORY, RUNS, SWEEP
+from unitnorm.run.records import HISTORY, RUNS, SWEEP
 
 BASELINE = "b-sgd"  # the update that the others are compared with
 FAILED_REASONS = ("diverged", "non-finite", "no-rate")

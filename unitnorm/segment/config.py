@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from unitnorm import config as base
-from unitnorm.config import Section
+from unitnorm.table2 import config as base
+from unitnorm.table2.config import Section
 
 Rate = Annotated[float, Field(gt=0.0, le=1e6)]
 
@@ -122,6 +122,6 @@ def load(path: str | Path | None, overrides: dict[str, Any]) -> SegmentConfig:
     """Read a TOML file (None: the defaults), put `overrides` (dotted key → value) on top, check.
 
     Raises:
-      UserError: as `unitnorm.config.load`.
+      UserError: as `unitnorm.table2.config.load`.
     """
     return base.load(path, overrides, SegmentConfig)

@@ -17,15 +17,15 @@ from typing import Any
 import jax
 import pandas as pd
 
-from unitnorm import experiment as base
-from unitnorm import records as base_records
-from unitnorm.checkpoints import Part
+from unitnorm.run import records as base_records
+from unitnorm.run.checkpoints import Part
 from unitnorm.segment import records
 from unitnorm.segment.config import SegmentConfig
 from unitnorm.segment.data import SPLITS, Scenes
 from unitnorm.segment.metrics import measure
 from unitnorm.segment.records import Records
 from unitnorm.segment.training import Program, Session, State, train
+from unitnorm.table2 import experiment as base
 
 
 def run(

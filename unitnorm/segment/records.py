@@ -20,9 +20,9 @@ import pandas as pd
 import safetensors
 import safetensors.numpy
 
-from unitnorm import records as base
 from unitnorm.errors import UserError
 from unitnorm.report.frames import in_order, label
+from unitnorm.run import records as base
 from unitnorm.segment.config import Network
 from unitnorm.segment.metrics import Metrics
 from unitnorm.segment.palette import CLASSES, NAMES
@@ -136,10 +136,10 @@ def read(folder: Path) -> Records:
 
 
 def write(folder: Path, records: Records, extra: Mapping[str, bytes] | None = None) -> None:
-    """Replace a folder's records as a whole; call inside `unitnorm.records.locked`.
+    """Replace a folder's records as a whole; call inside `unitnorm.run.records.locked`.
 
     Raises:
-      UserError: as `unitnorm.records.write_files`.
+      UserError: as `unitnorm.run.records.write_files`.
     """
     files = {
         METRICS: records.metrics.to_csv(index=False, lineterminator="\n").encode(),

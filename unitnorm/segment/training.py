@@ -21,15 +21,15 @@ import optax
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from unitnorm.checkpoints import Part
 from unitnorm.errors import UserError
-from unitnorm.experiment import Interrupted
 from unitnorm.geometry import filter_norms
+from unitnorm.run.checkpoints import Part
 from unitnorm.segment.config import SegmentConfig
 from unitnorm.segment.data import Split
 from unitnorm.segment.metrics import confusion, measure, median_frequency_weights
 from unitnorm.segment.model import filter_mask, segnet
 from unitnorm.segment.palette import CLASSES, UNLABELLED
+from unitnorm.table2.experiment import Interrupted
 from unitnorm.updates import build
 
 INIT, ORDER, FLIP = range(3)  # one stream of random numbers for each use
@@ -247,7 +247,7 @@ def norm_deviation(params: Any) -> Array:
 
 
 class Checkpoints(Protocol):
-    """Keeps states; see `unitnorm.checkpoints.Folder`."""
+    """Keeps states; see `unitnorm.run.checkpoints.Folder`."""
 
     def restore(self, part: Part, like: Any) -> Any | None:
         """The saved state, or None."""

@@ -20,12 +20,13 @@ import pandas as pd
 import PIL.Image
 from rich.console import Group
 
-from unitnorm import devices, experiment
-from unitnorm.config import Config
 from unitnorm.data import Dataset
 from unitnorm.errors import UserError
 from unitnorm.report.figures import PNG_DPI, encode
+from unitnorm.run import devices
 from unitnorm.symmetry import figures, findings, measure
+from unitnorm.table2 import experiment
+from unitnorm.table2.config import Config
 
 __all__ = ["Result", "run"]
 

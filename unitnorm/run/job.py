@@ -24,10 +24,10 @@ from unitnorm.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from unitnorm.config import Config
     from unitnorm.data import Dataset
-    from unitnorm.experiment import Checkpoints, Session
-    from unitnorm.records import Records
+    from unitnorm.run.records import Records
+    from unitnorm.table2.config import Config
+    from unitnorm.table2.experiment import Checkpoints, Session
 
 DEFAULT_CONFIG = Path("configs/table2.toml")
 
@@ -48,7 +48,7 @@ class Job:
 
     def store(self, rows: int) -> None:
         """Write the records, with what this command did: that it added so many rows to them."""
-        from unitnorm import records
+        from unitnorm.run import records
 
         if not self.writes:
             return
@@ -65,7 +65,7 @@ def note(provenance: dict[str, Any], started: float, rows: int) -> None:
       started: seconds since the epoch, by which its entry is known.
       rows: that it has added to the records so far.
     """
-    from unitnorm import experiment
+    from unitnorm.table2 import experiment
 
     entry = experiment.command_entry(command_line(), started, time.time() - started, rows)
     commands = provenance["commands"]
@@ -90,7 +90,7 @@ def read_config(
     overrides: tuple[str, ...],
 ) -> Config:
     """The config file with the command line's options on top."""
-    from unitnorm import config
+    from unitnorm.table2 import config
 
     if config_path is None and DEFAULT_CONFIG.exists():
         config_path = DEFAULT_CONFIG
@@ -126,9 +126,11 @@ def opened(
         config = read_config(**config_options)
         from rich.console import Console
 
-        from unitnorm import data, experiment, progress, records
-        from unitnorm import devices as device_setup
-        from unitnorm.checkpoints import EVERY_S, Folder, Nowhere
+        from unitnorm import data
+        from unitnorm.run import devices as device_setup
+        from unitnorm.run import progress, records
+        from unitnorm.run.checkpoints import EVERY_S, Folder, Nowhere
+        from unitnorm.table2 import experiment
 
         stack.enter_context(as_interruption(experiment.Interrupted))
         stack.enter_context(device_setup.together((experiment.Interrupted,)))
@@ -195,7 +197,7 @@ def start_over(
 
     They go from the disk at once: an interrupted command is repeated without --fresh.
     """
-    from unitnorm import records
+    from unitnorm.run import records
 
     done = recorded(known)
     if fresh:
@@ -208,7 +210,7 @@ def start_over(
 
 def recorded(known: Records) -> set[str]:
     """The names of the recorded runs and sweeps, which need no checkpoint."""
-    from unitnorm import records
+    from unitnorm.run import records
 
     return records.names("sweep", known.sweep) | records.names("runs", known.runs)
 
@@ -216,7 +218,8 @@ def recorded(known: Records) -> set[str]:
 def matching(known: Records, config: Config, dataset: Dataset, out: Path, fresh: bool) -> Records:
     """The folder's records, if they are of this config and data; without the selected runs
     where those are to start over."""
-    from unitnorm import experiment, records
+    from unitnorm.run import records
+    from unitnorm.table2 import experiment
 
     expected = experiment.provenance(config, dataset)
     cells = records.cells(config.depths, config.updates, config.runs)

@@ -20,10 +20,10 @@ import optax
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from unitnorm import protocol
-from unitnorm.config import Config
 from unitnorm.geometry import filter_norms
-from unitnorm.model import FILTER_AXIS, ArchBN, Network, filter_mask, split_network
+from unitnorm.table2 import protocol
+from unitnorm.table2.config import Config
+from unitnorm.table2.model import FILTER_AXIS, ArchBN, Network, filter_mask, split_network
 from unitnorm.updates import UPDATES, build
 from unitnorm.updates.parts import OffManifold
 

@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from unitnorm import config as configs
-from unitnorm import experiment, records
 from unitnorm.data import Dataset
 from unitnorm.errors import UserError
-from unitnorm.experiment import Group, Session
-from unitnorm.records import Records
+from unitnorm.run import records
+from unitnorm.run.records import Records
+from unitnorm.table2 import config as configs
+from unitnorm.table2 import experiment
+from unitnorm.table2.experiment import Group, Session
 
 MATTERS = {"versions": ("unitnorm", "jax", "jaxlib"), "device": ("platform", "kind", "machine")}
 

@@ -18,9 +18,9 @@ from typing import Any
 import click
 
 import unitnorm
+from unitnorm.cli.segment import segment
 from unitnorm.errors import UserError
-from unitnorm.job import Job, command_line, interruptible, opened, read_config
-from unitnorm.segment.cli import segment
+from unitnorm.run.job import Job, command_line, interruptible, opened, read_config
 
 INTERRUPTED = 130  # exit code after Ctrl-C or SIGTERM, everything saved
 
@@ -72,7 +72,7 @@ def out_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(
         "--out",
         type=click.Path(path_type=Path, file_okay=False),
-        default=Path("results"),
+        default=Path("runs/table2"),
         show_default=True,
         help="Folder of the records and the report.",
     )(command)
@@ -187,7 +187,7 @@ def report(out: Path) -> None:
 
     \b
     Example
-      unitnorm report --out results
+      unitnorm report --out results/table2
     """
     do_report(out)
 
@@ -291,7 +291,8 @@ def verify(out: Path, **run: Any) -> None:
 
 def do_sweep(job: Job) -> None:
     """Sweep what has no rate yet, and record it."""
-    from unitnorm import experiment, records
+    from unitnorm.run import records
+    from unitnorm.table2 import experiment
 
     if not experiment.missing(job.config, job.records.sweep):
         job.session.say("sweep: every selected run has its base learning rate")
@@ -302,7 +303,8 @@ def do_sweep(job: Job) -> None:
 
 def do_train(job: Job) -> None:
     """Train what is not recorded yet, sweeping first where a rate is missing."""
-    from unitnorm import experiment, records
+    from unitnorm.run import records
+    from unitnorm.table2 import experiment
 
     if not experiment.missing(job.config, job.records.runs):
         job.session.say("train: every selected run is recorded; --fresh starts over")
@@ -323,13 +325,15 @@ def do_verify(
     out: Path, depth: int | None, update: str | None, run: int | None, data_dir: str | None
 ) -> bool:
     """Print every check and whether all match."""
-    from unitnorm import devices
+    from unitnorm.run import devices
 
     devices.prepare()
     from rich.console import Console
 
-    from unitnorm import data, experiment, progress, records, verify
-    from unitnorm.checkpoints import Nowhere
+    from unitnorm import data
+    from unitnorm.run import progress, records
+    from unitnorm.run.checkpoints import Nowhere
+    from unitnorm.table2 import experiment, verify
 
     known = records.read_alone(out)
     group = verify.choose(known, depth, update, run)
@@ -351,7 +355,7 @@ def do_verify(
 
 def is_the_papers(provenance: dict[str, Any]) -> bool:
     """Whether records may stand beside the paper's: its protocol, from any seed, on MNIST."""
-    from unitnorm.config import Config
+    from unitnorm.table2.config import Config
 
     mine = provenance["config"] | {"seed": 0}
     return provenance["data"]["name"] == "mnist" and mine == Config().protocol()
@@ -361,7 +365,8 @@ def do_report(out: Path) -> None:
     """Print the report and write its files."""
     from rich.console import Console
 
-    from unitnorm import records, report
+    from unitnorm import report
+    from unitnorm.run import records
 
     with records.locked(out, make=False):
         known = records.read(out)
@@ -386,12 +391,13 @@ def do_symmetry(
     """Measure, print the table and write the files."""
     with interruptible():
         config = read_config(runs=None, **config_options)
-        from unitnorm import devices
+        from unitnorm.run import devices
 
         devices.prepare()
         from rich.console import Console
 
-        from unitnorm import data, records
+        from unitnorm import data
+        from unitnorm.run import records
         from unitnorm.symmetry import run
         from unitnorm.updates import UPDATES
 
@@ -417,9 +423,9 @@ def do_bench(
     """Measure, print the table and write the files."""
     from rich.console import Console
 
-    from unitnorm import records
     from unitnorm.bench import compare, measure, scaling, startup
     from unitnorm.report.tables import Fitting
+    from unitnorm.run import records
 
     started = time.time()
     console = Console()

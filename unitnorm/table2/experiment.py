@@ -25,12 +25,13 @@ import jax
 import numpy as np
 import pandas as pd
 
-from unitnorm import devices, protocol, records, training
-from unitnorm.checkpoints import Part
-from unitnorm.config import Config
 from unitnorm.data import Dataset
 from unitnorm.errors import UserError
-from unitnorm.records import Records
+from unitnorm.run import devices, records
+from unitnorm.run.checkpoints import Part
+from unitnorm.run.records import Records
+from unitnorm.table2 import protocol, training
+from unitnorm.table2.config import Config
 
 VERSIONS = ("unitnorm", "jax", "jaxlib", "flax", "optax", "numpy")
 
@@ -54,7 +55,7 @@ class EpochReport:
 
 
 class Checkpoints(Protocol):
-    """Keeps the state of a program from epoch to epoch; see `unitnorm.checkpoints`."""
+    """Keeps the state of a program from epoch to epoch; see `unitnorm.run.checkpoints`."""
 
     def restore(self, part: Part, like: Any) -> Any | None:
         """The saved state, a tree of NumPy arrays like `like`; None if none was saved."""
@@ -422,7 +423,7 @@ def fingerprint_of(parts: list[Any]) -> str:
 def code() -> str:
     """SHA-256 of this package's source: a state of other code is not gone on with."""
     digest = hashlib.sha256()
-    folder = Path(__file__).parent
+    folder = Path(__file__).parents[1]
     for path in sorted(folder.rglob("*.py")):
         digest.update(f"\n{path.relative_to(folder)}\n".encode() + path.read_bytes())
     return digest.hexdigest()

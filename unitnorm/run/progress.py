@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from unitnorm.experiment import EpochReport
+from unitnorm.table2.experiment import EpochReport
 
 PLAIN_EVERY_S = 5.0  # at most one plain line per program in so many seconds, beside the last
 

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from unitnorm.segment.metrics import Metrics
     from unitnorm.segment.records import Records, Trained
 
-OUT = Path("results/segnet")
-PUBLISHED = Path(__file__).with_name("un.safetensors")  # a link to results/segnet/un.safetensors
+OUT = Path("runs/segnet")
+# a link to results/segnet/un.safetensors
+PUBLISHED = Path(__file__).parents[1] / "segment" / "un.safetensors"
 PHOTOS = Path("predictions")
 
 
@@ -116,23 +117,23 @@ def train(
     Example
       unitnorm segment train --config configs/segnet_cpu.toml --data-dir CamVid --update un
     """
-    from unitnorm import config as base_config
+    from unitnorm.table2 import config as base_config
 
     values = dict(base_config.parse_override(text) for text in overrides)
     given = {"updates": list(update) or None, "seed": seed}
     values |= {key: value for key, value in given.items() if value is not None}
-    from unitnorm.job import interruptible, note
+    from unitnorm.run.job import interruptible, note
 
     started = time.time()
     with contextlib.ExitStack() as stack:
         stopping = stack.enter_context(interruptible())
         config = _config(config_path, values, data_dir, synthetic)
         _prepare(devices, config.train.batch_size)
-        from unitnorm import experiment as base
-        from unitnorm import records as base_records
-        from unitnorm.checkpoints import Folder
+        from unitnorm.run import records as base_records
+        from unitnorm.run.checkpoints import Folder
         from unitnorm.segment import data, experiment, records
         from unitnorm.segment.training import Program, Session, State
+        from unitnorm.table2 import experiment as base
 
         console = _console()
 
@@ -243,8 +244,8 @@ def predict(images: tuple[Path, ...], weights: Path, out: Path) -> None:
 
     import numpy as np
 
-    from unitnorm import records as base_records
     from unitnorm.report.figures import encode
+    from unitnorm.run import records as base_records
     from unitnorm.segment import figures, predicting, records
 
     trained = records.unpack(weights)
@@ -282,8 +283,8 @@ def report(out: Path, data_dir: str | None, synthetic: bool, count: int) -> None
       unitnorm segment report --data-dir CamVid
     """
     _prepare(1, 1)
-    from unitnorm import records as base_records
     from unitnorm.report.figures import encode
+    from unitnorm.run import records as base_records
     from unitnorm.segment import figures, records
 
     console = _console()
@@ -352,7 +353,7 @@ def _prepare(devices: int | None, batch_size: int) -> None:
     import math
     import os
 
-    from unitnorm import devices as device_setup
+    from unitnorm.run import devices as device_setup
 
     if devices is None:
         devices = math.gcd(len(os.sched_getaffinity(0)), batch_size)
@@ -390,7 +391,7 @@ def _matching(
     known: Records, config: SegmentConfig, scenes: Scenes, out: Path, fresh: bool
 ) -> Records:
     """The folder's records, if they are of this config and data; else an error."""
-    from unitnorm.job import refuse_others
+    from unitnorm.run.job import refuse_others
     from unitnorm.segment import experiment
 
     expected = experiment.provenance(config, scenes)
@@ -406,7 +407,7 @@ def _matching(
 def _epoch_line(program: Any, state: Any, seconds: float) -> str:
     import jax
 
-    from unitnorm.progress import clock
+    from unitnorm.run.progress import clock
     from unitnorm.segment.metrics import measure
 
     done = int(state.step) // program.steps
