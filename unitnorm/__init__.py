@@ -13,7 +13,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "unitnorm.data": ["Dataset", "load"],
+    "unitnorm.data": ["Dataset", "load_dataset"],
     "unitnorm.errors": ["UserError"],
     "unitnorm.geometry": ["filter_norms", "retraction", "tangent_projection"],
     "unitnorm.table2.model": ["ArchBN"],

@@ -19,12 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from unitnorm import data
 from unitnorm.bench.worker import Orders
-from unitnorm.data import Dataset
+from unitnorm.data import Dataset, load_dataset
 from unitnorm.run import checkpoints, devices
-from unitnorm.table2 import experiment, training
-from unitnorm.table2.config import Config, parse
+from unitnorm.run.config import parse
+from unitnorm.run.loop import Checkpoints, Interrupted, Session, train
+from unitnorm.run.provenance import device
+from unitnorm.table2 import training
+from unitnorm.table2.config import Config
 
 RATE = 1e-3  # at which every update trains at every depth; speed does not depend on it
 MOST_EPOCHS = 60  # a program serves so many repetitions
@@ -33,7 +35,8 @@ MOST_EPOCHS = 60  # a program serves so many repetitions
 def config_of(images: int, seeds: int) -> Config:
     """The paper's protocol, without an early stop and with so many training images."""
     epochs = {"min_epochs": MOST_EPOCHS, "max_epochs": MOST_EPOCHS}
-    return parse({"runs": seeds, "train": {"train_images": images, **epochs}})
+    values = {"runs": seeds, "train": {"train_images": images, **epochs}}
+    return parse(values, "bench", Config)
 
 
 def program(
@@ -53,15 +56,15 @@ def program(
     `save_every_s` is that of the checkpoints; None: there are none.
     """
     devices.prepare(devices_used, coordinator, processes, process)
-    config, mnist = config_of(images, seeds), data.load()
-    group = experiment.Group(depth, tuple(updates), tuple(range(seeds)))
-    numbers = np.arange(seeds)
-    rates = np.full((seeds, len(updates)), RATE)
-    task = experiment.make_program(seeds, config, mnist, group, training.train_phase(config))
-    part = experiment.part_of("runs", group, numbers, rates, config, mnist)
-    orders.ready(samples=seeds * len(updates) * images, device=experiment.device())
+    config, rates = config_of(images, seeds), np.full((seeds, len(updates)), RATE)
+    task = training.Program(
+        "bench", config, depth, updates, training.train_phase(config), np.arange(seeds), rates,
+        load_dataset(),
+    )  # fmt: skip
+    part = checkpoints.Part("bench", "bench")
+    orders.ready(samples=task.samples, device=device())
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        keep: experiment.Checkpoints = checkpoints.Nowhere()
+        keep: Checkpoints = checkpoints.Nowhere()
         if devices.is_first_process() and save_every_s is not None:
             place = Path(folder) / "checkpoints"
             kept = checkpoints.Folder(place, every_s=save_every_s, say=lambda _: None)
@@ -76,11 +79,9 @@ def program(
             epochs += 1
             return not orders.wait()
 
-        session = experiment.Session(
-            report=lambda _: None, say=lambda _: None, checkpoints=keep, interrupted=is_over
-        )
-        with contextlib.suppress(experiment.Interrupted):
-            experiment.train_all(task, numbers, rates, part, session)
+        session = Session(lambda _: None, lambda _: None, keep, is_over)
+        with contextlib.suppress(Interrupted):
+            train(part, task, session)
 
 
 def device_memory() -> dict[str, float]:
@@ -148,7 +149,7 @@ class OptaxLoop:
 
 def optax_loop(orders: Orders, depth: int, images: int) -> None:
     """`OptaxLoop` over so many images in a new order."""
-    mnist = data.load()
+    mnist = load_dataset()
     loop = OptaxLoop(depth, mnist, Config())
     rng = np.random.default_rng(0)
     orders.serve(

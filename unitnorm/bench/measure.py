@@ -183,7 +183,7 @@ def slug(device: Mapping[str, Any]) -> str:
     """A device's name as a file's: `amd-epyc-2-cores`, `nvidia-h200`.
 
     Args:
-      device: as `experiment.device` gives it.
+      device: as `run.provenance.device` gives it.
     """
     name = re.sub(r"\((r|tm)\)|cpu|processor|@.*", " ", str(device["kind"]).lower())
     name = re.sub(r"[^a-z0-9]+", "-", name).strip("-") or str(device["platform"])
@@ -194,7 +194,7 @@ def slug(device: Mapping[str, Any]) -> str:
 def provenance(command: str, started: float, wall_s: float) -> dict[str, Any]:
     """What a measurement was made with: command, time, code, versions, processor and its load."""
     from unitnorm.run.devices import cpu_model
-    from unitnorm.table2.experiment import commit
+    from unitnorm.run.provenance import commit
 
     versions = {"python": platform.python_version()}
     for name in PACKAGES:

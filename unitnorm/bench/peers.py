@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from unitnorm import data
 from unitnorm.bench.contestants import RATE
 from unitnorm.bench.worker import Orders
+from unitnorm.data import Dataset, load_dataset
 from unitnorm.table2.config import Config
 
 TRIAL = 100  # mini-batches to choose the number of threads by
@@ -51,7 +51,7 @@ class Loop:
       riemannian: geoopt's RiemannianSGD with the filters on its Sphere, else PyTorch's SGD.
     """
 
-    def __init__(self, depth: int, mnist: data.Dataset, config: Config, riemannian: bool):
+    def __init__(self, depth: int, mnist: Dataset, config: Config, riemannian: bool):
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.batch = config.loss.batch_size
         self.x = torch.tensor(mnist.train_images, dtype=torch.float32, device=self.device)
@@ -110,7 +110,7 @@ def quickest_threads(loop: Loop) -> int:
 
 
 def _serve(orders: Orders, depth: int, images: int, riemannian: bool) -> None:
-    loop = Loop(depth, data.load(), Config(), riemannian)
+    loop = Loop(depth, load_dataset(), Config(), riemannian)
     loop.epoch(loop.batch)
     threads = quickest_threads(loop) if loop.device.type == "cpu" else None
     where = "cpu" if threads else torch.cuda.get_device_name()

@@ -117,7 +117,7 @@ def train(
     Example
       unitnorm segment train --config configs/segnet_cpu.toml --data-dir CamVid --update un
     """
-    from unitnorm.table2 import config as base_config
+    from unitnorm.run import config as base_config
 
     values = dict(base_config.parse_override(text) for text in overrides)
     given = {"updates": list(update) or None, "seed": seed}
@@ -131,9 +131,9 @@ def train(
         _prepare(devices, config.train.batch_size)
         from unitnorm.run import records as base_records
         from unitnorm.run.checkpoints import Folder
+        from unitnorm.run.loop import Interrupted
         from unitnorm.segment import data, experiment, records
         from unitnorm.segment.training import Program, Session, State
-        from unitnorm.table2 import experiment as base
 
         console = _console()
 
@@ -157,7 +157,7 @@ def train(
         before = len(known.metrics)
 
         def store(now: Records) -> None:
-            note(now.provenance, started, len(now.metrics) - before)
+            now.provenance = note(now.provenance, started, len(now.metrics) - before)
             records.write(out, now)
             checkpoints.drop(experiment.covered(name) for name in now.trained())
 
@@ -179,7 +179,7 @@ def train(
         stopping.after_the_epoch = True
         try:
             known = experiment.run(config, scenes, known, session, store)
-        except base.Interrupted:
+        except Interrupted:
             raise KeyboardInterrupt from None
         status.stop()
         _print_table(console, known)
@@ -391,7 +391,6 @@ def _matching(
     known: Records, config: SegmentConfig, scenes: Scenes, out: Path, fresh: bool
 ) -> Records:
     """The folder's records, if they are of this config and data; else an error."""
-    from unitnorm.run.job import refuse_others
     from unitnorm.segment import experiment
 
     expected = experiment.provenance(config, scenes)
@@ -400,7 +399,9 @@ def _matching(
     if known.metrics.empty:
         known.provenance = expected
     else:
-        refuse_others(out, known.provenance, expected, fresh)
+        for key, what in (("config_sha256", "config"), ("data", "data set")):
+            if known.provenance.get(key) != expected[key]:
+                raise UserError(f"{out}: holds records of another {what}; give another --out")
     return known
 
 

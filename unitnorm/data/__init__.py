@@ -1,4 +1,4 @@
-"""Data sets of images and classes: `load` gives MNIST, your own IDX files, or a TFDS data set.
+"""Data sets of images and classes: `load_dataset` gives MNIST, your own IDX files, or one of TFDS.
 
 Every source goes the same way: read and checked (`idx.py`, `prepared.py`), prepared once by our
 TFDS builder (`builder.py`) in a cache (`cache.py`), and loaded from there, verified by its hashes.
@@ -22,7 +22,7 @@ from unitnorm.data import cache, idx
 from unitnorm.data.arrays import Arrays, hashes
 from unitnorm.errors import UserError
 
-__all__ = ["Dataset", "load"]
+__all__ = ["Dataset", "load_dataset"]
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class Dataset:
     sha256: str
 
 
-def load(
+def load_dataset(
     dataset: str = "mnist",
     data_dir: str | os.PathLike[str] | None = None,
     cache_dir: str | os.PathLike[str] | None = None,

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from unitnorm.data import load
+from unitnorm.data import load_dataset
 from unitnorm.updates import build, normalized_kernels_nnx
 
 
@@ -36,7 +36,7 @@ def train(model: CNN, optimizer: nnx.Optimizer, images: jax.Array, labels: jax.A
 
 
 def main(steps: int = 600) -> float:
-    data = load()
+    data = load_dataset()
     images = jnp.asarray(data.train_images.reshape(-1, 28, 28, 1)) / 255
     tests = jnp.asarray(data.test_images.reshape(-1, 28, 28, 1)) / 255
     model = CNN(nnx.Rngs(0))

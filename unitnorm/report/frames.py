@@ -14,7 +14,9 @@ import numpy as np
 import pandas as pd
 
 from unitnorm.errors import UserError
-from unitnorm.run.records import HISTORY, RUNS, SWEEP
+from unitnorm.table2.schema import SCHEMA
+
+RUNS, HISTORY, SWEEP = (dict(SCHEMA.tables[n].columns) for n in ("runs", "history", "sweep"))
 
 BASELINE = "b-sgd"  # the update that the others are compared with
 FAILED_REASONS = ("diverged", "non-finite", "no-rate")

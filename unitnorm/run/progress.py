@@ -7,35 +7,31 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from unitnorm.table2.experiment import EpochReport
+from unitnorm.run.loop import EpochReport
 
 PLAIN_EVERY_S = 5.0  # at most one plain line per program in so many seconds, beside the last
 
 
 @contextlib.contextmanager
-def shown(console: Console) -> Iterator[Callable[[EpochReport], None]]:
-    """A function that shows each epoch's report, as a bar or as lines."""
+def shown(console: Console) -> Iterator[Bars | Lines]:
+    """What shows each epoch's report, as a bar or as lines."""
     if console.is_terminal:
-        with _bar(console) as progress:
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TextColumn("epoch {task.completed}/{task.total}"),
+            TextColumn("{task.fields[text]}"),
+            TimeElapsedColumn(),
+            console=console,
+        ) as progress:
             yield Bars(progress)
     else:
         yield Lines(console)
-
-
-def _bar(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        TextColumn("epoch {task.completed}/{task.total}"),
-        TextColumn("{task.fields[text]}"),
-        TimeElapsedColumn(),
-        console=console,
-    )
 
 
 class Bars:
@@ -48,15 +44,21 @@ class Bars:
     def __call__(self, report: EpochReport) -> None:
         if report.title not in self._tasks:
             self._tasks[report.title] = self._progress.add_task(
-                report.title, total=report.max_epochs, text=""
+                report.title, total=report.epochs, text=""
             )
         self._progress.update(
             self._tasks[report.title],
             completed=report.epoch,
             # a program whose runs have all stopped early is done, not stuck
-            total=report.max_epochs if report.active else report.epoch,
+            total=report.epochs if report.active else report.epoch,
             text=describe(report),
         )
+
+    def advanced(self, place: str) -> None:
+        """Show the place within an epoch."""
+        title, _, where = place.partition(": ")
+        if title in self._tasks:
+            self._progress.update(self._tasks[title], text=where)
 
 
 class Lines:
@@ -72,19 +74,21 @@ class Lines:
             return
         self._shown[report.title] = now
         self._console.print(
-            f"{report.title}: epoch {report.epoch}/{report.max_epochs}, {describe(report)}",
+            f"{report.title}: epoch {report.epoch}/{report.epochs}, {describe(report)}",
             soft_wrap=True,
             highlight=False,
         )
 
+    def advanced(self, place: str) -> None:
+        """Mini-batches are no lines."""
+
 
 def describe(report: EpochReport) -> str:
-    """Runs still active, mean validation error, speed and time left at most."""
-    left = (report.max_epochs - report.epoch) * report.seconds_per_epoch if report.active else 0
-    return (
-        f"{report.active}/{report.runs} runs active, val error {report.val_error:.2%}, "
-        f"{report.samples_per_second / 1e3:,.0f}k samples/s, ≤ {clock(left)} left"
-    )
+    """What the program says of itself, its speed and the time left at most."""
+    left = (report.epochs - report.epoch) * report.seconds if report.active else 0
+    speed = report.samples_per_second
+    shown = f"{speed / 1e3:,.0f}k" if speed >= 1e4 else f"{speed:,.1f}"
+    return f"{report.text}, {shown} samples/s, ≤ {clock(left)} left"
 
 
 def clock(seconds: float) -> str:

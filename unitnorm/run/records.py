@@ -1,146 +1,183 @@
 """The records of a results folder: tables of runs, their provenance, and how they reach the disk.
 
-A folder holds `runs.csv`, `history.csv`, `sweep.csv`, `filters.safetensors` and
-`provenance.json`, which names the config that all of them belong to and the SHA-256 of each. They
-change together: a new set is staged beside the old one, one rename makes it valid, and whoever
-opens the folder next completes what a killed process left undone. To add a column, add it to its
-table here and fill it in `experiment`.
+An experiment says in a `Schema` which tables and other files its folder holds; `provenance.json`
+names the config that all of them belong to and the SHA-256 of each. They change together: a new set
+is staged beside the old one, one rename makes it valid, and whoever opens the folder next completes
+what a killed process left undone. To add a column, add it to the experiment's schema and fill it in
+the experiment.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
+import gzip
 import hashlib
 import io
-import itertools
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import pandas as pd
 import pydantic
-import safetensors.numpy
 
 from unitnorm.errors import UserError
 
 FORMAT = 1  # of provenance.json and the tables; raised when an older reader would misread them
-
-# kind: i whole number, f number, b truth value, s text
-RUNS = {
-    "depth": "i", "update": "s", "run": "i", "seed": "i", "base_lr": "f", "epochs": "i",
-    "train_loss": "f", "val_error": "f", "test_error": "f", "diverged": "b", "stop_reason": "s",
-}  # fmt: skip
-HISTORY = {
-    "depth": "i", "update": "s", "run": "i", "epoch": "i", "lr": "f", "train_loss": "f",
-    "train_error": "f", "val_error": "f", "norm_deviation": "f", "norm_mean": "f",
-}  # fmt: skip
-SWEEP = {
-    "depth": "i", "update": "s", "run": "i", "seed": "i", "base_lr": "f", "val_error": "f",
-    "train_loss": "f", "diverged": "b", "chosen": "b",
-}  # fmt: skip
-TABLES = {
-    "runs": (RUNS, ["depth", "update", "run"]),
-    "history": (HISTORY, ["depth", "update", "run", "epoch"]),
-    "sweep": (SWEEP, ["depth", "update", "run", "base_lr"]),
-}
-CELL = ["depth", "update", "run"]  # what names a run in every table
-
-_DTYPES = {"i": "int64", "f": "float64", "b": "bool", "s": "object"}
-_STAGED, _VALID = ".records-staged", ".records-valid"
-PROVENANCE, FILTERS = "provenance.json", "filters.safetensors"
+PROVENANCE = "provenance.json"
 REPAIR = "restore the folder from a copy, or give another --out"
 
+_DTYPES = {"i": "int64", "f": "float64", "d": "float64", "b": "bool", "s": "object"}
+_STAGED, _VALID, _LOCK = ".records-staged", ".records-valid", ".lock"
 
-class _Part(pydantic.BaseModel):
-    """A part of provenance.json: the keys that are relied on; others may stand beside them."""
+
+@dataclass(frozen=True)
+class Table:
+    """A table of an experiment.
+
+    Attributes:
+      columns: name → kind: "i" whole number, "f" float32, written as its shortest decimal, "d"
+        float64, "b" truth value, "s" text.
+      key: the columns that name a row, in the order in which rows are sorted.
+      descending: those of `key` that are sorted from the largest on.
+      packed: the file is NAME.csv.gz, for tables of many thousand rows.
+    """
+
+    columns: Mapping[str, str]
+    key: tuple[str, ...]
+    descending: tuple[str, ...] = ()
+    packed: bool = False
+
+
+class About(pydantic.BaseModel):
+    """What provenance.json says of the data: the keys that are relied on; others may be there."""
 
     model_config = pydantic.ConfigDict(extra="allow", strict=True)
 
 
-class _Data(_Part):
-    name: str
-    sha256: str
-    image_shape: list[int]
+@dataclass(frozen=True)
+class Schema:
+    """What the results folder of an experiment holds.
+
+    Attributes:
+      kind: of experiment, such as "table2"; a folder of another kind is refused.
+      tables: by name.
+      cell: the columns that name a run in every table.
+      files: pattern of the names of further files, such as weights.
+      about: the keys of provenance.json's `data`.
+      command: that reads such a folder, for errors.
+      required: further files that are always there.
+    """
+
+    kind: str
+    tables: Mapping[str, Table]
+    cell: tuple[str, ...]
+    files: str = r"(?!)"
+    about: type[About] = About
+    command: str = "unitnorm report"
+    required: tuple[str, ...] = ()
+
+    def file_of(self, table: str) -> str:
+        """The file of a table."""
+        return f"{table}.csv.gz" if self.tables[table].packed else f"{table}.csv"
+
+    def frame(self, table: str, rows: Sequence[Mapping[Any, Any]]) -> pd.DataFrame:
+        """Rows as a table with its columns, dtypes and order."""
+        spec = self.tables[table]
+        result = pd.DataFrame(rows, columns=list(spec.columns))
+        for name in (name for name, kind in spec.columns.items() if kind == "f"):
+            result[name] = result[name].map(shortest).astype("float64")
+        result = result.astype({name: _DTYPES[kind] for name, kind in spec.columns.items()})
+        ascending = [name not in spec.descending for name in spec.key]
+        return result.sort_values(list(spec.key), ascending=ascending, ignore_index=True)
+
+    def names(self, table: str, cells: pd.DataFrame) -> set[str]:
+        """What the runs of `cells` are called in a table, such as "runs/4/un/0"."""
+        rows = cells[list(self.cell)].drop_duplicates()
+        return {"/".join([table, *map(str, row)]) for row in rows.itertuples(index=False)}
+
+    def among(self, table: pd.DataFrame, cells: pd.DataFrame) -> np.ndarray:
+        """For each row of `table`, whether its run is among `cells`."""
+        key = list(self.cell)
+        return pd.MultiIndex.from_frame(table[key]).isin(pd.MultiIndex.from_frame(cells[key]))
+
+    def rows_of(self, table: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
+        """The rows of `table` whose run is among `cells`."""
+        return table[self.among(table, cells)].reset_index(drop=True)
 
 
-class _Command(_Part):
+@dataclass(frozen=True)
+class Records:
+    """What a results folder holds; empty tables where nothing is recorded yet.
+
+    Attributes:
+      schema: of the experiment.
+      tables: by name, with the schema's columns and order.
+      files: content of the further files by name.
+      provenance: see `unitnorm.run.provenance`; `{}` before the first write.
+    """
+
+    schema: Schema
+    tables: dict[str, pd.DataFrame]
+    files: dict[str, bytes] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def empty(cls, schema: Schema) -> Records:
+        """Without any run."""
+        return cls(schema, {name: schema.frame(name, []) for name in schema.tables})
+
+    def __getitem__(self, table: str) -> pd.DataFrame:
+        return self.tables[table]
+
+    def is_empty(self) -> bool:
+        """No run is recorded."""
+        return all(table.empty for table in self.tables.values())
+
+    def with_rows(self, table: str, rows: pd.DataFrame) -> Records:
+        """With these rows in place of whatever the table holds of the same runs."""
+        old = self.tables[table]
+        kept = old[~self.schema.among(old, rows)]
+        merged = self.schema.frame(table, kept.to_dict("records") + rows.to_dict("records"))
+        return replace(self, tables={**self.tables, table: merged})
+
+    def with_files(self, files: Mapping[str, bytes]) -> Records:
+        """With these files added or replaced."""
+        return replace(self, files={**self.files, **files})
+
+    def without(self, cells: pd.DataFrame) -> Records:
+        """Without the rows of these runs."""
+        tables = {
+            name: table[~self.schema.among(table, cells)].reset_index(drop=True)
+            for name, table in self.tables.items()
+        }
+        return replace(self, tables=tables)
+
+    def recorded(self) -> set[str]:
+        """The names of the recorded runs, table by table; see `Schema.names`."""
+        return set().union(*(self.schema.names(name, t) for name, t in self.tables.items()))
+
+
+class _Command(About):
     started: str
     rows: int
     versions: dict[str, str]
     device: dict[str, Any]
 
 
-class _Provenance(_Part):
+class _Provenance(About):
     config: dict[str, Any]
     config_sha256: str
-    data: _Data
+    data: dict[str, Any]
     commands: list[_Command]
     files: dict[str, str]
-
-
-@dataclass
-class Records:
-    """What a results folder holds; empty tables where nothing is recorded yet.
-
-    Attributes:
-      runs, history, sweep: tables with the columns above, sorted by run.
-      filters: (depth, update) → float32 (filters, features): the first layer of run 0.
-      provenance: see `experiment.provenance`; `{}` before the first write.
-    """
-
-    runs: pd.DataFrame = field(default_factory=lambda: empty("runs"))
-    history: pd.DataFrame = field(default_factory=lambda: empty("history"))
-    sweep: pd.DataFrame = field(default_factory=lambda: empty("sweep"))
-    filters: dict[tuple[int, str], np.ndarray] = field(default_factory=dict)
-    provenance: dict[str, Any] = field(default_factory=dict)
-
-    def is_empty(self) -> bool:
-        """No run is recorded, neither swept nor trained."""
-        return self.runs.empty and self.sweep.empty
-
-
-def cells(depths: Iterable[int], updates: Iterable[str], runs: int) -> pd.DataFrame:
-    """The runs of a selection: one row per depth, update and run."""
-    return pd.DataFrame(list(itertools.product(depths, updates, range(runs))), columns=CELL)
-
-
-def drop(records: Records, selected: pd.DataFrame) -> Records:
-    """The records without those of the selected runs."""
-    gone = set(zip(selected["depth"], selected["update"], strict=True))
-    return Records(
-        **{name: without(getattr(records, name), selected) for name in TABLES},
-        filters={cell: array for cell, array in records.filters.items() if cell not in gone},
-        provenance=records.provenance,
-    )
-
-
-def names(table: str, cells: pd.DataFrame) -> set[str]:
-    """What the runs of `cells` are called in a table, such as "runs/4/un/0"."""
-    rows = cells[CELL].drop_duplicates()
-    return {f"{table}/{depth}/{update}/{run}" for depth, update, run in rows.itertuples(False)}
-
-
-def empty(table: str) -> pd.DataFrame:
-    """A table without rows."""
-    return frame(table, [])
-
-
-def frame(table: str, rows: Sequence[Mapping[Any, Any]]) -> pd.DataFrame:
-    """Rows as a table with its columns, dtypes and order."""
-    columns, key = TABLES[table]
-    result = pd.DataFrame(rows, columns=list(columns))
-    for name in (name for name, kind in columns.items() if kind == "f"):
-        result[name] = result[name].map(shortest).astype("float64")
-    result = result.astype({name: _DTYPES[kind] for name, kind in columns.items()})
-    ascending = [name != "base_lr" for name in key]
-    return result.sort_values(key, ascending=ascending, ignore_index=True)
 
 
 def shortest(value: float) -> float:
@@ -148,36 +185,15 @@ def shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def merge(table: str, old: pd.DataFrame, new: pd.DataFrame) -> pd.DataFrame:
-    """The old rows and the new ones, which replace whatever is recorded of the same runs."""
-    kept = without(old, new)
-    return frame(table, kept.to_dict("records") + new.to_dict("records"))
-
-
-def without(table: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
-    """The rows of `table` whose run (depth, update, run) is not among `cells`."""
-    return table[~_among(table, cells)].reset_index(drop=True)
-
-
-def rows_of(table: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
-    """The rows of `table` whose run (depth, update, run) is among `cells`."""
-    return table[_among(table, cells)].reset_index(drop=True)
-
-
-def _among(table: pd.DataFrame, cells: pd.DataFrame) -> np.ndarray:
-    return pd.MultiIndex.from_frame(table[CELL]).isin(pd.MultiIndex.from_frame(cells[CELL]))
-
-
 # ---------------------------------------------------------------- files
 
 
 @contextlib.contextmanager
-def locked(folder: Path, *, make: bool = True, wait: bool = False) -> Iterator[None]:
+def locked(folder: Path, *, make: bool = True) -> Iterator[None]:
     """Hold a results folder for one process, to write to it.
 
     Args:
       folder: where; made if it is missing, unless `make` is false.
-      wait: wait for another process that holds it.
 
     Raises:
       UserError: another process holds it, it is missing, or it cannot be made or written.
@@ -185,7 +201,8 @@ def locked(folder: Path, *, make: bool = True, wait: bool = False) -> Iterator[N
     try:
         if make:
             folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        if not os.path.isdir(folder):
+            raise FileNotFoundError(errno.ENOENT, "no such folder")
     except FileNotFoundError:
         raise UserError(
             f"{folder}: no records: there is no such folder; name another with --out"
@@ -193,24 +210,22 @@ def locked(folder: Path, *, make: bool = True, wait: bool = False) -> Iterator[N
     except (OSError, ValueError) as error:  # the latter on a null character
         raise _cannot(folder, "used as a results folder", error) from None
     if not os.access(folder, os.W_OK):  # said now, and not after an hour of training
-        os.close(handle)
         raise UserError(f"{folder}: cannot be written (permissions); give another --out")
+    lock = filelock.FileLock(folder / _LOCK, blocking=False)
     try:
-        # a lock on the folder itself leaves no file behind and ends with the process
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError as error:
-        os.close(handle)
-        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-            raise _cannot(folder, "locked", error) from None
+        lock.acquire()
+    except filelock.Timeout:
         raise UserError(
             f"{folder}: another unitnorm process is at work here; wait for it to end, or give "
             "another --out"
         ) from None
+    except OSError as error:
+        raise _cannot(folder, "locked", error) from None
     try:
         recover(folder)
         yield
     finally:
-        os.close(handle)
+        lock.release()
 
 
 def recover(folder: Path) -> None:
@@ -224,24 +239,24 @@ def recover(folder: Path) -> None:
         raise _cannot(folder, "repaired after an interrupted write", error) from None
 
 
-def read(folder: Path) -> Records:
+def read(folder: Path, schema: Schema) -> Records:
     """The records of a folder, checked against their hashes; empty ones if there are none.
 
     Raises:
-      UserError: a file is missing, altered, cut or of another format; one line says which, what
-        was expected and what to do.
+      UserError: a file is missing, altered, cut or of another format, or the folder is of another
+        kind of experiment; one line says which, what was expected and what to do.
     """
     if not os.path.isdir(folder):  # unlike Path.is_dir, without errors for impossible names
-        return Records()
+        return Records.empty(schema)
     if (folder / _VALID).is_dir():
         recover(folder)
     path = folder / PROVENANCE
     if not path.exists():
-        for name in (*(f"{table}.csv" for table in TABLES), FILTERS):
+        for name in (*map(schema.file_of, schema.tables), *schema.required):
             if (folder / name).exists():
                 raise UserError(f"{path}: missing beside {name}; {REPAIR}")
-        return Records()
-    provenance = _read_provenance(path)
+        return Records.empty(schema)
+    provenance = _read_provenance(path, schema)
     contents = {}
     for name, digest in provenance["files"].items():
         content = _read_bytes(folder / name)
@@ -252,12 +267,22 @@ def read(folder: Path) -> Records:
                 f"{PROVENANCE}, found {found[:12]}…; {REPAIR}"
             )
         contents[name] = content
-    tables = {name: _parse_csv(folder, name, contents[f"{name}.csv"]) for name in TABLES}
-    filters = _unpack_filters(folder, contents[FILTERS])
-    return Records(**tables, filters=filters, provenance=provenance)
+    tables = {
+        name: _parse_csv(schema, name, contents.pop(schema.file_of(name)), folder)
+        for name in schema.tables
+    }
+    return Records(schema, tables, contents, provenance)
 
 
-def read_alone(folder: Path) -> Records:
+def kind_of(folder: Path) -> str | None:
+    """Which kind of experiment a folder's records are of; None where there are none to be read."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+        provenance = json.loads((folder / PROVENANCE).read_bytes())
+        return str(provenance.get("kind", "table2"))
+    return None
+
+
+def read_alone(folder: Path, schema: Schema) -> Records:
     """`read`, while no other process writes; also from a folder that cannot be written.
 
     Raises:
@@ -265,7 +290,7 @@ def read_alone(folder: Path) -> Records:
     """
     alone = locked(folder, make=False) if os.access(folder, os.W_OK) else contextlib.nullcontext()
     with alone:
-        records = read(folder)
+        records = read(folder, schema)
     if not records.provenance:
         raise UserError(f"{folder}: no records here; name another folder with --out")
     return records
@@ -273,29 +298,39 @@ def read_alone(folder: Path) -> Records:
 
 def to_text(records: Records) -> str:
     """The tables, for another process."""
-    return json.dumps({name: _to_csv(getattr(records, name)).decode() for name in TABLES})
+    schema = records.schema
+    return json.dumps({n: _to_csv(schema.tables[n], t).hex() for n, t in records.tables.items()})
 
 
-def from_text(text: str) -> Records:
-    """The tables of `to_text`; without filters and provenance, which only a writer needs."""
+def from_text(text: str, schema: Schema) -> Records:
+    """The tables of `to_text`; without files and provenance, which only a writer needs."""
     told = json.loads(text)
-    runs, history, sweep = (_parse_csv(Path(), name, told[name].encode()) for name in TABLES)
-    return Records(runs, history, sweep)
+    tables = {
+        name: _parse_csv(schema, name, bytes.fromhex(told[name]), Path()) for name in schema.tables
+    }
+    return Records(schema, tables)
 
 
-def write(folder: Path, records: Records) -> None:
+def write(folder: Path, records: Records) -> Records:
     """Replace a folder's records as a whole; call inside `locked`.
+
+    Returns:
+      The records, with the hashes of the files in their provenance.
 
     Raises:
       UserError: the disk is full or the folder cannot be written; the old records stay.
     """
-    files = {f"{name}.csv": _to_csv(getattr(records, name)) for name in TABLES}
-    files[FILTERS] = safetensors.numpy.save(_pack_filters(records.filters))
+    schema = records.schema
+    files = {
+        schema.file_of(name): _to_csv(schema.tables[name], table)
+        for name, table in records.tables.items()
+    } | records.files
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    records.provenance = {"format": FORMAT, **records.provenance, "files": hashes}
+    about = {"format": FORMAT, "kind": schema.kind}
+    records = replace(records, provenance={**about, **records.provenance, "files": hashes})
     text = json.dumps(records.provenance, indent=2, ensure_ascii=False) + "\n"
-    files[PROVENANCE] = text.encode()
-    write_files(folder, files)
+    write_files(folder, files | {PROVENANCE: text.encode()})
+    return records
 
 
 def write_files(folder: Path, files: Mapping[str, bytes], replacing: str = "") -> None:
@@ -350,42 +385,52 @@ def _sync(folder: Path) -> None:
         os.close(handle)
 
 
-def _to_csv(table: pd.DataFrame) -> bytes:
-    return table.to_csv(index=False, lineterminator="\n").encode()
+def _to_csv(spec: Table, table: pd.DataFrame) -> bytes:
+    content = table.to_csv(index=False, lineterminator="\n").encode()
+    return gzip.compress(content, mtime=0) if spec.packed else content
 
 
-def _parse_csv(folder: Path, name: str, content: bytes) -> pd.DataFrame:
-    columns, key = TABLES[name]
-    dtypes = {
-        column: _DTYPES[kind] if kind != "f" else "object" for column, kind in columns.items()
-    }
+def _parse_csv(schema: Schema, name: str, content: bytes, folder: Path) -> pd.DataFrame:
+    spec, path = schema.tables[name], folder / schema.file_of(name)
+    numbers = [column for column, kind in spec.columns.items() if kind in "fd"]
+    dtypes = {c: "object" if c in numbers else _DTYPES[kind] for c, kind in spec.columns.items()}
+    texts = [column for column, kind in spec.columns.items() if kind == "s"]
     try:
         with np.errstate(invalid="raise"):  # a number that is no whole one
-            table = pd.read_csv(io.BytesIO(content), dtype=dtypes)
-        for column in (column for column, kind in columns.items() if kind == "f"):
-            if (
-                column in table
-            ):  # by Python, since not every version of pandas reads to the last bit
+            table = pd.read_csv(
+                io.BytesIO(gzip.decompress(content) if spec.packed else content),
+                dtype=dtypes,
+                keep_default_na=False,
+                na_values={column: [""] for column in numbers},
+            )
+        for column in numbers:
+            if column in table:  # by Python: not every version of pandas reads to the last bit
                 table[column] = np.array([float(text) for text in table[column]], np.float64)
-    except (ValueError, OverflowError, FloatingPointError, TypeError) as error:
+    except (ValueError, OverflowError, FloatingPointError, TypeError, OSError, EOFError) as error:
         detail = " ".join(str(error).split())
+        raise UserError(f"{path}: not a table of records: {detail}; {REPAIR}") from None
+    if list(table.columns) != list(spec.columns):
         raise UserError(
-            f"{folder / name}.csv: not a table of records: {detail}; {REPAIR}"
-        ) from None
-    if list(table.columns) != list(columns):
-        raise UserError(
-            f"{folder / name}.csv: columns {','.join(map(str, table.columns))}; expected "
-            f"{','.join(columns)}; {REPAIR}"
+            f"{path}: columns {','.join(map(str, table.columns))}; expected "
+            f"{','.join(spec.columns)}; {REPAIR}"
         )
-    named = table["update"].astype(str).str.fullmatch(r"[\w.+-]+")
-    if not (named & table["update"].notna() & (table["depth"] > 0) & (table["run"] >= 0)).all():
-        raise UserError(f"{folder / name}.csv: a row names no depth, update and run; {REPAIR}")
-    if table.duplicated(key).any():
-        raise UserError(f"{folder / name}.csv: a row stands there twice; {REPAIR}")
+    for column in schema.cell:
+        kind = spec.columns[column]
+        good = (
+            table[column].astype(str).str.fullmatch(r"[\w.+@:=-]+")
+            if column in texts
+            else table[column] >= 0
+            if kind == "i"
+            else table[column].notna()
+        )
+        if not good.all():
+            raise UserError(f"{path}: a row names no {', '.join(schema.cell)}; {REPAIR}")
+    if table.duplicated(list(spec.key)).any():
+        raise UserError(f"{path}: a row stands there twice; {REPAIR}")
     return table
 
 
-def _read_provenance(path: Path) -> dict[str, Any]:
+def _read_provenance(path: Path, schema: Schema) -> dict[str, Any]:
     try:
         provenance = json.loads(_read_bytes(path))
         if provenance["format"] != FORMAT:
@@ -393,14 +438,34 @@ def _read_provenance(path: Path) -> dict[str, Any]:
                 f"{path}: records of format {provenance['format']!r:.20}, this version of unitnorm "
                 f"reads format {FORMAT}; give another --out"
             )
+        kind = provenance.get("kind", "table2")  # that of the records before there were others
+        if kind != schema.kind:
+            raise UserError(
+                f"{path.parent}: holds records of the kind {kind!r:.40}, not {schema.kind}; "
+                f"{_COMMANDS.get(kind, 'another command')} reads them"
+            )
         _Provenance.model_validate(provenance)
-        if set(provenance["files"]) != {*(f"{name}.csv" for name in TABLES), FILTERS}:
+        schema.about.model_validate(provenance["data"])
+        # only the names of this schema: a provenance from elsewhere must not lead out of the folder
+        expected = {*map(schema.file_of, schema.tables), *schema.required}
+        found = set(provenance["files"])
+        if not expected <= found or not all(
+            re.fullmatch(schema.files, name) for name in found - expected
+        ):
             raise KeyError("files")
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(
             f"{path}: damaged: not the provenance of a results folder; {REPAIR}"
         ) from None
     return provenance
+
+
+_COMMANDS = {
+    "table2": "`unitnorm report`",
+    "segmentation": "`unitnorm segment report`",
+    "study": "`unitnorm study`",
+    "symmetry": "`unitnorm symmetry`, which wrote them,",
+}
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -408,22 +473,6 @@ def _read_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); {REPAIR}") from None
-
-
-def _pack_filters(filters: Mapping[tuple[int, str], np.ndarray]) -> dict[str, np.ndarray]:
-    return {f"{depth}/{update}": array for (depth, update), array in sorted(filters.items())}
-
-
-def _unpack_filters(folder: Path, content: bytes) -> dict[tuple[int, str], np.ndarray]:
-    try:
-        arrays = safetensors.numpy.load(content)
-        names = {name: name.partition("/") for name in arrays}
-        return {(int(names[name][0]), names[name][2]): arrays[name] for name in arrays}
-    except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-        detail = " ".join(str(error).split())
-        raise UserError(
-            f"{folder / FILTERS}: not the filters of runs: {detail}; {REPAIR}"
-        ) from None
 
 
 def _cannot(folder: Path, what: str, error: OSError | ValueError) -> UserError:

@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from unitnorm.table2 import config as base
-from unitnorm.table2.config import Section
+from unitnorm.run import config as base
+from unitnorm.run.config import Section
 
 Rate = Annotated[float, Field(gt=0.0, le=1e6)]
 

@@ -6,17 +6,14 @@ is possible at any time, and the checkpoints allow to go on from any step.
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import importlib.metadata
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import jax
 import pandas as pd
 
+from unitnorm.run import provenance as base
 from unitnorm.run import records as base_records
 from unitnorm.run.checkpoints import Part
 from unitnorm.segment import records
@@ -25,7 +22,6 @@ from unitnorm.segment.data import SPLITS, Scenes
 from unitnorm.segment.metrics import measure
 from unitnorm.segment.records import Records
 from unitnorm.segment.training import Program, Session, State, train
-from unitnorm.table2 import experiment as base
 
 
 def run(
@@ -112,12 +108,10 @@ def after_training(
 
 def part_of(config: SegmentConfig, update: str, scenes: Scenes) -> Part:
     """What a training is called, and what its state must not be mixed with."""
-    versions = [importlib.metadata.version(name) for name in base.VERSIONS]
-    platform = jax.devices()[0].platform
     return Part(
         title=f"segment {update}",
-        fingerprint=base.fingerprint_of(
-            [config.fingerprint(update), scenes.sha256, code(), *versions, platform]
+        fingerprint=base.fingerprint(
+            "unitnorm.segment.training", config.fingerprint(update), scenes.sha256
         ),
         covers=(covered(update),),
     )
@@ -126,21 +120,6 @@ def part_of(config: SegmentConfig, update: str, scenes: Scenes) -> Part:
 def covered(update: str) -> str:
     """The name of an update's records, for the checkpoints."""
     return f"segment/{update}"
-
-
-@functools.cache
-def code() -> str:
-    """SHA-256 of the source that a training's numbers depend on."""
-    folder = Path(__file__).parents[1]
-    paths = [
-        *(
-            folder / "segment" / f"{name}.py"
-            for name in ("convolution", "model", "training", "metrics")
-        ),
-        folder / "geometry.py",
-        *sorted((folder / "updates").glob("*.py")),
-    ]
-    return hashlib.sha256(b"\n".join(path.read_bytes() for path in paths)).hexdigest()
 
 
 def provenance(config: SegmentConfig, scenes: Scenes) -> dict[str, Any]:

@@ -24,12 +24,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from unitnorm.errors import UserError
 from unitnorm.geometry import filter_norms
 from unitnorm.run.checkpoints import Part
+from unitnorm.run.loop import Interrupted
 from unitnorm.segment.config import SegmentConfig
 from unitnorm.segment.data import Split
 from unitnorm.segment.metrics import confusion, measure, median_frequency_weights
 from unitnorm.segment.model import filter_mask, segnet
 from unitnorm.segment.palette import CLASSES, UNLABELLED
-from unitnorm.table2.experiment import Interrupted
 from unitnorm.updates import build
 
 INIT, ORDER, FLIP = range(3)  # one stream of random numbers for each use

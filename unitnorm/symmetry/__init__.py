@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import io
 import json
 import math
@@ -23,16 +22,16 @@ from rich.console import Group
 from unitnorm.data import Dataset
 from unitnorm.errors import UserError
 from unitnorm.report.figures import PNG_DPI, encode
-from unitnorm.run import devices
+from unitnorm.run import devices, provenance
 from unitnorm.symmetry import figures, findings, measure
-from unitnorm.table2 import experiment
 from unitnorm.table2.config import Config
+from unitnorm.table2.experiment import describe_data
 
 __all__ = ["Result", "run"]
 
 
 class Result(NamedTuple):
-    """Files by name relative to the results folder, and the table for the terminal."""
+    """Files by name, and the table for the terminal."""
 
     files: dict[str, bytes]
     shown: Group
@@ -70,22 +69,22 @@ def run(
     settings = findings.Settings(
         data.name, config.loss.batch_size, config.seed, rate, steps, epochs
     )
-    files = {f"symmetry/{name}.csv": to_csv(table) for name, table in measured._asdict().items()}
-    files["symmetry/summary.md"] = findings.summary(measured, cases, settings).encode()
+    files = {f"{name}.csv": to_csv(table) for name, table in measured._asdict().items()}
+    files["summary.md"] = findings.summary(measured, cases, settings).encode()
     record = {
-        **{k: v for k, v in experiment.provenance(config, data).items() if k != "commands"},
+        **provenance.describe(config, describe_data(data)),
         "depths": sorted(config.depths),
         "updates": list(updates),
         **{key: getattr(settings, key) for key in ("rate", "steps", "epochs")},
-        "versions": {name: importlib.metadata.version(name) for name in experiment.VERSIONS},
+        "versions": provenance.versions(),
         "cpu": devices.cpu_model(),
-        "commit": experiment.commit(),
+        "commit": provenance.commit(),
     }
-    files["symmetry/provenance.json"] = (json.dumps(record, indent=2) + "\n").encode()
+    files["provenance.json"] = (json.dumps(record, indent=2) + "\n").encode()
     for name, figure in figures.every(measured._asdict(), cases).items():
         encoded = encode(figure)
-        files[f"symmetry/{name}.png"] = in_palette(encoded["png"])
-        files[f"symmetry/{name}.svg"] = encoded["svg"]
+        files[f"{name}.png"] = in_palette(encoded["png"])
+        files[f"{name}.svg"] = encoded["svg"]
     return Result(files, findings.terminal(measured, cases, settings))
 
 

@@ -7,28 +7,15 @@ provenance follow from it. Nothing here reads data or touches JAX.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import tomllib
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, overload
+from typing import Annotated, Literal
 
-import pydantic
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from unitnorm.errors import UserError
+from unitnorm.run.config import ExperimentConfig, Section, check_updates
 
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
-class Section(pydantic.BaseModel):
-    """Strict by default: an unknown key or a wrong type is an error, never ignored."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-Schema = TypeVar("Schema", bound=Section)
 
 
 class Data(Section):
@@ -128,8 +115,10 @@ class Stopping(Section):
     )
 
 
-class Config(Section):
+class Config(ExperimentConfig):
     """One experiment. `runs`, `depths` and `updates` select what is run; the rest is protocol."""
+
+    selection = frozenset({"runs", "depths", "updates"})
 
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = Field(0, description="run k has seed + k")
     runs: Annotated[int, Field(ge=1, le=100_000)] = Field(10, description="runs of each cell")
@@ -143,16 +132,7 @@ class Config(Section):
     bold_driver: BoldDriver = BoldDriver()
     stopping: Stopping = Stopping()
 
-    @field_validator("updates")
-    @classmethod
-    def _known(cls, updates: list[str]) -> list[str]:
-        from unitnorm.updates import UPDATES
-
-        for name in updates:
-            if name not in UPDATES:
-                allowed = ", ".join(UPDATES)
-                raise ValueError(f"{name!r} is not an update; allowed: {allowed}")
-        return list(dict.fromkeys(updates))
+    _known = field_validator("updates")(check_updates)
 
     @field_validator("depths")
     @classmethod
@@ -172,17 +152,6 @@ class Config(Section):
                 )
         return self
 
-    def protocol(self) -> dict[str, Any]:
-        """Everything that changes a run's numbers: all but the selection of runs."""
-        exclude: dict[str, Any] = dict.fromkeys(("runs", "depths", "updates"), True)
-        # where the images lie changes nothing; what they are is told by their hash
-        return self.model_dump(exclude=exclude | {"data": {"data_dir"}})
-
-    def fingerprint(self) -> str:
-        """SHA-256 of `protocol()`; two folders with equal fingerprints hold comparable runs."""
-        text = json.dumps(self.protocol(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
-
     def check_images(self, available: int) -> None:
         """Refuse more training and validation images than the data has.
 
@@ -197,110 +166,3 @@ class Config(Section):
                     f"config: {name}.train_images + {name}.validation_images = {wanted}, but the "
                     f"data set has {available} training images; allowed: at most {available}"
                 )
-
-
-@overload
-def load(path: str | Path | None = None, overrides: dict[str, Any] | None = None) -> Config: ...
-@overload
-def load(
-    path: str | Path | None, overrides: dict[str, Any] | None, schema: type[Schema]
-) -> Schema: ...
-def load(
-    path: str | Path | None = None,
-    overrides: dict[str, Any] | None = None,
-    schema: type[Section] = Config,
-) -> Section:
-    """Read a TOML file (None: the defaults), put `overrides` (dotted key → value) on top, check.
-
-    Raises:
-      UserError: the file cannot be read, or a key or value is not allowed; one line names the key,
-        the value and what is allowed.
-    """
-    values: dict[str, Any] = {}
-    if path is not None:
-        try:
-            text = Path(path).read_bytes().decode("utf-8")
-            values = tomllib.loads(text)
-        except OSError as error:
-            raise UserError(
-                f"config {path}: cannot be read ({error.strerror or error}); give the path of a "
-                "TOML file with --config"
-            ) from None
-        except UnicodeDecodeError:
-            raise UserError(f"config {path}: not UTF-8 text, expected a TOML file") from None
-        except (tomllib.TOMLDecodeError, RecursionError) as error:
-            raise UserError(f"config {path}: not valid TOML: {_one_line(error)}") from None
-        except ValueError:  # a null character, or one that no file system encodes
-            raise UserError(f"config {path}: no file can have this name") from None
-    for key, value in (overrides or {}).items():
-        _put(values, key, value)
-    where = f"config {path}" if path is not None else "config"
-    return parse(values, where, schema)
-
-
-@overload
-def parse(values: dict[str, Any], where: str = "config") -> Config: ...
-@overload
-def parse(values: dict[str, Any], where: str, schema: type[Schema]) -> Schema: ...
-def parse(values: dict[str, Any], where: str = "config", schema: type[Section] = Config) -> Section:
-    """Check a mapping against the schema.
-
-    Raises:
-      UserError: as `load`.
-    """
-    try:
-        return schema.model_validate(values)
-    except pydantic.ValidationError as error:
-        raise UserError(f"{where}: {_explain(error, schema)}") from None
-
-
-def parse_override(text: str) -> tuple[str, Any]:
-    """Split `section.key=value`; the value is TOML, or a bare string.
-
-    Raises:
-      UserError: no `=`, or an empty key.
-    """
-    key, sign, raw = text.partition("=")
-    key = key.strip()
-    if not sign or not key:
-        raise UserError(f"--set {text!r}: expected KEY=VALUE, for example loss.batch_size=50")
-    try:
-        value = tomllib.loads(f"value = {raw}")
-        if value.keys() == {"value"}:
-            return key, value["value"]
-    except (tomllib.TOMLDecodeError, RecursionError):
-        pass
-    return key, raw.strip()
-
-
-def _put(values: dict[str, Any], key: str, value: Any) -> None:
-    *sections, last = key.split(".")
-    for name in sections:
-        values = values.setdefault(name, {})
-        if not isinstance(values, dict):
-            raise UserError(f"--set {key}: {name!r} is a value, not a section")
-    values[last] = value
-
-
-def _explain(error: pydantic.ValidationError, schema: type[Section]) -> str:
-    """The first fault in one line: key, value, what is allowed."""
-    faults = error.errors(include_url=False)
-    fault = faults[0]
-    key = ".".join(str(part) for part in fault["loc"]) or "the file"
-    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-    if fault["type"] == "extra_forbidden":
-        section: Any = schema
-        for part in fault["loc"][:-1]:
-            section = section.model_fields[str(part)].annotation
-        return f"unknown key {key}; allowed: {', '.join(section.model_fields)}{more}"
-    message = fault["msg"].removeprefix("Value error, ")
-    value = repr(fault.get("input"))
-    if fault["type"] == "value_error" and isinstance(fault.get("input"), dict):
-        return _one_line(message + more)
-    if len(value) > 80:
-        value = value[:77] + "..."
-    return _one_line(f"{key} = {value}: {message}{more}")
-
-
-def _one_line(text: object) -> str:
-    return " ".join(str(text).split())

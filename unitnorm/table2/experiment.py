@@ -7,77 +7,25 @@ outside is a `Session`: where to report progress, keep checkpoints and hear of a
 
 from __future__ import annotations
 
-import datetime
-import functools
-import hashlib
-import importlib.metadata
 import itertools
-import json
-import platform
-import subprocess
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
 
-import jax
 import numpy as np
 import pandas as pd
+import safetensors
+import safetensors.numpy
+from jax.typing import ArrayLike
 
 from unitnorm.data import Dataset
 from unitnorm.errors import UserError
-from unitnorm.run import devices, records
 from unitnorm.run.checkpoints import Part
-from unitnorm.run.records import Records
+from unitnorm.run.loop import Session, train
+from unitnorm.run.provenance import fingerprint
+from unitnorm.run.records import REPAIR, Records
 from unitnorm.table2 import protocol, training
 from unitnorm.table2.config import Config
-
-VERSIONS = ("unitnorm", "jax", "jaxlib", "flax", "optax", "numpy")
-
-
-class Interrupted(Exception):
-    """The user or the system asked to stop; everything up to here is saved."""
-
-
-@dataclass(frozen=True)
-class EpochReport:
-    """What is known of a program after one of its epochs."""
-
-    title: str  # such as "train depth 4"
-    epoch: int
-    max_epochs: int
-    active: int  # runs that go on
-    runs: int
-    val_error: float  # mean over the runs that are not diverged
-    samples_per_second: float
-    seconds_per_epoch: float
-
-
-class Checkpoints(Protocol):
-    """Keeps the state of a program from epoch to epoch; see `unitnorm.run.checkpoints`."""
-
-    def restore(self, part: Part, like: Any) -> Any | None:
-        """The saved state, a tree of NumPy arrays like `like`; None if none was saved."""
-
-    def due(self) -> bool:
-        """It is time to save."""
-
-    def save(self, part: Part, state: Any, *, wait: bool) -> None:
-        """Keep the state after an epoch; `wait`: it is on the disk before this returns."""
-
-    def drop(self, covers: Iterable[str]) -> None:
-        """Remove what was saved of runs with these names (`records.names`)."""
-
-
-@dataclass(frozen=True)
-class Session:
-    """The outside world, as far as an experiment needs it."""
-
-    report: Callable[[EpochReport], None]
-    say: Callable[[str], None]
-    checkpoints: Checkpoints
-    interrupted: Callable[[], bool]
+from unitnorm.table2.schema import CELL, FILTERS, SCHEMA
 
 
 @dataclass(frozen=True)
@@ -91,61 +39,67 @@ class Group:
     def cells(self) -> pd.DataFrame:
         """One row per depth, update and run."""
         product = itertools.product([self.depth], self.updates, self.runs)
-        return pd.DataFrame(list(product), columns=records.CELL)
+        return pd.DataFrame(list(product), columns=list(CELL))
 
 
-def run_sweep(
-    config: Config, data: Dataset, known: Records, session: Session
-) -> Iterator[pd.DataFrame]:
+def sweep_missing(
+    config: Config, data: Dataset, records: Records, session: Session
+) -> Iterator[Records]:
     """Try every rate for every run that has no base learning rate yet (section 4).
 
     Yields:
-      Rows of `records.SWEEP` for one group of runs, as soon as they are known.
+      The records with the rows of one more group of runs, as soon as they are known.
 
     Raises:
       Interrupted: after saving a checkpoint.
     """
-    for group in missing(config, known.sweep):
-        yield sweep_group(config, data, group, session)
+    for group in missing(config, records["sweep"]):
+        records = records.with_rows("sweep", sweep_group(config, data, group, session))
+        yield records
+
+
+def train_missing(
+    config: Config, data: Dataset, records: Records, session: Session
+) -> Iterator[Records]:
+    """Train every run that is not recorded, at its base learning rate from the sweep.
+
+    Yields, raises:
+      As `sweep_missing`; and UserError: a run has no row in the sweep.
+    """
+    filters = unpack_filters(records)
+    for group in missing(config, records["runs"]):
+        trained = train_group(config, data, group, records["sweep"], session)
+        filters |= trained.filters
+        records = records.with_rows("runs", trained.runs).with_rows("history", trained.history)
+        records = records.with_files({FILTERS: pack_filters(filters)})
+        yield records
 
 
 def sweep_group(config: Config, data: Dataset, group: Group, session: Session) -> pd.DataFrame:
-    """The sweep of one group of runs, as rows of `records.SWEEP`."""
+    """The sweep of one group of runs, as rows of the table `sweep`."""
     rates = np.asarray(config.sweep.rates)
     seeds = np.repeat([config.seed + run for run in group.runs], len(rates))
-    program = make_program(len(seeds), config, data, group, training.sweep_phase(config))
     grid = np.tile(rates[:, None], (len(group.runs), len(group.updates)))
-    part = part_of("sweep", group, seeds, grid, config, data)
-    finished = train_all(program, seeds, grid, part, session)
+    phase = training.sweep_phase(config)
+    _, runs = train_program("sweep", phase, config, data, group, seeds, grid, session)
     rows = []
-    for update, run in zip(group.updates, finished, strict=True):
-        shape = (len(group.runs), len(rates))
-        val_error = last(run.history.val_error, run.epoch).reshape(shape)
-        val_error = exact(val_error, config.sweep.validation_images)
-        loss = last(run.history.train_loss, run.epoch).reshape(shape)
-        first = run.history.train_loss[:, 0].reshape(shape)
-        diverged = np.asarray(
-            protocol.has_diverged(
-                loss, first, val_error, diverged_error=config.stopping.diverged_error
-            )
+    for update, run in zip(group.updates, runs, strict=True):
+        end = at_end(run, config, phase)
+        val_error, loss, diverged = (
+            values.reshape(len(group.runs), len(rates))
+            for values in (end.val_error, end.train_loss, end.diverged)
         )
         chosen = np.asarray(protocol.choose_rate(rates, val_error, diverged))
         rows += [
             {
-                "depth": group.depth,
-                "update": update,
-                "run": number,
-                "seed": config.seed + number,
-                "base_lr": rate,
-                "val_error": val_error[i, j],
-                "train_loss": loss[i, j],
-                "diverged": diverged[i, j],
-                "chosen": j == chosen[i],
+                "depth": group.depth, "update": update, "run": number,
+                "seed": config.seed + number, "base_lr": rate, "val_error": val_error[i, j],
+                "train_loss": loss[i, j], "diverged": diverged[i, j], "chosen": j == chosen[i],
             }
             for i, number in enumerate(group.runs)
             for j, rate in enumerate(rates)
-        ]
-    return records.frame("sweep", rows)
+        ]  # fmt: skip
+    return SCHEMA.frame("sweep", rows)
 
 
 @dataclass(frozen=True)
@@ -157,190 +111,91 @@ class Trained:
     filters: dict[tuple[int, str], np.ndarray]
 
 
-def run_training(
-    config: Config, data: Dataset, known: Records, session: Session
-) -> Iterator[Trained]:
-    """Train every run that is not recorded, at its base learning rate from `known.sweep`.
-
-    Raises:
-      Interrupted: after saving a checkpoint.
-      UserError: a run has no row in the sweep.
-    """
-    for group in missing(config, known.runs):
-        yield train_group(config, data, group, known.sweep, session)
-
-
 def train_group(
     config: Config, data: Dataset, group: Group, sweep: pd.DataFrame, session: Session
 ) -> Trained:
     """The full training of one group of runs, at their rates from `sweep`."""
     seeds = np.asarray([config.seed + run for run in group.runs])
-    program = make_program(len(seeds), config, data, group, training.train_phase(config))
-    rates = base_rates(sweep, group)
-    part = part_of("runs", group, seeds, rates, config, data)
-    finished = train_all(program, seeds, rates, part, session)
-    test_errors = to_host(program.test_error(finished.on_device))
+    rates, phase = base_rates(sweep, group), training.train_phase(config)
+    test_errors, runs = train_program("runs", phase, config, data, group, seeds, rates, session)
     run_rows, history_rows, filters = [], [], {}
     for column, update in enumerate(group.updates):
-        run = finished[column]
-        history = run.history._replace(
-            train_error=exact(run.history.train_error, config.train.train_images),
-            val_error=exact(run.history.val_error, config.train.validation_images),
-        )
+        run, end = runs[column], at_end(runs[column], config, phase)
         test_error = exact(test_errors[column], len(data.test_labels))
-        val_error = last(history.val_error, run.epoch)
-        loss = last(history.train_loss, run.epoch)
-        diverged = np.asarray(
-            protocol.has_diverged(
-                loss,
-                history.train_loss[:, 0],
-                val_error,
-                diverged_error=config.stopping.diverged_error,
-            )
-        )
+        history = run.history._asdict() | {
+            "train_error": exact(run.history.train_error, phase.train_images),
+            "val_error": exact(run.history.val_error, phase.validation_images),
+        }
         if group.runs[0] == 0:
             filters[group.depth, update] = np.asarray(training.filters(run.params)[0][0])
         for i, number in enumerate(group.runs):
             name = {"depth": group.depth, "update": update, "run": number}
-            trained = run.epoch[i] > 0
             run_rows.append(
-                {
-                    **name,
-                    "seed": seeds[i],
-                    "base_lr": rates[i, column],
-                    "epochs": run.epoch[i],
-                    "train_loss": loss[i],
-                    "val_error": val_error[i],
-                    "test_error": test_error[i] if trained else np.nan,
-                    "diverged": diverged[i],
+                name
+                | {
+                    "seed": seeds[i], "base_lr": rates[i, column], "epochs": run.epoch[i],
+                    "train_loss": end.train_loss[i], "val_error": end.val_error[i],
+                    "test_error": test_error[i] if run.epoch[i] else np.nan,
+                    "diverged": end.diverged[i],
                     "stop_reason": protocol.STOP_REASONS[run.reason[i]],
                 }
-            )
+            )  # fmt: skip
             history_rows += [
-                {
-                    **name,
-                    "epoch": epoch + 1,
-                    **{key: values[i, epoch] for key, values in history._asdict().items()},
-                }
+                name
+                | {"epoch": epoch + 1}
+                | {key: values[i, epoch] for key, values in history.items()}
                 for epoch in range(run.epoch[i])
             ]
-    return Trained(records.frame("runs", run_rows), records.frame("history", history_rows), filters)
+    return Trained(SCHEMA.frame("runs", run_rows), SCHEMA.frame("history", history_rows), filters)
 
 
-class Finished(tuple):
-    """Runs on the host, one `training.Run` per update, without the padding; and on the device."""
-
-    on_device: tuple[training.Run, ...]
-
-
-def train_all(
-    program: training.Program, seeds: np.ndarray, rates: np.ndarray, part: Part, session: Session
-) -> Finished:
-    """Epoch after epoch until every run has ended, from a checkpoint if there is one."""
-    splits, runs = program.init(seeds, rates)
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(seeds), *x.shape[1:]), x.dtype), runs)
-    saved = devices.from_first(session.checkpoints.restore(part, like), like)
-    if saved is not None:
-        runs = put_back(saved, runs)
-    status = Status.of(runs, len(seeds))
-    if saved is not None:
-        session.say(f"{part.title}: going on after epoch {status.epoch}")
-    samples = len(seeds) * len(program.updates) * program.phase.train_images
-    (stopping,) = devices.any_process(session.interrupted())
-    if stopping and status.active:
-        raise Interrupted
-    while status.active:
-        start = time.perf_counter()
-        runs = program.epoch(splits, runs, program.images)
-        status = Status.of(runs, len(seeds))
-        seconds = time.perf_counter() - start
-        stopping, due = devices.any_process(session.interrupted(), session.checkpoints.due())
-        # another process can take the last epoch along, too, until it is recorded
-        if stopping or (due and (status.active or devices.several())):
-            session.checkpoints.save(part, take_out(runs, len(seeds)), wait=stopping)
-        # afterwards, so that what was reported is kept whatever happens to the other processes
-        session.report(
-            EpochReport(
-                part.title,
-                status.epoch,
-                program.phase.max_epochs,
-                status.active,
-                status.runs,
-                status.val_error,
-                samples / seconds,
-                seconds,
-            )
-        )
-        if stopping:
-            raise Interrupted
-    finished = Finished(take_out(runs, len(seeds)))
-    finished.on_device = runs
-    return finished
-
-
-def part_of(
-    table: str, group: Group, seeds: np.ndarray, rates: np.ndarray, config: Config, data: Dataset
-) -> Part:
-    """What a group's program is called, and what its state must not be mixed with."""
-    versions = [importlib.metadata.version(name) for name in VERSIONS]
-    platform_name = jax.devices()[0].platform
-    identity = [config.fingerprint(), data.sha256, code(), *versions, platform_name]
-    return Part(
-        title=f"{'train' if table == 'runs' else table} depth {group.depth}",
-        fingerprint=fingerprint_of([table, *identity, group.updates, seeds, rates]),
-        covers=tuple(sorted(records.names(table, group.cells()))),
-    )
-
-
-def take_out(tree: Any, count: int) -> Any:
-    """The first `count` seeds on the host: copies, which a later epoch leaves alone."""
-    return jax.tree.map(lambda x: np.array(x[:count]), to_host(tree))
-
-
-def put_back(saved: Any, runs: Any) -> Any:
-    """The saved seeds in place of the first of `runs`; the padding depends on the devices."""
-    whole = jax.tree.map(
-        lambda new, old: np.concatenate([new, old[len(new) :]]), saved, to_host(runs)
-    )
-    return jax.tree.map(
-        lambda x, on: jax.make_array_from_callback(x.shape, on.sharding, lambda index: x[index]),
-        whole,
-        runs,
-    )
+def train_program(
+    table: str,
+    phase: training.Phase,
+    config: Config,
+    data: Dataset,
+    group: Group,
+    seeds: np.ndarray,
+    rates: np.ndarray,
+    session: Session,
+) -> tuple[tuple[np.ndarray, ...], tuple[training.Run, ...]]:
+    """Train a group to its end: its test errors, and its runs on the host, by update."""
+    title = f"{'train' if table == 'runs' else table} depth {group.depth}"
+    program = training.Program(title, config, group.depth, group.updates, phase, seeds, rates, data)
+    part = Part(
+        title,
+        fingerprint(
+            training.__name__, table, config.fingerprint(), data.sha256, list(group.updates),
+            seeds, rates,
+        ),
+        covers=tuple(sorted(SCHEMA.names(table, group.cells()))),
+    )  # fmt: skip
+    state = train(part, program, session)
+    return program.test_error(state) if table == "runs" else (), program.take(state)
 
 
 @dataclass(frozen=True)
-class Status:
-    """How far a program's runs are."""
+class End:
+    """Where runs of one update ended, each of shape (runs,)."""
 
-    epoch: int
-    active: int
-    runs: int
-    val_error: float
+    train_loss: np.ndarray
+    val_error: np.ndarray
+    diverged: np.ndarray
 
-    @classmethod
-    def of(cls, runs: tuple[training.Run, ...], count: int) -> Status:
-        reason, epochs, errors = to_host(
-            (
-                [run.reason for run in runs],
-                [run.epoch for run in runs],
-                [run.history.val_error for run in runs],
-            )
-        )
-        reason, epochs = np.stack(reason)[:, :count], np.stack(epochs)[:, :count]
-        now = last(np.stack(errors)[:, :count], epochs)
-        known = now[np.isfinite(now)]
-        return cls(
-            epoch=int(epochs.max()),
-            active=int((reason == protocol.RUNNING).sum()),
-            runs=reason.size,
-            val_error=float(known.mean()) if known.size else float("nan"),
-        )
+
+def at_end(run: training.Run, config: Config, phase: training.Phase) -> End:
+    """The last epoch of runs, and whether they have diverged."""
+    loss = training.last(run.history.train_loss, run.epoch)
+    val_error = training.last(run.history.val_error, run.epoch)
+    val_error = exact(val_error, phase.validation_images)
+    first, limit = run.history.train_loss[:, 0], config.stopping.diverged_error
+    diverged = protocol.has_diverged(loss, first, val_error, diverged_error=limit)
+    return End(loss, val_error, np.asarray(diverged))
 
 
 def missing(config: Config, table: pd.DataFrame) -> list[Group]:
     """The runs of the config that `table` has no row of, as groups that train together."""
-    have = set(zip(table["depth"], table["update"], table["run"], strict=True))
+    have = set(table[list(CELL)].itertuples(index=False, name=None))
     groups = []
     for depth in config.depths:
         by_runs: dict[tuple[int, ...], list[str]] = {}
@@ -352,140 +207,61 @@ def missing(config: Config, table: pd.DataFrame) -> list[Group]:
     return groups
 
 
-def make_program(
-    seeds: int, config: Config, data: Dataset, group: Group, phase: training.Phase
-) -> training.Program:
-    """The program that trains a group over so many seeds."""
-    return training.Program(
-        seeds,
-        config,
-        group.depth,
-        group.updates,
-        phase,
-        training.Images(data.train_images, data.train_labels),
-        training.Images(data.test_images, data.test_labels),
-        data.classes,
-    )
-
-
 def base_rates(sweep: pd.DataFrame, group: Group) -> np.ndarray:
     """The chosen rates of a group, shape (runs, updates); NaN where every rate diverged.
 
     Raises:
       UserError: a run has not been swept.
     """
+    swept = set(sweep[list(CELL)].itertuples(index=False, name=None))
+    chosen = sweep[sweep["chosen"]].set_index(list(CELL))["base_lr"]
     rates = np.full((len(group.runs), len(group.updates)), np.nan)
     for column, update in enumerate(group.updates):
         for i, run in enumerate(group.runs):
-            tried = sweep[
-                (sweep["depth"] == group.depth)
-                & (sweep["update"] == update)
-                & (sweep["run"] == run)
-            ]
-            if tried.empty:
+            cell = (group.depth, update, run)
+            if cell not in swept:
                 raise UserError(
                     f"depth {group.depth}, {update}, run {run}: no base learning rate is recorded; "
                     "run `unitnorm sweep` first"
                 )
-            chosen = tried.loc[tried["chosen"], "base_lr"]
-            if len(chosen):
-                rates[i, column] = chosen.iloc[0]
+            rates[i, column] = chosen.get(cell, np.nan)
     return rates
 
 
-def last(values: np.ndarray, epochs: np.ndarray) -> np.ndarray:
-    """Each run's value after its last epoch: (…, max_epochs) and (…,) → (…,); NaN without any."""
-    index = np.maximum(np.asarray(epochs) - 1, 0)
-    return np.take_along_axis(np.asarray(values), index[..., None], -1)[..., 0]
-
-
-def exact(errors: np.ndarray, images: int) -> np.ndarray:
+def exact(errors: ArrayLike, images: int) -> np.ndarray:
     """Error rates as the fractions that they are; XLA multiplies by 1 / images, which rounds."""
     return np.round(np.asarray(errors, np.float64) * images) / images
 
 
-def to_host(tree: Any) -> Any:
-    """Arrays as NumPy, whole, also where other processes hold parts of them."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        return multihost_utils.process_allgather(tree, tiled=True)
-    return jax.device_get(tree)
+def list_cells(config: Config) -> pd.DataFrame:
+    """The runs of a config's selection: one row per depth, update and run."""
+    product = itertools.product(config.depths, config.updates, range(config.runs))
+    return pd.DataFrame(list(product), columns=list(CELL))
 
 
-def fingerprint_of(parts: list[Any]) -> str:
-    """SHA-256 of plain values and arrays."""
-    text = json.dumps([np.asarray(p).tolist() if not isinstance(p, str) else p for p in parts])
-    return hashlib.sha256(text.encode()).hexdigest()
+def describe_data(data: Dataset) -> dict[str, object]:
+    """What the provenance says of the data."""
+    return {"name": data.name, "sha256": data.sha256, "image_shape": list(data.image_shape)}
 
 
-@functools.cache
-def code() -> str:
-    """SHA-256 of this package's source: a state of other code is not gone on with."""
-    digest = hashlib.sha256()
-    folder = Path(__file__).parents[1]
-    for path in sorted(folder.rglob("*.py")):
-        digest.update(f"\n{path.relative_to(folder)}\n".encode() + path.read_bytes())
-    return digest.hexdigest()
+def pack_filters(filters: Mapping[tuple[int, str], np.ndarray]) -> bytes:
+    """(depth, update) → float32 (filters, features), as the content of `FILTERS`."""
+    named = {f"{depth}/{update}": array for (depth, update), array in sorted(filters.items())}
+    return safetensors.numpy.save(named)
 
 
-# ---------------------------------------------------------------- provenance
+def unpack_filters(records: Records) -> dict[tuple[int, str], np.ndarray]:
+    """What `pack_filters` packed; empty where there are none.
 
-
-def provenance(config: Config, data: Dataset) -> dict[str, Any]:
-    """What a folder's records have in common: the protocol and the data."""
-    return {
-        "config": config.protocol(),
-        "config_sha256": config.fingerprint(),
-        "data": {
-            "name": data.name,
-            "sha256": data.sha256,
-            "image_shape": list(data.image_shape),
-        },
-        "commands": [],
-    }
-
-
-def command_entry(command: str, started: float, wall_s: float, rows: int) -> dict[str, Any]:
-    """What one command added, and on what: for the list `commands` of the provenance."""
-    return {
-        "command": command,
-        "started": datetime.datetime.fromtimestamp(started, datetime.UTC).isoformat("T", "seconds"),
-        "wall_s": round(wall_s, 1),
-        "rows": rows,
-        "commit": commit(),
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in VERSIONS},
-        "device": device(),
-    }
-
-
-def device() -> dict[str, Any]:
-    """The devices that JAX computes on."""
-    found = jax.devices()
-    kind = found[0].device_kind
-    return {
-        "platform": found[0].platform,
-        "kind": devices.cpu_model() if kind == "cpu" else kind,
-        "count": len(found),
-        "processes": jax.process_count(),
-        "machine": platform.machine(),
-    }
-
-
-def commit() -> str | None:
-    """The commit of the code, with "+" if it has been changed since; None outside a checkout."""
-    folder = Path(__file__).parent
+    Raises:
+      UserError: the file holds something else.
+    """
+    if FILTERS not in records.files:
+        return {}
     try:
-        head = _git(folder, "rev-parse", "HEAD")
-        changed = _git(folder, "status", "--porcelain", "--", ".")
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return head + ("+" if changed else "")
-
-
-def _git(folder: Path, *words: str) -> str:
-    done = subprocess.run(
-        ["git", "-C", str(folder), *words], capture_output=True, text=True, check=True, timeout=10
-    )
-    return done.stdout.strip()
+        arrays = safetensors.numpy.load(records.files[FILTERS])
+        names = {name: name.partition("/") for name in arrays}
+        return {(int(names[name][0]), names[name][2]): arrays[name] for name in arrays}
+    except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        detail = " ".join(str(error).split())
+        raise UserError(f"{FILTERS}: not the filters of runs: {detail}; {REPAIR}") from None

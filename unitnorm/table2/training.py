@@ -19,8 +19,11 @@ import numpy as np
 import optax
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
 
+from unitnorm.data import Dataset
 from unitnorm.geometry import filter_norms
+from unitnorm.run.loop import Status, to_host
 from unitnorm.table2 import protocol
 from unitnorm.table2.config import Config
 from unitnorm.table2.model import FILTER_AXIS, ArchBN, Network, filter_mask, split_network
@@ -58,6 +61,7 @@ class History(NamedTuple):
     train_loss: Array  # mean cross-entropy per image, nats, in training mode
     train_error: Array  # fraction, in training mode
     val_error: Array  # fraction, with running statistics
+    val_loss: Array  # mean cross-entropy per image, nats, with running statistics
     norm_deviation: Array  # max |‖w‖ − 1| over all filters
     norm_mean: Array  # mean ‖w‖ over all filters
 
@@ -267,9 +271,11 @@ def finish_epoch(
     """Measure, anneal, decide on stopping, write the history; leave an ended run untouched."""
     params, stats = end.params, end.stats
     loss, train_error = end.loss / phase.train_images, end.wrong / phase.train_images
-    val_error = error_rate(network, params, stats, images, split.validation)
+    val_error, val_loss = evaluate(network, params, stats, images, split.validation)
     norms = jnp.concatenate([filter_norms(w, FILTER_AXIS).ravel() for w in filters(params)])
-    values = History(run.rate, loss, train_error, val_error, jnp.abs(norms - 1).max(), norms.mean())
+    values = History(
+        run.rate, loss, train_error, val_error, val_loss, jnp.abs(norms - 1).max(), norms.mean()
+    )
     history = jax.tree.map(lambda old, new: old.at[run.epoch].set(new), run.history, values)
     watched = loss if phase.watch == "train_loss" else val_error
     reason = protocol.stop_reason(
@@ -294,8 +300,10 @@ def filters(params: Any) -> list[Array]:
     return [params["layers"][index]["rows"]["W"] for index in sorted(params["layers"])]
 
 
-def error_rate(network: Network, params: Any, stats: Any, images: Images, index: Array) -> Array:
-    """Fraction of the images at `index` that are misclassified, with running statistics.
+def evaluate(
+    network: Network, params: Any, stats: Any, images: Images, index: Array
+) -> tuple[Array, Array]:
+    """Fraction misclassified of the images at `index`, and mean cross-entropy, running statistics.
 
     Every image counts once, whatever `EVALUATION_CHUNK`.
     """
@@ -305,13 +313,18 @@ def error_rate(network: Network, params: Any, stats: Any, images: Images, index:
     padded = jnp.pad(index, (0, chunks * chunk - count)).reshape(chunks, chunk)
     valid = (jnp.arange(chunks * chunk) < count).reshape(chunks, chunk)
 
-    def body(wrong: Array, part: tuple[Array, Array]) -> tuple[Array, None]:
+    def body(
+        total: tuple[Array, Array], part: tuple[Array, Array]
+    ) -> tuple[tuple[Array, Array], None]:
         x, y = gather(images, part[0])
         logits, _ = network.apply(params, stats, x, False)
-        return wrong + jnp.sum((jnp.argmax(logits, -1) != y) & part[1]), None
+        wrong = jnp.sum((jnp.argmax(logits, -1) != y) & part[1])
+        loss = jnp.sum(jnp.where(part[1], cross_entropy(logits, y), 0.0))
+        return (total[0] + wrong, total[1] + loss), None
 
-    wrong, _ = jax.lax.scan(body, jnp.asarray(0, jnp.int32), (padded, valid))
-    return wrong / count
+    start = jnp.asarray(0, jnp.int32), jnp.asarray(0.0)
+    (wrong, loss), _ = jax.lax.scan(body, start, (padded, valid))
+    return wrong / count, loss / count
 
 
 def over_seeds(
@@ -362,48 +375,64 @@ def over_seeds(
             *arguments
         )
 
-    return jax.jit(sharded, donate_argnums=() if donate is None else donate)
+    compiled = jax.jit(sharded, donate_argnums=() if donate is None else donate)
+
+    def call(*arguments: Any) -> Any:
+        # by default JAX rounds the factors of float32 products on recent GPUs and on TPUs
+        with jax.default_matmul_precision("highest"):
+            return compiled(*arguments)
+
+    return call
 
 
 class Program:
-    """The compiled functions of one depth, one set of updates and one phase, over many seeds.
+    """The training of all runs of one depth and set of updates, in one phase: a `loop.Trainable`.
 
     Seeds are the leading axis of every array of `Split` and `Run`, sharded over the devices; where
-    they do not divide evenly, seeds that have ended are added and never reported.
+    they do not divide evenly, seeds that have ended are added and never reported. A state is a
+    tuple of `Run`s, one per update.
 
     Args:
-      seeds: how many seeds will be trained at once.
+      title: what the user calls it.
       config, depth, updates: what is trained.
       phase: `sweep_phase(config)` or `train_phase(config)`.
-      images: training images, and `test` the test images.
-      classes: number of classes.
+      seeds: shape (n,), of the runs.
+      rates: shape (n, updates), their base learning rates; a run without a finite one has ended.
+      data: its images.
     """
 
     def __init__(
         self,
-        seeds: int,
+        title: str,
         config: Config,
         depth: int,
         updates: Sequence[str],
         phase: Phase,
-        images: Images,
-        test: Images,
-        classes: int,
+        seeds: np.ndarray,
+        rates: np.ndarray,
+        data: Dataset,
     ):
-        network = archbn(config, images.pixels.shape[1], classes, depth)
+        network = archbn(config, data.train_images.shape[1], data.classes, depth)
+        self.title, self.epochs = title, phase.max_epochs
+        self.samples = len(seeds) * len(updates) * phase.train_images
         self.updates = tuple(updates)
-        self.phase = phase
+        self._count, self._seeds, self._rates = len(seeds), seeds, rates
         devices = jax.devices()
         if jax.process_count() == 1:
-            devices = devices[: -(-seeds // CPU_BLOCK)]
-        each = -(-seeds // len(devices))
+            devices = devices[: -(-len(seeds) // CPU_BLOCK)]
+        each = -(-len(seeds) // len(devices))
         block = CPU_BLOCK if devices[0].platform == "cpu" else each
-        self.seeds = -(-each // block) * block * len(devices)
-        self.mesh = Mesh(np.asarray(devices), ("seed",), axis_types=(AxisType.Auto,))
-        everywhere = NamedSharding(self.mesh, PartitionSpec())
-        self.images = jax.device_put(images, everywhere)
-        self.test = jax.device_put(test, everywhere)
-        total = len(images.labels)
+        self._padded = -(-each // block) * block * len(devices)
+        mesh = Mesh(np.asarray(devices), ("seed",), axis_types=(AxisType.Auto,))
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        self._images, self._test = jax.device_put(
+            (
+                Images(data.train_images, data.train_labels),
+                Images(data.test_images, data.test_labels),
+            ),
+            everywhere,
+        )
+        total = len(data.train_labels)
 
         def init_one(seed: Array, rates: Array) -> tuple[Split, tuple[Run, ...]]:
             return init_split(phase, seed, total), tuple(
@@ -417,25 +446,71 @@ class Program:
         def test_one(runs: tuple[Run, ...], test: Images) -> tuple[Array, ...]:
             everything = jnp.arange(len(test.labels), dtype=jnp.int32)
             return tuple(
-                error_rate(network, run.params, run.stats, test, everything) for run in runs
+                evaluate(network, run.params, run.stats, test, everything)[0] for run in runs
             )
 
         def is_running(_: Split, runs: tuple[Run, ...]) -> Array:
             reasons = jnp.stack([run.reason for run in runs])
             return jnp.any(reasons == protocol.RUNNING)
 
-        spread = partial(over_seeds, self.mesh, block)
+        spread = partial(over_seeds, mesh, block)
         self._init = spread(init_one, by_seed=2)
-        self.epoch = spread(epoch_one, by_seed=2, unless_idle=(is_running, 1), donate=1)
+        self._epoch = spread(epoch_one, by_seed=2, unless_idle=(is_running, 1), donate=1)
         self._test_error = spread(test_one, by_seed=1)
+        self._split: Split | None = None
 
-    def init(self, seeds: np.ndarray, rates: np.ndarray) -> tuple[Split, tuple[Run, ...]]:
-        """Runs at their start: seeds of shape (n,), rates of shape (n, updates)."""
-        missing = self.seeds - len(seeds)
-        seeds = np.concatenate([seeds, np.zeros(missing)]).astype(np.uint32)
-        rates = np.concatenate([rates, np.full((missing, rates.shape[1]), np.nan)])
-        return self._init(seeds, rates.astype(np.float32))
+    def start(self) -> tuple[Run, ...]:
+        """The runs at their start."""
+        missing = self._padded - self._count
+        seeds = np.concatenate([self._seeds, np.zeros(missing)]).astype(np.uint32)
+        rates = np.concatenate([self._rates, np.full((missing, self._rates.shape[1]), np.nan)])
+        self._split, runs = self._init(seeds, rates.astype(np.float32))
+        self._fresh = runs
+        return runs
 
-    def test_error(self, runs: tuple[Run, ...]) -> tuple[Array, ...]:
+    def put(self, saved: Any) -> tuple[Run, ...]:
+        """Saved runs in place of the first fresh ones: the padding depends on the devices."""
+        fresh = to_host(self._fresh)
+        whole = jax.tree.map(lambda new, old: np.concatenate([new, old[len(new) :]]), saved, fresh)
+        return jax.tree.map(
+            lambda x, on: jax.make_array_from_callback(x.shape, on.sharding, lambda i: x[i]),
+            whole,
+            self._fresh,
+        )
+
+    def take(self, state: tuple[Run, ...]) -> tuple[Run, ...]:
+        """The runs without the padding, on the host."""
+        return jax.tree.map(lambda x: x[: self._count], to_host(state))
+
+    def advance(self, state: tuple[Run, ...]) -> tuple[Run, ...]:
+        """An epoch. The state given is used up."""
+        return self._epoch(self._split, state, self._images)
+
+    def status(self, state: tuple[Run, ...]) -> Status:
+        """How far the runs are."""
+        reasons, epochs, errors = (
+            np.stack(values)[:, : self._count]
+            for values in to_host(
+                (
+                    [run.reason for run in state],
+                    [run.epoch for run in state],
+                    [run.history.val_error for run in state],
+                )
+            )
+        )
+        now = last(errors, epochs)
+        known = now[np.isfinite(now)]
+        active = int((reasons == protocol.RUNNING).sum())
+        error = f"{known.mean():.2%}" if known.size else "–"
+        text = f"{active}/{reasons.size} runs active, val error {error}"
+        return Status(int(epochs.max()), bool(active), text)
+
+    def test_error(self, state: tuple[Run, ...]) -> tuple[np.ndarray, ...]:
         """Test error of every run over all test images, one array per update."""
-        return self._test_error(runs, self.test)
+        return tuple(x[: self._count] for x in to_host(self._test_error(state, self._test)))
+
+
+def last(values: ArrayLike, epochs: ArrayLike) -> np.ndarray:
+    """Each run's value after its last epoch: (…, max_epochs) and (…,) → (…,); NaN without any."""
+    index = np.maximum(np.asarray(epochs) - 1, 0)
+    return np.take_along_axis(np.asarray(values), index[..., None], -1)[..., 0]

@@ -1,7 +1,7 @@
 """Verify: one recorded run is computed again from its provenance, and compared bit for bit.
 
-The records' own hashes are checked when they are read (`records.read`); here it is the config's and
-the data's hash, then the sweep and the full training of the chosen run. Change here what is
+The records' own hashes are checked when they are read (`run.records.read`); here it is the config's
+and the data's hash, then the sweep and the full training of the chosen run. Change here what is
 compared, and what is said about it.
 """
 
@@ -17,11 +17,14 @@ import pandas as pd
 
 from unitnorm.data import Dataset
 from unitnorm.errors import UserError
-from unitnorm.run import records
-from unitnorm.run.records import Records
-from unitnorm.table2 import config as configs
+from unitnorm.run import config as configs
+from unitnorm.run import provenance
+from unitnorm.run.loop import Session
+from unitnorm.run.records import PROVENANCE, Records
 from unitnorm.table2 import experiment
-from unitnorm.table2.experiment import Group, Session
+from unitnorm.table2.config import Config
+from unitnorm.table2.experiment import Group
+from unitnorm.table2.schema import SCHEMA
 
 MATTERS = {"versions": ("unitnorm", "jax", "jaxlib"), "device": ("platform", "kind", "machine")}
 
@@ -41,7 +44,7 @@ def choose(known: Records, depth: int | None, update: str | None, run: int | Non
     Raises:
       UserError: there is none.
     """
-    runs = known.runs
+    runs = known["runs"]
     if runs.empty:
         raise UserError("no run is recorded; `unitnorm train` records some")
     for column, wanted in (("depth", depth), ("update", update), ("run", run)):
@@ -65,24 +68,25 @@ def verify(known: Records, data: Dataset, group: Group, session: Session) -> Ite
     Raises:
       UserError: the recorded config cannot be read by this version.
     """
-    config = configs.parse(known.provenance["config"], records.PROVENANCE)
+    config = configs.parse(known.provenance["config"], PROVENANCE, Config)
     yield _same("config", known.provenance["config_sha256"], config.fingerprint())
     yield _same("data", known.provenance["data"]["sha256"], data.sha256)
     swept = experiment.sweep_group(config, data, group, session)
-    yield compare("sweep", known.sweep, swept, group)
-    trained = experiment.train_group(config, data, group, known.sweep, session)
-    yield compare("history", known.history, trained.history, group)
-    yield compare("runs", known.runs, trained.runs, group)
+    yield compare("sweep", known["sweep"], swept, group)
+    trained = experiment.train_group(config, data, group, known["sweep"], session)
+    yield compare("history", known["history"], trained.history, group)
+    yield compare("runs", known["runs"], trained.runs, group)
+    recorded = experiment.unpack_filters(known)
     for cell, filters in trained.filters.items():
-        same = cell in known.filters and np.array_equal(known.filters[cell], filters)
+        same = cell in recorded and np.array_equal(recorded[cell], filters)
         found = "the same bits" if same else "other values than recorded"
         yield Check("filters", same, found)
 
 
 def compare(table: str, recorded: pd.DataFrame, computed: pd.DataFrame, group: Group) -> Check:
     """The rows of a run in two tables: the same in every digit, or how far apart."""
-    mine = records.rows_of(recorded, group.cells())
-    old, new = (records.frame(table, t.to_dict("records")) for t in (mine, computed))
+    mine = SCHEMA.rows_of(recorded, group.cells())
+    old, new = (SCHEMA.frame(table, t.to_dict("records")) for t in (mine, computed))
     if old.equals(new):
         return Check(f"{table}.csv", True, f"{_rows(old)} with the same bits")
     if len(old) != len(new):
@@ -99,9 +103,9 @@ def compare(table: str, recorded: pd.DataFrame, computed: pd.DataFrame, group: G
     )
 
 
-def elsewhere(provenance: dict[str, Any]) -> str:
+def elsewhere(recorded: dict[str, Any]) -> str:
     """In what this machine and its versions differ from those recorded; "" where they do not."""
-    here = experiment.command_entry("", time.time(), 0.0, 0)
+    here = provenance.command_entry("", time.time(), 0.0, 0)
     notes: list[list[str]] = [
         [
             f"{key} {command[part].get(key)}, here {here[part][key]}"
@@ -109,7 +113,7 @@ def elsewhere(provenance: dict[str, Any]) -> str:
             for key in keys
             if command[part].get(key) != here[part][key]
         ]
-        for command in provenance["commands"]
+        for command in recorded["commands"]
     ]
     fewest: list[str] = min(notes, key=len, default=[])
     return ", ".join(fewest)

@@ -1,0 +1,186 @@
+"""The options that several commands share, each once, and how a command's help groups them.
+
+To add an option for every training, add it to `training_options` and to `TrainingOptions`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from click.shell_completion import CompletionItem
+
+from unitnorm.run.job import TrainingOptions
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+SELECTION, DATA, RECORDS, SEVERAL = "What is run", "Data", "Records", "Devices and processes"
+
+
+class GroupedOption(click.Option):
+    """An option that the help shows under a heading of its own."""
+
+    def __init__(self, *args: Any, group: str = "", **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.group = group
+
+
+class GroupedCommand(click.Command):
+    """A command whose help shows its options under headings."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                groups.setdefault(getattr(parameter, "group", ""), []).append(record)
+        rest = groups.pop("", [])
+        for heading, records in [*groups.items(), ("Other" if groups else "Options", rest)]:
+            with formatter.section(heading):
+                formatter.write_dl(records)
+
+
+class UpdateName(click.ParamType):
+    """The name of an update: of the registry, with - or _, or of a function package.module:name."""
+
+    name = "update"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return "NAME"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from unitnorm.updates import check_update_name
+
+        try:
+            return check_update_name(value)
+        except ValueError as error:
+            self.fail(" ".join(str(error).split()), param, ctx)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        from unitnorm.updates import UPDATES
+
+        return [CompletionItem(name) for name in UPDATES if name.startswith(incomplete)]
+
+
+class ConfigName(click.ParamType):
+    """A TOML file, or the name of a preset."""
+
+    name = "config"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return "NAME|FILE"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        from unitnorm.run.config import presets
+
+        names = [CompletionItem(name) for name in presets() if name.startswith(incomplete)]
+        return [*names, CompletionItem(incomplete, type="file")]
+
+
+def option(*names: str, group: str = "", **settings: Any) -> Decorator:
+    """A click option under a heading."""
+    return click.option(*names, cls=GroupedOption, group=group, **settings)
+
+
+def together(*decorators: Decorator) -> Decorator:
+    """Several options as one decorator, in this order in the help."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+def out_option(default: str, text: str = "Folder of the records and the report.") -> Decorator:
+    """--out, which every command that reads or writes records takes."""
+    return option(
+        "--out", group=RECORDS, type=click.Path(path_type=Path, file_okay=False),
+        default=Path(default), show_default=True, help=text,
+    )  # fmt: skip
+
+
+def config_option(default: str) -> Decorator:
+    """--config and --set."""
+    return together(
+        option(
+            "--config", "config_path", group=SELECTION, type=ConfigName(),
+            help=f"A preset or a TOML file; `unitnorm config` lists them.  [default: {default}]",
+        ),
+        option(
+            "--set", "overrides", group=SELECTION, multiple=True, metavar="KEY=VALUE",
+            help="Override any key of the config, for example --set loss.batch_size=50.",
+        ),
+    )  # fmt: skip
+
+
+def update_option(text: str = "Update to run; may be repeated: b-sgd, un, …") -> Decorator:
+    """--update."""
+    return option("--update", group=SELECTION, type=UpdateName(), multiple=True, help=text)
+
+
+seed_option = option("--seed", group=SELECTION, type=int, help="Seed of run 0; run k has seed + k.")
+runs_option = option("--runs", group=SELECTION, type=int, help="Runs of each update.")
+
+image_options = together(
+    option(
+        "--dataset", group=DATA,
+        help="mnist, or a data set that TFDS knows, such as fashion_mnist.",
+    ),
+    option("--data-dir", group=DATA, help="Folder with four IDX files of your own, raw or .gz."),
+)  # fmt: skip
+
+
+def training_options(out: str) -> Decorator:
+    """What every command that trains takes, alike: the fields of `TrainingOptions`."""
+    return together(
+        out_option(out),
+        option(
+            "--fresh", group=RECORDS, is_flag=True,
+            help="Start over: drop the records and checkpoints of the selected runs.",
+        ),
+        option(
+            "--checkpoint-every", group=RECORDS, type=click.FloatRange(0.0), metavar="SECONDS",
+            help="Save the state at most so often; 0: at every chance.  "
+            "[default: 5; 0 with several processes]",
+        ),
+        option(
+            "--devices", group=SEVERAL, type=click.IntRange(1, 4096),
+            help="CPU devices to share the work among.  [default: one per core]",
+        ),
+        option(
+            "--distributed", group=SEVERAL, is_flag=True,
+            help="Join the processes that Slurm, Kubernetes, Open MPI or a TPU pod has started.",
+        ),
+        option(
+            "--coordinator", group=SEVERAL, metavar="HOST:PORT",
+            help="Several processes: where to meet, on the host of process 0.",
+        ),
+        option("--processes", group=SEVERAL, type=click.IntRange(1), help="How many there are."),
+        option("--process", group=SEVERAL, type=click.IntRange(0), help="Which this one is."),
+    )  # fmt: skip
+
+
+def take_training_options(options: dict[str, Any]) -> TrainingOptions:
+    """The values of `training_options`, taken out of a command's."""
+    names = TrainingOptions.__dataclass_fields__
+    return TrainingOptions(**{name: options.pop(name) for name in names})
+
+
+def read_values(overrides: tuple[str, ...], **given: Any) -> dict[str, Any]:
+    """The keys of a config that the command line sets; `given` by dotted key, with __ for dots.
+
+    An option that was not given is None or empty, and sets nothing.
+    """
+    from unitnorm.run.config import parse_override
+
+    values = dict(parse_override(text) for text in overrides)
+    named = {key.replace("__", "."): value for key, value in given.items()}
+    lists = {key: list(v) if isinstance(v, tuple) else v for key, v in named.items()}
+    return values | {key: value for key, value in lists.items() if value not in (None, [])}

@@ -1,0 +1,217 @@
+"""Configs of experiments: TOML files, presets by name, `--set KEY=VALUE`, and clear refusals.
+
+An experiment's config is a `Config` with its own fields; what they are is said where the experiment
+is. Presets are the files of `configs/`, which travel in the package. Nothing here touches JAX.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar, get_args
+
+import pydantic
+from pydantic import ConfigDict
+
+from unitnorm.errors import UserError
+
+PRESETS = Path(__file__).parents[1] / "configs"  # in a checkout a link to configs/
+
+
+class Section(pydantic.BaseModel):
+    """Strict by default: an unknown key or a wrong type is an error, never ignored."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ExperimentConfig(Section):
+    """A whole config: a selection of runs, and the protocol, which is all that changes numbers."""
+
+    selection: ClassVar[frozenset[str]] = frozenset()  # keys that only select what is run
+
+    def protocol(self) -> dict[str, Any]:
+        """Everything that changes a run's numbers: all but the selection and where data lies."""
+        exclude: dict[str, Any] = dict.fromkeys(self.selection, True)
+        # where the images lie changes nothing; what they are is told by their hash
+        return self.model_dump(exclude=exclude | {"data": {"data_dir"}})
+
+    def conflict(self, recorded: Any) -> str | None:
+        """Where a recorded protocol differs, as " (seed: 0 there, 7 here)"; None if nowhere."""
+        mine = json.loads(json.dumps(self.protocol()))
+        return None if recorded == mine else difference(recorded, mine)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of `protocol()`; two folders with equal fingerprints hold comparable runs."""
+        text = json.dumps(self.protocol(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def difference(old: Any, new: Mapping[str, Any], prefix: str = "") -> str:
+    """The first key in which two configs differ, as " (seed: 0 there, 7 here)"; "" without any."""
+    for key, value in new.items():
+        there = old.get(key) if isinstance(old, dict) else None
+        if isinstance(value, dict):
+            inner = difference(there, value, f"{prefix}{key}.")
+            if inner:
+                return inner
+        elif there != value:
+            return f" ({prefix}{key}: {there} there, {value} here)"
+    return ""
+
+
+Schema = TypeVar("Schema", bound=Section)
+
+
+def presets() -> list[str]:
+    """The names of the presets, such as "quick" and "study/effective-rate"."""
+    found = sorted(PRESETS.rglob("*.toml"), key=lambda path: (len(path.parts), path))
+    return [path.relative_to(PRESETS).with_suffix("").as_posix() for path in found]
+
+
+def find_config(name: str | Path) -> Path:
+    """The file of a config: a path, or the name of a preset.
+
+    Raises:
+      UserError: there is neither.
+    """
+    path = Path(name)
+    try:
+        if path.is_file() or "\0" in str(name):
+            return path
+        preset = PRESETS / f"{name}.toml"
+        if str(name) in presets():
+            return preset
+        # a file of a checkout, named by somebody who has the installed package alone
+        if path.suffix == ".toml" and path.parts[0] == "configs":
+            inside = Path(*path.parts[1:]).with_suffix("").as_posix()
+            if inside in presets():
+                return PRESETS / f"{inside}.toml"
+    except (OSError, ValueError, IndexError):  # no file can have this name
+        return path
+    if path.suffix == ".toml" or path.exists() or len(path.parts) > 2:
+        return path
+    raise UserError(
+        f"config {name}: no file of this name, and no preset; there are {', '.join(presets())}; "
+        "`unitnorm config NAME` prints one to edit"
+    )
+
+
+def load(path: str | Path | None, overrides: dict[str, Any] | None, schema: type[Schema]) -> Schema:
+    """Read a TOML file (None: the defaults), put `overrides` (dotted key → value) on top, check.
+
+    Args:
+      path: of a file, or the name of a preset.
+
+    Raises:
+      UserError: the file cannot be read, or a key or value is not allowed; one line names the key,
+        the value and what is allowed.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            text = find_config(path).read_bytes().decode("utf-8")
+            values = tomllib.loads(text)
+        except OSError as error:
+            raise UserError(
+                f"config {path}: cannot be read ({error.strerror or error}); give the path of a "
+                f"TOML file or a preset with --config: {', '.join(presets())}"
+            ) from None
+        except UnicodeDecodeError:
+            raise UserError(f"config {path}: not UTF-8 text, expected a TOML file") from None
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
+            raise UserError(f"config {path}: not valid TOML: {_one_line(error)}") from None
+        except ValueError:  # a null character, or one that no file system encodes
+            raise UserError(f"config {path}: no file can have this name") from None
+    for key, value in (overrides or {}).items():
+        _put(values, key, value)
+    where = f"config {path}" if path is not None else "config"
+    return parse(values, where, schema)
+
+
+def parse(values: dict[str, Any], where: str, schema: type[Schema]) -> Schema:
+    """Check a mapping against the schema.
+
+    Raises:
+      UserError: as `load`.
+    """
+    try:
+        return schema.model_validate(values)
+    except pydantic.ValidationError as error:
+        raise UserError(f"{where}: {_explain(error, schema)}") from None
+
+
+def check_updates(updates: list[str]) -> list[str]:
+    """The updates of a config, each once, by the names of the registry.
+
+    Raises:
+      ValueError: one is unknown.
+    """
+    from unitnorm.updates import UPDATES
+
+    for name in updates:
+        if name not in UPDATES:
+            raise ValueError(f"{name!r} is not an update; allowed: {', '.join(UPDATES)}")
+    return list(dict.fromkeys(updates))
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Split `section.key=value`; the value is TOML, or a bare string.
+
+    Raises:
+      UserError: no `=`, or an empty key.
+    """
+    key, sign, raw = text.partition("=")
+    key = key.strip()
+    if not sign or not key:
+        raise UserError(f"--set {text!r}: expected KEY=VALUE, for example loss.batch_size=50")
+    try:
+        value = tomllib.loads(f"value = {raw}")
+        if value.keys() == {"value"}:
+            return key, value["value"]
+    except (tomllib.TOMLDecodeError, RecursionError):
+        pass
+    return key, raw.strip()
+
+
+def _put(values: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for name in sections:
+        values = values.setdefault(name, {})
+        if not isinstance(values, dict):
+            raise UserError(f"--set {key}: {name!r} is a value, not a section")
+    values[last] = value
+
+
+def _explain(error: pydantic.ValidationError, schema: type[Section]) -> str:
+    """The first fault in one line: key, value, what is allowed."""
+    faults = error.errors(include_url=False)
+    fault = faults[0]
+    key = ".".join(str(part) for part in fault["loc"]) or "the file"
+    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    if fault["type"] == "extra_forbidden":
+        allowed = ", ".join(_fields(schema, fault["loc"][:-1]))
+        return f"unknown key {key}; allowed: {allowed}{more}"
+    message = fault["msg"].removeprefix("Value error, ")
+    value = repr(fault.get("input"))
+    if fault["type"] == "value_error" and isinstance(fault.get("input"), dict):
+        return _one_line(message + more)
+    if len(value) > 80:
+        value = value[:77] + "..."
+    return _one_line(f"{key} = {value}: {message}{more}")
+
+
+def _one_line(text: object) -> str:
+    return " ".join(str(text).split())
+
+
+def _fields(schema: Any, place: tuple[int | str, ...]) -> list[str]:
+    """The keys of the section at a place of the config; sections may stand in lists and tables."""
+    for part in place:
+        if hasattr(schema, "model_fields"):
+            schema = schema.model_fields[str(part)].annotation
+        while not hasattr(schema, "model_fields") and get_args(schema):
+            schema = get_args(schema)[-1]
+    return list(getattr(schema, "model_fields", ()))

@@ -1,0 +1,145 @@
+"""Where records come from: versions, device, commit, and the identity of the code.
+
+Every results folder tells them for each command that added to it; checkpoints use the identity.
+"""
+
+from __future__ import annotations
+
+import ast
+import datetime
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from unitnorm.run import devices
+from unitnorm.run.config import ExperimentConfig
+
+# What these do to the numbers is told by other parts of an identity: the data's hash, the config.
+APART = ("unitnorm.run", "unitnorm.data", "unitnorm.report", "unitnorm.errors")
+VERSIONS = ("unitnorm", "jax", "jaxlib", "flax", "optax", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that the numbers depend on."""
+    return {name: importlib.metadata.version(name) for name in VERSIONS}
+
+
+def command_entry(command: str, started: float, wall_s: float, rows: int) -> dict[str, Any]:
+    """What one command added, and on what: for the list `commands` of the provenance."""
+    return {
+        "command": command,
+        "started": datetime.datetime.fromtimestamp(started, datetime.UTC).isoformat("T", "seconds"),
+        "wall_s": round(wall_s, 1),
+        "rows": rows,
+        "commit": commit(),
+        "versions": {"python": platform.python_version()} | versions(),
+        "device": device(),
+    }
+
+
+def device() -> dict[str, Any]:
+    """The devices that JAX computes on."""
+    found = jax.devices()
+    kind = found[0].device_kind
+    return {
+        "platform": found[0].platform,
+        "kind": devices.cpu_model() if kind == "cpu" else kind,
+        "count": len(found),
+        "processes": jax.process_count(),
+        "machine": platform.machine(),
+    }
+
+
+@functools.cache
+def commit() -> str | None:
+    """The commit of the code, with "+" if it has been changed since; None outside a checkout."""
+    folder = Path(__file__).parents[1]
+    try:
+        head = _git(folder, "rev-parse", "HEAD")
+        changed = _git(folder, "status", "--porcelain", "--", ".")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head + ("+" if changed else "")
+
+
+def _git(folder: Path, *words: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(folder), *words], capture_output=True, text=True, check=True, timeout=10
+    )
+    return done.stdout.strip()
+
+
+def fingerprint(module: str, *parts: Any) -> str:
+    """SHA-256 of all that a program's numbers depend on, for its checkpoints.
+
+    Args:
+      module: the module that computes, such as `unitnorm.table2.training`; see `code_identity`.
+      *parts: texts, numbers and arrays: the config, the data's hash, seeds, rates.
+    """
+    told = [code_identity(module), *versions().values(), jax.devices()[0].platform, *parts]
+    text = json.dumps([p if isinstance(p, str) else np.asarray(p).tolist() for p in told])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@functools.cache
+def code_identity(module: str) -> str:
+    """SHA-256 of what a module computes with: itself and all of unitnorm that it imports.
+
+    Comments, docstrings and layout are left out, so that they discard no state, and so are the
+    packages `APART`.
+    """
+    found: dict[str, str] = {}
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        if name in found or name.startswith(APART):
+            continue
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:
+            continue
+        tree = ast.parse(Path(spec.origin).read_bytes())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("unitnorm"):
+                if node.module != "unitnorm":  # whose names are imported on first use
+                    waiting.append(str(node.module))
+                waiting += [
+                    f"{node.module}.{alias.name}"
+                    for alias in node.names
+                    if _is_module(f"{node.module}.{alias.name}")
+                ]
+            elif isinstance(node, ast.Import):
+                waiting += [a.name for a in node.names if a.name.startswith("unitnorm")]
+            elif isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                node.body = [statement for statement in node.body if not _is_text(statement)]
+        found[name] = ast.dump(tree)
+    return hashlib.sha256(json.dumps(sorted(found.items())).encode()).hexdigest()
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # a name inside a module
+        return False
+
+
+def _is_text(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+
+
+def describe(config: ExperimentConfig, data: dict[str, Any]) -> dict[str, Any]:
+    """What a folder's records have in common: the protocol and the data."""
+    return {
+        "config": config.protocol(),
+        "config_sha256": config.fingerprint(),
+        "data": data,
+        "commands": [],
+    }
