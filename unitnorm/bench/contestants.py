@@ -58,8 +58,9 @@ def program(
     devices.prepare(devices_used, coordinator, processes, process)
     config, rates = config_of(images, seeds), np.full((seeds, len(updates)), RATE)
     task = training.Program(
-        "bench", config, depth, updates, training.train_phase(config), np.arange(seeds), rates,
-        load_dataset(),
+        "bench", config, depth, training.train_phase(config),
+        [training.Arm(update) for update in updates], np.arange(seeds),
+        training.same_start(rates), load_dataset(),
     )  # fmt: skip
     part = checkpoints.Part("bench", "bench")
     orders.ready(samples=task.samples, device=device())

@@ -28,7 +28,7 @@ from unitnorm.table2 import training
 from unitnorm.table2.config import Config
 from unitnorm.table2.model import FILTER_AXIS, Network, filter_mask
 from unitnorm.table2.training import Images, Stepping, filters
-from unitnorm.updates import build
+from unitnorm.updates import UPDATES, build
 
 EXPONENTS = np.linspace(-5, 5, 21)  # of |α|: ten decades
 SPREAD = 1.0  # "own" factors lie this many decades around α, on either side
@@ -360,9 +360,7 @@ def trajectories(
 
                 def one(update: str, run: Stepping) -> Stepping:
                     here = jnp.asarray(rates[update])
-                    return training.train_step(
-                        network, phase, update, here, run, x, y, off_manifold="normalize"
-                    )
+                    return training.train_step(network, phase, arm_of(update), here, run, x, y)
 
                 return tuple(
                     jax.vmap(partial(one, update))(runs)
@@ -448,7 +446,9 @@ def norms(
             def step(at: tuple[Stepping, ...], index: Array) -> tuple[Any, Array]:
                 x, y = training.gather(images, index)
                 at = tuple(
-                    training.train_step(network, phase, update, jnp.asarray(rate), run, x, y)
+                    training.train_step(
+                        network, phase, training.Arm(update), jnp.asarray(rate), run, x, y
+                    )
                     for update, run in zip(NORM_UPDATES, at, strict=True)
                 )
                 return at, row_norms(at)
@@ -522,6 +522,12 @@ def initial(config: Config, train: Images, classes: int, depth: int) -> Point:
         network = network_of(config, train, classes, depth, case)
         key = training.stream(jnp.uint32(config.seed), training.INIT)
         return Point(*jax.device_get(jax.jit(network.init)(key)))
+
+
+def arm_of(update: str) -> training.Arm:
+    """The update, for filters that need not start at unit norm."""
+    options = (("off_manifold", "normalize"),) if UPDATES[update].constrained else ()
+    return training.Arm(update, options=options)
 
 
 def batches(config: Config, train: Images, count: int) -> np.ndarray:

@@ -83,8 +83,8 @@ def sweep_group(config: Config, data: Dataset, group: Group, session: Session) -
     phase = training.sweep_phase(config)
     _, runs = train_program("sweep", phase, config, data, group, seeds, grid, session)
     rows = []
-    for update, run in zip(group.updates, runs, strict=True):
-        end = at_end(run, config, phase)
+    for column, update in enumerate(group.updates):
+        end = at_end(training.lane_of(runs, column), config, phase)
         val_error, loss, diverged = (
             values.reshape(len(group.runs), len(rates))
             for values in (end.val_error, end.train_loss, end.diverged)
@@ -115,13 +115,14 @@ def train_group(
     config: Config, data: Dataset, group: Group, sweep: pd.DataFrame, session: Session
 ) -> Trained:
     """The full training of one group of runs, at their rates from `sweep`."""
-    seeds = np.asarray([config.seed + run for run in group.runs])
     rates, phase = base_rates(sweep, group), training.train_phase(config)
-    test_errors, runs = train_program("runs", phase, config, data, group, seeds, rates, session)
+    seeds = np.asarray([config.seed + run for run in group.runs])
+    wrong, runs = train_program("runs", phase, config, data, group, seeds, rates, session)
+    columns = SCHEMA.tables["history"].columns
     run_rows, history_rows, filters = [], [], {}
     for column, update in enumerate(group.updates):
-        run, end = runs[column], at_end(runs[column], config, phase)
-        test_error = exact(test_errors[column], len(data.test_labels))
+        run = training.lane_of(runs, column)
+        end, test_error = at_end(run, config, phase), wrong[:, column].mean(axis=-1)
         history = run.history._asdict() | {
             "train_error": exact(run.history.train_error, phase.train_images),
             "val_error": exact(run.history.val_error, phase.validation_images),
@@ -133,7 +134,8 @@ def train_group(
             run_rows.append(
                 name
                 | {
-                    "seed": seeds[i], "base_lr": rates[i, column], "epochs": run.epoch[i],
+                    "seed": seeds[i], "base_lr": rates[i, column],
+                    "epochs": run.epoch[i],
                     "train_loss": end.train_loss[i], "val_error": end.val_error[i],
                     "test_error": test_error[i] if run.epoch[i] else np.nan,
                     "diverged": end.diverged[i],
@@ -143,7 +145,7 @@ def train_group(
             history_rows += [
                 name
                 | {"epoch": epoch + 1}
-                | {key: values[i, epoch] for key, values in history.items()}
+                | {key: history[key][i, epoch] for key in history if key in columns}
                 for epoch in range(run.epoch[i])
             ]
     return Trained(SCHEMA.frame("runs", run_rows), SCHEMA.frame("history", history_rows), filters)
@@ -158,20 +160,21 @@ def train_program(
     seeds: np.ndarray,
     rates: np.ndarray,
     session: Session,
-) -> tuple[tuple[np.ndarray, ...], tuple[training.Run, ...]]:
-    """Train a group to its end: its test errors, and its runs on the host, by update."""
+) -> tuple[np.ndarray, training.Runs]:
+    """Train a group to its end: the test images that are wrong, and its runs on the host."""
     title = f"{'train' if table == 'runs' else table} depth {group.depth}"
-    program = training.Program(title, config, group.depth, group.updates, phase, seeds, rates, data)
+    arms, lanes = [training.Arm(u) for u in group.updates], training.same_start(rates)
+    program = training.Program(title, config, group.depth, phase, arms, seeds, lanes, data)
     part = Part(
         title,
         fingerprint(
-            training.__name__, table, config.fingerprint(), data.sha256, list(group.updates),
-            seeds, rates,
+            training.__name__, table, config.fingerprint(), data.sha256, group.updates, seeds, rates
         ),
         covers=tuple(sorted(SCHEMA.names(table, group.cells()))),
-    )  # fmt: skip
+    )
     state = train(part, program, session)
-    return program.test_error(state) if table == "runs" else (), program.take(state)
+    wrong = program.find_wrong(state) if table == "runs" else np.empty((0, 0, 0), bool)
+    return wrong, program.take(state)
 
 
 @dataclass(frozen=True)
@@ -183,7 +186,7 @@ class End:
     diverged: np.ndarray
 
 
-def at_end(run: training.Run, config: Config, phase: training.Phase) -> End:
+def at_end(run: training.Runs, config: Config, phase: training.Phase) -> End:
     """The last epoch of runs, and whether they have diverged."""
     loss = training.last(run.history.train_loss, run.epoch)
     val_error = training.last(run.history.val_error, run.epoch)

@@ -6,6 +6,8 @@ they need are arguments; their values live in `unitnorm.table2.config`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -23,6 +25,84 @@ STOP_REASONS = (
     "no-rate",  # every rate of the sweep diverged: nothing to train with
 )
 RUNNING, TRAIN_ERROR, VAL_RISE, VAL_FLAT, MAX_EPOCHS, NON_FINITE, NO_RATE = range(7)
+
+
+# How the learning rate goes on after an epoch, by index.
+SCHEDULES = (
+    "bold-driver",  # up after a decrease, down after an increase (the paper's)
+    "bold-driver-back",  # the same, and the epoch of an increase is taken back (Battiti's)
+    "constant",
+    "cosine",  # from the base rate to zero after the last epoch, along half a cosine
+    "follow",  # that of the seed's first lane, so that both have one rate for all but the filters
+)
+BOLD_DRIVER, BOLD_DRIVER_BACK, CONSTANT, COSINE, FOLLOW = range(5)
+
+# What of a start can be unbalanced without changing the network, each by a factor of its own within
+# so many decades: filters in front of batch normalisation; the scales and shifts of pooled pairs
+# against the columns of the next layer's filters; the same of the last layer against those of θ.
+START = ("filters", "pairs", "theta")
+
+
+def next_rate(
+    schedule: Array,
+    base: Array,
+    rate: Array,
+    watched: Array,
+    previous: Array,
+    epoch: Array,
+    epochs: int,
+    *,
+    up: float,
+    down: float,
+) -> Array:
+    """Next epoch's learning rate of each lane of a seed, all arguments of shape (lanes,).
+
+    Args:
+      schedule: index into `SCHEDULES`.
+      base, rate: the first epoch's rate, and that of the epoch that has just ended.
+      watched, previous, up, down: see `bold_driver`.
+      epoch: epochs finished; of `epochs` at most.
+    """
+    driven = bold_driver(rate, watched, previous, up=up, down=down)
+    cosine = base * 0.5 * (1 + jnp.cos(jnp.pi * epoch / epochs))
+    own = jnp.select(
+        [schedule <= BOLD_DRIVER_BACK, schedule == COSINE], [driven, cosine], default=base
+    )
+    return jnp.where(schedule == FOLLOW, own[0], own)
+
+
+def unbalance(params: Any, spread: Array, key: Array) -> Any:
+    """The parameters moved along symmetries of the network, which computes the same from there.
+
+    Args:
+      params: of ArchBN.
+      spread: float32 (3,): for each of `START`, over how many decades the factors are spread
+        (uniform in the logarithm, about 1); 0 leaves everything as it is.
+      key: of the factors.
+    """
+    names = sorted(params["layers"])
+    layers = {name: params["layers"][name] for name in names}
+    theta = params["theta"]
+    for place, name in enumerate(names):
+        layer, keys = layers[name], jax.random.split(jax.random.fold_in(key, place), 2)
+        w, norm = layer["rows"]["W"], layer["norm"]
+        alpha = _factors(keys[0], w.shape[0], spread[0])
+        is_last = place == len(names) - 1
+        # both features of a pooled pair have one factor: their maximum has it then, too
+        c = _factors(keys[1], w.shape[0] // 2, spread[2 if is_last else 1])
+        both = jnp.repeat(c, 2)
+        norm = {"scale": norm["scale"] * both, "bias": norm["bias"] * both}
+        layers[name] = layer | {"rows": {"W": w * alpha[:, None]}, "norm": norm}
+        if is_last:
+            theta = {"W": theta["W"] / c}
+        else:
+            after = layers[names[place + 1]]
+            layers[names[place + 1]] = after | {"rows": {"W": after["rows"]["W"] / c}}
+    return {**params, "layers": layers, "theta": theta}
+
+
+def _factors(key: Array, count: int, decades: Array) -> Array:
+    return 10.0 ** (decades * jax.random.uniform(key, (count,), minval=-0.5, maxval=0.5))
 
 
 def bold_driver(rate: Array, watched: Array, previous: Array, *, up: float, down: float) -> Array:

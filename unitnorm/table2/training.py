@@ -1,15 +1,16 @@
-"""The training program: one epoch of many runs and several updates, compiled as one.
+"""The training program: one epoch of many runs under several updates, compiled as one.
 
-`epoch` is a pure function of one seed's `Split` and of its `Run`s, one per update; the runs of a
-seed share their mini-batches, so that each batch is gathered once. `Program` maps it over seeds
-with `vmap`, compiles it and shards the seed axis over the devices. Nothing moves between host and
+The runs of a seed are its *lanes*: they share its mini-batches, so that each batch is gathered once
+and meets the first layers of all lanes in one product, X times all W side by side; only the updates
+are the lanes' own. `epoch` is a pure function of one seed's `Split` and `Runs`. `Program` maps it
+over seeds, compiles it and shards the seed axis over the devices. Nothing moves between host and
 device inside an epoch. What is trained (model, loss, protocol numbers) comes in as arguments; what
 may be changed here is how.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,13 +23,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from unitnorm.data import Dataset
-from unitnorm.geometry import filter_norms
+from unitnorm.geometry import filter_norms, retraction
 from unitnorm.run.loop import Status, to_host
 from unitnorm.table2 import protocol
 from unitnorm.table2.config import Config
 from unitnorm.table2.model import FILTER_AXIS, ArchBN, Network, filter_mask, split_network
-from unitnorm.updates import UPDATES, build
-from unitnorm.updates.parts import OffManifold
+from unitnorm.updates import UPDATES, partition
 
 # Seeds that a CPU device computes together: with more they leave its caches, with one XLA has no
 # batch to work on; either costs a fifth. A GPU or TPU computes all of its seeds together.
@@ -36,7 +36,7 @@ CPU_BLOCK = 2
 EVALUATION_CHUNK = 500  # images per step of an evaluation; bounds its memory, not its result
 
 # One stream of random numbers for each use, so that adding one leaves the others as they are.
-INIT, SWEEP_SPLIT, SWEEP_ORDER, TRAIN_SPLIT, TRAIN_ORDER = range(5)
+INIT, SWEEP_SPLIT, SWEEP_ORDER, TRAIN_SPLIT, TRAIN_ORDER, START = range(6)
 
 
 class Images(NamedTuple):
@@ -55,32 +55,55 @@ class Split(NamedTuple):
 
 
 class History(NamedTuple):
-    """One value per epoch, each of shape (max_epochs,); NaN where there was no epoch."""
+    """One value per epoch, each of shape (max_epochs,); NaN where nothing was measured."""
 
-    lr: Array
+    lr: Array  # of all parameters but the filters, whose rate is `Runs.ratio` times this
     train_loss: Array  # mean cross-entropy per image, nats, in training mode
     train_error: Array  # fraction, in training mode
     val_error: Array  # fraction, with running statistics
     val_loss: Array  # mean cross-entropy per image, nats, with running statistics
     norm_deviation: Array  # max |‖w‖ − 1| over all filters
     norm_mean: Array  # mean ‖w‖ over all filters
+    effective_rate: Array  # median over all filters of their rate over ‖w‖²
+    test_error: Array  # as val_error, of the test images, where it is asked for
+    test_loss: Array  # the same of val_loss
 
 
-class Run(NamedTuple):
-    """One run of one update: everything that it needs to go on."""
+class Arm(NamedTuple):
+    """What some neighbouring lanes of every seed have in common; it is compiled in."""
+
+    update: str
+    lanes: int = 1
+    options: tuple[tuple[str, Any], ...] = ()  # of the update of the filters, beside axis
+
+
+class Lanes(NamedTuple):
+    """What distinguishes the lanes of a seed: arrays of shape (lanes,), on the host or traced."""
+
+    rate: Any  # base learning rate; a lane without a finite one has ended
+    ratio: Any  # rate of the filters over that of the rest; None: one rate for both
+    schedule: Any  # int32, index into protocol.SCHEDULES
+    spread: Any  # (lanes, 3), decades by which the start is unbalanced: see `protocol.START`
+
+
+class Runs(NamedTuple):
+    """The runs of a seed, lane by lane: everything that they need to go on."""
 
     params: Any
     stats: Any
-    opt_state: Any
-    rate: Array  # the coming epoch's learning rate
+    opt_state: tuple[Any, ...]  # one per arm
+    base: Array  # float32 (lanes,), the first epoch's learning rate
+    rate: Array  # float32 (lanes,), the coming epoch's
+    ratio: Array | None
+    schedule: Array
     watched: Array  # the bold driver's value after the last epoch
-    epoch: Array  # int32, epochs finished
-    reason: Array  # int32, index into protocol.STOP_REASONS
-    history: History
+    epoch: Array  # int32 (lanes,), epochs finished
+    reason: Array  # int32 (lanes,), index into protocol.STOP_REASONS
+    history: History  # each (lanes, max_epochs)
 
 
 class Stepping(NamedTuple):
-    """What changes from one mini-batch to the next."""
+    """What changes from one mini-batch to the next, of one run or of several lanes."""
 
     params: Any
     stats: Any
@@ -106,6 +129,11 @@ class Phase(NamedTuple):
     flat: float
     split_stream: int
     order_stream: int
+    stop_by: str = "val_error"  # or "val_loss": what the rules on validation look at
+    budgets: tuple[int, ...] = ()  # after so many epochs the test images are measured
+    # The first layers of all lanes in one product: faster, but a lane's rounding depends then on
+    # how many lanes there are. Without, a run's bits depend on its seed alone.
+    side_by_side: bool = False
 
 
 def sweep_phase(config: Config) -> Phase:
@@ -149,23 +177,55 @@ def stream(seed: Array, use: int) -> Array:
     return jax.random.fold_in(jax.random.key(seed), use)
 
 
-def init_run(network: Network, phase: Phase, update: str, seed: Array, rate: Array) -> Run:
-    """A run at its start. The initial point depends on the seed alone, not on the update.
-
-    A rate that is not finite gives a run that has ended: no rate of its sweep held.
-    """
+def init_runs(
+    network: Network, phase: Phase, arms: Sequence[Arm], seed: Array, lanes: Lanes
+) -> Runs:
+    """A seed's runs at their start, which depends on the seed and its spread, not on the update."""
     params, stats = network.init(stream(seed, INIT))
-    nothing = jnp.full(phase.max_epochs, jnp.nan)
-    return Run(
-        params,
+    key = stream(seed, START)
+    params = jax.vmap(lambda spread: protocol.unbalance(params, spread, key))(lanes.spread)
+    count = len(lanes.rate)
+    stats = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), stats)
+    states, parts = [], []
+    for arm, part in by_arm(arms, params):
+        if UPDATES[arm.update].constrained:  # "trust" looks at no norm afterwards
+            part = put_filters(part, [retraction(w, FILTER_AXIS) for w in filters(part)])
+        states.append(jax.vmap(transformation(arm, jnp.float32(0), part).init)(part))
+        parts.append(part)
+    nothing = jnp.full((count, phase.max_epochs), jnp.nan)
+    return Runs(
+        jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts),
         stats,
-        transformation(update, rate, params).init(params),
-        rate=rate,
-        watched=jnp.asarray(jnp.inf),
-        epoch=jnp.asarray(0, jnp.int32),
-        reason=jnp.where(jnp.isfinite(rate), protocol.RUNNING, protocol.NO_RATE).astype(jnp.int32),
+        tuple(states),
+        base=lanes.rate,
+        rate=lanes.rate,
+        ratio=lanes.ratio,
+        schedule=lanes.schedule,
+        watched=jnp.full(count, jnp.inf),
+        epoch=jnp.zeros(count, jnp.int32),
+        reason=jnp.where(jnp.isfinite(lanes.rate), protocol.RUNNING, protocol.NO_RATE).astype(
+            jnp.int32
+        ),
         history=History(*(nothing for _ in History._fields)),
     )
+
+
+def over_lanes(function: Callable[..., Any], side_by_side: bool, *trees: Any) -> Any:
+    """A function of one run for the lanes of all: as one computation, or one after the other."""
+    if side_by_side:
+        return jax.vmap(function)(*trees)
+    count = len(jax.tree.leaves(trees)[0])
+    results = [function(*jax.tree.map(lambda x, i=i: x[i], trees)) for i in range(count)]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
+
+
+def by_arm(arms: Sequence[Arm], tree: Any) -> Iterator[tuple[Arm, Any]]:
+    """Each arm with its lanes of a tree whose leading axis is that of the lanes."""
+    start = 0
+    for arm in arms:
+        end = start + arm.lanes
+        yield arm, jax.tree.map(lambda x, start=start, end=end: x[start:end], tree)
+        start = end
 
 
 def init_split(phase: Phase, seed: Array, images: int) -> Split:
@@ -179,41 +239,50 @@ def init_split(phase: Phase, seed: Array, images: int) -> Split:
 def epoch(
     network: Network,
     phase: Phase,
-    updates: Sequence[str],
+    arms: Sequence[Arm],
     split: Split,
-    runs: tuple[Run, ...],
+    runs: Runs,
     images: Images,
-) -> tuple[Run, ...]:
-    """One epoch of one seed's runs, one run per update; a run that has ended stays as it is.
+    test: Images,
+    test_now: Array,
+) -> Runs:
+    """One epoch of one seed's runs; a run that has ended stays as it is.
 
     Mini-batches are drawn without replacement in an order that is new in each epoch and the same
-    for every update. Where the batch size does not divide the training images, the last batch is
+    in every lane. Where the batch size does not divide the training images, the last batch is
     smaller.
+
+    Args:
+      test: measured after the epoch where `test_now` is true.
     """
     # Runs of a seed start together, but some may have ended: the running ones hold the epoch.
-    number = jnp.stack([run.epoch for run in runs]).max()
-    key = jax.random.fold_in(stream(split.order_seed, phase.order_stream), number)
+    key = jax.random.fold_in(stream(split.order_seed, phase.order_stream), runs.epoch.max())
     # one sort of random bits, where jax.random.permutation takes two to be safe from ties; with
     # 50,000 images about one epoch in four has a single tie, broken by the order of the split
     order = split.train[jnp.argsort(jax.random.bits(key, (phase.train_images,)))]
     full = phase.train_images // phase.batch_size * phase.batch_size
 
-    def step(carry: tuple[Stepping, ...], index: Array) -> tuple[tuple[Stepping, ...], None]:
+    def step(at: Stepping, index: Array) -> tuple[Stepping, None]:
         x, y = gather(images, index)
-        return tuple(
-            train_step(network, phase, update, run.rate, stepping, x, y)
-            for update, run, stepping in zip(updates, runs, carry, strict=True)
-        ), None
+        gradient, (total, wrong, stats) = over_lanes(
+            lambda params, stats: gradient_of(network, phase, params, stats, x, y),
+            phase.side_by_side, at.params, at.stats,
+        )  # fmt: skip
+        moved = []
+        lanes = (at.params, gradient, runs.rate, runs.ratio)
+        for (arm, mine), state in zip(by_arm(arms, lanes), at.opt_state, strict=True):
+            side_by_side = phase.side_by_side or arm.lanes > 1
+            moved.append(over_lanes(partial(apply_update, arm), side_by_side, *mine, state))
+        params, states = zip(*moved, strict=True)
+        params = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *params)
+        return Stepping(params, stats, states, at.loss + total, at.wrong + wrong), None
 
-    zero = jnp.asarray(0.0)
-    carry = tuple(Stepping(run.params, run.stats, run.opt_state, zero, zero) for run in runs)
+    zero = jnp.zeros(len(runs.rate))
+    carry = Stepping(runs.params, runs.stats, runs.opt_state, zero, zero)
     carry, _ = jax.lax.scan(step, carry, order[:full].reshape(-1, phase.batch_size))
     if full < phase.train_images:
         carry, _ = step(carry, order[full:])
-    return tuple(
-        finish_epoch(network, phase, run, stepping, split, images)
-        for run, stepping in zip(runs, carry, strict=True)
-    )
+    return finish_epoch(network, phase, arms, runs, carry, split, images, test, test_now)
 
 
 def gather(images: Images, index: Array) -> tuple[Array, Array]:
@@ -233,71 +302,142 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
 
 
 def transformation(
-    update: str, rate: Array, params: Any, off_manifold: OffManifold = "trust"
+    arm: Arm, rate: Array, params: Any, ratio: Array | None = None
 ) -> optax.GradientTransformation:
-    """The named update of ArchBN's parameters, whose filters have unit norm from the start."""
-    options = {"off_manifold": off_manifold} if UPDATES[update].constrained else {}
-    return build(update, rate, filters=filter_mask(params), axis=FILTER_AXIS, **options)
+    """An arm's update of ArchBN's parameters, whose filters have unit norm from the start."""
+    known, options = UPDATES[arm.update], dict(arm.options)
+    if known.constrained:
+        options.setdefault("off_manifold", "trust")
+    filters_rate = rate if ratio is None else ratio * rate
+    update = known.filters(filters_rate, axis=FILTER_AXIS, **options)
+    return partition(update, known.rest(rate), filter_mask(params))
+
+
+def gradient_of(
+    network: Network, phase: Phase, params: Any, stats: Any, x: Array, y: Array
+) -> tuple[Any, tuple[Array, Array, Any]]:
+    """One run's gradient for a mini-batch, with its loss (a sum), errors and new statistics."""
+
+    def objective(params: Any) -> tuple[Array, tuple[Array, Array, Any]]:
+        logits, moved = network.apply(params, stats, x, True)
+        total = cross_entropy(logits, y).sum()
+        wrong = jnp.sum(jnp.argmax(logits, -1) != y).astype(jnp.float32)
+        return total if phase.reduction == "sum" else total / len(y), (total, wrong, moved)
+
+    return jax.grad(objective, has_aux=True)(params)
+
+
+def apply_update(
+    arm: Arm, params: Any, gradient: Any, rate: Array, ratio: Array | None, state: Any
+) -> tuple[Any, Any]:
+    """One run's parameters after the arm's update, and the update's state."""
+    optimiser = transformation(arm, rate, params, ratio)
+    displacement, state = optimiser.update(gradient, state, params)
+    return optax.apply_updates(params, displacement), state
 
 
 def train_step(
-    network: Network,
-    phase: Phase,
-    update: str,
-    rate: Array,
-    at: Stepping,
-    x: Array,
-    y: Array,
-    off_manifold: OffManifold = "trust",
+    network: Network, phase: Phase, arm: Arm, rate: Array, at: Stepping, x: Array, y: Array
 ) -> Stepping:
-    """One mini-batch: gradient, update, running statistics, and the epoch's loss and errors."""
-
-    def objective(params: Any) -> tuple[Array, tuple[Array, Array, Any]]:
-        logits, stats = network.apply(params, at.stats, x, True)
-        total = cross_entropy(logits, y).sum()
-        wrong = jnp.sum(jnp.argmax(logits, -1) != y).astype(jnp.float32)
-        return total if phase.reduction == "sum" else total / len(y), (total, wrong, stats)
-
-    gradient, (total, wrong, stats) = jax.grad(objective, has_aux=True)(at.params)
-    optimiser = transformation(update, rate, at.params, off_manifold)
-    displacement, opt_state = optimiser.update(gradient, at.opt_state, at.params)
-    params = optax.apply_updates(at.params, displacement)
+    """One mini-batch of one run: gradient, update, statistics, and the epoch's loss and errors."""
+    gradient, (total, wrong, stats) = gradient_of(network, phase, at.params, at.stats, x, y)
+    params, opt_state = apply_update(arm, at.params, gradient, rate, None, at.opt_state)
     return Stepping(params, stats, opt_state, at.loss + total, at.wrong + wrong)
 
 
 def finish_epoch(
-    network: Network, phase: Phase, run: Run, end: Stepping, split: Split, images: Images
-) -> Run:
+    network: Network,
+    phase: Phase,
+    arms: Sequence[Arm],
+    runs: Runs,
+    end: Stepping,
+    split: Split,
+    images: Images,
+    test: Images,
+    test_now: Array,
+) -> Runs:
     """Measure, anneal, decide on stopping, write the history; leave an ended run untouched."""
-    params, stats = end.params, end.stats
     loss, train_error = end.loss / phase.train_images, end.wrong / phase.train_images
-    val_error, val_loss = evaluate(network, params, stats, images, split.validation)
-    norms = jnp.concatenate([filter_norms(w, FILTER_AXIS).ravel() for w in filters(params)])
+
+    def measure(images: Images, index: Array) -> tuple[Array, Array]:
+        return over_lanes(
+            lambda params, stats: evaluate(network, params, stats, images, index),
+            phase.side_by_side, end.params, end.stats,
+        )  # fmt: skip
+
+    val_error, val_loss = measure(images, split.validation)
+    everything = jnp.arange(len(test.labels), dtype=jnp.int32)
+    nothing = jnp.full_like(val_loss, jnp.nan)
+    test_error, test_loss = jax.lax.cond(
+        test_now, lambda: measure(test, everything), lambda: (nothing, nothing)
+    )
+    norms = jnp.concatenate([filter_norms(w, FILTER_AXIS) for w in filters(end.params)], axis=1)
+    filters_rate = runs.rate if runs.ratio is None else runs.rate * runs.ratio
     values = History(
-        run.rate, loss, train_error, val_error, val_loss, jnp.abs(norms - 1).max(), norms.mean()
+        runs.rate, loss, train_error, val_error, val_loss, jnp.abs(norms - 1).max(1),
+        norms.mean(1), filters_rate * jnp.median(1 / norms**2, axis=1),
+        test_error, test_loss,
+    )  # fmt: skip
+    lane = jnp.arange(len(runs.rate))
+    history = jax.tree.map(lambda old, new: old.at[lane, runs.epoch].set(new), runs.history, values)
+    watched = {"train_loss": loss, "val_error": val_error, "val_loss": val_loss}[phase.watch]
+    reason = jax.vmap(
+        partial(
+            protocol.stop_reason,
+            min_epochs=phase.min_epochs,
+            max_epochs=phase.max_epochs,
+            train_threshold=phase.train_threshold,
+            lookback=phase.lookback,
+            flat=phase.flat,
+        )
+    )(runs.epoch + 1, loss, train_error, getattr(history, phase.stop_by))
+    rate = protocol.next_rate(
+        runs.schedule, runs.base, runs.rate, watched, runs.watched, runs.epoch + 1,
+        phase.max_epochs, up=phase.up, down=phase.down,
+    )  # fmt: skip
+    # Battiti's bold driver takes back the step, here an epoch, after which the value rose
+    back = (runs.schedule == protocol.BOLD_DRIVER_BACK) & (watched > runs.watched)
+    active = runs.reason == protocol.RUNNING
+    states = (end.params, end.stats, end.opt_state)
+    params, stats, opt_state = select_lanes(
+        arms, active & ~back, states, (runs.params, runs.stats, runs.opt_state)
     )
-    history = jax.tree.map(lambda old, new: old.at[run.epoch].set(new), run.history, values)
-    watched = loss if phase.watch == "train_loss" else val_error
-    reason = protocol.stop_reason(
-        run.epoch + 1,
-        loss,
-        train_error,
-        history.val_error,
-        min_epochs=phase.min_epochs,
-        max_epochs=phase.max_epochs,
-        train_threshold=phase.train_threshold,
-        lookback=phase.lookback,
-        flat=phase.flat,
+    watched = jnp.where(back, runs.watched, watched)
+    told = (rate, watched, runs.epoch + 1, reason, history)
+    kept = (runs.rate, runs.watched, runs.epoch, runs.reason, runs.history)
+    rate, watched, epochs, reason, history = _where(active, told, kept)
+    return Runs(
+        params, stats, opt_state, runs.base, rate, runs.ratio, runs.schedule, watched, epochs,
+        reason, history,
+    )  # fmt: skip
+
+
+def select_lanes(arms: Sequence[Arm], chosen: Array, new: Any, old: Any) -> Any:
+    """Parameters, statistics and states of `new` where a lane is chosen, of `old` elsewhere."""
+    params, stats = _where(chosen, new[:2], old[:2])
+    states = zip(by_arm(arms, chosen), new[2], old[2], strict=True)
+    return params, stats, tuple(_where(mine, *pair) for (_, mine), *pair in states)
+
+
+def _where(chosen: Array, new: Any, old: Any) -> Any:
+    """Leaf by leaf `new` or `old`, by the leading axis."""
+    return jax.tree.map(
+        lambda a, b: jnp.where(chosen.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, old
     )
-    rate = protocol.bold_driver(run.rate, watched, run.watched, up=phase.up, down=phase.down)
-    after = Run(params, stats, end.opt_state, rate, watched, run.epoch + 1, reason, history)
-    active = run.reason == protocol.RUNNING
-    return jax.tree.map(lambda new, old: jnp.where(active, new, old), after, run)
 
 
 def filters(params: Any) -> list[Array]:
     """Every W of ArchBN, first layer first, one filter per row."""
     return [params["layers"][index]["rows"]["W"] for index in sorted(params["layers"])]
+
+
+def put_filters(params: Any, new: Sequence[Array]) -> Any:
+    """The parameters with these W in place of theirs."""
+    layers = {
+        index: params["layers"][index] | {"rows": {"W": w}}
+        for index, w in zip(sorted(params["layers"]), new, strict=True)
+    }
+    return {**params, "layers": layers}
 
 
 def evaluate(
@@ -325,6 +465,21 @@ def evaluate(
     start = jnp.asarray(0, jnp.int32), jnp.asarray(0.0)
     (wrong, loss), _ = jax.lax.scan(body, start, (padded, valid))
     return wrong / count, loss / count
+
+
+def find_wrong(network: Network, params: Any, stats: Any, images: Images) -> Array:
+    """Which images are misclassified, with running statistics: bool (images,)."""
+    count = len(images.labels)
+    chunk = min(EVALUATION_CHUNK, count)
+    chunks = -(-count // chunk)
+    index = jnp.pad(jnp.arange(count, dtype=jnp.int32), (0, chunks * chunk - count))
+
+    def body(_: None, part: Array) -> tuple[None, Array]:
+        x, y = gather(images, part)
+        return None, jnp.argmax(network.apply(params, stats, x, False)[0], -1) != y
+
+    _, wrong = jax.lax.scan(body, None, index.reshape(chunks, chunk))
+    return wrong.reshape(-1)[:count]
 
 
 def over_seeds(
@@ -388,16 +543,17 @@ def over_seeds(
 class Program:
     """The training of all runs of one depth and set of updates, in one phase: a `loop.Trainable`.
 
-    Seeds are the leading axis of every array of `Split` and `Run`, sharded over the devices; where
-    they do not divide evenly, seeds that have ended are added and never reported. A state is a
-    tuple of `Run`s, one per update.
+    Seeds are the leading axis of every array of `Split` and `Runs`, sharded over the devices; where
+    they do not divide evenly, seeds that have ended are added and never reported. A state is the
+    `Runs` of all seeds.
 
     Args:
       title: what the user calls it.
-      config, depth, updates: what is trained.
-      phase: `sweep_phase(config)` or `train_phase(config)`.
-      seeds: shape (n,), of the runs.
-      rates: shape (n, updates), their base learning rates; a run without a finite one has ended.
+      config, depth: what is trained.
+      phase: `sweep_phase(config)`, `train_phase(config)`, or another.
+      arms: the lanes of every seed.
+      seeds: shape (n,).
+      lanes: what distinguishes the lanes, each with seeds in front, shape (n, lanes, …).
       data: its images.
     """
 
@@ -406,17 +562,16 @@ class Program:
         title: str,
         config: Config,
         depth: int,
-        updates: Sequence[str],
         phase: Phase,
+        arms: Sequence[Arm],
         seeds: np.ndarray,
-        rates: np.ndarray,
+        lanes: Lanes,
         data: Dataset,
     ):
         network = archbn(config, data.train_images.shape[1], data.classes, depth)
-        self.title, self.epochs = title, phase.max_epochs
-        self.samples = len(seeds) * len(updates) * phase.train_images
-        self.updates = tuple(updates)
-        self._count, self._seeds, self._rates = len(seeds), seeds, rates
+        self.title, self.epochs, self.phase = title, phase.max_epochs, phase
+        self._count, self._seeds, self._lanes = len(seeds), seeds, lanes
+        self.samples = lanes.rate.size * phase.train_images
         devices = jax.devices()
         if jax.process_count() == 1:
             devices = devices[: -(-len(seeds) // CPU_BLOCK)]
@@ -434,70 +589,71 @@ class Program:
         )
         total = len(data.train_labels)
 
-        def init_one(seed: Array, rates: Array) -> tuple[Split, tuple[Run, ...]]:
-            return init_split(phase, seed, total), tuple(
-                init_run(network, phase, update, seed, rates[column])
-                for column, update in enumerate(self.updates)
-            )
+        def init_one(seed: Array, lanes: Lanes) -> tuple[Split, Runs]:
+            return init_split(phase, seed, total), init_runs(network, phase, arms, seed, lanes)
 
-        def epoch_one(split: Split, runs: tuple[Run, ...], images: Images) -> tuple[Run, ...]:
-            return epoch(network, phase, self.updates, split, runs, images)
+        def is_running(_: Split, runs: Runs) -> Array:
+            return jnp.any(runs.reason == protocol.RUNNING)
 
-        def test_one(runs: tuple[Run, ...], test: Images) -> tuple[Array, ...]:
-            everything = jnp.arange(len(test.labels), dtype=jnp.int32)
-            return tuple(
-                evaluate(network, run.params, run.stats, test, everything)[0] for run in runs
-            )
-
-        def is_running(_: Split, runs: tuple[Run, ...]) -> Array:
-            reasons = jnp.stack([run.reason for run in runs])
-            return jnp.any(reasons == protocol.RUNNING)
+        def wrong_one(runs: Runs, test: Images) -> Array:
+            return jax.vmap(lambda p, s: find_wrong(network, p, s, test))(runs.params, runs.stats)
 
         spread = partial(over_seeds, mesh, block)
         self._init = spread(init_one, by_seed=2)
-        self._epoch = spread(epoch_one, by_seed=2, unless_idle=(is_running, 1), donate=1)
-        self._test_error = spread(test_one, by_seed=1)
+        self._epoch = spread(
+            partial(epoch, network, phase, arms),
+            by_seed=2,
+            unless_idle=(is_running, 1),
+            donate=1,
+        )
+        self._wrong = spread(wrong_one, by_seed=1)
         self._split: Split | None = None
+        self._epochs_done = 0
 
-    def start(self) -> tuple[Run, ...]:
+    def start(self) -> Runs:
         """The runs at their start."""
         missing = self._padded - self._count
-        seeds = np.concatenate([self._seeds, np.zeros(missing)]).astype(np.uint32)
-        rates = np.concatenate([self._rates, np.full((missing, self._rates.shape[1]), np.nan)])
-        self._split, runs = self._init(seeds, rates.astype(np.float32))
-        self._fresh = runs
+
+        def pad(x: np.ndarray, value: float) -> np.ndarray:
+            x = np.asarray(x)
+            return np.concatenate([x, np.full((missing, *x.shape[1:]), value, x.dtype)])
+
+        ratio = self._lanes.ratio
+        lanes = Lanes(
+            rate=pad(self._lanes.rate.astype(np.float32), np.nan),
+            ratio=None if ratio is None else pad(ratio.astype(np.float32), 1.0),
+            schedule=pad(self._lanes.schedule.astype(np.int32), 0),
+            spread=pad(self._lanes.spread.astype(np.float32), 0.0),
+        )
+        self._split, runs = self._init(pad(self._seeds.astype(np.uint32), 0), lanes)
+        self._fresh, self._epochs_done = runs, 0
         return runs
 
-    def put(self, saved: Any) -> tuple[Run, ...]:
+    def put(self, saved: Any) -> Runs:
         """Saved runs in place of the first fresh ones: the padding depends on the devices."""
         fresh = to_host(self._fresh)
         whole = jax.tree.map(lambda new, old: np.concatenate([new, old[len(new) :]]), saved, fresh)
+        self._epochs_done = int(np.max(saved.epoch))
         return jax.tree.map(
             lambda x, on: jax.make_array_from_callback(x.shape, on.sharding, lambda i: x[i]),
             whole,
             self._fresh,
         )
 
-    def take(self, state: tuple[Run, ...]) -> tuple[Run, ...]:
+    def take(self, state: Runs) -> Runs:
         """The runs without the padding, on the host."""
         return jax.tree.map(lambda x: x[: self._count], to_host(state))
 
-    def advance(self, state: tuple[Run, ...]) -> tuple[Run, ...]:
+    def advance(self, state: Runs) -> Runs:
         """An epoch. The state given is used up."""
-        return self._epoch(self._split, state, self._images)
+        self._epochs_done += 1
+        test_now = np.asarray(self._epochs_done in self.phase.budgets)
+        return self._epoch(self._split, state, self._images, self._test, test_now)
 
-    def status(self, state: tuple[Run, ...]) -> Status:
+    def status(self, state: Runs) -> Status:
         """How far the runs are."""
-        reasons, epochs, errors = (
-            np.stack(values)[:, : self._count]
-            for values in to_host(
-                (
-                    [run.reason for run in state],
-                    [run.epoch for run in state],
-                    [run.history.val_error for run in state],
-                )
-            )
-        )
+        told = (state.reason, state.epoch, state.history.val_error)
+        reasons, epochs, errors = (x[: self._count] for x in to_host(told))
         now = last(errors, epochs)
         known = now[np.isfinite(now)]
         active = int((reasons == protocol.RUNNING).sum())
@@ -505,9 +661,19 @@ class Program:
         text = f"{active}/{reasons.size} runs active, val error {error}"
         return Status(int(epochs.max()), bool(active), text)
 
-    def test_error(self, state: tuple[Run, ...]) -> tuple[np.ndarray, ...]:
-        """Test error of every run over all test images, one array per update."""
-        return tuple(x[: self._count] for x in to_host(self._test_error(state, self._test)))
+    def find_wrong(self, state: Runs) -> np.ndarray:
+        """Which test images every run gets wrong: bool (seeds, lanes, test images)."""
+        return to_host(self._wrong(state, self._test))[: self._count]
+
+
+def lane_of(runs: Runs, lane: int) -> Runs:
+    """One lane of every seed, on the host, without the states of the updates."""
+    return jax.tree.map(lambda x: x[:, lane], runs._replace(opt_state=()))
+
+
+def same_start(rates: np.ndarray, schedule: int = protocol.BOLD_DRIVER) -> Lanes:
+    """Balanced lanes of one schedule, with one rate for all parameters: rates (seeds, lanes)."""
+    return Lanes(rates, None, np.full(rates.shape, schedule), np.zeros((*rates.shape, 3)))
 
 
 def last(values: ArrayLike, epochs: ArrayLike) -> np.ndarray:
