@@ -461,7 +461,7 @@ def catalogue():
     class DownloadedPngs(tfds.core.GeneratorBasedBuilder):
         VERSION = tfds.core.Version("1.0.0")
         URL = ""
-        MODULE = "json"
+        METHOD = "download"
         url_infos = None
 
         def _info(self):
@@ -471,8 +471,7 @@ def catalogue():
             return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
         def _split_generators(self, downloads):
-            __import__(self.MODULE)
-            labels = Path(downloads.download(self.URL)).read_bytes()
+            labels = Path(getattr(downloads, self.METHOD)(self.URL)).read_bytes()
             return {"train": self._generate_examples(labels), "test": self._generate_examples(b"1")}
 
         def _generate_examples(self, labels):
@@ -489,7 +488,7 @@ def catalogue():
 def served(catalogue, tmp_path, monkeypatch):
     """Its URL, at which this machine answers."""
     (tmp_path / "www").mkdir()
-    (tmp_path / "www" / "labels").write_bytes(b"20121")
+    (tmp_path / "www" / "labels.gz").write_bytes(b"20121")
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_: object) -> None: ...
@@ -497,7 +496,7 @@ def served(catalogue, tmp_path, monkeypatch):
     handler = functools.partial(Quiet, directory=tmp_path / "www")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever).start()
-        url = f"http://127.0.0.1:{server.server_port}/labels"
+        url = f"http://127.0.0.1:{server.server_port}/labels.gz"
         monkeypatch.setattr(catalogue, "URL", url)
         monkeypatch.setattr(catalogue, "url_infos", {url: None})
         yield url
@@ -511,7 +510,7 @@ def test_what_tfds_knows_is_downloaded_once(served, tmp_path, monkeypatch, caplo
     assert first.train_images[4].tolist() == tfds_image("train", 4).ravel().tolist()
     (record,) = caplog.records
     assert f"TFDS downloads and prepares it in {tmp_path / 'sets'}" in record.getMessage()
-    (tmp_path / "www" / "labels").unlink()
+    (tmp_path / "www" / "labels.gz").unlink()
     assert load_dataset("downloaded_pngs").sha256 == first.sha256
     assert len(caplog.records) == 1
     assert capfd.readouterr().out == ""
@@ -528,14 +527,18 @@ def test_what_cannot_be_prepared_here_says_where_it_can(
 
         monkeypatch.setattr(urllib.request, "urlopen", refuse)
     elif obstacle == "tensorflow":
-        monkeypatch.setattr(catalogue, "MODULE", "tensorflow")
+        monkeypatch.setattr(catalogue, "METHOD", "download_and_extract")  # by tensorflow's files
         monkeypatch.setitem(sys.modules, "tensorflow", None)
     else:
-        (tmp_path / "www" / "labels").unlink()
+        (tmp_path / "www" / "labels.gz").unlink()
     with pytest.raises(UserError) as raised:
         load_dataset("downloaded_pngs", data_dir=tmp_path)
     message = str(raised.value)
-    reason = {"network": "no route to host", "tensorflow": "tensorflow", "file": "404"}[obstacle]
+    reason = {
+        "network": "no route to host",
+        "tensorflow": "it needs the module tensorflow",
+        "file": "404",
+    }[obstacle]
     assert message.startswith("downloaded_pngs: TFDS cannot prepare it here (")
     assert reason in message.partition(");")[0]
     assert (

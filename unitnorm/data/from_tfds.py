@@ -3,6 +3,7 @@
 Only TFDS's public functions are used, and no tensorflow: examples are kept as array_record and
 decoded by NumPy. But most of TFDS's own builders need tensorflow to prepare their data set.
 Importing this module imports TFDS (a second), so `unitnorm.data` does it inside functions only.
+TFDS decodes a PNG of MNIST in 0.3 ms, all of them in 20 s; where that matters, take IDX files.
 """
 
 import contextlib
@@ -10,6 +11,7 @@ import io
 import logging
 import math
 import re
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -84,6 +86,8 @@ def prepare(dataset: str, root: Path) -> Path:
             f"know its name (see tensorflow.org/datasets/catalog); {_OWN}"
         )
     log.warning("%s: TFDS downloads and prepares it in %s, this once", dataset, root)
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
     try:
         with _quiet():
             builder = tfds.builder(dataset, data_dir=root)
@@ -113,7 +117,12 @@ def _check_network(urls: Any) -> None:
         raise OSError(f"no answer from {url}: {getattr(problem, 'reason', problem)}") from problem
 
 
-def _reason(problem: Exception) -> str:
+def _reason(problem: BaseException) -> str:
+    cause: BaseException | None = problem
+    while cause:
+        if isinstance(cause, ImportError) and cause.name:
+            return f"it needs the module {cause.name}"
+        cause = cause.__cause__ or cause.__context__
     return " ".join(str(problem).split())[:200]
 
 
