@@ -89,7 +89,7 @@ class Workshop:
         self._context.set_forkserver_preload(["tests.preloaded"])
 
     def cache(self, name: str) -> Path:
-        """An empty data cache, with the compiled programs of the others."""
+        """An empty cache, with the compiled programs of the others."""
         folder = self.folder / f"cache-{name}"
         folder.mkdir()
         (folder / "xla").symlink_to(self.programs)
@@ -180,10 +180,9 @@ def found(folder: Path, pattern: str) -> bool:
     return bool(glob.glob(pattern, root_dir=folder))
 
 
-# What a process is at, and the files that tell: looked for in the folder of cache and results.
+# What a process is at, and the files that tell: looked for beside the results folder.
 MOMENTS: dict[str, Callable[[Path], bool]] = {
     "start": lambda _: True,
-    "preparing data": exists("cache/.preparing-*"),
     "sweep": exists("out/.checkpoints/sweep-*"),
     "training": exists("out/.checkpoints/train-*"),
     "checkpointing": exists("out/.checkpoints/*/*tmp*"),
@@ -213,15 +212,10 @@ def campaign(workshop: Workshop, name: str, kills: int, seed: int) -> tuple[Coun
     folder = workshop.folder / name
     folder.mkdir()
     cache, out = workshop.cache(name), folder / "out"
-    (folder / "cache").symlink_to(cache)
     killed: Counter = Counter()
     done = []
     while True:
         moment = rng.choice(list(MOMENTS)) if killed.total() < kills else None
-        if moment == "preparing data":
-            for copy in cache.iterdir():
-                if copy.name != "xla":
-                    shutil.rmtree(copy)
         life = workshop.start(workshop.train(out), cache)
         if moment is not None:
             delay = rng.uniform(0.0, SPREAD_S.get(moment, BRIEF_S))
@@ -237,8 +231,7 @@ def campaign(workshop: Workshop, name: str, kills: int, seed: int) -> tuple[Coun
         assert errors == "", errors
         left = {str(path.relative_to(out)) for path in out.rglob("*")}
         assert left == {*RECORDS, "provenance.json"}, left
-        stray = {path.name for path in cache.iterdir()} - {"xla"}
-        assert len(stray) == 1, stray  # the one prepared copy
+        assert {path.name for path in cache.iterdir()} == {"xla"}
         done.append(contents(out))
         if killed.total() >= kills:
             return killed, done

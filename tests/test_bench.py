@@ -83,7 +83,7 @@ def test_evaluation_counts_as_work_of_ours_alone():
 
 @pytest.fixture(scope="module")
 def images(idx_folder):
-    return data.load(data_dir=str(idx_folder))
+    return data.load_dataset(data_dir=str(idx_folder))
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from unitnorm.data import load
+from unitnorm.data import load_dataset
 from unitnorm.run import checkpoints
 from unitnorm.run.checkpoints import Folder, Part
 from unitnorm.table2 import config, experiment
@@ -228,7 +228,7 @@ def test_orbax_is_imported_only_when_there_is_something_to_keep(tmp_path):
 
 def test_another_seed_rate_data_set_or_code_is_another_fingerprint(idx_folder, tmp_path):
     settings = config.load(None, {"train.train_images": 400, "train.validation_images": 100})
-    data = load(data_dir=idx_folder, cache_dir=tmp_path)
+    data = load_dataset(data_dir=idx_folder)
 
     def fingerprint(table="runs", updates=("un",), seeds=(0, 1), rate=1e-2, **changes) -> str:
         changed = config.load(None, settings.model_dump() | changes.pop("config", {}))

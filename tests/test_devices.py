@@ -167,7 +167,7 @@ from unitnorm.table2 import config, experiment
 from unitnorm import data
 found = jax.devices()
 settings = config.load(sys.argv[1], {"train.min_epochs": 3, "train.max_epochs": 3})
-images = data.load(data_dir=sys.argv[2])
+images = data.load_dataset(data_dir=sys.argv[2])
 group = experiment.Group(1, ("un",), (0, 1, 2))
 nothing = lambda *_: None
 session = experiment.Session(nothing, nothing, checkpoints.Nowhere(), lambda: False)

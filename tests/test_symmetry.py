@@ -42,7 +42,7 @@ def config(small_toml):
 def images(idx_folder, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("UNITNORM_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return data_module.load("mnist", str(idx_folder))
+        return data_module.load_dataset("mnist", str(idx_folder))
 
 
 @pytest.fixture(scope="module")

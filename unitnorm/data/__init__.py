@@ -1,30 +1,22 @@
 """Data sets of images and classes: `load_dataset` gives MNIST, your own IDX files, or one of TFDS.
 
-Every source goes the same way: read and checked (`idx.py`, `prepared.py`), prepared once by our
-TFDS builder (`builder.py`) in a cache (`cache.py`), and loaded from there, verified by its hashes.
-Change here which sources there are.
+Nothing is copied or cached: IDX files are read as they are (`idx.py`), and what TFDS has prepared
+is read by TFDS (`from_tfds.py`). Change here which sources there are.
 """
 
 import hashlib
-import logging
 import os
-import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from unitnorm.data import cache, idx
+from unitnorm.data import idx
 from unitnorm.data.arrays import Arrays, hashes
 from unitnorm.errors import UserError
 
 __all__ = ["Dataset", "load_dataset"]
-
-log = logging.getLogger(__name__)
 
 _MNIST = Path(__file__).parent / "mnist"
 _REINSTALL = "the installation is damaged: install unitnorm again"
@@ -63,106 +55,73 @@ class Dataset:
     sha256: str
 
 
-def load_dataset(
-    dataset: str = "mnist",
-    data_dir: str | os.PathLike[str] | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-) -> Dataset:
-    """Loads a data set, from the cache if it has been prepared before.
+def load_dataset(dataset: str = "mnist", data_dir: str | os.PathLike[str] | None = None) -> Dataset:
+    """Reads a data set, checks it and computes its hash.
 
     Args:
-      dataset: `mnist` is in this package. Any other name or path is a data set with `image` and
-        `label` that TFDS has prepared, looked up in `data_dir`, or else in TFDS_DATA_DIR or
-        ~/tensorflow_datasets; `name/version` and `name/config` are understood.
+      dataset: `mnist` is in this package. Any other name is one of TFDS, with `image` and `label`:
+        read where it is prepared, in `data_dir` or else in TFDS_DATA_DIR or ~/tensorflow_datasets,
+        and otherwise downloaded and prepared there by TFDS. `name/version`, `name/config` and the
+        path of a prepared data set are understood too.
       data_dir: a folder of four IDX files named as those of MNIST, raw or with .gz; `dataset` then
         only gives it a name (its folder's, if left at `mnist`). Or see `dataset`.
-      cache_dir: where prepared copies are kept: UNITNORM_CACHE, else XDG_CACHE_HOME/unitnorm, else
-        ~/.cache/unitnorm. Where that cannot be used, a temporary folder serves for this once, and a
-        warning is logged.
 
     Raises:
       UserError: if a source is missing, damaged or of another kind, naming the file, what was
-        expected and what was found; or if there is no room to prepare it.
+        expected and what was found.
     """
+    if not dataset:
+        raise UserError("dataset: expected a name or a path, found nothing")
+    folder = None if data_dir is None else _path(data_dir)
     try:
-        source = _source(dataset, None if data_dir is None else _path(data_dir))
-        key = cache.key(source.files)
+        if folder is None and dataset == "mnist":
+            arrays, parts = _read_mnist()
+        else:
+            arrays = _read(dataset, folder)
+            parts = hashes(arrays)
+            if folder is not None and dataset == "mnist":
+                dataset = folder.resolve().name
     except OSError as problem:
-        hint = f"; {_REINSTALL}" if dataset == "mnist" and data_dir is None else ""
-        raise UserError(f"cannot read {_where(problem)}{hint}") from problem
-    try:
-        folder = cache.default_folder() if cache_dir is None else _path(cache_dir)
-        arrays, found = cache.fetch(key, source.read, folder, source.known)
-    except OSError as problem:
-        log.warning(
-            "the data cache cannot be used (%s): preparing the data in a temporary folder, for "
-            "this time only; set UNITNORM_CACHE to a writable folder",
-            _where(problem),
-        )
-        arrays, found = _fetch_for_this_once(key, source)
+        reason = problem.strerror or str(problem)
+        where = f"{problem.filename}: " if problem.filename else ""
+        raise UserError(f"cannot read {where}{reason}") from problem
     return Dataset(
-        name=source.name,
-        train_images=_rows(arrays.train_images),
+        name=dataset,
+        train_images=arrays.train_images.reshape(len(arrays.train_images), -1),
         train_labels=arrays.train_labels.astype(np.int32),
-        test_images=_rows(arrays.test_images),
+        test_images=arrays.test_images.reshape(len(arrays.test_images), -1),
         test_labels=arrays.test_labels.astype(np.int32),
         image_shape=arrays.train_images.shape[1:],
         classes=arrays.classes,
-        sha256=hashlib.sha256("".join(f"{part}\n" for part in found).encode()).hexdigest(),
+        sha256=hashlib.sha256("".join(f"{part}\n" for part in parts).encode()).hexdigest(),
     )
 
 
-class _Source(NamedTuple):
-    name: str
-    files: tuple[Path, ...]
-    read: Callable[[], Arrays]
-    known: tuple[str, ...] | None = None  # hashes of the arrays
+def _read(dataset: str, folder: Path | None) -> Arrays:
+    if folder is not None and (dataset == "mnist" or idx.any_in(folder)):
+        return idx.read_all(idx.find_files(folder))
+    from unitnorm.data import from_tfds
+
+    root = folder or _path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"{folder}: expected a folder of data sets, found no folder")
+    found = from_tfds.find_prepared(str(_path(dataset)), root)
+    return from_tfds.read(found or from_tfds.prepare(dataset, root))
 
 
-def _source(dataset: str, data_dir: Path | None) -> _Source:
-    if not dataset:
-        raise UserError("dataset: expected a name or a path, found nothing")
-    if dataset == "mnist" and data_dir is None:
-        files = tuple(_MNIST / f"{name}.gz" for name in idx.FILES)
-        return _Source("mnist", files, partial(_read_mnist, files), _MNIST_HASHES)
-    if data_dir is not None and (dataset == "mnist" or idx.any_in(data_dir)):
-        files = idx.find(data_dir)
-        name = data_dir.resolve().name if dataset == "mnist" else dataset
-        return _Source(name, files, partial(idx.read_all, files))
-    from unitnorm.data import prepared
-
-    root = data_dir or _path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
-    folder = prepared.find(str(_path(dataset)), root)
-    files = tuple(sorted(path for path in folder.iterdir() if path.is_file()))
-    return _Source(dataset, files, partial(prepared.read, folder))
-
-
-def _read_mnist(files: tuple[Path, ...]) -> Arrays:
+def _read_mnist() -> tuple[Arrays, tuple[str, ...]]:
     try:
+        files = idx.find_files(_MNIST)
         arrays = idx.read_all(files)
     except UserError as problem:
         raise UserError(f"{problem}; {_REINSTALL}") from problem
-    for path, expected, found in zip(files, _MNIST_HASHES, hashes(arrays), strict=True):
+    parts = hashes(arrays)
+    for path, expected, found in zip(files, _MNIST_HASHES, parts, strict=True):
         if found != expected:
             raise UserError(
                 f"{path}: expected SHA-256 {expected} (uncompressed), found {found}; {_REINSTALL}"
             )
-    return arrays
-
-
-def _fetch_for_this_once(key: str, source: _Source) -> tuple[Arrays, tuple[str, ...]]:
-    try:
-        with tempfile.TemporaryDirectory(prefix="unitnorm-") as folder:
-            return cache.fetch(key, source.read, Path(folder), source.known)
-    except OSError as problem:
-        raise UserError(
-            f"the data can be prepared neither in the cache nor in a temporary folder "
-            f"({_where(problem)}); make room, or set UNITNORM_CACHE to a writable folder"
-        ) from problem
-
-
-def _rows(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    return np.ascontiguousarray(images.reshape(len(images), -1))
+    return arrays, parts
 
 
 def _path(path: str | os.PathLike[str]) -> Path:
@@ -172,11 +131,3 @@ def _path(path: str | os.PathLike[str]) -> Path:
         return Path(path).expanduser()
     except RuntimeError as problem:
         raise UserError(f"{path}: there is no home folder; give a full path") from problem
-
-
-def _reason(problem: OSError) -> str:
-    return problem.strerror or str(problem)
-
-
-def _where(problem: OSError) -> str:
-    return f"{problem.filename}: {_reason(problem)}" if problem.filename else _reason(problem)

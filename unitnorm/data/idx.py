@@ -1,20 +1,21 @@
 """IDX, the file format of MNIST, Fashion-MNIST, KMNIST and others, raw or gzipped.
 
 Change here which files a folder must hold and how they are read. A header is never believed: it
-only says how much to ask for, in small pieces, so that neither a lying header nor a gzip bomb takes
-more memory than `MAX_BYTES`.
+only says how much to ask for, so that neither a lying header nor a gzip bomb takes more memory than
+the file deserves.
 
 The format: two zero bytes, the type (8: unsigned bytes), the number of dimensions, each dimension
 as a big-endian 32-bit number, and then the values, last dimension fastest.
 """
 
-import gzip
+import io
 import math
 import os
 import struct
 import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +38,7 @@ def any_in(folder: Path) -> bool:
     return any(os.path.isfile(folder / f"{name}{end}") for name in FILES for end in ("", ".gz"))
 
 
-def find(folder: Path) -> tuple[Path, ...]:
+def find_files(folder: Path) -> tuple[Path, ...]:
     """The paths of the four files, in the order of `FILES`.
 
     Raises:
@@ -64,9 +65,8 @@ def read_all(paths: tuple[Path, ...]) -> Arrays:
     Raises:
       UserError: naming the file, what was expected and what was found.
     """
-    train_images, train_labels, test_images, test_labels = (
-        read(path, ndim) for path, ndim in zip(paths, (3, 1, 3, 1), strict=True)
-    )
+    with ThreadPoolExecutor() as pool:
+        train_images, train_labels, test_images, test_labels = pool.map(read, paths, (3, 1, 3, 1))
     classes = int(train_labels.max(initial=0)) + 1
     return check(
         Arrays(train_images, train_labels, test_images, test_labels, classes),
@@ -81,25 +81,39 @@ def read(path: Path, ndim: int) -> NDArray[np.uint8]:
       UserError: if it cannot be read, is damaged, or is not an IDX file of `ndim` dimensions.
     """
     try:
-        with path.open("rb") as file:
-            if file.peek(2)[:2] != b"\x1f\x8b":
-                return parse(file, ndim, str(path))
-            with gzip.GzipFile(fileobj=file) as unzipped:
-                return parse(cast(BinaryIO, unzipped), ndim, str(path))
-    except (EOFError, gzip.BadGzipFile, zlib.error) as problem:
+        size = path.stat().st_size
+        content = path.read_bytes() if size <= MAX_BYTES + 16 else b""
+    except OSError as problem:
+        raise UserError(f"{path}: cannot be read: {problem.strerror or problem}") from problem
+    if size and not content:
+        raise UserError(f"{path}: expected at most {MAX_BYTES} values, found {size} bytes")
+    if not content.startswith(b"\x1f\x8b"):
+        return parse(io.BytesIO(content).read, ndim, str(path))
+    unzip = zlib.decompressobj(wbits=31)  # gzip, with its checksum
+
+    def take(limit: int) -> bytes:
+        nonlocal content
+        values = unzip.decompress(content, limit)
+        content = unzip.unconsumed_tail
+        return values
+
+    try:
+        values = parse(take, ndim, str(path))
+        if not unzip.eof or unzip.unused_data:
+            raise zlib.error("its end is missing" if not unzip.eof else "more follows its end")
+    except zlib.error as problem:
         raise UserError(
             f"{path}: expected a whole gzip file, found a damaged one ({problem}); "
             "put a good copy in its place"
         ) from problem
-    except OSError as problem:
-        raise UserError(f"{path}: cannot be read: {problem.strerror or problem}") from problem
+    return values
 
 
-def parse(stream: BinaryIO, ndim: int, name: str) -> NDArray[np.uint8]:
+def parse(take: Callable[[int], bytes], ndim: int, name: str) -> NDArray[np.uint8]:
     """Parses an IDX stream of unsigned bytes that must end where its header says.
 
     Args:
-      stream: the uncompressed bytes.
+      take: gives the next bytes of the stream, as many as asked for unless it ends before.
       ndim: dimensions expected: 3 for images (n, height, width), 1 for labels (n,).
       name: what errors call the stream.
 
@@ -107,7 +121,7 @@ def parse(stream: BinaryIO, ndim: int, name: str) -> NDArray[np.uint8]:
       UserError: on another magic number, a short or long stream, or more than `MAX_BYTES` values.
     """
     magic = bytes([0, 0, 8, ndim])
-    header = _take(stream, 4 + 4 * ndim)
+    header = take(4 + 4 * ndim)
     if header[:4] != magic[: len(header)]:
         raise UserError(
             f"{name}: expected {_KINDS[ndim]} with IDX magic number {int.from_bytes(magic)}, "
@@ -125,7 +139,7 @@ def parse(stream: BinaryIO, ndim: int, name: str) -> NDArray[np.uint8]:
             f"{name}: expected at most {MAX_BYTES} values, found a header that announces "
             f"{' x '.join(map(str, shape))}; the file is damaged or too large"
         )
-    values = _take(stream, size + 1)
+    values = take(size + 1)
     if len(values) != size:
         found = f"only {len(values)}" if len(values) < size else "more"
         raise UserError(
@@ -134,15 +148,6 @@ def parse(stream: BinaryIO, ndim: int, name: str) -> NDArray[np.uint8]:
             f"{'truncated' if len(values) < size else 'damaged'}"
         )
     return np.frombuffer(values, np.uint8).reshape(shape)
-
-
-def _take(stream: BinaryIO, limit: int) -> bytes:
-    """Up to `limit` bytes, asked for in pieces: read(limit) would allocate all of them at once."""
-    pieces = []
-    while limit and (piece := stream.read(min(limit, 1 << 20))):
-        pieces.append(piece)
-        limit -= len(piece)
-    return b"".join(pieces)
 
 
 def _describe(magic: bytes) -> str:

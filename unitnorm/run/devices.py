@@ -339,12 +339,27 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+def cache_folder() -> Path:
+    """UNITNORM_CACHE, else XDG_CACHE_HOME/unitnorm, else ~/.cache/unitnorm.
+
+    Raises:
+      OSError: if none of them is set and there is no home folder.
+    """
+    if own := os.environ.get("UNITNORM_CACHE"):
+        return Path(own)
+    # The XDG standard says that a relative path is to be ignored.
+    if (shared := Path(os.environ.get("XDG_CACHE_HOME", ""))).is_absolute():
+        return shared / "unitnorm"
+    try:
+        return Path.home() / ".cache" / "unitnorm"
+    except RuntimeError as problem:
+        raise OSError("there is no home folder") from problem
+
+
 def compilation_cache() -> Path | None:
     """Where compiled programs are kept: the folder `xla` of the cache; None where it has none."""
-    from unitnorm.data.cache import default_folder
-
     try:
-        folder = default_folder() / "xla"
+        folder = cache_folder() / "xla"
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
         return None
