@@ -14,7 +14,6 @@ import pytest
 from flax import linen, nnx
 
 from unitnorm import updates
-from unitnorm.errors import UserError
 from unitnorm.examples import cnn
 from unitnorm.updates import (
     UPDATES,
@@ -27,10 +26,13 @@ from unitnorm.updates import (
 
 every_update = pytest.mark.parametrize("name", UPDATES)
 CONSTRAINED = [name for name, update in UPDATES.items() if update.constrained]
-# All but these two leave a zero filter where it is.
-BLIND_TO_SCALE = {"b-sgd", "sgd-wd"}
+# All but these leave a zero filter where it is.
+MOVES_DEAD_FILTERS = {"b-sgd", "sgd-wd", "b-sgd-median"}
 # These move every entry alike, so they need neither axes nor two of them.
-WITH_AXIS = [name for name in UPDATES if name not in BLIND_TO_SCALE]
+WITH_AXIS = [name for name in UPDATES if name not in {"b-sgd", "sgd-wd"}]
+# These go the same way from every scaling of their filters.
+INVARIANT = {*CONSTRAINED, "sm"} - {"un-carried"}
+STATEFUL = {"un-momentum", "un-nesterov", "un-adam", "un-carried", "weight-norm"}
 
 LAYERS = {"conv": (3, 3, 2, 4), "dense": (12, 5)}
 BOTH = tuple(LAYERS)
@@ -140,8 +142,7 @@ def test_the_state_does_not_depend_on_the_rate_and_is_empty_where_it_can_be(name
     state = jax.eval_shape(tx.init, kernels())
     traced = jax.eval_shape(lambda rate, p: build(name, rate, True).init(p), 0.1, kernels())
     assert state == traced
-    stateful = {"un-momentum", "un-nesterov", "un-adam", "weight-norm"}
-    assert bool(jax.tree.leaves(state)) == (name in stateful)
+    assert bool(jax.tree.leaves(state)) == (name in STATEFUL)
 
 
 @every_update
@@ -294,7 +295,7 @@ def test_dead_filters_and_zero_gradients_give_no_nan(name):
         path = train(UPDATES[name].filters(0.1), dead, lambda _, g=grads: g, 3)
         for w, g in zip(jax.tree.leaves(path), jax.tree.leaves(grads), strict=True):
             assert np.all(np.isfinite(w))
-            stays = name not in BLIND_TO_SCALE or not np.any(g)
+            stays = name not in MOVES_DEAD_FILTERS or not np.any(g)
             assert np.all(w[..., 1] == 0) == stays
     if name != "sgd-wd":
         assert_close(path, jax.tree.map(lambda w: jnp.stack([w] * 3), dead), atol=2e-7)
@@ -414,6 +415,22 @@ def reference_sgd_wd(W, gradient, rate):
         yield W
 
 
+def reference_un_carried(W, gradient, rate, median=False):
+    n = np.diag(W @ W.T)
+    while True:
+        R = project(W, gradient(W))
+        size = np.full_like(n, np.median(n)) if median else n
+        W = orth(W - rate * R / size[:, None])
+        n = n + rate**2 * np.diag(R @ R.T) / n
+        yield W
+
+
+def reference_b_sgd_median(W, gradient, rate):
+    while True:
+        W = W - rate * np.median(np.diag(W @ W.T)) * gradient(W)
+        yield W
+
+
 REFERENCES = {name: globals()[f"reference_{name.replace('-', '_')}"] for name in UPDATES}
 
 
@@ -526,6 +543,48 @@ def test_a_gradient_along_the_filter_does_not_spoil_its_norm(axis, push):
     np.testing.assert_allclose(norms, 1, rtol=0, atol=1e-6)
 
 
+def test_un_that_carries_the_norm_points_where_gradient_descent_does():
+    with jax.enable_x64(True):
+        start, target = kernels(dtype=jnp.float64)["conv"], kernels(5, jnp.float64)["conv"]
+        start = 0.5 * start  # the carried norm is that of the start
+        gradient = jax.jit(jax.grad(lambda w: invariant_loss(w, target)))
+        free, carried, plain = (
+            np.asarray(train(tx, start, gradient, 300))
+            for tx in (optax.sgd(0.3), updates.un_carried(0.3), updates.un(0.3))
+        )
+    sizes = np.sqrt(np.sum(free**2, (1, 2, 3), keepdims=True))
+    assert sizes[-1].min() > 0.6  # they grow from 0.5 by far
+    np.testing.assert_allclose(carried, free / sizes, rtol=0, atol=1e-12)
+    assert np.abs(plain - carried).max() > 1e-2
+
+
+def test_un_that_carries_the_norm_may_share_its_median():
+    random = np.random.default_rng(0)
+    start = orth(random.normal(size=(6, 12)))
+    slope, shift = random.normal(size=(2, *start.shape))
+
+    def gradient(W):
+        return slope * W + shift
+
+    with jax.enable_x64(True):
+        tx = updates.un_carried(0.3, median=True, axis=-1)
+        found = np.asarray(train(tx, jnp.asarray(start), gradient, 20))
+    for median, close in ((True, True), (False, False)):
+        steps = reference_un_carried(start, gradient, 0.3, median)
+        expected = np.stack(list(itertools.islice(steps, 20)))
+        assert (np.abs(found - expected).max() < 1e-12) == close
+
+
+@every_update
+def test_filters_may_have_a_learning_rate_of_their_own(name):
+    params = {"layer": kernels()["conv"], "shift": jnp.ones(4)}
+    grads = {"layer": arrays(1)["conv"], "shift": jnp.full(4, 2.0)}
+    selection = {"layer": True, "shift": False}
+    found = one_update(build(name, 0.1, selection, filters_learning_rate=0.02), grads, params)
+    for leaf, rate in (("layer", 0.02), ("shift", 0.1)):
+        assert_close(found[leaf], one_update(build(name, rate, selection), grads, params)[leaf])
+
+
 def test_the_first_step_with_momentum_is_that_of_un():
     heavy_ball = one_update(updates.un_momentum(0.1), arrays(1), kernels())
     plain = one_update(updates.un(0.1), arrays(1), kernels())
@@ -601,7 +660,7 @@ def test_only_b_sgd_and_its_kin_notice_the_scale_of_the_start(name):
     from_scaled = directions(train(tx, scaled(kernels()), gradient, 5))
     gap = farthest(from_unit, from_scaled)
     # Weight normalisation moves v by g/‖v‖ and g by what is left: not invariant either.
-    assert gap < 1e-5 if name in {*CONSTRAINED, "sm"} else gap > 1e-2
+    assert gap < 1e-5 if name in INVARIANT else gap > 1e-2
 
 
 def test_three_updates_are_one_on_a_scale_invariant_loss():
@@ -626,13 +685,13 @@ def test_filters_off_the_manifold_are_normalised_or_refused(name):
     strict.init(kernels())
     strict.init(kernels(dtype=jnp.bfloat16))
     strict.init(jax.tree.map(lambda w: w.at[..., 0].set(0), kernels()))
-    with pytest.raises(UserError, match=r"conv of shape \(3, 3, 2, 4\).*\(0, 1, 2\).*norm 100"):
+    with pytest.raises(ValueError, match=r"conv of shape \(3, 3, 2, 4\).*\(0, 1, 2\).*norm 100"):
         strict.init(off)
-    with pytest.raises(UserError, match=r"conv.* norm nan"):
+    with pytest.raises(ValueError, match=r"conv.* norm nan"):
         strict.init(jax.tree.map(lambda w: w.at[0, 0, 0, 0].set(jnp.nan), kernels()))
-    with pytest.raises(UserError, match="outside jit"):
+    with pytest.raises(ValueError, match="outside jit"):
         jax.jit(strict.init)(kernels())
-    with pytest.raises(UserError, match="normalize, raise, trust; got 'warn'"):
+    with pytest.raises(ValueError, match="normalize, raise, trust; got 'warn'"):
         UPDATES[name].filters(0.1, off_manifold="warn")
     trusting = one_update(UPDATES[name].filters(0.1, off_manifold="trust"), arrays(1), kernels())
     assert_close(trusting, one_update(UPDATES[name].filters(0.1), arrays(1), kernels()))
@@ -644,14 +703,14 @@ def test_filters_off_the_manifold_are_normalised_or_refused(name):
 
 
 def test_an_unknown_name_is_answered_with_all_names():
-    with pytest.raises(UserError, match="'nu'.*" + ", ".join(UPDATES)):
+    with pytest.raises(ValueError, match="'nu'.*" + ", ".join(UPDATES)):
         build("nu", 0.1, True)
 
 
 @pytest.mark.parametrize("name", WITH_AXIS)
 @pytest.mark.parametrize("bad", [jnp.ones(64), jnp.ones(())], ids=["vector", "scalar"])
 def test_leaves_without_filters_are_refused_before_training(name, bad):
-    with pytest.raises(UserError, match=r"bn/scale of shape \((64,)?\).*optax.partition"):
+    with pytest.raises(ValueError, match=r"bn/scale of shape \((64,)?\).*optax.partition"):
         UPDATES[name].filters(0.1).init({"bn": {"scale": bad}})
 
 
@@ -659,13 +718,13 @@ def test_leaves_without_filters_are_refused_before_training(name, bad):
 def test_params_are_needed(name):
     tx = UPDATES[name].filters(0.1)
     state = tx.init(kernels())
-    with pytest.raises(UserError, match=r"update\(grads, state, params\)"):
+    with pytest.raises(ValueError, match=r"update\(grads, state, params\)"):
         tx.update(arrays(1), state)
 
 
 def test_an_injected_axis_is_refused_with_the_remedy():
     injected = optax.inject_hyperparams(updates.un)(0.1, axis=0)
-    with pytest.raises(UserError, match="static_args"):
+    with pytest.raises(ValueError, match="static_args"):
         jax.jit(injected.init)(kernels())
     static = optax.inject_hyperparams(updates.un, static_args=("axis",))(0.1, axis=0)
     static.init(kernels())
@@ -680,12 +739,12 @@ def test_an_injected_axis_is_refused_with_the_remedy():
     ],
 )
 def test_selections_that_do_not_fit_are_refused(selection, complaint):
-    with pytest.raises(UserError, match=complaint):
+    with pytest.raises(ValueError, match=complaint):
         build("un", 0.1, selection).init(kernels(layers=BOTH))
 
 
 def test_axes_that_do_not_fit_are_refused():
-    with pytest.raises(UserError, match="axis does not fit"):
+    with pytest.raises(ValueError, match="axis does not fit"):
         updates.un(0.1, axis={"conv": 0}).init(kernels(layers=BOTH))
 
 
@@ -783,9 +842,9 @@ def test_normalized_kernels_of_a_linen_model():
     )
     for layer in ("first", "skipped"):
         assert off_unit(moved[layer]["kernel"][-1]) < 1e-6
-    with pytest.raises(UserError, match="training mode"):
+    with pytest.raises(ValueError, match="training mode"):
         normalized_kernels(lambda p: apply(p, train=False), variables["params"])
-    with pytest.raises(UserError, match="not finite"):
+    with pytest.raises(ValueError, match="not finite"):
         normalized_kernels(lambda p: apply(p) / 0, variables["params"])
 
 
@@ -799,7 +858,7 @@ def test_normalized_kernels_over_an_explicit_axis():
 
     axis = {"rows": 1, "out": None}
     assert normalized_kernels(apply, params, axis=axis) == {"rows": True, "out": False}
-    with pytest.raises(UserError, match="no kernel"):
+    with pytest.raises(ValueError, match="no kernel"):
         normalized_kernels(apply, params)
 
 

@@ -18,9 +18,10 @@ _HOME = {
     "unitnorm.geometry": ["filter_norms", "retraction", "tangent_projection"],
     "unitnorm.table2.model": ["ArchBN"],
     "unitnorm.updates": [
-        "UPDATES", "Update", "b_sgd", "build", "normalize", "normalize_filters",
+        "UPDATES", "Update", "b_sgd", "b_sgd_median", "build", "normalize",
+        "normalize_filters",
         "normalized_kernels", "normalized_kernels_nnx", "partition", "retract",
-        "riemannian_gradient", "sgd_wd", "sm", "tangent_momentum", "un", "un_adam",
+        "riemannian_gradient", "sgd_wd", "sm", "tangent_momentum", "un", "un_adam", "un_carried",
         "un_momentum", "un_nesterov", "weight_norm",
     ],
 }  # fmt: skip

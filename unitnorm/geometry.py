@@ -14,8 +14,6 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from unitnorm.errors import UserError
-
 Axis = int | Sequence[int] | None
 
 VECTOR = 8  # float32 numbers that a CPU adds at once
@@ -32,13 +30,13 @@ def filter_axes(shape: Sequence[int], axis: Axis = None, name: str = "array") ->
         name: what to call the array in an error.
 
     Raises:
-        UserError: no axis is given and the array has fewer than two; or an axis is out of range,
+        ValueError: no axis is given and the array has fewer than two; or an axis is out of range,
             named twice, or no integer.
     """
     shape = tuple(shape)
     if axis is None:
         if len(shape) < 2:
-            raise UserError(
+            raise ValueError(
                 f"{name} of shape {shape} holds no filters: by default a filter runs over every "
                 "axis but the last, which needs two or more; leave it to another optimiser "
                 "(optax.partition) or name the axes with axis="
@@ -47,13 +45,13 @@ def filter_axes(shape: Sequence[int], axis: Axis = None, name: str = "array") ->
     try:
         given = tuple(map(operator.index, axis if isinstance(axis, Sequence) else (axis,)))
     except TypeError:
-        raise UserError(
+        raise ValueError(
             f"{name} of shape {shape}: axis must be an integer or a tuple of integers, got "
             f"{axis!r}; optax.inject_hyperparams needs static_args=('axis',)"
         ) from None
     axes = tuple(sorted(a % len(shape) for a in given if -len(shape) <= a < len(shape)))
     if not axes or len(axes) < len(given) or len(set(axes)) < len(axes):
-        raise UserError(
+        raise ValueError(
             f"{name} of shape {shape} has no filters over axis={axis!r}: expected different axes "
             f"from {-len(shape)} to {len(shape) - 1}"
         )
@@ -69,7 +67,7 @@ def filter_norms(w: jax.Array, axis: Axis = None, *, keepdims: bool = False) -> 
         keepdims: keep the summed axes with length one, so that the norms broadcast against `w`.
 
     Raises:
-        UserError: see `filter_axes`.
+        ValueError: see `filter_axes`.
     """
     axes = filter_axes(jnp.shape(w), axis)
     norms = jnp.sqrt(_inner(wide(w), wide(w), axes))
@@ -91,7 +89,7 @@ def tangent_projection(w: jax.Array, z: jax.Array, axis: Axis = None) -> jax.Arr
         An array of the shape and dtype of `z`.
 
     Raises:
-        UserError: see `filter_axes`.
+        ValueError: see `filter_axes`.
     """
     axes = filter_axes(jnp.shape(w), axis)
     wide_w, wide_z = wide(w), wide(z)
@@ -115,7 +113,7 @@ def retraction(w: jax.Array, axis: Axis = None) -> jax.Array:
         An array of the shape and dtype of `w`.
 
     Raises:
-        UserError: see `filter_axes`.
+        ValueError: see `filter_axes`.
     """
     norms = filter_norms(w, axis, keepdims=True)
     return (wide(w) * inverse_norms(norms)).astype(jnp.result_type(w))

@@ -28,9 +28,15 @@ from typing import Any
 
 import optax
 
-from unitnorm.errors import UserError
-from unitnorm.updates.euclidean import b_sgd, sgd_wd, sm, weight_norm
-from unitnorm.updates.manifold import normalize, un, un_adam, un_momentum, un_nesterov
+from unitnorm.updates.euclidean import b_sgd, b_sgd_median, sgd_wd, sm, weight_norm
+from unitnorm.updates.manifold import (
+    normalize,
+    un,
+    un_adam,
+    un_carried,
+    un_momentum,
+    un_nesterov,
+)
 from unitnorm.updates.parts import retract, riemannian_gradient, tangent_momentum
 from unitnorm.updates.selection import (
     Selection,
@@ -44,6 +50,7 @@ __all__ = [
     "UPDATES",
     "Update",
     "b_sgd",
+    "b_sgd_median",
     "build",
     "normalize",
     "normalize_filters",
@@ -57,6 +64,7 @@ __all__ = [
     "tangent_momentum",
     "un",
     "un_adam",
+    "un_carried",
     "un_momentum",
     "un_nesterov",
     "weight_norm",
@@ -87,6 +95,8 @@ _UPDATES = (
     Update("normalize", normalize, optax.sgd, True, "step, then unit norm (Huang et al. 2017)"),
     Update("weight-norm", weight_norm, optax.sgd, False, "W = g v/‖v‖ (Salimans and Kingma 2016)"),
     Update("sgd-wd", sgd_wd, optax.sgd, False, "weight decay 5e-4 (van Laarhoven 2017)"),
+    Update("un-carried", un_carried, optax.sgd, True, "UN at B-SGD's effective rates"),
+    Update("b-sgd-median", b_sgd_median, optax.sgd, False, "B-SGD, rate times median ‖w‖²"),
 )
 UPDATES: Mapping[str, Update] = MappingProxyType({update.name: update for update in _UPDATES})
 
@@ -96,6 +106,7 @@ def build(
     learning_rate: optax.ScalarOrSchedule,
     filters: Selection,
     *,
+    filters_learning_rate: optax.ScalarOrSchedule | None = None,
     rest: optax.GradientTransformation | None = None,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
@@ -106,18 +117,20 @@ def build(
         learning_rate: of both: a number, a traced scalar or an optax schedule.
         filters: which parameters are filters, see `selection`: for instance the result of
             `normalized_kernels_nnx`.
+        filters_learning_rate: of the filters alone; default: `learning_rate`.
         rest: optimiser of every other parameter; default: the Euclidean counterpart in `UPDATES`.
         **options: passed on to the update of the filters, such as `axis` or `momentum`.
 
     Raises:
-        UserError: the name is unknown. Also by `init` and `update`: the selection does not fit, or
+        ValueError: the name is unknown. Also by `init` and `update`: the selection does not fit, or
             it holds a leaf without filters.
     """
     if name not in UPDATES:
-        raise UserError(f"unknown update {name!r}; expected one of {', '.join(UPDATES)}")
+        raise ValueError(f"unknown update {name!r}; expected one of {', '.join(UPDATES)}")
     update = UPDATES[name]
+    own = learning_rate if filters_learning_rate is None else filters_learning_rate
     return partition(
-        update.filters(learning_rate, **options),
+        update.filters(own, **options),
         update.rest(learning_rate) if rest is None else rest,
         filters,
     )

@@ -2,7 +2,7 @@
 
 All share the arguments `learning_rate` (a number, a traced scalar or an optax schedule), `axis`
 (axes over which one filter runs, by default every axis but the last; see `parts.AxisSpec`) and
-`off_manifold` ("normalize", "raise" or "trust"; see `parts.retract`), and all raise `UserError` for
+`off_manifold` ("normalize", "raise" or "trust"; see `parts.retract`), and all raise ValueError for
 a leaf without filters. Send biases, scales and classifiers elsewhere, with `updates.build` or
 optax.partition. The update is a displacement: optax.apply_updates lands on the manifold, and
 nothing may scale it afterwards. Weight decay is not offered: followed by a normalisation it shrinks
@@ -188,6 +188,70 @@ def normalize(
         optax.scale_by_learning_rate(learning_rate),
         retract(axis, off_manifold),
     )
+
+
+class CarriedNormState(NamedTuple):
+    """What ‖w‖² would be for filters that were never normalised, in at least float32."""
+
+    squared_norms: optax.Params  # the parameters with the axes of a filter at length one
+
+
+def un_carried(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    median: bool = False,
+    axis: AxisSpec = None,
+    off_manifold: OffManifold = "normalize",
+) -> optax.GradientTransformation:
+    """UN at the effective rates of B-SGD: w ← Orth(w − (λ/n) r), n ← n + λ²‖r‖²/n, r = Π_w(∇ℓ).
+
+    Free filters in front of a normalisation layer move as unit ones at the rate λ/‖w‖², and their
+    squared norm grows as n does: by Pythagoras, since their gradient r/‖w‖ is tangent. So on a loss
+    that does not depend on norms the filters point where those of gradient descent do, step by
+    step: this is B-SGD with its constraint, the control that tells the constraint from the rate. n
+    is one number per filter, of the norm that it starts with (1 for unit filters).
+
+    Args:
+        median: step with λ over the median of n over the filters of a leaf: UN, with one rate for
+            all of them, on the schedule of B-SGD's typical filter. n itself grows by what each
+            filter would do with its own.
+
+    Source: Arora, Li and Lyu (2019), Theoretical analysis of auto rate-tuning by batch
+    normalization, Lemma 2.4, for n.
+    """
+    return optax.chain(
+        riemannian_gradient(axis),
+        optax.scale_by_learning_rate(learning_rate),
+        _divide_by_carried_norms(median, axis),
+        retract(axis, off_manifold),
+    )
+
+
+def _divide_by_carried_norms(median: bool, axis: AxisSpec) -> optax.GradientTransformation:
+    def init(params: optax.Params) -> CarriedNormState:
+        def squares(axes: tuple[int, ...], w: jax.Array) -> jax.Array:
+            return geometry.filter_norms(w, axes, keepdims=True) ** 2
+
+        return CarriedNormState(map_filters(squares, axis, params))
+
+    def divided(_: tuple[int, ...], w: jax.Array, u: jax.Array, n: jax.Array) -> jax.Array:
+        return u / (jnp.median(n) if median else _or_one(n))
+
+    def grown(axes: tuple[int, ...], _: jax.Array, u: jax.Array, n: jax.Array) -> jax.Array:
+        return n + (geometry.filter_norms(u, axes, keepdims=True) ** 2 / _or_one(n)).astype(n.dtype)
+
+    def update(
+        updates: optax.Updates, state: CarriedNormState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, CarriedNormState]:
+        carried = state.squared_norms
+        steps = map_filters(divided, axis, params, updates, carried)
+        return steps, CarriedNormState(map_filters(grown, axis, params, updates, carried))
+
+    return optax.GradientTransformation(init, update)
+
+
+def _or_one(n: jax.Array) -> jax.Array:
+    return jnp.where(n == 0, 1, n)
 
 
 class TangentAdamState(NamedTuple):

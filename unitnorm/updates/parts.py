@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import optax
 
 from unitnorm import geometry
-from unitnorm.errors import UserError
 
 # One axis specification for all leaves, a pytree (or prefix) of them, or a function from a leaf's
 # path, such as "conv1/kernel", to one. A tuple of integers is one specification, never a pytree.
@@ -107,11 +106,11 @@ def retract(
             normalisation layer; nobody looks, and an update may leave out what only others need.
 
     Raises:
-        UserError: by `init`, for a leaf without filters or, with "raise", off the manifold.
+        ValueError: by `init`, for a leaf without filters or, with "raise", off the manifold.
     """
     if off_manifold not in get_args(OffManifold):
         names = ", ".join(get_args(OffManifold))
-        raise UserError(f"off_manifold must be one of {names}; got {off_manifold!r}")
+        raise ValueError(f"off_manifold must be one of {names}; got {off_manifold!r}")
 
     link = stateless(retracted, axis)
 
@@ -158,10 +157,10 @@ def map_filters(
     """Apply function(axes, w, *leaves) to each leaf w of `params` and those of `trees` beside it.
 
     Raises:
-        UserError: `params` is None; or a leaf has no filters, see `axes_of_leaves`.
+        ValueError: `params` is None; or a leaf has no filters, see `axes_of_leaves`.
     """
     if params is None:
-        raise UserError(
+        raise ValueError(
             "this step depends on where the parameters are: call update(grads, state, params)"
         )
     boxes = [_Box(axes) for axes in axes_of_leaves(params, axis)]
@@ -175,7 +174,7 @@ def axes_of_leaves(params: optax.Params, axis: AxisSpec) -> list[tuple[int, ...]
     """The axes of each leaf of `params` in order, as non-negative integers.
 
     Raises:
-        UserError: `axis` does not fit the tree, or a leaf of the tree has no filters over it.
+        ValueError: `axis` does not fit the tree, or a leaf of the tree has no filters over it.
     """
     named = [(leaf_name(path), leaf) for path, leaf in jax.tree.leaves_with_path(params)]
     return [
@@ -188,7 +187,7 @@ def axis_of_leaves(params: optax.Params, axis: AxisSpec) -> list[geometry.Axis]:
     """What `axis` says of each leaf of `params` in order, not yet checked against its shape.
 
     Raises:
-        UserError: `axis` does not fit the tree.
+        ValueError: `axis` does not fit the tree.
     """
     if callable(axis):
         return [axis(leaf_name(path)) for path, _ in jax.tree.leaves_with_path(params)]
@@ -204,7 +203,7 @@ def leaves_beside(
     nnx.Optimizer makes of it. Failing that, `tree` is a prefix of `params`.
 
     Raises:
-        UserError: neither fits.
+        ValueError: neither fits.
     """
     named = {leaf_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree, is_leaf)}
     names = [leaf_name(path) for path, _ in jax.tree.leaves_with_path(params)]
@@ -213,7 +212,7 @@ def leaves_beside(
     try:
         boxes = jax.tree.broadcast(jax.tree.map(_Box, tree, is_leaf=is_leaf), params)
     except ValueError as error:
-        raise UserError(
+        raise ValueError(
             f"{what} does not fit the parameters: expected one value, a pytree of values or a "
             f"function; {str(error).splitlines()[0]}"
         ) from None
@@ -247,7 +246,7 @@ def _is_axis(x: Any) -> bool:
 
 def _refuse_off_manifold(params: optax.Params, axis: AxisSpec) -> None:
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(params)):
-        raise UserError(
+        raise ValueError(
             'off_manifold="raise" looks at the values of the parameters: call init outside jit, '
             'or choose off_manifold="normalize"'
         )
@@ -259,7 +258,7 @@ def _refuse_off_manifold(params: optax.Params, axis: AxisSpec) -> None:
         tolerance = max(1e-5, 4 * float(jnp.finfo(w.dtype).eps))
         worst = jnp.argmax(errors)
         if not errors[worst] <= tolerance:
-            raise UserError(
+            raise ValueError(
                 f"{leaf_name(path)} of shape {jnp.shape(w)} is off the manifold: over axes {axes} "
                 f"a filter has norm {float(norms[worst]):.6g}, expected 1 within {tolerance:.0e}; "
                 'pass it through normalize_filters first or choose off_manifold="normalize"'

@@ -14,7 +14,6 @@ import numpy as np
 import optax
 
 from unitnorm import geometry
-from unitnorm.errors import UserError
 from unitnorm.updates.parts import AxisSpec, axis_of_leaves, leaf_name, leaves_beside
 
 Selection = Any | Callable[[optax.Params], Any]
@@ -58,7 +57,7 @@ def normalized_kernels(
         A pytree of bool shaped like `params`: a selection.
 
     Raises:
-        UserError: the output is not finite, no leaf passes the test, or see `geometry.filter_axes`.
+        ValueError: the output is not finite, no leaf passes the test, or as `geometry.filter_axes`.
     """
     named, treedef = jax.tree.flatten_with_path(params)
     # NumPy draws the numbers, for JAX would compile for every shape.
@@ -72,7 +71,7 @@ def normalized_kernels(
 
     before = output(0, leaves[0])
     if not jnp.all(jnp.isfinite(before)):
-        raise UserError(
+        raise ValueError(
             "apply gave outputs that are not finite, so no symmetry of theirs can be tested: "
             "check the batch and the parameters, or select the kernels by a mask"
         )
@@ -95,7 +94,7 @@ def normalized_kernels(
 
     chosen = [is_normalized(i, spec) for i, spec in enumerate(axis_of_leaves(params, axis))]
     if not any(chosen):
-        raise UserError(
+        raise ValueError(
             "no kernel of the network can have its filters scaled without changing the output: "
             "expected a batch normalisation behind one; check that apply runs in training mode "
             "(batch statistics, not running ones), or select the kernels by a mask"
@@ -109,7 +108,7 @@ def normalized_kernels_nnx(model: Any, *inputs: Any, axis: AxisSpec = None, seed
     The model is in training mode and is left as it was, its running statistics included.
 
     Raises:
-        UserError: see `normalized_kernels`.
+        ValueError: see `normalized_kernels`.
     """
     from flax import nnx  # half a second that no other update needs
 
@@ -133,7 +132,7 @@ def partition(
     passes on.
 
     Raises:
-        UserError: by `init` and `update`, for a selection that does not fit the parameters.
+        ValueError: by `init` and `update`, for a selection that does not fit the parameters.
     """
     return optax.partition(
         {"filters": filters, "rest": rest}, lambda params: _labels(params, selection)
@@ -151,7 +150,7 @@ def normalize_filters(
         axis: axes over which one filter runs, see `parts.AxisSpec`.
 
     Raises:
-        UserError: a selection or an axis does not fit the parameters.
+        ValueError: a selection or an axis does not fit the parameters.
     """
     named, treedef = jax.tree.flatten_with_path(params)
     labels = jax.tree.leaves(_labels(params, selection))
@@ -171,7 +170,7 @@ def _labels(params: optax.Params, selection: Selection) -> Any:
     for leaf in leaves_beside(params, selection, "the selection of filters"):
         value = leaf if isinstance(leaf, str) else bool(leaf)
         if value not in names:
-            raise UserError(
+            raise ValueError(
                 f'a selection of filters holds True or "filters", False or "rest", got {leaf!r}'
             )
         labels.append(names[value])
