@@ -1,0 +1,351 @@
+"""A study's numbers: against separately written references and simulations of known truth."""
+
+import itertools
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from unitnorm.errors import UserError
+from unitnorm.study.statistics import (
+    COMPARISONS,
+    Comparison,
+    choose_rates,
+    compare,
+    crossed_interval,
+    factors_of,
+    holm,
+    mean_interval,
+    metric_values,
+    pack_wrong,
+    paired_power,
+    paired_tests,
+    pairs_needed,
+    rank,
+    rate_means,
+    unpack_wrong,
+)
+
+
+def make_runs(errors: dict[str, list[float]], purpose: str = "compare", **columns: object):
+    """A run per arm and error (a fraction; NaN is a diverged run); seeds count from 0."""
+    rows = [
+        {
+            "dataset": "mnist", "depth": 2, "arm": arm, "update": arm.split("@")[0],
+            "purpose": purpose, "seed": seed, "filters_rate": 0.01, "rest_rate": 0.01,
+            "schedule": "bold", "spread": 0.0, "epochs": 40,
+            "stop_reason": "val-rise" if math.isfinite(error) else "diverged",
+            "diverged": not math.isfinite(error), "train_loss": error, "val_error": error,
+            "test_error": error, "test_error_10": error, "effective_rate": 0.01, "wrong": "",
+            **columns,
+        }
+        for arm, values in errors.items()
+        for seed, error in enumerate(values)
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+UN = Comparison("constraint", "un", "b-sgd")
+
+
+def only(table: pd.DataFrame) -> pd.Series:
+    assert len(table) == 1
+    return table.iloc[0]
+
+
+def test_difference_interval_and_p_against_formulas_written_out():
+    un, sgd = [0.0180, 0.0190, 0.0200, 0.0185], [0.0210, 0.0200, 0.0222, 0.0190]
+    table = compare(make_runs({"un": un, "b-sgd": sgd}), [UN])
+    assert list(table.columns) == list(COMPARISONS)
+    row = only(table)
+    d = np.array([-0.30, -0.10, -0.22, -0.05])
+    mean, std = d.sum() / 4, math.sqrt(((d - d.sum() / 4) ** 2).sum() / 3)
+    assert row["difference"] == pytest.approx(mean)
+    assert row["std"] == pytest.approx(std)
+    assert row["ci_low"] == pytest.approx(mean - 3.182446 * std / 2, abs=1e-6)  # t table, 3 degrees
+    assert row["ci_high"] == pytest.approx(mean + 3.182446 * std / 2, abs=1e-6)
+    t = mean / (std / 2)
+    assert row["p"] == pytest.approx(2 * stats.t.cdf(-abs(t), 3))
+    se = std / 2
+    expected = max(stats.t.sf((mean + 0.05) / se, 3), stats.t.cdf((mean - 0.05) / se, 3))
+    assert row["p_equivalence"] == pytest.approx(expected)
+    assert (row["n"], row["n_left_out"], row["update"], row["verdict"]) == (4, 0, "un", "open")
+    assert math.isnan(row["ci_images_low"])  # no images kept
+
+
+def test_pairs_are_made_by_seed_whatever_the_order_and_nothing_is_dropped_in_silence():
+    runs = make_runs({"un": [0.01, 0.02, math.nan, 0.04], "b-sgd": [0.02, math.nan, 0.05, 0.03]})
+    alone = make_runs({"un": [0.5]}).assign(seed=99)
+    runs = pd.concat([runs, alone]).sample(frac=1, random_state=3)
+    row = only(compare(runs, [UN]))
+    assert row["difference"] == pytest.approx(0.0)  # (−1 + 1) / 2: seeds 0 and 3
+    assert (row["n"], row["n_left_out"]) == (2, 3)
+    assert (row["n_diverged"], row["n_diverged_baseline"]) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("un", "n"), [([math.nan] * 3, 0), ([0.02, math.nan, math.nan], 1)], ids=["none", "one"]
+)
+def test_too_few_pairs_leave_the_comparison_open(un, n):
+    row = only(compare(make_runs({"un": un, "b-sgd": [0.03] * 3}), [UN]))
+    assert (row["n"], row["n_left_out"], row["n_diverged"]) == (n, 3 - n, 3 - n)
+    assert row["verdict"] == "open"
+    assert np.isnan([row["p"], row["p_holm"], row["p_equivalence"], row["ci_low"]]).all()
+    assert math.isnan(row["difference"]) == (n == 0)
+
+
+def test_equal_differences_are_tested_by_their_signs():
+    same = only(compare(make_runs({"un": [0.02] * 10, "b-sgd": [0.02] * 10}), [UN]))
+    assert (same["p"], same["p_equivalence"], same["std"]) == (1, 2**-10, 0)
+    assert same["verdict"] == "equivalent"
+    lower = only(compare(make_runs({"un": [0.02] * 10, "b-sgd": [0.023] * 10}), [UN]))
+    assert (lower["p"], lower["p_equivalence"]) == (2**-9, 1)
+    assert (lower["verdict"], lower["difference"]) == ("better", pytest.approx(-0.3))
+    two = only(compare(make_runs({"un": [0.02] * 2, "b-sgd": [0.02] * 2}), [UN]))
+    assert two["verdict"] == "open"
+
+
+def test_verdicts_of_known_differences():
+    rng = np.random.default_rng(0)
+    base = 0.02 + 0.001 * rng.standard_normal(100)
+    arms = {  # mean and deviation of the differences; 0.05 points are 0.0005
+        "better": (-0.002, 0.0004),
+        "worse": (0.002, 0.0004),
+        "equivalent": (0.0001, 0.0004),
+        "open": (0.0001, 0.004),
+        "worse, by as much as the margin": (0.0005, 0.0004),
+    }
+    errors = {"b-sgd": list(base)}
+    for arm, (mean, std) in arms.items():
+        errors[arm] = list(base + mean + std * stats.zscore(rng.standard_normal(100)))
+    runs = make_runs(errors)
+    table = compare(runs, [Comparison(name, name, "b-sgd") for name in arms])
+    assert list(table["verdict"]) == [arm.split(",")[0] for arm in arms]
+    losses = compare(runs, [Comparison("loss", "equivalent", "b-sgd", "train_loss")])
+    assert math.isnan(only(losses)["p_equivalence"])  # points are no unit of losses
+    assert only(losses)["difference"] == pytest.approx(0.0001)
+
+
+def test_verdicts_are_adjusted_over_all_comparisons_of_the_plan():
+    rng = np.random.default_rng(1)
+    noise = stats.zscore(rng.standard_normal(20), ddof=1)
+    weak = list(0.02 - 0.0008 + 0.0015 * noise)  # t = −2.4
+    runs = make_runs({"un": weak, "b-sgd": [0.02] * 20} | {f"x{i}": [0.02] * 20 for i in range(9)})
+    alone = only(compare(runs, [UN]))
+    assert alone["p"] < 0.05
+    assert alone["verdict"] == "better"
+    family = [UN, *(Comparison(f"x{i}", f"x{i}", "b-sgd") for i in range(9))]
+    row = compare(runs, family).iloc[0]
+    assert row["p_holm"] == pytest.approx(10 * row["p"])
+    assert row["verdict"] == "open"
+
+
+def test_holm_against_the_closed_test_it_is_a_shortcut_of():
+    """Adjusted p of i: the largest Bonferroni p over all sets of hypotheses that hold i."""
+    rng = np.random.default_rng(2)
+    for _ in range(20):
+        p = rng.uniform(0, 0.3, 5).round(2)
+        sets = [s for k in range(1, 6) for s in itertools.combinations(range(5), k)]
+        closed = [max(min(1, len(s) * p[list(s)].min()) for s in sets if i in s) for i in range(5)]
+        np.testing.assert_allclose(holm(p), closed)
+    np.testing.assert_allclose(holm(np.array([0.02, math.nan, 0.01])), [0.04, math.nan, 0.03])
+    assert holm(np.array([])).shape == (0,)
+
+
+def test_familywise_error_of_both_kinds_of_verdict_by_simulation():
+    """With five true nulls, a false verdict anywhere is rarer than alpha; at the margin as well."""
+    rng = np.random.default_rng(3)
+    wrong_difference = wrong_equivalence = 0
+    trials = 1000
+    for _ in range(trials):
+        null, edge = rng.standard_normal((2, 5, 12))
+        wrong_difference += (holm(np.array([paired_tests(d, 1)[0] for d in null])) < 0.05).any()
+        at = [paired_tests(0.3 * d + 1, 1)[1] for d in edge]  # as far as the margin: no equivalence
+        wrong_equivalence += (holm(np.array(at)) < 0.05).any()
+    bound = 0.05 + 3 * math.sqrt(0.05 * 0.95 / trials)
+    assert 0.02 < wrong_difference / trials < bound
+    assert 0.02 < wrong_equivalence / trials < bound
+
+
+def test_crossed_interval_against_the_linear_model_written_out():
+    rng = np.random.default_rng(4)
+    matrix = rng.standard_normal((6, 1)) + 2 * rng.standard_normal((1, 9)) + rng.random((6, 9))
+    low, high = crossed_interval(matrix)
+    # Mean squares by projections of the data, one matrix at a time.
+    x = matrix.ravel()
+    one_s, one_i = np.full((6, 6), 1 / 6), np.full((9, 9), 1 / 9)
+    left = [np.kron(np.eye(6) - one_s, one_i), np.kron(one_s, np.eye(9) - one_i),
+            np.kron(np.eye(6) - one_s, np.eye(9) - one_i)]  # fmt: skip
+    degrees = [5, 8, 40]
+    a, b, e = (x @ m @ x / d for m, d in zip(left, degrees, strict=True))
+    variance = (a + b - e) / 54
+    df = (a + b - e) ** 2 / (a**2 / 5 + b**2 / 8 + e**2 / 40)
+    half = stats.t.ppf(0.975, df) * math.sqrt(variance)
+    assert (low, high) == pytest.approx((matrix.mean() - half, matrix.mean() + half))
+
+
+@pytest.mark.parametrize(("by_run", "by_image", "rest"), [(1, 1, 3), (0.5, 3, 1), (1, 0, 2)])
+def test_crossed_interval_covers_the_mean_of_all_runs_and_all_images(by_run, by_image, rest):
+    rng = np.random.default_rng(5)
+    runs, images, trials = 12, 40, 1500
+    covered = 0
+    for _ in range(trials):
+        matrix = (
+            by_run * rng.standard_normal((runs, 1))
+            + by_image * rng.standard_normal((1, images))
+            + rest * rng.standard_normal((runs, images))
+        )
+        low, high = crossed_interval(matrix)
+        covered += low <= 0 <= high
+    assert abs(covered / trials - 0.95) < 0.025
+
+
+def test_crossed_interval_is_that_of_the_runs_where_images_add_nothing():
+    rng = np.random.default_rng(6)
+    matrix = rng.standard_normal((8, 30))
+    matrix -= matrix.mean(axis=0)  # no image differs from another
+    expected = mean_interval(matrix.mean(axis=1))[2:]
+    assert crossed_interval(matrix) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("images", [1000, 1003])
+def test_images_interval_from_the_bits_of_the_runs(images):
+    rng = np.random.default_rng(7)
+    hard = rng.beta(0.2, 2, images)
+    wrong = {
+        arm: rng.random((10, images)) < np.clip(hard * shift, 0, 1)
+        for arm, shift in (("un", 0.8), ("b-sgd", 1.0))
+    }
+    runs = make_runs({arm: list(bits.mean(axis=1)) for arm, bits in wrong.items()})
+    runs["wrong"] = [pack_wrong(bits) for arm in wrong for bits in wrong[arm]]
+    row = only(compare(runs, [UN]))
+    matrix = 100 * (wrong["un"].astype(float) - wrong["b-sgd"])
+    low, high = row["ci_images_low"], row["ci_images_high"]
+    assert (low, high) == pytest.approx(crossed_interval(matrix))
+    assert low < row["ci_low"] < row["difference"] < row["ci_high"] < high
+    early = only(compare(runs, [Comparison("early", "un", "b-sgd", "test_error_10")]))
+    assert math.isnan(early["ci_images_low"])  # the bits are of the end
+
+
+def test_bits_go_through_text_and_damage_is_named():
+    wrong = np.random.default_rng(8).random(10_000) < 0.02
+    text = pack_wrong(wrong)
+    np.testing.assert_array_equal(unpack_wrong(text), wrong)
+    assert len(text) < 1000
+    with pytest.raises(UserError, match="damaged"):
+        unpack_wrong(text[:-8])
+    runs = make_runs({"un": [0.02, 0.03], "b-sgd": [0.02, 0.03]}, wrong=text)
+    with pytest.raises(UserError, match="do not agree"):
+        compare(runs, [UN])
+
+
+def test_a_factor_that_varies_within_an_arm_makes_a_comparison_of_each_level():
+    near = make_runs({"un": [0.01, 0.02], "b-sgd": [0.02, 0.02]}, spread=0.0)
+    far = make_runs({"un": [0.01, 0.02], "b-sgd": [0.05, 0.06]}, spread=2.0)
+    table = compare(pd.concat([near, far]), [UN])
+    assert list(table["level"]) == ["spread 0", "spread 2"]
+    np.testing.assert_allclose(table["difference"], [-0.5, -4.0])
+    fixed = pd.concat([near, far[far["arm"] == "un"]])  # the baseline at one level alone
+    np.testing.assert_allclose(compare(fixed, [UN])["difference"], [-0.5, -0.5])
+    assert list(rank(pd.concat([near, far]))["level"]) == ["spread 0", "spread 2"] * 2
+    assert factors_of(near) == ["schedule", "spread"]
+
+
+def test_each_data_set_and_depth_has_its_row_where_there_are_runs():
+    one = make_runs({"un": [0.01, 0.02], "b-sgd": [0.02, 0.02]})
+    other = make_runs({"un": [0.03, 0.02]}, dataset="fashion", depth=4)
+    tuning = make_runs({"un": [0.9], "b-sgd": [0.9]}, purpose="tune", depth=8)
+    table = compare(pd.concat([one, other, tuning]), [UN])
+    assert list(zip(table["dataset"], table["depth"], table["n"], strict=True)) == [
+        ("fashion", 4, 0), ("mnist", 2, 2),
+    ]  # fmt: skip
+    assert list(table["n_left_out"]) == [2, 0]
+
+
+def test_bad_input_is_named():
+    runs = make_runs({"un": [0.02], "b-sgd": [0.02]})
+    with pytest.raises(UserError, match=r"'b-sgd' has more than one .* seed 0"):
+        compare(pd.concat([runs, runs[runs["arm"] == "b-sgd"]]), [UN])
+    with pytest.raises(UserError, match="arm 'sm' has no comparison runs"):
+        compare(runs, [Comparison("x", "sm", "b-sgd")])
+    with pytest.raises(UserError, match="no metric 'test_error_7'"):
+        compare(runs, [Comparison("x", "un", "b-sgd", "test_error_7")])
+    with pytest.raises(UserError, match="no metric 'effective_rate'"):
+        metric_values(runs, "effective_rate")
+    with pytest.raises(UserError, match="no tuning runs of arm un"):
+        choose_rates(runs, ["un"])
+
+
+def test_a_run_that_stopped_before_the_budget_keeps_its_last_value():
+    runs = make_runs({"un": [0.02, 0.03, 0.04]}).assign(
+        epochs=[8, 12, 12], test_error_10=[math.nan, 0.05, math.nan]
+    )
+    np.testing.assert_allclose(metric_values(runs, "test_error_10"), [2, 5, math.nan])
+
+
+def tuning(errors: dict[tuple[float, float], list[float]]) -> pd.DataFrame:
+    return pd.concat(
+        make_runs({"un": values}, purpose="tune", filters_rate=filters, rest_rate=rest)
+        for (filters, rest), values in errors.items()
+    )
+
+
+def test_best_rates_have_the_lowest_mean_validation_error():
+    runs = tuning(
+        {
+            (0.1, 0.1): [0.01, math.nan],  # diverged once: (1 + 100) / 2
+            (0.1, 0.01): [0.03, 0.03],
+            (0.01, 0.1): [0.02, 0.03],
+            (0.01, 0.01): [0.02, 0.02],
+            (0.001, 0.01): [0.05, 0.01],
+        }
+    )
+    best = only(choose_rates(runs))
+    assert (best["filters_rate"], best["rest_rate"]) == (0.01, 0.01)
+    assert best["val_error"] == pytest.approx(2.0)
+    assert best["is_at_edge"]  # the smallest rate of the rest
+    table = rate_means(runs).set_index(["filters_rate", "rest_rate"])
+    assert table.loc[(0.1, 0.1), "val_error"] == pytest.approx(50.5)
+    assert table.loc[(0.1, 0.1), "healthy_error"] == pytest.approx(1.0)
+    assert table.loc[(0.1, 0.1), "n_diverged"] == 1
+    assert table["is_best"].sum() == 1
+
+
+def test_ties_go_to_the_larger_rate_and_one_rate_alone_has_no_edge():
+    middle = tuning({(r, 0.1): [0.02, 0.04] for r in (0.01, 0.1)} | {(1.0, 0.1): [0.05, 0.05]})
+    best = only(choose_rates(middle))
+    assert (best["filters_rate"], best["is_at_edge"]) == (0.1, False)
+    lost = only(choose_rates(tuning({(r, r): [math.nan] * 2 for r in (0.1, 1.0)})))
+    assert (lost["filters_rate"], lost["n"], lost["n_diverged"]) == (1.0, 2, 2)
+    assert lost["is_at_edge"]
+
+
+def test_rank_puts_the_lowest_mean_first_and_what_always_diverged_last():
+    runs = make_runs(
+        {"b-sgd": [0.03, 0.05], "un": [0.01, 0.02, math.nan], "sm": [math.nan], "sgd": [0.04, 0.04]}
+    )
+    table = rank(runs)
+    assert list(table["arm"]) == ["un", "b-sgd", "sgd", "sm"]
+    assert list(table["rank"]) == [1, 2, 2, 4]
+    assert list(table["n"]) == [2, 2, 2, 0]
+    assert list(table["n_diverged"]) == [1, 0, 0, 1]
+    assert table["mean"].iloc[0] == pytest.approx(1.5)
+    half = 12.706205 * math.sqrt(0.5) / math.sqrt(2)  # t table, one degree
+    assert table["ci_high"].iloc[0] == pytest.approx(1.5 + half, abs=1e-6)
+
+
+def test_power_by_simulation_and_the_pairs_it_takes():
+    rng = np.random.default_rng(9)
+    difference, std, n = 0.12, 0.21, 10
+    samples = difference + std * rng.standard_normal((20_000, n))
+    t = samples.mean(axis=1) / (samples.std(axis=1, ddof=1) / math.sqrt(n))
+    found = (np.abs(t) > stats.t.ppf(0.975, n - 1)).mean()
+    assert paired_power(difference, std, n) == pytest.approx(found, abs=0.01)
+    needed = pairs_needed(difference, std)
+    assert paired_power(difference, std, needed) >= 0.9 > paired_power(difference, std, needed - 1)
+    assert pairs_needed(-difference, std) == needed
+    assert pairs_needed(100, std) == 2 + (paired_power(100, std, 2) < 0.9)
+    with pytest.raises(ValueError, match="never"):
+        pairs_needed(0.0, std)

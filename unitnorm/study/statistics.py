@@ -1,0 +1,495 @@
+"""From a study's table of runs to its comparisons: numbers only, no layout.
+
+Every function is pure. `runs` has a row per run with the columns `KEYS`, results (`is_result`) and
+factors: every other column (schedule, batch_size, spread, …). Errors are fractions in `runs`; in
+what is returned, errors and their differences are in percentage points, losses in their own unit.
+The test set is the same in all runs, so a t-interval over seeds speaks of this test set alone; the
+intervals `ci_images_low` to `ci_images_high` count the test images as random as well.
+"""
+
+import base64
+import binascii
+import bisect
+import math
+import re
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy import special, stats
+
+from unitnorm.errors import UserError
+
+KEYS = ("dataset", "depth", "arm", "update", "purpose", "seed", "filters_rate", "rest_rate")
+RESULTS = ("epochs", "stop_reason", "diverged", "effective_rate", "wrong")
+COMPARISONS = (
+    "dataset", "depth", "comparison", "level", "arm", "update", "baseline", "metric", "n",
+    "n_left_out", "n_diverged", "n_diverged_baseline", "difference", "std", "ci_low", "ci_high",
+    "ci_images_low", "ci_images_high", "p", "p_holm", "p_equivalence", "p_equivalence_holm",
+    "verdict",
+)  # fmt: skip
+_METRIC = re.compile(r"(train_loss|val_error|val_loss|test_error|test_loss)(?:_(\d+))?")
+_WORST = 1.0  # the validation error that a diverged tuning run counts with
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A planned comparison: the difference arm − baseline of `metric`, in pairs by seed.
+
+    Attributes:
+        name: what the tables and figures call it.
+        arm, baseline: arms of the plan.
+        metric: an error or a loss, where lower is better: `test_error` (at the end of the run),
+            `test_error_10` (after epoch 10), `train_loss`, …
+    """
+
+    name: str
+    arm: str
+    baseline: str
+    metric: str = "test_error"
+
+
+def is_result(column: str) -> bool:
+    """Whether a column of the runs was measured, rather than set by the plan."""
+    return column in RESULTS or _METRIC.fullmatch(column) is not None
+
+
+def factors_of(runs: pd.DataFrame) -> list[str]:
+    """The columns that are neither keys nor results: what the plan varies besides."""
+    return [name for name in runs.columns if name not in KEYS and not is_result(name)]
+
+
+def metric_values(runs: pd.DataFrame, metric: str) -> pd.Series:
+    """The metric of each run: errors in percent, losses as they are; NaN where it has diverged.
+
+    A run that stopped before the epoch of a budget keeps its last value, as it would in use.
+
+    Raises:
+        UserError: no such metric, or no column of that name.
+    """
+    match = _METRIC.fullmatch(metric)
+    if match is None or metric not in runs.columns:
+        known = ", ".join(name for name in runs.columns if _METRIC.fullmatch(name))
+        raise UserError(f"no metric {metric!r} among the runs' columns; expected one of {known}")
+    values = runs[metric].astype(float)
+    stem, budget = match.groups()
+    if budget is not None:
+        values = values.where(values.notna() | (runs["epochs"] >= int(budget)), runs[stem])
+    healthy = ~runs["diverged"].astype(bool) & np.isfinite(values)
+    return values.where(healthy) * (100 if is_error(metric) else 1)
+
+
+def is_error(metric: str) -> bool:
+    """Whether a metric is counted in percentage points."""
+    return "_error" in metric
+
+
+def compare(
+    runs: pd.DataFrame,
+    comparisons: Sequence[Comparison],
+    margin: float = 0.05,
+    alpha: float = 0.05,
+) -> pd.DataFrame:
+    """Every comparison of the plan, for each data set and depth that has runs of either arm.
+
+    The pairs are the comparison runs (`purpose` is `compare`) of both arms with the same seed. A
+    factor that varies within an arm makes a comparison for each of its levels, in `level`.
+
+    A pair of arms is `equivalent` where two one-sided t-tests put the mean difference within
+    ±margin, else `better` or `worse` where the two-sided paired t-test tells it from 0, else
+    `open`. Both p-values are adjusted by Holm's method, each over all rows, where a comparison
+    that could not be tested counts as one. An equivalent arm may well differ from its baseline
+    (`p_holm`), by less than matters.
+
+    Differences that are all equal have no t-test: the sign test stands in for it, with p = 2^(1−n)
+    and 2^−n for each side of the equivalence.
+
+    Args:
+        runs: a row per run.
+        comparisons: those of the plan.
+        margin: of equivalence, in percentage points; losses have none and are never equivalent.
+        alpha: the intervals have the confidence 1 − alpha, the verdicts the familywise level alpha.
+
+    Returns:
+        Columns `COMPARISONS`. `n` pairs; `n_left_out` seeds of either arm without a pair, as a run
+        of them is missing, not finite or diverged (`n_diverged`, `n_diverged_baseline` of the two
+        arms). `difference`, std (ddof 1) and intervals in percentage points for errors. NaN where a
+        figure is not defined: n < 2, and `ci_images_*` where the runs keep no images.
+
+    Raises:
+        UserError: an unknown metric, an arm without any runs, or two runs of one seed.
+    """
+    runs = runs[runs["purpose"] == "compare"]
+    cells = list(runs.groupby(["dataset", "depth"], sort=True))
+    rows = []
+    for comparison in comparisons:
+        for arm in (comparison.arm, comparison.baseline):
+            if arm not in set(runs["arm"]):
+                known = ", ".join(sorted(runs["arm"].unique()))
+                raise UserError(
+                    f"comparison {comparison.name!r}: arm {arm!r} has no comparison runs; "
+                    f"expected one of {known}"
+                )
+        for (dataset, depth), cell in cells:
+            ours = cell[cell["arm"] == comparison.arm]
+            theirs = cell[cell["arm"] == comparison.baseline]
+            if ours.empty and theirs.empty:
+                continue
+            for level, mine, base in _levels(ours, theirs):
+                rows.append(
+                    {
+                        "dataset": dataset,
+                        "depth": depth,
+                        "comparison": comparison.name,
+                        "level": level,
+                        "arm": comparison.arm,
+                        "update": "" if mine.empty else mine["update"].iloc[0],
+                        "baseline": comparison.baseline,
+                        "metric": comparison.metric,
+                        **_compare_pair(mine, base, comparison.metric, margin, alpha),
+                    }
+                )
+    table = pd.DataFrame(rows, columns=list(COMPARISONS))
+    table["p_holm"] = holm(table["p"].to_numpy(float))
+    with_margin = table["metric"].map(is_error).astype(bool)
+    adjusted = holm(table.loc[with_margin, "p_equivalence"].to_numpy(float))
+    table.loc[with_margin, "p_equivalence_holm"] = adjusted
+    table["verdict"] = np.select(
+        [
+            table["p_equivalence_holm"] <= alpha,
+            (table["p_holm"] <= alpha) & (table["difference"] < 0),
+            (table["p_holm"] <= alpha) & (table["difference"] > 0),
+        ],
+        ["equivalent", "better", "worse"],
+        "open",
+    )
+    return table
+
+
+def pair_runs(ours: pd.DataFrame, theirs: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """The runs of two arms side by side, a row per seed of either; NaN for what cannot be used.
+
+    Returns:
+        Index seed; columns arm, baseline (the metric, see `metric_values`), difference.
+
+    Raises:
+        UserError: two runs of one arm share a seed.
+    """
+    sides = {}
+    for name, part in (("arm", ours), ("baseline", theirs)):
+        twice = part[part["seed"].duplicated()]
+        if len(twice):
+            row = twice.iloc[0]
+            raise UserError(
+                f"{row['dataset']}, depth {row['depth']}, arm {row['arm']!r} has more than one "
+                f"comparison run of seed {row['seed']}; expected one for each level of the factors"
+            )
+        sides[name] = metric_values(part, metric).set_axis(part["seed"])
+    both = pd.DataFrame(sides).rename_axis("seed").sort_index()
+    # Errors are counts / images: without rounding, equal differences would differ in the last bit.
+    return both.assign(difference=(both["arm"] - both["baseline"]).round(10))
+
+
+def _compare_pair(
+    ours: pd.DataFrame, theirs: pd.DataFrame, metric: str, margin: float, alpha: float
+) -> dict[str, object]:
+    both = pair_runs(ours, theirs, metric)
+    paired = both.dropna()
+    difference = paired["difference"].to_numpy(float)
+    mean, std, low, high = mean_interval(difference, alpha)
+    images = (math.nan, math.nan)
+    if metric == "test_error" and len(paired) > 1:
+        wrong = [_wrong_images(part, paired.index) for part in (ours, theirs)]
+        if wrong[0] is not None and wrong[1] is not None:
+            matrix = 100 * (wrong[0].astype(float) - wrong[1])
+            images = crossed_interval(matrix, alpha)
+    p, p_equivalence = paired_tests(difference, margin if is_error(metric) else math.nan)
+    return {
+        "n": len(paired),
+        "n_left_out": len(both) - len(paired),
+        "n_diverged": int(ours["diverged"].sum()),
+        "n_diverged_baseline": int(theirs["diverged"].sum()),
+        "difference": mean,
+        "std": std,
+        "ci_low": low,
+        "ci_high": high,
+        "ci_images_low": images[0],
+        "ci_images_high": images[1],
+        "p": p,
+        "p_equivalence": p_equivalence,
+    }
+
+
+def paired_tests(difference: np.ndarray, margin: float) -> tuple[float, float]:
+    """p of the two-sided paired t-test against 0, and of the equivalence within ±margin (TOST).
+
+    The second is the larger p of the one-sided t-tests against −margin and +margin (Schuirmann
+    1987). Differences that are all equal are tested by their signs, see `compare`.
+
+    Args:
+        difference: shape (n,), finite. NaN for n < 2.
+        margin: in the unit of the differences; NaN gives NaN.
+    """
+    n = len(difference)
+    if n < 2:
+        return math.nan, math.nan
+    if np.ptp(difference) == 0:
+        value = float(difference[0])
+        p = 1.0 if value == 0 else 2.0 ** (1 - n)
+        p_equivalence = 2.0**-n if abs(value) < margin else 1.0
+        return p, math.nan if math.isnan(margin) else p_equivalence
+    mean, error = float(difference.mean()), float(difference.std(ddof=1)) / math.sqrt(n)
+    p = 2 * float(special.stdtr(n - 1, -abs(mean) / error))
+    # max(P(t < (mean − margin)/error), P(t > (mean + margin)/error)); NaN stays NaN
+    return p, float(special.stdtr(n - 1, (abs(mean) - margin) / error))
+
+
+def mean_interval(values: np.ndarray, alpha: float = 0.05) -> tuple[float, float, float, float]:
+    """Mean, standard deviation (ddof 1) and both ends of the t-interval of the mean.
+
+    Args:
+        values: shape (n,). Of one value only the mean is known, of none nothing: the rest is NaN.
+        alpha: one minus the confidence.
+    """
+    n = len(values)
+    mean = float(np.mean(values)) if n else math.nan
+    if n < 2:
+        return mean, math.nan, math.nan, math.nan
+    std = float(np.std(values, ddof=1))
+    half = float(special.stdtrit(n - 1, 1 - alpha / 2)) * std / math.sqrt(n)
+    return mean, std, mean - half, mean + half
+
+
+def crossed_interval(matrix: np.ndarray, alpha: float = 0.05) -> tuple[float, float]:
+    """The interval of a mean over runs and images, with both drawn at random (crossed effects).
+
+    With x_si = μ + a_s + b_i + e_si the variance of the mean is σ_a²/S + σ_b²/I + σ_e²/SI, which
+    (MS_runs + MS_images − MS_rest) / SI estimates without bias from the mean squares of the two-way
+    table; the degrees of freedom are Satterthwaite's (Searle, Casella and McCulloch 1992, ch. 4).
+    Where the images' component comes out negative it is taken as 0: the interval is then that of
+    the runs alone, and never narrower.
+
+    Args:
+        matrix: shape (runs, images), both at least 2: for a pair of runs and an image, the one's
+            error minus the other's.
+        alpha: one minus the confidence.
+    """
+    runs, images = matrix.shape
+    mean = float(matrix.mean())
+    by_run, by_image = matrix.mean(axis=1) - mean, matrix.mean(axis=0) - mean
+    squares_run, squares_image = images * (by_run @ by_run), runs * (by_image @ by_image)
+    flat = matrix.ravel()
+    squares_rest = max(0.0, flat @ flat - flat.size * mean**2 - squares_run - squares_image)
+    freedom = np.array([runs - 1, images - 1, (runs - 1) * (images - 1)])
+    parts = np.array([squares_run, squares_image, squares_rest]) / freedom / matrix.size
+    if parts[1] <= parts[2]:
+        variance, degrees = parts[0], float(runs - 1)
+    else:
+        variance = parts[0] + parts[1] - parts[2]
+        degrees = float(variance**2 / (parts**2 / freedom).sum())
+    half = float(special.stdtrit(degrees, 1 - alpha / 2)) * math.sqrt(variance)
+    return mean - half, mean + half
+
+
+def holm(p: np.ndarray) -> np.ndarray:
+    """Holm's (1979) adjusted p-values; NaN stays NaN and counts as 1 in the family.
+
+    Args:
+        p: shape (m,), one for each hypothesis of the family.
+    """
+    order = np.argsort(np.where(np.isnan(p), np.inf, p))
+    steps = np.nan_to_num(p[order], nan=1.0) * np.arange(len(p), 0, -1)
+    adjusted = np.empty(len(p))
+    adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1)
+    return np.where(np.isnan(p), np.nan, adjusted)
+
+
+def pack_wrong(wrong: np.ndarray) -> str:
+    """Which test images a run gets wrong, shape (images,), as text for a column of a table."""
+    return base64.b64encode(zlib.compress(np.packbits(wrong.astype(bool)).tobytes(), 9)).decode()
+
+
+def unpack_wrong(text: str) -> np.ndarray:
+    """The inverse of `pack_wrong`: booleans, shape (images,), with up to 7 `False` at the end.
+
+    Raises:
+        UserError: the text is damaged.
+    """
+    try:
+        content = zlib.decompress(base64.b64decode(text, validate=True))
+    except (binascii.Error, zlib.error) as error:
+        raise UserError(f"column wrong is damaged ({error}); restore the records") from None
+    return np.unpackbits(np.frombuffer(content, np.uint8)).astype(bool)
+
+
+def _wrong_images(runs: pd.DataFrame, seeds: pd.Index) -> np.ndarray | None:
+    """The wrong images of the runs with these seeds, shape (seeds, images); None where not kept."""
+    if "wrong" not in runs.columns:
+        return None
+    chosen = runs.set_index("seed").loc[seeds]
+    if not all(isinstance(text, str) and text for text in chosen["wrong"]):
+        return None
+    arrays = [unpack_wrong(text) for text in chosen["wrong"]]
+    if len({len(array) for array in arrays}) > 1:
+        raise UserError("column wrong: runs of one data set differ in images; restore the records")
+    wrong = np.array(arrays)
+    # Bits come in eights: how many of the last are images follows from the errors themselves.
+    errors = chosen["test_error"].to_numpy(float)
+    counts = wrong.sum(axis=1)
+    images = round(counts.sum() / errors.sum()) if errors.sum() else wrong.shape[1]
+    if not (wrong.shape[1] - 8 < images <= wrong.shape[1]) or not np.allclose(
+        counts / images, errors, atol=0.5 / images
+    ):
+        raise UserError("columns wrong and test_error do not agree; restore the records")
+    return wrong[:, :images]
+
+
+def _levels(
+    ours: pd.DataFrame, theirs: pd.DataFrame
+) -> Iterator[tuple[str, pd.DataFrame, pd.DataFrame]]:
+    """Both arms' runs for each combination of the factors that vary within either.
+
+    An arm in which a factor does not vary is the same at all its levels: a fixed baseline stands
+    against every level of the arm.
+    """
+    sides = (ours, theirs)
+    varying = [
+        [name for name in factors_of(side) if side[name].nunique(dropna=False) > 1]
+        for side in sides
+    ]
+    names = [name for name in factors_of(ours) if name in varying[0] or name in varying[1]]
+    if not names:
+        yield "", ours, theirs
+        return
+    either = pd.concat([side for side, own in zip(sides, varying, strict=True) if own])
+    for values, _ in either.groupby(names, dropna=False, sort=True):
+        level = dict(zip(names, values, strict=True))
+        parts = []
+        for side, own in zip(sides, varying, strict=True):
+            for name in own:
+                same = side[name].isin([level[name]])  # of NaN as well
+                side = side[same]
+            parts.append(side)
+        yield level_text(level), parts[0], parts[1]
+
+
+def level_text(level: Mapping[str, object]) -> str:
+    """The levels of factors as one text: `spread 0.5, schedule cosine`."""
+    return ", ".join(
+        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in level.items()
+    )
+
+
+def rate_means(runs: pd.DataFrame) -> pd.DataFrame:
+    """The tuning runs by data set, depth, arm and rates, with the best rates of each arm marked.
+
+    The best has the lowest mean validation error, where a diverged run counts as an error of
+    100 %. Of equal means the larger rate of the filters wins, then that of the rest: it needs
+    fewer epochs.
+
+    Returns:
+        Columns dataset, depth, arm, update, filters_rate, rest_rate, n (tuning runs), n_diverged,
+        val_error (that mean, percent), healthy_error (mean of those that have not diverged, NaN
+        where there are none), ci_low, ci_high (its 95 % t-interval), is_best, is_at_edge (the
+        smallest or largest rate tried, of the filters or the rest; an axis with one rate has no
+        edge).
+    """
+    runs = runs[runs["purpose"] == "tune"]
+    runs = runs.assign(healthy=metric_values(runs, "val_error"))
+    runs["counted"] = runs["healthy"].fillna(100 * _WORST).astype(float)
+    cell = ["dataset", "depth", "arm", "update"]
+    rates = ["filters_rate", "rest_rate"]
+    rows = []
+    for key, group in runs.groupby([*cell, *rates], sort=True):
+        healthy = group["healthy"].dropna().to_numpy(float)
+        mean, _, low, high = mean_interval(healthy)
+        n, counted = len(group), round(float(group["counted"].mean()), 10)
+        rows.append((*key, n, n - len(healthy), counted, mean, low, high))
+    columns = [*cell, *rates, "n", "n_diverged", "val_error", "healthy_error", "ci_low", "ci_high"]
+    table = pd.DataFrame(rows, columns=columns)
+    order = table.sort_values(["val_error", *rates], ascending=[True, False, False])
+    best = order.groupby(cell).head(1).index
+    edge = pd.Series(False, index=table.index)
+    for rate in rates:
+        by_cell = table.groupby(cell)[rate]
+        least, most = by_cell.transform("min"), by_cell.transform("max")
+        edge |= (least < most) & ((table[rate] == least) | (table[rate] == most))
+    return table.assign(is_best=table.index.isin(best), is_at_edge=edge)
+
+
+def choose_rates(runs: pd.DataFrame, arms: Sequence[str] | None = None) -> pd.DataFrame:
+    """The best rates of each data set, depth and arm by the tuning runs: the rule of `rate_means`.
+
+    Args:
+        runs: a row per run.
+        arms: those to choose for; all that have tuning runs if None.
+
+    Returns:
+        The columns of `rate_means` without `is_best`, a row per data set, depth and arm.
+
+    Raises:
+        UserError: an arm has no tuning runs.
+    """
+    table = rate_means(runs)
+    missing = [arm for arm in arms or () if arm not in set(table["arm"])]
+    if missing:
+        raise UserError(f"no tuning runs of arm {', '.join(missing)}; tune before the comparison")
+    chosen = table[table["is_best"] & (table["arm"].isin(arms) if arms is not None else True)]
+    return chosen.drop(columns="is_best").reset_index(drop=True)
+
+
+def rank(runs: pd.DataFrame, metric: str = "test_error", alpha: float = 0.05) -> pd.DataFrame:
+    """All arms of each data set and depth by their mean over the comparison runs, the best first.
+
+    Returns:
+        Columns dataset, depth, rank, arm, update, level (of the factors that vary within an arm),
+        n, n_diverged (not in the mean), mean, std (ddof 1), ci_low, ci_high (t-interval); errors in
+        percent. Equal means share the better rank; an arm that always diverged comes last.
+    """
+    runs = runs[runs["purpose"] == "compare"]
+    rows = []
+    for (dataset, depth, arm), group in runs.groupby(["dataset", "depth", "arm"], sort=True):
+        for level, part, _ in _levels(group, group):
+            values = metric_values(part, metric).dropna().to_numpy(float)
+            update, left_out = part["update"].iloc[0], len(part) - len(values)
+            summary = mean_interval(values, alpha)
+            rows.append((dataset, depth, arm, update, level, len(values), left_out, *summary))
+    columns = ["dataset", "depth", "arm", "update", "level", "n", "n_diverged"]
+    table = pd.DataFrame(rows, columns=[*columns, "mean", "std", "ci_low", "ci_high"])
+    means = table["mean"].round(10).fillna(math.inf)
+    places = means.groupby([table["dataset"], table["depth"]]).rank(method="min").astype(int)
+    table.insert(2, "rank", places)
+    return table.sort_values(["dataset", "depth", "rank", "arm"], ignore_index=True)
+
+
+def paired_power(difference: float, std: float, n: int, alpha: float = 0.05) -> float:
+    """The chance that the two-sided paired t-test of n pairs finds this difference at level alpha.
+
+    Args:
+        difference, std: mean and standard deviation of the paired differences, in one unit; std
+            above 0.
+        n: pairs, at least 2.
+    """
+    shift = abs(difference) / std * math.sqrt(n)
+    limit = float(special.stdtrit(n - 1, 1 - alpha / 2))
+    found = stats.nct.sf(limit, n - 1, shift) + stats.nct.cdf(-limit, n - 1, shift)
+    return float(min(1.0, np.nan_to_num(found)))
+
+
+def pairs_needed(difference: float, std: float, power: float = 0.9, alpha: float = 0.05) -> int:
+    """The fewest pairs with which `paired_power` reaches `power`.
+
+    Raises:
+        ValueError: the difference is 0, which no number of pairs tells from 0.
+    """
+    if difference == 0:
+        raise ValueError("a difference of 0 is never found")
+    high = 2
+    while paired_power(difference, std, high, alpha) < power:
+        high *= 2
+    counts = range(2, high + 1)  # the power grows with the count
+    place = bisect.bisect_left(counts, power, key=lambda n: paired_power(difference, std, n, alpha))
+    return counts[place]
