@@ -274,9 +274,7 @@ def table(comparison: Comparison) -> Cells:
     header = ["depth", "what", "runs", "samples/s", "(range)", "ours ×", "(range) ", "of bound"]
     return Cells(
         f"Training samples per second: medians and ranges of {comparison.rounds} rounds",
-        header,
-        rows,
-        frozenset({"what"}),
+        pd.DataFrame(rows, columns=header),
     )
 
 

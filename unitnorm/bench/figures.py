@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from unitnorm.bench.measure import Spread
-from unitnorm.report.figures import WIDTH, encode, settings
+from unitnorm.report.style import WIDTH, encode, settings
 
 __all__ = ["encode", "roofs", "scaling"]
 

@@ -20,7 +20,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from unitnorm.errors import UserError
-from unitnorm.report.tables import Cells, markdown
+from unitnorm.report.tables import Cells, to_markdown
 
 PACKAGES = ("unitnorm", "jax", "jaxlib", "flax", "optax", "numpy", "torch", "geoopt")
 PATIENCE_S = 20  # a worker that takes longer to leave is ended
@@ -224,5 +224,5 @@ def as_json(facts: Mapping[str, Any]) -> bytes:
 def as_markdown(table: Cells, remarks: Sequence[str]) -> bytes:
     """A table and what stands below it."""
     lines = "\n".join(f"- {remark}" for remark in remarks)
-    parts = [f"**{table.title}**", markdown(table), *([lines] if lines else [])]
+    parts = [to_markdown(table), *([lines] if lines else [])]
     return ("\n\n".join(parts) + "\n").encode()

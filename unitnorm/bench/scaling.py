@@ -146,7 +146,7 @@ def table(frame: pd.DataFrame) -> Cells:
         ]
         for row in frame.itertuples(index=False)
     ]
-    return Cells("Seconds of an epoch, and memory", header, rows, frozenset())
+    return Cells("Seconds of an epoch, and memory", pd.DataFrame(rows, columns=header))
 
 
 def growth(frame: pd.DataFrame) -> list[str]:

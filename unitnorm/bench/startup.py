@@ -121,9 +121,5 @@ def table(frame: pd.DataFrame) -> Cells:
         for what, cache, seconds, low, high in frame.itertuples(index=False)
     ]
     header = ["what", "cache", "seconds", "(range)"]
-    return Cells(
-        "Seconds until --help is over, or the first epoch",
-        header,
-        rows,
-        frozenset({"what", "cache"}),
-    )
+    title = "Seconds until --help is over, or the first epoch"
+    return Cells(title, pd.DataFrame(rows, columns=header))

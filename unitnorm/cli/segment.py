@@ -244,7 +244,7 @@ def predict(images: tuple[Path, ...], weights: Path, out: Path) -> None:
 
     import numpy as np
 
-    from unitnorm.report.figures import encode
+    from unitnorm.report.style import encode
     from unitnorm.run import records as base_records
     from unitnorm.segment import figures, predicting, records
 
@@ -283,7 +283,7 @@ def report(out: Path, data_dir: str | None, synthetic: bool, count: int) -> None
       unitnorm segment report --data-dir CamVid
     """
     _prepare(1, 1)
-    from unitnorm.report.figures import encode
+    from unitnorm.report.style import encode
     from unitnorm.run import records as base_records
     from unitnorm.segment import figures, records
 
@@ -311,10 +311,10 @@ def report(out: Path, data_dir: str | None, synthetic: bool, count: int) -> None
 def _figure2(out: Path, known: Records, data_dir: str | None, synthetic: bool, count: int) -> Any:
     import numpy as np
 
-    from unitnorm.report.frames import in_order, label
+    from unitnorm.report.style import label, sort_updates
     from unitnorm.segment import figures, predicting, records
 
-    loaded = {u: records.unpack(out / f"{u}.safetensors") for u in in_order(known.weights)}
+    loaded = {u: records.unpack(out / f"{u}.safetensors") for u in sort_updates(known.weights)}
     _, scenes = _scenes(next(iter(loaded.values())), data_dir, synthetic)
     if scenes.sha256 != known.provenance["data"]["sha256"]:
         raise UserError(

@@ -1,6 +1,6 @@
 """What a segmentation looks like: Figure 2 of the paper, single photos, and the training's curves.
 
-In the style of `unitnorm.report.figures`, whose settings and `encode` are used.
+In the style of `unitnorm.report.style`, whose settings and `encode` are used.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from unitnorm.report import figures as base
-from unitnorm.report.frames import label
+from unitnorm.report import style as base
+from unitnorm.report.style import label
 from unitnorm.segment.palette import COLOURS, NAMES, coloured
 
 _GAP, _LEGEND = 0.05, 0.5  # inches
@@ -92,7 +92,7 @@ def curves(metrics: pd.DataFrame, history: pd.DataFrame) -> Figure:
         (val, "class_accuracy", 100, "class average on val [%]"),
         (val, "mean_iou", 100, "mean IoU on val [%]"),
     ]
-    styles = base.style(history["update"])
+    styles = base.assign_styles(history["update"])
     with base.settings():
         figure = Figure(figsize=(base.WIDTH, 5.2), layout="constrained")
         axes = figure.subplots(2, 2, sharex=True)

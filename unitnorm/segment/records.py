@@ -21,7 +21,7 @@ import safetensors
 import safetensors.numpy
 
 from unitnorm.errors import UserError
-from unitnorm.report.frames import in_order, label
+from unitnorm.report.style import label, sort_updates
 from unitnorm.run import records as base
 from unitnorm.segment.config import Network
 from unitnorm.segment.metrics import Metrics
@@ -253,7 +253,7 @@ def _parse(path: Path, content: bytes, columns: tuple[str, ...]) -> pd.DataFrame
 def headline(known: Records) -> list[tuple[str, Metrics]]:
     """Per update the test results of its best epoch on val; val's so far where there are none."""
     result = []
-    for update in in_order(known.metrics["update"]):
+    for update in sort_updates(known.metrics["update"]):
         rows = known.metrics[known.metrics["update"] == update]
         val, test = (rows[rows["split"] == split] for split in ("val", "test"))
         best = val.iloc[int(val["mean_iou"].fillna(-1.0).to_numpy().argmax())]
