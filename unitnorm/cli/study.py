@@ -1,12 +1,196 @@
-"""The command `unitnorm study`."""
+"""The command `unitnorm study`: read options, call, print."""
 
 from __future__ import annotations
+
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from unitnorm.cli import options as opt
+from unitnorm.errors import UserError
+from unitnorm.run.job import Job, open_job
+
+if TYPE_CHECKING:
+    from unitnorm.study.config import Plan
+
+RUNS = "runs/study"
 
 
-@click.command(cls=opt.GroupedCommand, short_help="Comparisons of many runs, from a plan.")
-def study() -> None:
-    """Comparisons of many runs, from a plan."""
+@click.command(cls=opt.GroupedCommand, short_help="Many runs compared, from a declared plan.")
+@click.argument("plan_name", metavar="NAME|FILE", type=opt.ConfigName())
+@opt.option(
+    "--data", "places", group=opt.DATA, multiple=True, metavar="NAME=FOLDER",
+    help="Where a data set of the plan lies: four IDX files; may be repeated. mnist needs none.",
+)  # fmt: skip
+@opt.option(
+    "--dry-run", group=opt.SELECTION, is_flag=True,
+    help="Say how many runs are missing and how long they take; train nothing.",
+)  # fmt: skip
+@opt.option(
+    "--report-only", group=opt.SELECTION, is_flag=True,
+    help="Comparisons and figures from what is recorded; train nothing.",
+)  # fmt: skip
+@opt.option(
+    "--set", "overrides", group=opt.SELECTION, multiple=True, metavar="KEY=VALUE",
+    help="Override any key of the plan, for example --set compare.count=20.",
+)  # fmt: skip
+@opt.training_options("runs/study")
+def study(
+    plan_name: str,
+    places: tuple[str, ...],
+    dry_run: bool,
+    report_only: bool,
+    overrides: tuple[str, ...],
+    **options: Any,
+) -> None:
+    """Train what a plan declares, and compare.
+
+    A plan names data sets, depths, arms (an update with its rates, schedule and start), seeds for
+    tuning and fresh ones for comparing, and the comparisons. Records go to --out [default:
+    runs/study/NAME]; the same command goes on where it stopped, and seeds may be added later.
+
+    \b
+    Example
+      unitnorm study study/effective-rate --data fashion=/usr/share/dataset/fashion-mnist
+      unitnorm study study/effective-rate --set compare.count=20 --dry-run
+    """
+    from unitnorm.run.config import find_config, load
+    from unitnorm.study.config import Plan
+
+    values = opt.read_values(overrides)
+    plan = load(plan_name, values, Plan)
+    training = opt.take_training_options(options)
+    if training.out == Path(RUNS):
+        training = replace(training, out=Path(RUNS) / Path(plan_name).stem)
+    if report_only:
+        do_study_report(training.out)
+        return
+    folders = find_folders(plan, places)
+    if dry_run:
+        do_dry_run(plan, training.out)
+        return
+
+    def load_all() -> tuple[Any, dict[str, Any]]:
+        from unitnorm.data import load_dataset
+
+        data = {name: load_dataset(name, folders.get(name)) for name in plan.datasets}
+        for name in plan.arms:
+            for images in data.values():
+                plan.config_of(name).check_images(len(images.train_labels))
+        return data, {name: {"sha256": images.sha256} for name, images in data.items()}
+
+    def selected() -> Any:
+        from unitnorm.run.records import read
+        from unitnorm.study.schema import CELL, SCHEMA
+
+        return read(training.out, SCHEMA)["runs"][list(CELL)]
+
+    from unitnorm.study.schema import SCHEMA
+
+    with open_job(SCHEMA, plan, selected, load_all, training) as job:
+        keep_plan(job, find_config(plan_name))
+        do_study(plan, job)
+    if job.writes:
+        do_study_report(training.out)
+
+
+def find_folders(plan: Plan, places: tuple[str, ...]) -> dict[str, Path]:
+    """Where the plan's data sets lie.
+
+    Raises:
+      UserError: one is named that the plan does not have.
+    """
+    from unitnorm.study.config import parse_place
+
+    folders = dict(parse_place(text) for text in places)
+    for name in folders:
+        if name not in plan.datasets:
+            raise UserError(
+                f"--data {name}=…: the plan has no such data set, only {', '.join(plan.datasets)}"
+            )
+    return folders
+
+
+def keep_plan(job: Job, path: Path) -> None:
+    """Put the plan, as it was declared, among the folder's files, with the date of its commit."""
+    from unitnorm.run.provenance import committed
+
+    text = path.read_bytes()
+    job.records = replace(
+        job.records.with_files({"plan.toml": text}),
+        provenance={**job.records.provenance, "plan_committed": committed(path)},
+    )
+
+
+def do_study(plan: Plan, job: Job) -> None:
+    """Train what is missing, and record it batch by batch."""
+    from unitnorm.run.progress import clock
+    from unitnorm.study.experiment import count_runs, run_study
+
+    total, before = sum(count_runs(plan).values()), len(job.records["runs"])
+    job.session.say(f"study: {before} of {total} runs are recorded")
+    started = time.monotonic()
+    for records in run_study(plan, job.data, job.records, job.session):
+        job.store(records)
+        done = len(records["runs"])
+        pace = (time.monotonic() - started) / max(done - before, 1)
+        job.session.say(
+            f"study: {done} of {total} runs, {3600 / pace:,.0f} an hour, about "
+            f"{clock(pace * max(total - done, 0))} left"
+        )
+
+
+def do_dry_run(plan: Plan, out: Path) -> None:
+    """Say what is missing, and for how long."""
+    from unitnorm.run.progress import clock
+    from unitnorm.run.records import read
+    from unitnorm.study.experiment import count_runs
+    from unitnorm.study.schema import SCHEMA
+
+    known = read(out, SCHEMA)
+    for purpose, count in count_runs(plan).items():
+        done = int((known["runs"]["purpose"] == purpose).sum())
+        click.echo(f"{purpose}: {count} runs, {done} recorded")
+    missing = max(sum(count_runs(plan).values()) - len(known["runs"]), 0)
+    commands = known.provenance.get("commands", [])
+    rows = sum(command["rows"] for command in commands)
+    if rows:
+        pace = sum(command["wall_s"] for command in commands) / rows
+        click.echo(f"about {clock(pace * missing)} at {pace:.2f} s a run, as recorded there")
+    else:
+        pace = measure_pace(plan)
+        click.echo(f"about {clock(pace * missing)} at {pace:.2f} s a run, measured on a few steps")
+
+
+def measure_pace(plan: Plan) -> float:
+    """Seconds that a run takes here, from a small part of one."""
+    from unitnorm.run import devices
+
+    devices.prepare()
+    from unitnorm.data import load_dataset
+    from unitnorm.study.experiment import time_run
+
+    return time_run(plan, load_dataset())
+
+
+def do_study_report(out: Path) -> None:
+    """Write and print what the records show."""
+    from rich.console import Console
+
+    from unitnorm.run import records
+    from unitnorm.study import report
+    from unitnorm.study.schema import SCHEMA
+
+    with records.locked(out, make=False):
+        known = records.read(out, SCHEMA)
+        if known["runs"].empty:
+            raise UserError(f"{out}: no runs of a study here; `unitnorm study` records some")
+        files = report.build(known)
+        records.write_files(out, files, replacing="figures/*")
+    console = Console()
+    console.print(report.show(known))
+    console.print(f"{len(files)} files in {out}{os.sep}", highlight=False)

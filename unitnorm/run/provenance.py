@@ -143,3 +143,14 @@ def describe(config: ExperimentConfig, data: dict[str, Any]) -> dict[str, Any]:
         "data": data,
         "commands": [],
     }
+
+
+def committed(path: Path) -> str | None:
+    """When a file was last committed, as it stands now; None if it is not, or has changed since."""
+    try:
+        if _git(path.resolve().parent, "status", "--porcelain", "--", path.resolve().name):
+            return None
+        form = ("log", "-1", "--format=%cI %h", "--", path.resolve().name)
+        return _git(path.resolve().parent, *form) or None
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -173,7 +173,7 @@ def train_program(
         covers=tuple(sorted(SCHEMA.names(table, group.cells()))),
     )
     state = train(part, program, session)
-    wrong = program.find_wrong(state) if table == "runs" else np.empty((0, 0, 0), bool)
+    wrong = program.find_wrong(state)[0] if table == "runs" else np.empty((0, 0, 0), bool)
     return wrong, program.take(state)
 
 

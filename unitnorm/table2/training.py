@@ -467,19 +467,20 @@ def evaluate(
     return wrong / count, loss / count
 
 
-def find_wrong(network: Network, params: Any, stats: Any, images: Images) -> Array:
-    """Which images are misclassified, with running statistics: bool (images,)."""
+def find_wrong(network: Network, params: Any, stats: Any, images: Images) -> tuple[Array, Array]:
+    """Which images are misclassified, bool (images,), and the mean cross-entropy."""
     count = len(images.labels)
     chunk = min(EVALUATION_CHUNK, count)
     chunks = -(-count // chunk)
     index = jnp.pad(jnp.arange(count, dtype=jnp.int32), (0, chunks * chunk - count))
 
-    def body(_: None, part: Array) -> tuple[None, Array]:
+    def body(_: None, part: Array) -> tuple[None, tuple[Array, Array]]:
         x, y = gather(images, part)
-        return None, jnp.argmax(network.apply(params, stats, x, False)[0], -1) != y
+        logits, _ = network.apply(params, stats, x, False)
+        return None, (jnp.argmax(logits, -1) != y, cross_entropy(logits, y))
 
-    _, wrong = jax.lax.scan(body, None, index.reshape(chunks, chunk))
-    return wrong.reshape(-1)[:count]
+    _, (wrong, losses) = jax.lax.scan(body, None, index.reshape(chunks, chunk))
+    return wrong.reshape(-1)[:count], losses.reshape(-1)[:count].mean()
 
 
 def over_seeds(
@@ -595,7 +596,7 @@ class Program:
         def is_running(_: Split, runs: Runs) -> Array:
             return jnp.any(runs.reason == protocol.RUNNING)
 
-        def wrong_one(runs: Runs, test: Images) -> Array:
+        def wrong_one(runs: Runs, test: Images) -> tuple[Array, Array]:
             return jax.vmap(lambda p, s: find_wrong(network, p, s, test))(runs.params, runs.stats)
 
         spread = partial(over_seeds, mesh, block)
@@ -661,9 +662,14 @@ class Program:
         text = f"{active}/{reasons.size} runs active, val error {error}"
         return Status(int(epochs.max()), bool(active), text)
 
-    def find_wrong(self, state: Runs) -> np.ndarray:
-        """Which test images every run gets wrong: bool (seeds, lanes, test images)."""
-        return to_host(self._wrong(state, self._test))[: self._count]
+    def find_wrong(self, state: Runs) -> tuple[np.ndarray, np.ndarray]:
+        """Which test images every run gets wrong, and its mean cross-entropy over all of them.
+
+        Returns:
+          bool (seeds, lanes, test images); float32 (seeds, lanes).
+        """
+        wrong, loss = to_host(self._wrong(state, self._test))
+        return wrong[: self._count], loss[: self._count]
 
 
 def lane_of(runs: Runs, lane: int) -> Runs:

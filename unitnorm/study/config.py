@@ -1,0 +1,171 @@
+"""A study's plan: arms, how they are trained, seeds for tuning and for comparing, comparisons.
+
+The plan is a TOML file, written and committed before its results. To add a factor, give it a field
+here, a column in `schema` and its place in `experiment.lanes_of`. Nothing here touches JAX.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import Field, field_validator, model_validator
+
+from unitnorm.errors import UserError
+from unitnorm.run.config import ExperimentConfig, Section, parse
+from unitnorm.table2.config import Config
+
+Rate = Annotated[float, Field(gt=0.0, le=1e6)]
+Name = Annotated[str, Field(pattern=r"^[\w.+@=-]+$", max_length=60)]
+Schedule = Literal["bold-driver", "bold-driver-back", "constant", "cosine", "follow"]
+Start = Literal["balanced", "filters", "pairs", "theta"]
+
+
+class Seeds(Section):
+    """Seeds `first`, `first` + 1, …"""
+
+    first: Annotated[int, Field(ge=0, le=2**30)] = 1000
+    count: Annotated[int, Field(ge=0, le=100_000)] = 0
+
+
+class ArmPlan(Section):
+    """One thing that is compared: an update with its options, rates, schedule and start."""
+
+    update: str
+    options: dict[str, float | int | bool | str] = Field({}, description="of the update")
+    rates: list[Rate] = Field(
+        min_length=1,
+        max_length=64,
+        description="base rates; of several, the one with the lowest mean validation error of the "
+        "tuning seeds is compared",
+    )
+    filters_rates: list[Rate] = Field(
+        [], description="of the filters, apart from the rest; empty: one rate for both"
+    )
+    schedule: Schedule = Field(
+        "bold-driver", description="follow: the rate of the first arm, epoch by epoch"
+    )
+    start: Start = Field("balanced", description="what of the start is unbalanced")
+    spreads: list[Annotated[float, Field(ge=0.0, le=8.0)]] = Field(
+        [0.0], description="over how many decades; each is a level of its own"
+    )
+    training: dict[str, Any] = Field({}, description="keys of Table 2's config, for this arm alone")
+
+    @field_validator("update")
+    @classmethod
+    def _known(cls, update: str) -> str:
+        from unitnorm.updates import check_update_name
+
+        return check_update_name(update)
+
+    def rate_pairs(self) -> list[tuple[float, float]]:
+        """(rate of the filters, rate of the rest), every combination."""
+        if not self.filters_rates:
+            return [(rate, rate) for rate in self.rates]
+        return list(itertools.product(self.filters_rates, self.rates))
+
+
+class ComparisonPlan(Section):
+    """The difference arm − baseline, in every data set and at every depth."""
+
+    name: str = Field(min_length=1, max_length=80)
+    arm: Name
+    baseline: Name
+    metric: str = Field(
+        "test_error", pattern=r"^(test_error|test_loss|val_error|train_loss)(_\d+)?$"
+    )
+
+
+class Plan(ExperimentConfig):
+    """A study."""
+
+    question: str = Field(min_length=1, description="what it is to answer, in a sentence")
+    datasets: list[Name] = Field(min_length=1, description="mnist, and names that --data places")
+    depths: list[Annotated[int, Field(ge=1, le=64)]] = Field([2, 4], min_length=1)
+    tune: Seeds = Seeds(first=1000, count=10)
+    compare: Seeds = Seeds(first=2000, count=100)
+    margin: Annotated[float, Field(gt=0.0, le=100.0)] = Field(
+        0.05, description="differences within so many percentage points are equivalent"
+    )
+    alpha: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.05
+    training: dict[str, Any] = Field({}, description="keys of Table 2's config, by section")
+    arms: dict[Name, ArmPlan] = Field(min_length=1)
+    comparisons: list[ComparisonPlan] = Field([], description="Holm's correction is over all")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Plan:
+        for comparison in self.comparisons:
+            for name in (comparison.arm, comparison.baseline):
+                if name not in self.arms:
+                    raise ValueError(
+                        f"comparison {comparison.name!r}: no arm {name!r}; there are "
+                        f"{', '.join(self.arms)}"
+                    )
+        if self.tune.count == 0:
+            for name, arm in self.arms.items():
+                if len(arm.rate_pairs()) > 1:
+                    raise ValueError(f"arm {name} has several rates, but tune.count = 0")
+        low, high = sorted((self.tune, self.compare), key=lambda seeds: seeds.first)
+        if low.first + low.count > high.first:
+            raise ValueError("tune and compare share seeds; fresh ones are needed to compare")
+        for name in self.arms:
+            self.config_of(name)
+        return self
+
+    def config_of(self, arm: str) -> Config:
+        """How an arm is trained, as a config of Table 2."""
+        values = _merge(self.training, self.arms[arm].training)
+        return parse(values, f"training of {arm}", Config)
+
+    def protocol(self) -> dict[str, Any]:
+        """What was declared, all of it: the plan stands in the provenance."""
+        return self.model_dump()
+
+    def conflict(self, recorded: Any) -> str | None:
+        """Where the plan contradicts what is recorded.
+
+        Seeds and comparisons may be added, arms too; an arm that is there must stay as it was.
+        """
+        mine = json.loads(json.dumps(self.protocol()))
+        for key in ("training", "tune", "compare"):
+            old, new = recorded.get(key), mine[key]
+            if key != "training":
+                old, new = (old or {}).get("first"), new["first"]
+            if old != new:
+                return f" ({key}: {old} there, {new} here)"
+        for name, arm in mine["arms"].items():
+            there = recorded.get("arms", {}).get(name, arm)
+            if there != arm:
+                return f" (arm {name} is another there)"
+        return None
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+class Place(NamedTuple):
+    """Where a data set lies: `--data NAME=FOLDER`."""
+
+    name: str
+    folder: Path
+
+
+def parse_place(text: str) -> Place:
+    """Split NAME=FOLDER.
+
+    Raises:
+      UserError: it has another form.
+    """
+    name, sign, folder = text.partition("=")
+    if not sign or not name or not folder:
+        raise UserError(
+            f"--data {text}: expected NAME=FOLDER, for example fashion=datasets/fashion"
+        )
+    return Place(name, Path(folder).expanduser())

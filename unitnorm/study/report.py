@@ -1,0 +1,91 @@
+"""What a study's records show: comparisons, rates, ranks and figures, from the runs alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+from rich.console import Group
+from rich.text import Text
+
+from unitnorm.report.tables import Cells, Fitting, to_csv, to_markdown
+from unitnorm.run.config import parse
+from unitnorm.run.records import Records
+from unitnorm.study import statistics
+from unitnorm.study.config import Plan
+
+
+def plan_of(known: Records) -> Plan:
+    """The plan that a folder's records were made by."""
+    return parse(known.provenance["config"], "provenance.json", Plan)
+
+
+def comparisons_of(known: Records) -> pd.DataFrame:
+    """The plan's comparisons, as far as there are runs of their arms."""
+    plan, runs = plan_of(known), known["runs"]
+    there = set(runs.loc[runs["purpose"] == "compare", "arm"])
+    planned = [
+        statistics.Comparison(c.name, c.arm, c.baseline, c.metric)
+        for c in plan.comparisons
+        if {c.arm, c.baseline} <= there
+    ]
+    return statistics.compare(runs, planned, plan.margin, plan.alpha)
+
+
+def build(known: Records) -> dict[str, bytes]:
+    """Every file of a study's report: the same records give the same bytes."""
+    runs = known["runs"]
+    files = {}
+    compared = comparisons_of(known)
+    if len(compared):
+        files["comparisons.csv"] = to_csv(compared).encode()
+        files["comparisons.md"] = to_markdown(comparison_cells(known, compared)).encode() + b"\n"
+    if (runs["purpose"] == "compare").any():
+        files["ranking.csv"] = to_csv(statistics.rank(runs)).encode()
+    if (runs["purpose"] == "tune").any():
+        files["rates.csv"] = to_csv(statistics.rate_means(runs)).encode()
+        files["chosen_rates.csv"] = to_csv(statistics.choose_rates(runs)).encode()
+    return files
+
+
+def show(known: Records) -> Group:
+    """What `unitnorm study` prints."""
+    compared = comparisons_of(known)
+    if compared.empty:
+        return Group(Text("no comparison has runs of both of its arms yet"))
+    return Group(Fitting(comparison_cells(known, compared)))
+
+
+def comparison_cells(known: Records, compared: pd.DataFrame) -> Cells:
+    """The comparisons, to be read."""
+    plan = plan_of(known)
+    rows = [_comparison_row(row) for row in compared.to_dict("records")]
+    columns = ["data", "depth", "comparison", "n", "difference", "95 % interval", "p (Holm)"]
+    return Cells(plan.question, pd.DataFrame(rows, columns=[*columns, "verdict"]), _note(known))
+
+
+def _comparison_row(row: dict[Any, Any]) -> list[str]:
+    level = f", {row['level']}" if row["level"] else ""
+    left_out = f" (−{row['n_left_out']})" if row["n_left_out"] else ""
+    return [
+        row["dataset"],
+        str(row["depth"]),
+        row["comparison"] + level,
+        f"{row['n']}{left_out}",
+        f"{row['difference']:+.3f}",
+        f"{row['ci_low']:+.3f} to {row['ci_high']:+.3f}",
+        f"{row['p_holm']:.2g}",
+        row["verdict"],
+    ]
+
+
+def _note(known: Records) -> str:
+    plan, commands = plan_of(known), known.provenance["commands"]
+    declared = known.provenance.get("plan_committed") or "not committed"
+    first = min((command["started"] for command in commands), default="–")
+    return (
+        "Difference of the test error in percentage points, arm − baseline, in n pairs by seed "
+        "(− those left out, as one of the two diverged); paired t-interval over seeds; p by Holm "
+        f"over all rows; equivalent: within ±{plan.margin} points by two one-sided tests. "
+        f"Plan committed {declared}, first run {first}."
+    )

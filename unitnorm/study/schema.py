@@ -1,0 +1,36 @@
+"""The table of a study's runs. To add a factor, add a column here and fill it in `experiment`."""
+
+from __future__ import annotations
+
+from unitnorm.run.records import Schema, Table
+
+BUDGETS = (5, 10, 25)  # epochs after which the test images are measured, beside the end
+MEASURED = ("train_loss", "val_error", "val_loss", "test_error", "test_loss")
+# What names a run. `start` and `spread` say from where, the rates are the base rates.
+CELL = (
+    "dataset", "depth", "arm", "purpose", "seed", "filters_rate", "rest_rate", "start", "spread",
+)  # fmt: skip
+
+SCHEMA = Schema(
+    kind="study",
+    tables={
+        "runs": Table(
+            {
+                "dataset": "s", "depth": "i", "arm": "s", "purpose": "s", "seed": "i",
+                "filters_rate": "f", "rest_rate": "f", "start": "s", "spread": "f",
+                "update": "s", "schedule": "s", "batch_size": "i", "reduction": "s",
+                "epochs": "i", "stop_reason": "s", "diverged": "b",
+                **dict.fromkeys(MEASURED, "f"),
+                "effective_rate": "f",
+                **{f"{name}_{epoch}": "f" for epoch in BUDGETS for name in MEASURED},
+                # the test images it gets wrong, packed; see `statistics.pack_wrong`
+                "wrong": "s",
+            },
+            CELL,
+            packed=True,
+        )
+    },
+    cell=CELL,
+    files=r"plan\.toml",
+    command="unitnorm study",
+)  # fmt: skip
