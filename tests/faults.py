@@ -185,7 +185,7 @@ MOMENTS: dict[str, Callable[[Path], bool]] = {
     "start": lambda _: True,
     "sweep": exists("out/.checkpoints/sweep-*"),
     "training": exists("out/.checkpoints/train-*"),
-    "checkpointing": exists("out/.checkpoints/*/*tmp*"),
+    "checkpointing": exists("out/.checkpoints/*/unfinished.tmp"),
     "writing records": lambda folder: any(
         (folder / "out" / name).exists() for name in (".records-staged", ".records-valid")
     ),

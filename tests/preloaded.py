@@ -5,4 +5,4 @@ import warnings
 # JAX warns of forks in processes with threads; the server has none
 warnings.filterwarnings("ignore", "os.fork.. was called", RuntimeWarning)
 
-import orbax.checkpoint  # noqa: E402, F401
+import unitnorm.table2.experiment  # noqa: E402, F401

@@ -1,21 +1,25 @@
-"""Checkpoints: what is restored is what was saved, or nothing; damage, other runs, full disks."""
+"""Checkpoints: what is restored is what was saved; damage, faults, other runs, full disks."""
 
 from __future__ import annotations
 
+import dataclasses
+import errno
+import hashlib
 import json
-import shutil
-import subprocess
-import sys
 from typing import NamedTuple
 
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from unitnorm.data import load_dataset
-from unitnorm.run import checkpoints
+from unitnorm.errors import UserError
+from unitnorm.run import checkpoints, provenance
 from unitnorm.run.checkpoints import Folder, Part
-from unitnorm.table2 import config, experiment
+from unitnorm.run.config import load
+from unitnorm.table2 import experiment, training
+from unitnorm.table2.config import Config
 
 PART = Part("train depth 2", "f" * 64, ("runs/2/un/0", "runs/2/un/1"))
 
@@ -76,7 +80,9 @@ def test_the_newest_state_comes_back_bit_for_bit_and_two_are_kept(opened, tmp_pa
     saved(folder, 1, 2, 3)
     assert_same(opened().restore(PART, state(0)), state(3))
     (place,) = (tmp_path / "kept").iterdir()
-    assert {path.name for path in place.iterdir()} == {"about.json", "2", "3"}
+    assert {path.name for path in place.iterdir()} == {
+        "about.json", "2.safetensors", "3.safetensors",
+    }  # fmt: skip
     assert said == []
 
 
@@ -94,80 +100,192 @@ def test_saving_goes_on_after_a_restart(opened):
     assert_same(opened().restore(PART, state(0)), state(3))
 
 
-def test_a_state_of_another_shape_is_not_taken(opened, said):
-    saved(opened(), 1)
-    other = state(0)._replace(epoch=np.zeros((2,), np.int32))
-    assert opened().restore(PART, other) is None
-    assert len(said) == 1
-
-
 def damages(content: bytes):
-    """The ways in which a file is spoilt."""
-    middle = len(content) // 2
-    flipped = content[:middle] + bytes([content[middle] ^ 0x10]) + content[middle + 1 :]
-    return {"cut": content[:middle], "altered": flipped, "gone": None}
+    """A file cut at any place, and with a bit turned at any place."""
+    for at in range(0, len(content), 61):
+        yield content[:at]
+        yield content[:at] + bytes([content[at] ^ 1 << at % 8]) + content[at + 1 :]
 
 
-def test_whatever_is_damaged_the_state_is_whole_or_an_older_one_and_said_so(opened, tmp_path, said):
+def test_whatever_is_damaged_an_older_state_is_taken_and_the_damaged_one_set_aside(
+    opened, tmp_path, said
+):
     saved(opened(), 1, 2)
     (place,) = (tmp_path / "kept").iterdir()
-    shutil.copytree(place / "2", tmp_path / "good")
-    files = [path.relative_to(place) for path in (place / "2").rglob("*") if path.is_file()]
-    assert len(files) >= 8
-    fell_back = set()
-    for name in files:
-        content = (place / name).read_bytes()
-        for damage, spoilt in damages(content).items() if content else ():
-            if spoilt is None:
-                (place / name).unlink()
-            else:
-                (place / name).write_bytes(spoilt)
-            found = opened().restore(PART, state(0))
-            assert found is not None, f"{name} {damage}"
-            if said:
-                assert_same(found, state(1))
-                assert len(said) == 1
-                assert "checkpoint 2 is damaged and is left out" in said[0]
-                assert "\n" not in said[0]
-                assert not (place / "2").exists()
-                fell_back.add((name.parts[1], damage))
-            else:  # a file that nobody needs
-                assert_same(found, state(2))
-            said.clear()
-            shutil.rmtree(place / "2", ignore_errors=True)
-            shutil.copytree(tmp_path / "good", place / "2")
-    assert {("state", "cut"), ("state", "altered"), ("state", "gone")} <= fell_back
-    assert {("content", "cut"), ("content", "altered"), ("content", "gone")} <= fell_back
+    newest, aside = place / "2.safetensors", place / "damaged-2.safetensors"
+    good = newest.read_bytes()
+    spoilt = list(damages(good))
+    assert len(spoilt) > 60
+    for content in spoilt:
+        newest.write_bytes(content)
+        assert_same(opened().restore(PART, state(0)), state(1))
+        assert len(said) == 1
+        assert "checkpoint 2 is damaged" in said[0]
+        assert "is set aside as damaged-2.safetensors" in said[0]
+        assert "\n" not in said[0]
+        assert aside.read_bytes() == content
+        assert not newest.exists()
+        aside.unlink()
+        said.clear()
+    newest.write_bytes(good)
+    assert_same(opened().restore(PART, state(0)), state(2))
 
 
-def test_a_state_that_orbax_takes_for_whole_but_is_not_what_was_saved(opened, tmp_path, said):
+def test_the_number_of_a_state_that_was_set_aside_is_not_given_again(opened, tmp_path):
     saved(opened(), 1, 2)
     (place,) = (tmp_path / "kept").iterdir()
-    shutil.rmtree(place / "2" / "state")
-    shutil.copytree(place / "1" / "state", place / "2" / "state")
-    assert_same(opened().restore(PART, state(0)), state(1))
-    assert "SHA-256" in said[0]
+    (place / "2.safetensors").write_bytes(b"cut")
+    folder = opened()
+    assert_same(folder.restore(PART, state(0)), state(1))
+    saved(folder, 3)
+    assert {path.name for path in place.iterdir()} == {
+        "about.json", "1.safetensors", "3.safetensors", "damaged-2.safetensors",
+    }  # fmt: skip
 
 
-def test_without_a_good_state_one_starts_anew(opened, tmp_path, said):
+def test_without_a_good_state_one_starts_anew_and_nothing_is_deleted(opened, tmp_path, said):
     saved(opened(), 1, 2)
-    for path in (tmp_path / "kept").glob("*/*/state/**/*"):
-        if path.is_file():
-            path.write_bytes(b"")
+    for path in (tmp_path / "kept").glob("*/*.safetensors"):
+        path.write_bytes(b"")
     folder = opened()
     assert folder.restore(PART, state(0)) is None
     assert len(said) == 2
     saved(folder, 7)
     assert_same(opened().restore(PART, state(0)), state(7))
+    assert len(list((tmp_path / "kept").glob("*/damaged-*"))) == 2
+    opened().drop(PART.covers)
+    assert not (tmp_path / "kept").exists()
+
+
+def rewritten(path, **metadata: str) -> None:
+    """A state with other metadata, and the SHA-256 of that."""
+    metadata = {"format": str(checkpoints.FORMAT), "sha256": checkpoints.BLANK} | metadata
+    content = safetensors.numpy.save(safetensors.numpy.load(path.read_bytes()), metadata)
+    digest = hashlib.sha256(content).hexdigest()
+    path.write_bytes(content.replace(checkpoints.BLANK.encode(), digest.encode(), 1))
+
+
+def no_more_files(*_, **__):
+    raise OSError(errno.EMFILE, "Too many open files")
+
+
+def not_permitted(*_, **__):
+    raise PermissionError(errno.EACCES, "Permission denied")
+
+
+def unknown_to_the_library(*_, **__):
+    raise safetensors.SafetensorError("unknown variant `F3`")
+
+
+@pytest.mark.parametrize(
+    ("name", "fault", "says"),
+    [
+        ("pathlib.Path.read_bytes", no_more_files, r"cannot be read \(Too many open files\)"),
+        ("os.listdir", no_more_files, r"cannot be read \(Too many open files\)"),
+        ("pathlib.Path.read_bytes", not_permitted, r"cannot be read \(Permission denied\)"),
+        ("safetensors.numpy.load", unknown_to_the_library, "whole, but safetensors [0-9.]+ cannot"),
+    ],
+)
+def test_what_hinders_reading_but_is_no_damage_ends_the_command_and_loses_nothing(
+    name, fault, says, opened, tmp_path, said, monkeypatch
+):
+    saved(opened(), 1, 2)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with monkeypatch.context() as patch:
+        patch.setattr(name, fault)
+        for _ in range(3):
+            with pytest.raises(UserError, match=says) as line:
+                opened().restore(PART, state(0))
+            assert "\n" not in str(line.value)
+    assert said == []
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert_same(opened().restore(PART, state(0)), state(2))
+
+
+def test_a_state_of_a_newer_format_is_refused_and_kept(opened, tmp_path):
+    saved(opened(), 1, 2)
+    (newest,) = (tmp_path / "kept").glob("*/2.safetensors")
+    rewritten(newest)
+    assert_same(opened().restore(PART, state(0)), state(2))
+    rewritten(newest, format="99")
+    with pytest.raises(UserError, match="of format 99, this version of unitnorm reads 1"):
+        opened().restore(PART, state(0))
+    assert newest.exists()
+
+
+def test_a_state_of_another_shape_is_refused_and_kept(opened, tmp_path):
+    saved(opened(), 1)
+    others = [
+        state(0)._replace(epoch=np.zeros((2,), np.int32)),
+        state(0)._replace(epoch=np.zeros((), np.int64)),
+        state(0)._replace(epoch={"more": np.zeros((), np.int32)}),
+        state(0)._replace(params={}),
+    ]
+    for other in others:
+        with pytest.raises(UserError, match=r"its .* is not that of this program.*--fresh"):
+            opened().restore(PART, other)
+    assert_same(opened().restore(PART, state(0)), state(1))
+
+
+def test_a_failed_write_is_told_by_the_next_save_or_the_end_and_the_states_before_stay(
+    opened, tmp_path, monkeypatch
+):
+    saved(opened(), 1)
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for last in (lambda folder: folder.save(PART, state(3), wait=False), Folder.close):
+        folder = opened()
+        with monkeypatch.context() as patch:
+            patch.setattr("os.fsync", full)
+            folder.save(PART, state(2), wait=False)
+            with pytest.raises(UserError, match=r"No space left on device.*free some space"):
+                last(folder)
+        folder.close()  # says it once
+        assert {path.name for path in (tmp_path / "kept").glob("*/*")} == {
+            "about.json", "1.safetensors",
+        }  # fmt: skip
+    assert_same(opened().restore(PART, state(0)), state(1))
+
+
+def test_nothing_is_written_in_place(opened, tmp_path, monkeypatch):
+    """Whatever a kill leaves unfinished is not taken for a state, and goes with the next save."""
+    saved(opened(), 1)
+    (place,) = (tmp_path / "kept").iterdir()
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    folder = opened()
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            folder.save(PART, state(2), wait=True)
+    assert {path.name for path in place.iterdir()} == {
+        "about.json", "1.safetensors", "unfinished.tmp",
+    }  # fmt: skip
+    folder = opened()
+    assert_same(folder.restore(PART, state(0)), state(1))
+    saved(folder, 2)
+    assert not (place / "unfinished.tmp").exists()
+    assert_same(opened().restore(PART, state(0)), state(2))
 
 
 @pytest.mark.parametrize("about", [None, b"", b"{", b"[]", b'{"format": 99, "covers": []}'])
-def test_a_folder_without_a_sound_description_is_removed(about, opened, tmp_path):
+def test_a_folder_without_a_sound_description_goes_only_if_it_has_no_state(about, opened, tmp_path):
     saved(opened(), 1)
     (place,) = (tmp_path / "kept").iterdir()
     (place / "about.json").unlink()
     if about is not None:
         (place / "about.json").write_bytes(about)
+    opened().drop(PART.covers)
+    folder = opened()
+    assert_same(folder.restore(PART, state(0)), state(1))
+    saved(folder, 2)  # describes it again
+    (place / "about.json").write_bytes(about or b"")
+    for path in place.glob("*.safetensors"):
+        path.unlink()
     opened().drop([])
     assert not (tmp_path / "kept").exists()
 
@@ -214,28 +332,46 @@ def test_a_save_is_due_after_so_many_seconds_and_not_before(opened, monkeypatch)
     assert opened(every_s=0.0).due()
 
 
-def test_orbax_is_imported_only_when_there_is_something_to_keep(tmp_path):
-    code = (
-        "import sys, pathlib; from unitnorm.run.checkpoints import Folder, Part\n"
-        "folder = Folder(pathlib.Path(sys.argv[1]), say=print)\n"
-        "folder.drop(['x']); folder.restore(Part('a', 'b'), {}); folder.due(); folder.close()\n"
-        "sys.exit('orbax' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "none"], capture_output=True)
-    assert done.returncode == 0, done.stderr
-    assert not (tmp_path / "none").exists()
+def test_what_is_not_a_checkpoint_is_left_alone(opened, tmp_path):
+    saved(opened(), 1)
+    stray = tmp_path / "kept" / ".DS_Store"
+    stray.write_bytes(b"x")
+    opened().drop(PART.covers)
+    assert list((tmp_path / "kept").iterdir()) == [stray]
 
 
-def test_another_seed_rate_data_set_or_code_is_another_fingerprint(idx_folder, tmp_path):
-    settings = config.load(None, {"train.train_images": 400, "train.validation_images": 100})
+def test_without_a_save_there_is_no_folder(opened, tmp_path):
+    folder = opened()
+    folder.drop(["x"])
+    assert folder.restore(Part("a", "b"), {}) is None
+    folder.close()
+    assert not (tmp_path / "kept").exists()
+
+
+def test_another_seed_rate_data_set_or_code_is_another_fingerprint(idx_folder, monkeypatch):
+    settings = {"train.train_images": 400, "train.validation_images": 100}
     data = load_dataset(data_dir=idx_folder)
+    parts = []
 
-    def fingerprint(table="runs", updates=("un",), seeds=(0, 1), rate=1e-2, **changes) -> str:
-        changed = config.load(None, settings.model_dump() | changes.pop("config", {}))
+    class Stop(Exception):
+        """Before anything is trained."""
+
+    def stop(part: Part, *_: object) -> None:
+        parts.append(part)
+        raise Stop
+
+    monkeypatch.setattr(experiment, "train", stop)
+
+    def fingerprint(table="runs", updates=("un",), seeds=(0, 1), rate=1e-2, data=data, **changes):
+        changed = load(None, settings | changes, Config)
+        phase = training.train_phase(changed)
         group = experiment.Group(2, updates, (0, 1))
         rates = np.full((len(seeds), len(updates)), rate)
-        part = experiment.part_of(table, group, np.asarray(seeds), rates, changed, data)
-        return part.fingerprint
+        with pytest.raises(Stop):
+            experiment.train_program(
+                table, phase, changed, data, group, np.asarray(seeds), rates, None
+            )
+        return parts[-1].fingerprint
 
     found = [
         fingerprint(),
@@ -243,12 +379,13 @@ def test_another_seed_rate_data_set_or_code_is_another_fingerprint(idx_folder, t
         fingerprint(updates=("b-sgd",)),
         fingerprint(seeds=(0, 2)),
         fingerprint(rate=1e-3),
-        fingerprint(config={"loss": {"batch_size": 50}}),
+        fingerprint(data=dataclasses.replace(data, sha256="0" * 64)),
+        fingerprint(**{"loss.batch_size": 50}),
     ]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment, "code", lambda: "another")
+    with monkeypatch.context() as patch:
+        patch.setattr(provenance, "code_identity", lambda module: f"another {module}")
         found.append(fingerprint())
-    with pytest.MonkeyPatch.context() as patch:
+    with monkeypatch.context() as patch:
         patch.setattr("importlib.metadata.version", lambda name: f"another {name}")
         found.append(fingerprint())
     assert len(set(found)) == len(found)

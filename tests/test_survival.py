@@ -55,7 +55,7 @@ def halted(workshop, cache, words, table="train", state=1) -> Life:
     """A command that stands still, having saved so many states of a sweep or training."""
     out = Path(words[words.index("--out") + 1])
     life = workshop.start(words, cache)
-    life.wait_until(lambda: found(out, f".checkpoints/{table}-*/{state}"))
+    life.wait_until(lambda: found(out, f".checkpoints/{table}-*/{state}.safetensors"))
     life.send(signal.SIGSTOP)
     return life
 
@@ -131,15 +131,15 @@ def test_two_at_once_the_second_is_told_and_the_first_is_not_disturbed(
     assert contents(tmp_path / "out") == contents(once)
 
 
-def test_a_damaged_checkpoint_is_left_out_and_said_so(workshop, cache, once, tmp_path):
+def test_a_damaged_checkpoint_is_set_aside_and_said_so(workshop, cache, once, tmp_path):
     stopped(workshop, cache, workshop.train(tmp_path / "out"), signal.SIGTERM)
     (place,) = (tmp_path / "out" / ".checkpoints").glob("train-*")
-    newest = max(int(path.name) for path in place.iterdir() if path.name.isdigit())
-    for path in (place / str(newest) / "state").rglob("*"):
-        if path.is_file():
-            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    newest = max(int(path.stem) for path in place.glob("*.safetensors"))
+    path = place / f"{newest}.safetensors"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     said = run(workshop, cache, workshop.train(tmp_path / "out"))
-    assert f"checkpoint {newest} is damaged and is left out" in said
+    assert f"checkpoint {newest} is damaged" in said
+    assert f"set aside as damaged-{newest}.safetensors" in said
     assert "going on after epoch" in said
     assert contents(tmp_path / "out") == contents(once)
 

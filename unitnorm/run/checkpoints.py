@@ -1,22 +1,24 @@
-"""Checkpoints: the state of a program that has not ended, kept with Orbax beside the records.
+"""Checkpoints: the state of a program that has not ended, kept beside the records.
 
 A checkpoint folder has one sub-folder for each program that was stopped, named after its title and
-fingerprint; in it are `about.json` and the last two states, each with the SHA-256 of its content.
-Orbax writes a state under another name and renames it when it is whole. A program's sub-folder goes
-when its results are recorded. Change here how states are kept; what a state is, is the business of
-`experiment`. Orbax is imported when there is something to read or write, so that a start does not
-wait for it.
+fingerprint. In it are `about.json` and the last two states, `1.safetensors`, `2.safetensors`, …,
+each with the SHA-256 of all its bytes in its own header. A state is written under another name and
+renamed when it is whole and on the disk. Nothing but `Folder.drop` removes a state that could be
+the last: damaged ones are set aside, and whatever else hinders reading ends the command. A
+program's sub-folder goes when its results are recorded. Change here how states are kept; what a
+state is, is the business of the experiment.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
+import errno
 import hashlib
 import json
-import logging
 import os
+import re
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,12 +27,15 @@ from typing import Any
 
 import jax
 import numpy as np
+import safetensors
+import safetensors.numpy
 
 from unitnorm.errors import UserError
 
 EVERY_S = 5.0  # a state is saved at most so often; see `Folder`
 KEEP = 2  # states of a program: the newest, and one to fall back on
-FORMAT = 1  # of a program's sub-folder; raised when an older reader would misread it
+FORMAT = 1  # of about.json and of a state; raised when an older reader would misread them
+BLANK = "0" * 64  # stands for a state's SHA-256 while that is taken
 
 
 @dataclass(frozen=True)
@@ -79,8 +84,8 @@ class Folder:
         self._every_s = every_s
         self._say = say
         self._saved_at = time.monotonic()
-        self._open: tuple[Path, Any] | None = None  # the program in use and its Orbax manager
-        self._step = 0
+        self._writer = concurrent.futures.ThreadPoolExecutor(1)
+        self._writing: concurrent.futures.Future[None] | None = None
 
     def restore(self, part: Part, like: Any) -> Any | None:
         """The newest state of `part` that is whole; None if there is none.
@@ -89,33 +94,37 @@ class Folder:
           like: a tree of the state's structure, of anything with a shape and a dtype.
 
         Returns:
-          A tree of NumPy arrays. Damaged states are removed, and said so.
+          A tree of NumPy arrays. Damaged states are set aside, and said so.
+
+        Raises:
+          UserError: a state cannot be read although it is not damaged; everything stays as it is.
         """
+        self._finish()
         self._saved_at = time.monotonic()
         place = self._place(part)
-        if not place.is_dir():
-            others = [path.name for path in self._all() if path.name.startswith(_slug(part.title))]
-            if others:
-                self._say(
-                    f"{part.title}: the checkpoint {others[0]} is of other runs, settings or code "
-                    "and is not used; --fresh removes it"
-                )
-            return None
-        wanted = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in _named(like).items()}
-        manager = self._manager(place)
-        for step in sorted(manager.all_steps(), reverse=True):
+        with _errors(self._folder, "read"):
+            states = _states(place)
+            if not states:
+                self._say_of_others(part)
+        for step in sorted(states, reverse=True):
             try:
-                arrays = _read(manager, step, wanted)
-            except Exception as problem:  # Orbax and TensorStore raise all kinds on damaged files
-                reason = " ".join(f"{type(problem).__name__}: {problem}".split())[:120]
+                arrays = _read(states[step])
+            except _DamageError as damage:
+                aside = place / f"damaged-{states[step].name}"
+                with _errors(self._folder, "written"):
+                    os.replace(states[step], aside)
                 self._say(
-                    f"{part.title}: checkpoint {step} is damaged and is left out ({reason}); "
-                    "using the one before it, if there is one"
+                    f"{part.title}: checkpoint {step} is damaged ({damage}) and is set aside as "
+                    f"{aside.name}; using the one before it, if there is one"
                 )
-                with _errors(self._folder):
-                    shutil.rmtree(place / str(step))
-                    manager.reload()
                 continue
+            wanted = _named(like)
+            others = [name for name in {**wanted, **arrays} if not _fit(name, arrays, wanted)]
+            if others:
+                raise UserError(
+                    f"{states[step]}: its {others[0]} is not that of this program, although "
+                    "settings and code are; start over with --fresh"
+                )
             return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted])
         return None
 
@@ -135,29 +144,26 @@ class Folder:
           UserError: the disk is full or the folder cannot be written, now or at the save before;
             the states saved before that stay.
         """
-        place = self._place(part)
-        with _errors(self._folder):
-            if not place.is_dir():
-                _make(place, part)
-            manager = self._manager(place)
-            self._step += 1
-            _write(manager, self._step, _named(state))
-            if wait:
-                manager.wait_until_finished()
+        self._finish()
+        self._writing = self._writer.submit(_write, self._place(part), part, _named(state))
+        if wait:
+            self._finish()
         self._saved_at = time.monotonic()
 
     def drop(self, covers: Iterable[str]) -> None:
         """Remove every checkpoint that covers one of these records, and what killed saves left.
 
         A checkpoint is of use only as long as none of its runs is recorded.
+
+        Raises:
+          UserError: as `save`.
         """
         gone = set(covers)
-        with _errors(self._folder):
-            for place in self._all():
+        self._finish()
+        with _errors(self._folder, "removed"):
+            for place in self._places():
                 mine = _covers(place)
-                if mine is None or gone.intersection(mine):
-                    if self._open is not None and self._open[0] == place:
-                        self.close()
+                if gone.intersection(mine or ()) or (mine is None and not _states(place)):
                     shutil.rmtree(place)
             with contextlib.suppress(OSError):  # not there, or not empty
                 self._folder.rmdir()
@@ -168,123 +174,149 @@ class Folder:
         Raises:
           UserError: as `save`.
         """
-        if self._open is not None:
-            manager, self._open = self._open[1], None
-            with _errors(self._folder):
-                manager.close()
+        self._finish()
 
-    def _all(self) -> list[Path]:
-        return sorted(self._folder.iterdir()) if self._folder.is_dir() else []
+    def _finish(self) -> None:
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            with _errors(self._folder, "written"):
+                writing.result()
+
+    def _places(self) -> list[Path]:
+        paths = (self._folder / name for name in _listed(self._folder))
+        return [path for path in paths if path.is_dir()]
 
     def _place(self, part: Part) -> Path:
         return self._folder / f"{_slug(part.title)}{part.fingerprint[:16]}"
 
-    def _manager(self, place: Path) -> Any:
-        """Orbax's manager of a program's states."""
-        if self._open is None or self._open[0] != place:
-            self.close()
-            manager = _orbax_manager(place)
-            self._open = place, manager
-            self._step = max(manager.all_steps(), default=0)
-        return self._open[1]
+    def _say_of_others(self, part: Part) -> None:
+        for place in self._places():
+            if place.name.startswith(_slug(part.title)) and place != self._place(part):
+                self._say(
+                    f"{part.title}: the checkpoint {place.name} is of other runs, settings or code "
+                    "and is not used; --fresh removes it"
+                )
+                return
 
 
-def _orbax_manager(place: Path) -> Any:
-    import orbax.checkpoint as ocp
+class _DamageError(Exception):
+    """A state's bytes are not those that were written."""
 
-    _quieten()
-    alone = ocp.options.MultiprocessingOptions(
-        # only this process saves, whatever others it computes with
-        primary_host=jax.process_index(),
-        active_processes={jax.process_index()},
-        barrier_sync_key_prefix="unitnorm",
+
+def _write(place: Path, part: Part, arrays: Mapping[str, np.ndarray]) -> None:
+    """Add a state to a program's sub-folder, made where it is missing."""
+    if _covers(place) is None:
+        place.mkdir(parents=True, exist_ok=True)
+        about = {"format": FORMAT, "fingerprint": part.fingerprint, "covers": list(part.covers)}
+        _write_whole(place / "about.json", (json.dumps(about, indent=2) + "\n").encode())
+    content = safetensors.numpy.save(
+        {name: np.asarray(array, order="C") for name, array in arrays.items()},
+        {"format": str(FORMAT), "sha256": BLANK},
     )
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=KEEP,
-        create=False,
-        cleanup_tmp_directories=True,
-        enable_async_checkpointing=True,
-        multiprocessing_options=alone,
-    )
-    return ocp.CheckpointManager(place.absolute(), options=options)
+    digest = hashlib.sha256(content).hexdigest()
+    step = 1 + max(_numbers(place), default=0)
+    # the header comes first, so that the first blank is its own
+    _write_whole(place / f"{step}.safetensors", content.replace(BLANK.encode(), digest.encode(), 1))
+    states = _states(place)
+    for old in sorted(states)[:-KEEP]:
+        states[old].unlink()
 
 
-def _write(manager: Any, step: int, arrays: Mapping[str, np.ndarray]) -> None:
-    import orbax.checkpoint as ocp
-
-    items = ocp.args.Composite(
-        state=ocp.args.StandardSave(dict(arrays)),
-        content=ocp.args.JsonSave({"sha256": _sha256(arrays)}),
-    )
-    manager.save(step, args=items, force=True)
-
-
-def _read(manager: Any, step: int, wanted: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    import orbax.checkpoint as ocp
-
-    items = ocp.args.Composite(
-        state=ocp.args.StandardRestore(dict(wanted)), content=ocp.args.JsonRestore()
-    )
-    found = manager.restore(step, args=items)
-    arrays = {name: np.asarray(found.state[name]) for name in wanted}
-    if _sha256(arrays) != found.content["sha256"]:
-        raise ValueError("the content does not have the SHA-256 that was noted")
-    for name, array in arrays.items():
-        if (array.shape, array.dtype) != (wanted[name].shape, wanted[name].dtype):
-            raise ValueError(f"{name} is {array.dtype} of shape {array.shape}")
-    return arrays
+def _write_whole(path: Path, content: bytes) -> None:
+    """Make a file that is whole and on the disk before it has its name."""
+    unfinished = path.with_name("unfinished.tmp")
+    try:
+        with unfinished.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except OSError:
+        with contextlib.suppress(OSError):  # a full disk needs the space
+            unfinished.unlink()
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the name, too
+    finally:
+        os.close(folder)
 
 
-def _quieten() -> None:
-    """Keep from the terminal what is said here in a line, for as long as the process lives.
+def _read(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a state by name.
 
-    Where one array is damaged, or does not fit on the disk, TensorStore goes on with the others for
-    a moment, and complains that Orbax has stopped listening.
+    Raises:
+      _DamageError: its bytes are not those that were written.
+      UserError: they are, or may be, but cannot be read.
     """
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-    heard = sys.unraisablehook
-    if getattr(heard, "without_closed_loops", False):
-        return
+    with _errors(path, "read"):
+        content = path.read_bytes()
+    try:
+        start = 8 + int.from_bytes(content[:8], "little")  # of the arrays, after a header of JSON
+        noted = json.loads(content[8:start])["__metadata__"]
+        blank = content[:start].replace(noted["sha256"].encode(), BLANK.encode(), 1)
+        found = hashlib.sha256(blank)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError):
+        raise _DamageError("its header cannot be read") from None
+    found.update(memoryview(content)[start:])
+    if found.hexdigest() != noted["sha256"]:
+        raise _DamageError("its content does not have the SHA-256 that was noted")
+    if noted.get("format") != str(FORMAT):
+        raise UserError(
+            f"{path}: of format {noted.get('format')}, this version of unitnorm reads {FORMAT}; "
+            "go on with the version that wrote it, or start over with --fresh"
+        )
+    try:
+        return safetensors.numpy.load(content)
+    except Exception as problem:
+        reason = " ".join(f"{type(problem).__name__}: {problem}".split())[:120]
+        raise UserError(
+            f"{path}: whole, but safetensors {safetensors.__version__} cannot read it ({reason}); "
+            "go on with the version that wrote it, or start over with --fresh"
+        ) from problem
 
-    def hear(problem: Any) -> None:
-        if str(problem.exc_value) != "Event loop is closed":
-            heard(problem)
 
-    hear.without_closed_loops = True  # type: ignore[attr-defined]
-    sys.unraisablehook = hear
-
-
-def _sha256(arrays: Mapping[str, np.ndarray]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
-        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        digest.update(array.reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
+def _fit(name: str, arrays: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Both have this array, of the same shape and dtype."""
+    if name not in arrays or name not in wanted:
+        return False
+    found, like = arrays[name], wanted[name]
+    return (found.shape, found.dtype) == (tuple(like.shape), np.dtype(like.dtype))
 
 
 def _named(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree by their path, in order: Orbax need not know our containers."""
+    """The leaves of a tree by their path, in order: a file need not know our containers."""
     return {
         jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
 
 
-def _make(place: Path, part: Part) -> None:
-    """A program's sub-folder; one without a whole `about.json` is taken for a killed start."""
-    place.mkdir(parents=True)
-    about = {"format": FORMAT, "fingerprint": part.fingerprint, "covers": list(part.covers)}
-    unfinished = place / "about.tmp"
-    unfinished.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-    os.replace(unfinished, place / "about.json")
+def _states(place: Path) -> dict[int, Path]:
+    """A program's states by number."""
+    found = (re.fullmatch(r"(\d+)\.safetensors", name) for name in _listed(place))
+    return {int(match[1]): place / match[0] for match in found if match}
+
+
+def _numbers(place: Path) -> list[int]:
+    """The numbers that states have or had, those set aside with them: none is given twice."""
+    found = (re.search(r"(\d+)\.safetensors$", name) for name in _listed(place))
+    return [int(match[1]) for match in found if match]
+
+
+def _listed(folder: Path) -> list[str]:
+    """What is in a folder that may not be there; unlike Path.glob, this hides no other fault."""
+    try:
+        return sorted(os.listdir(folder))
+    except FileNotFoundError:
+        return []
 
 
 def _covers(place: Path) -> list[str] | None:
-    """What a program's sub-folder covers; None if it is not one."""
+    """What a program's sub-folder covers; None if it does not say, as after a killed start."""
     try:
         about = json.loads((place / "about.json").read_bytes())
         covers = about["covers"] if about["format"] == FORMAT else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         return None
     whole = isinstance(covers, list) and all(isinstance(name, str) for name in covers)
     return covers if whole else None
@@ -295,14 +327,21 @@ def _slug(title: str) -> str:
 
 
 @contextlib.contextmanager
-def _errors(folder: Path) -> Iterator[None]:
-    """Turn whatever fails while writing into one clear line."""
+def _errors(path: Path, what: str) -> Iterator[None]:
+    """Turn whatever the system refuses into one clear line."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError) as problem:  # the latter two from TensorStore
-        full = "No space left" in str(problem) or "RESOURCE_EXHAUSTED" in str(problem)
-        reason = "No space left on device" if full else " ".join(str(problem).split())[:200]
-        hint = "free some space" if full else "make the folder writable, or give another --out"
+    except (OSError, MemoryError) as problem:
+        code = getattr(problem, "errno", None)
+        reason = getattr(problem, "strerror", None) or type(problem).__name__
+        if code in (errno.ENOSPC, errno.EDQUOT):
+            hint = "free some space"
+        elif what == "read":
+            hint = "nothing was changed; mend that"
+        elif code in (errno.EACCES, errno.EPERM, errno.EROFS):
+            hint = "make the folder writable, or give another --out"
+        else:
+            hint = "mend that, or give another --out"
         raise UserError(
-            f"{folder}: the checkpoint cannot be written ({reason}); {hint} and repeat the command"
+            f"{path}: the checkpoint cannot be {what} ({reason}); {hint} and repeat the command"
         ) from problem
