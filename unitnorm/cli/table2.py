@@ -239,8 +239,8 @@ def do_report(out: Path) -> None:
     """Print the report and write its files."""
     from rich.console import Console
 
-    from unitnorm import report
     from unitnorm.run import records
+    from unitnorm.table2 import report
     from unitnorm.table2.experiment import unpack_filters
     from unitnorm.table2.schema import SCHEMA
 
@@ -258,10 +258,21 @@ def do_report(out: Path) -> None:
         )  # fmt: skip
         records.write_files(out, files, replacing="figures/filters_depth*")
     console = Console()
-    console.print(report.terminal(known["runs"], paper))
+    console.print(report.show(known["runs"], paper))
     console.print(f"{len(files)} files in {out}{os.sep}", highlight=False)
 
 
 def do_compare(a: Path, b: Path, out: Path) -> None:
     """Print two folders' runs side by side and write the files."""
-    raise UserError("report: two folders cannot be compared yet")
+    from rich.console import Console
+
+    from unitnorm.run import records
+    from unitnorm.table2 import report
+    from unitnorm.table2.schema import SCHEMA
+
+    first, second = (records.read_alone(folder, SCHEMA)["runs"] for folder in (a, b))
+    files = report.build_comparison(first, second, (str(a), str(b)))
+    with records.locked(out):
+        records.write_files(out, files)
+    Console().print(report.show_comparison(first, second, (str(a), str(b))))
+    click.echo(f"{len(files)} files in {out}{os.sep}")
