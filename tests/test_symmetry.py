@@ -15,12 +15,12 @@ import numpy as np
 import pandas as pd
 import PIL.Image
 import pytest
+from unitnorm.report.figures import encode
 
 from tests import reference
 from unitnorm import data as data_module
 from unitnorm import symmetry
 from unitnorm.errors import UserError
-from unitnorm.report.figures import encode
 from unitnorm.symmetry import figures, findings, measure
 from unitnorm.symmetry.measure import Case, Measured
 from unitnorm.table2 import config as config_module

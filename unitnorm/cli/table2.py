@@ -271,10 +271,8 @@ def do_compare(a: Path, b: Path, out: Path) -> None:
     from unitnorm.table2.schema import SCHEMA
 
     first, second = (records.read_alone(folder, SCHEMA)["runs"] for folder in (a, b))
-    names = (a.name, b.name) if a.name != b.name else (str(a), str(b))
+    files = report.build_comparison(first, second, (str(a), str(b)))
     with records.locked(out):
-        files = report.build_comparison(first, second, names)
         records.write_files(out, files)
-    console = Console()
-    console.print(report.show_comparison(first, second, names))
-    console.print(f"{len(files)} files in {out}{os.sep}", highlight=False)
+    Console().print(report.show_comparison(first, second, (str(a), str(b))))
+    click.echo(f"{len(files)} files in {out}{os.sep}")

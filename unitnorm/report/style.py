@@ -29,6 +29,7 @@ GREY, PALE = "#666666", "#aaaaaa"
 BASELINE = "b-sgd"  # the update that the others are compared with
 
 _SETTINGS: dict[Any, Any] = {
+    "axes.axisbelow": True,
     "axes.grid": True,
     "axes.spines.right": False,
     "axes.spines.top": False,

@@ -3,25 +3,23 @@
 `run` gives the content of every file and what is printed; the caller writes.
 
     measure   the numbers: loss, gradient, trajectories and norms under w → α w
-    findings  what they show: one table and its reasons
+    findings  what they show: one table, a finding in each row
     figures   a figure for each table
 """
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import pandas as pd
-import PIL.Image
-from rich.console import Group
+from rich.console import RenderableType
 
 from unitnorm.data import Dataset
 from unitnorm.errors import UserError
-from unitnorm.report.figures import PNG_DPI, encode
+from unitnorm.report.style import encode
+from unitnorm.report.tables import to_csv
 from unitnorm.run import devices, provenance
 from unitnorm.symmetry import figures, findings, measure
 from unitnorm.table2.config import Config
@@ -34,7 +32,7 @@ class Result(NamedTuple):
     """Files by name, and the table for the terminal."""
 
     files: dict[str, bytes]
-    shown: Group
+    shown: RenderableType
 
 
 def run(
@@ -64,13 +62,15 @@ def run(
     rate = max(config.sweep.rates) if rate is None else rate
     if not (math.isfinite(rate) and rate > 0):
         raise UserError(f"--rate {rate}: expected a positive number, for example 0.01")
-    measured = measure.everything(config, data, updates, rate, steps, epochs, say)
-    cases = measure.cases(config)
+    measured = measure.measure_all(config, data, updates, rate, steps, epochs, say)
+    cases = measure.list_cases(config)
     settings = findings.Settings(
         data.name, config.loss.batch_size, config.seed, rate, steps, epochs
     )
-    files = {f"{name}.csv": to_csv(table) for name, table in measured._asdict().items()}
-    files["summary.md"] = findings.summary(measured, cases, settings).encode()
+    found = findings.find(measured, cases)
+    note = findings.explain(measured.trajectories, cases, settings)
+    files = {f"{n}.csv": to_csv(table, 6).encode() for n, table in measured._asdict().items()}
+    files["summary.md"] = findings.write_summary(found, note).encode()
     record = {
         **provenance.describe(config, describe_data(data)),
         "depths": sorted(config.depths),
@@ -81,22 +81,7 @@ def run(
         "commit": provenance.commit(),
     }
     files["provenance.json"] = (json.dumps(record, indent=2) + "\n").encode()
-    for name, figure in figures.every(measured._asdict(), cases).items():
-        encoded = encode(figure)
-        files[f"{name}.png"] = in_palette(encoded["png"])
-        files[f"{name}.svg"] = encoded["svg"]
-    return Result(files, findings.terminal(measured, cases, settings))
-
-
-def to_csv(table: pd.DataFrame) -> bytes:
-    """A table of `measure` in six digits; NaN as an empty field."""
-    return table.to_csv(index=False, lineterminator="\n", float_format="%.6g").encode()
-
-
-def in_palette(png: bytes) -> bytes:
-    """A picture in 256 colours, which is enough for lines: a third of the size."""
-    content = io.BytesIO()
-    picture = PIL.Image.open(io.BytesIO(png)).convert("RGB")
-    small = picture.quantize(256, dither=PIL.Image.Dither.NONE)
-    small.save(content, "PNG", optimize=True, dpi=(PNG_DPI, PNG_DPI))
-    return content.getvalue()
+    for name, figure in figures.draw_all(measured, cases).items():
+        encoded = encode(figure, palette=True)
+        files |= {f"{name}.{ending}": content for ending, content in encoded.items()}
+    return Result(files, findings.show(found, note))

@@ -2,8 +2,8 @@
 
 Numbers only: from arrays to arrays to tables, no files and no text. A network is *reparameterised*
 by w → α w, one α per filter, which batch normalisation undoes. `probe` measures (a) the loss and
-(b) its Euclidean gradient, `trajectories` (c) how far apart two trainings of one network end up,
-`norms` (d) the row norms in training. All use the model, the loss and the training step of
+(b) its Euclidean gradient, `follow` (c) how far apart two trainings of one network end up,
+`record_norms` (d) the row norms in training. All use the model, the loss and the training step of
 `training`, so what is shown is what is trained. Change here what is measured, and where.
 """
 
@@ -56,8 +56,55 @@ class Point(NamedTuple):
     stats: Any
 
 
+class Subject(NamedTuple):
+    """What is measured: the config's network of one depth on some training images."""
+
+    config: Config
+    train: Images
+    classes: int
+    depth: int
+
+    def network(self, case: Case, momentum: float | None = None) -> Network:
+        """With the case's ε, and another BN momentum where one is given."""
+        changed = {"bn_epsilon": case.bn_epsilon}
+        if momentum is not None:
+            changed["bn_momentum"] = momentum
+        model = self.config.model.model_copy(update=changed)
+        features = np.shape(self.train.pixels)[1]
+        config = self.config.model_copy(update={"model": model})
+        return training.archbn(config, features, self.classes, self.depth)
+
+    def initial(self) -> Point:
+        """The initial point of run 0."""
+        with jax.enable_x64(False):  # the draws of float64 would be others
+            network = self.network(Case("float32", self.config.model.bn_epsilon))
+            key = training.stream(jnp.uint32(self.config.seed), training.INIT)
+            return Point(*jax.device_get(jax.jit(network.init)(key)))
+
+    def batches(self, count: int) -> np.ndarray:
+        """Image indices of mini-batches, shape (count, batch size), the same for every caller.
+
+        Without replacement within an epoch, in an order that is new in each, as in training.
+        """
+        random = np.random.default_rng([self.config.seed, 0])
+        size, images = self.config.loss.batch_size, self.config.train.train_images
+        chosen = random.permutation(len(self.train.labels))[:images]
+        each = len(chosen) // size
+        epochs = [random.permutation(chosen)[: each * size] for _ in range(-(-count // each))]
+        return np.concatenate(epochs)[: count * size].reshape(count, size).astype(np.int32)
+
+    def factors(self) -> np.ndarray:
+        """A factor for each filter, from 10^-SPREAD to 10^SPREAD, uniform in its logarithm."""
+        random = np.random.default_rng([self.config.seed, self.depth])
+        return 10 ** random.uniform(-SPREAD, SPREAD, (self.depth, self.config.model.width))
+
+    def images(self) -> Images:
+        """The training images as a compiled function takes them."""
+        return Images(np.asarray(self.train.pixels), np.asarray(self.train.labels, np.int32))
+
+
 class Measured(NamedTuple):
-    """The four tables; see `probe`, `trajectories` and `norms` for their columns."""
+    """The four tables; see `probe`, `follow` and `record_norms` for their columns."""
 
     scaling: pd.DataFrame
     gradient: pd.DataFrame
@@ -65,7 +112,7 @@ class Measured(NamedTuple):
     norms: pd.DataFrame
 
 
-def everything(
+def measure_all(
     config: Config,
     data: Dataset,
     updates: Sequence[str],
@@ -85,41 +132,38 @@ def everything(
       epochs: length of the training whose norms are recorded.
       say: told of each finished part.
     """
-    train = Images(data.train_images, data.train_labels)
-    test = data.test_images[:EVALUATION_IMAGES]
+    train, test = Images(data.train_images, data.train_labels), data.test_images[:EVALUATION_IMAGES]
+    subjects = [Subject(config, train, data.classes, depth) for depth in sorted(config.depths)]
+    starts = {subject.depth: subject.initial() for subject in subjects}
 
-    starts = {depth: initial(config, train, data.classes, depth) for depth in config.depths}
+    def measure_depth(subject: Subject) -> list[pd.DataFrame]:
+        start = starts[subject.depth]
+        norms, trained = record_norms(subject, start, rate, epochs)
+        points = {"start": start, "trained": trained}
+        probed = [probe(subject, points, case) for case in list_cases(config)]
+        say(f"depth {subject.depth}: loss, gradient and norms")
+        return [*(pd.concat(tables) for tables in zip(*probed, strict=True)), norms]
 
-    def one_depth(depth: int) -> list[pd.DataFrame]:
-        table, trained = norms(config, train, data.classes, depth, starts[depth], rate, epochs)
-        points = {"start": starts[depth], "trained": trained}
-        probed = [probe(config, train, data.classes, depth, points, case) for case in cases(config)]
-        say(f"depth {depth}: loss, gradient and norms")
-        return [*(pd.concat(tables) for tables in zip(*probed, strict=True)), table]
-
-    def one_case(depth: int, case: Case) -> pd.DataFrame:
-        table = trajectories(
-            config, train, test, data.classes, depth, starts[depth], case, updates, rate, steps
-        )
-        say(f"depth {depth}: trajectories in {case.dtype}, ε = {case.bn_epsilon:g}")
+    def measure_case(subject: Subject, case: Case) -> pd.DataFrame:
+        table = follow(subject, test, starts[subject.depth], case, updates, rate, steps)
+        say(f"depth {subject.depth}: trajectories in {case.dtype}, ε = {case.bn_epsilon:g}")
         return table
 
-    depths = sorted(config.depths)
-    pairs = [(depth, case) for depth in depths for case in cases(config)]
-    tasks: list[Callable[[], Any]] = [partial(one_case, *pair) for pair in pairs]
-    tasks += [partial(one_depth, depth) for depth in depths]
-    done = on_cpu_devices(tasks)
-    scaling, gradient, rows = zip(*done[len(pairs) :], strict=True)
-    tables = (scaling, gradient, done[: len(pairs)], rows)
+    pairs = [(subject, case) for subject in subjects for case in list_cases(config)]
+    tasks: list[Callable[[], Any]] = [partial(measure_case, *pair) for pair in pairs]
+    tasks += [partial(measure_depth, subject) for subject in subjects]
+    done = run_on_cpu_devices(tasks)
+    scaling, gradient, norms = zip(*done[len(pairs) :], strict=True)
+    tables = (scaling, gradient, done[: len(pairs)], norms)
     return Measured(*(pd.concat(table, ignore_index=True) for table in tables))
 
 
-def cases(config: Config) -> tuple[Case, Case]:
+def list_cases(config: Config) -> tuple[Case, Case]:
     """The claim itself, and as it is trained: float32 with the config's ε."""
     return Case("float64", 0.0), Case("float32", config.model.bn_epsilon)
 
 
-def on_cpu_devices(tasks: Iterable[Callable[[], Any]]) -> list[Any]:
+def run_on_cpu_devices(tasks: Iterable[Callable[[], Any]]) -> list[Any]:
     """The tasks' results in order, each computed on one CPU device, as many at once as there are.
 
     On CPU even where there is a GPU: this is about float64, and its bits should not depend on it.
@@ -167,13 +211,7 @@ def normalised(params: Any) -> Any:
     return jax.tree.map(lambda w, is_w: retraction(w, FILTER_AXIS) if is_w else w, params, mask)
 
 
-def own_factors(seed: int, depth: int, width: int) -> np.ndarray:
-    """A factor for each filter, from 10^-SPREAD to 10^SPREAD, uniform in its logarithm."""
-    random = np.random.default_rng([seed, depth])
-    return 10 ** random.uniform(-SPREAD, SPREAD, (depth, width))
-
-
-def variants(seed: int, depth: int, width: int) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
+def list_variants(subject: Subject) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
     """The reparameterisations of (a) and (b).
 
     Returns:
@@ -182,7 +220,8 @@ def variants(seed: int, depth: int, width: int) -> tuple[pd.DataFrame, np.ndarra
       `compensated`, whether the trainable scale changes its sign with α. Then every α and γ,
       shape (rows, depth, width).
     """
-    factors = {"all": np.ones((depth, width)), "own": own_factors(seed, depth, width)}
+    own = subject.factors()
+    factors = {"all": np.ones_like(own), "own": own}
     rows: list[dict[str, Any]] = [
         {"alpha": sign * 10**exponent, "filters": kind, "compensated": compensated}
         for kind in factors
@@ -192,7 +231,7 @@ def variants(seed: int, depth: int, width: int) -> tuple[pd.DataFrame, np.ndarra
     alphas = [row["alpha"] * factors[row["filters"]] for row in rows]
     for kind in ("all", "one"):
         rows.append({"alpha": 0.0, "filters": kind, "compensated": False})
-        alphas.append(np.zeros((depth, width)) if kind == "all" else np.ones((depth, width)))
+        alphas.append(np.zeros_like(own) if kind == "all" else np.ones_like(own))
     alphas[-1][:, 0] = 0.0
     table, alpha = pd.DataFrame(rows), np.stack(alphas)
     gamma = np.where(table["compensated"].to_numpy()[:, None, None], np.sign(alpha), 1.0)
@@ -203,17 +242,12 @@ def variants(seed: int, depth: int, width: int) -> tuple[pd.DataFrame, np.ndarra
 
 
 def probe(
-    config: Config,
-    train: Images,
-    classes: int,
-    depth: int,
-    points: Mapping[str, Point],
-    case: Case,
+    subject: Subject, points: Mapping[str, Point], case: Case
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Loss and Euclidean gradient under every reparameterisation, on a few mini-batches.
 
     Returns:
-      The tables of (a) and (b). Both: depth, point, dtype, bn_epsilon, and what `variants` names.
+      The tables of (a) and (b). Both: depth, point, dtype, bn_epsilon, and what `list_variants` names.
       (a): `loss` (mean cross-entropy per image, nats, and mean over the batches), `error`
       (fraction), `change` (largest |ℓ(αW) − ℓ(W)| / ℓ(W) of a batch) and `epsilon_share` (largest
       ε / (α² variance) of a feature).
@@ -222,17 +256,17 @@ def probe(
       ‖α ∇ℓ(αW) − ∇ℓ(W)‖ / ‖∇ℓ(W)‖, largest of a batch. Without what is not to be compared: α < 0
       that is not compensated.
     """
-    names, alpha, gamma = variants(config.seed, depth, config.model.width)
-    names = names.assign(depth=depth, dtype=case.dtype, bn_epsilon=case.bn_epsilon)
+    names, alpha, gamma = list_variants(subject)
+    names = names.assign(depth=subject.depth, dtype=case.dtype, bn_epsilon=case.bn_epsilon)
     zero, compared = names["alpha"] == 0, (names["alpha"] >= 0) | names["compensated"]
-    order = batches(config, train, PROBE_BATCHES)
-    x, y = (np.asarray(array)[order] for array in train)
+    order = subject.batches(PROBE_BATCHES)
+    x, y = (np.asarray(array)[order] for array in subject.train)
     x, alpha, gamma = cast((x, alpha, gamma), case.dtype)
     scaling, gradient = [], []
     with jax.enable_x64(case.dtype == "float64"):
-        network = network_of(config, train, classes, depth, case, momentum=0.0)
+        network, reduction = subject.network(case, momentum=0.0), subject.config.loss.reduction
         compiled = jax.jit(
-            partial(probe_batches, network, config.loss.reduction, case.bn_epsilon, alpha, gamma)
+            partial(probe_batches, network, reduction, case.bn_epsilon, alpha, gamma)
         )
         for name, point in points.items():
             measured = compiled(*cast(point, case.dtype), x, y)
@@ -316,12 +350,9 @@ def norm_of(arrays: Sequence[Array]) -> Array:
 # ---------------------------------------------------------------- (c) trajectories
 
 
-def trajectories(
-    config: Config,
-    train: Images,
+def follow(
+    subject: Subject,
     test: np.ndarray,
-    classes: int,
-    depth: int,
     start: Point,
     case: Case,
     updates: Sequence[str],
@@ -330,28 +361,28 @@ def trajectories(
 ) -> pd.DataFrame:
     """Train from W and from diag(α) W, on the same mini-batches, and compare the outputs.
 
-    α is `own_factors`. A third training starts from Orth(diag(α) W), which is W but for rounding:
+    α is `Subject.factors`. A third training starts from Orth(diag(α) W), which is W but for rounding:
     it is diag(α) W "after one normalisation", and it tells how far rounding alone leads.
 
     Returns:
       A row per update and number of steps: depth, dtype, bn_epsilon, update, rate, steps; `gap`,
       ‖Δ logits‖ / ‖logits‖ over the first test images in training mode; `differing`, the share of
       predictions that differ; the same two of the third training, `rounding_gap` and
-      `rounding_differing`; `error` of the training from W.
+      `rounding_differing`.
     """
-    phase = training.train_phase(config)
+    phase = training.train_phase(subject.config)
     rates = {update: rate * RATE_SHARE.get(update, 1.0) for update in updates}
-    alpha = own_factors(config.seed, depth, config.model.width)
+    alpha = subject.factors()
     one = np.ones_like(alpha)
-    marks = [0, *steps_to_record(steps)]
+    marks = [0, *choose_steps(steps)]
     with jax.enable_x64(case.dtype == "float64"):
-        network = network_of(config, train, classes, depth, case)
+        network = subject.network(case)
         params, stats = jax.tree.map(jnp.asarray, cast(start, case.dtype))
         params = normalised(params)  # it was of unit norm in float32 alone
         scaled = reparameterise(params, jnp.asarray(alpha, case.dtype), one.astype(case.dtype))
         rounded = normalised(scaled)
         starts = stack([params, scaled, rounded])
-        order = batches(config, train, steps)
+        order = subject.batches(steps)
         compared = test.astype(case.dtype)
 
         def walk(starts: Any, order: Array, images: Images, compared: Array) -> Array:
@@ -381,34 +412,25 @@ def trajectories(
             ends = np.array(list(itertools.pairwise([0, *marks])), np.int32)
             return jax.lax.scan(segment, runs, jnp.asarray(ends))[1]
 
-        images = Images(np.asarray(train.pixels), np.asarray(train.labels, np.int32))
         # (marks, updates, starts, images, classes)
-        logits = np.asarray(jax.jit(walk)(starts, order, images, compared), np.float64)
+        logits = jax.jit(walk)(starts, order, subject.images(), compared)
+        logits = np.asarray(logits, np.float64)
     reference, answers = logits[:, :, :1], logits.argmax(-1)
     size = np.linalg.norm(reference, axis=(-2, -1))
     gap = np.linalg.norm(logits - reference, axis=(-2, -1)) / size
     differing = (answers != answers[:, :, :1]).mean(-1)
-    return pd.DataFrame(
-        [
-            {
-                "depth": depth,
-                "dtype": case.dtype,
-                "bn_epsilon": case.bn_epsilon,
-                "update": update,
-                "rate": rates[update],
-                "steps": mark,
-                "gap": gap[row, column, 1],
-                "differing": differing[row, column, 1],
-                "rounding_gap": gap[row, column, 2],
-                "rounding_differing": differing[row, column, 2],
-            }
-            for column, update in enumerate(updates)
-            for row, mark in enumerate(marks)
-        ]
-    )
+    rows = pd.MultiIndex.from_product([updates, marks], names=["update", "steps"])
+    table = rows.to_frame(index=False)
+    table.insert(1, "rate", table["update"].map(rates))
+    for place, (key, value) in enumerate((("depth", subject.depth), *case._asdict().items())):
+        table.insert(place, key, value)
+    for place, name in ((1, ""), (2, "rounding_")):  # of the start that the first is held against
+        table[f"{name}gap"] = gap[..., place].T.ravel()
+        table[f"{name}differing"] = differing[..., place].T.ravel()
+    return table
 
 
-def steps_to_record(steps: int) -> list[int]:
+def choose_steps(steps: int) -> list[int]:
     """1, 2, 5, 10, 20, 50, … up to `steps`, which is the last in any case."""
     grid = [m * 10**p for p in range(len(str(steps))) for m in (1, 2, 5)]
     return sorted({steps, *(mark for mark in grid if mark < steps)})
@@ -417,14 +439,8 @@ def steps_to_record(steps: int) -> list[int]:
 # ---------------------------------------------------------------- (d) row norms
 
 
-def norms(
-    config: Config,
-    train: Images,
-    classes: int,
-    depth: int,
-    start: Point,
-    rate: float,
-    epochs: int,
+def record_norms(
+    subject: Subject, start: Point, rate: float, epochs: int
 ) -> tuple[pd.DataFrame, Point]:
     """Train at a fixed rate and record the row norms and what they make of the rate.
 
@@ -435,12 +451,12 @@ def norms(
       largest relative fall of any filter's norm in one step up to there. Then the trained network
       of the last update.
     """
+    config = subject.config
     phase = training.train_phase(config)
-    case = Case("float32", config.model.bn_epsilon)
     per_epoch = config.train.train_images // config.loss.batch_size
     with jax.enable_x64(False):
-        network = network_of(config, train, classes, depth, case)
-        order = batches(config, train, epochs * per_epoch)
+        network = subject.network(Case("float32", config.model.bn_epsilon))
+        order = subject.batches(epochs * per_epoch)
 
         def walk(point: Point, order: Array, images: Images) -> tuple[Any, Array]:
             def step(at: tuple[Stepping, ...], index: Array) -> tuple[Any, Array]:
@@ -458,34 +474,32 @@ def norms(
             at, after = jax.lax.scan(step, at, order)
             return at[-1], jnp.concatenate([before, after])
 
-        images = Images(np.asarray(train.pixels), np.asarray(train.labels, np.int32))
-        last, measured = jax.device_get(jax.jit(walk)(start, order, images))
+        last, measured = jax.device_get(jax.jit(walk)(start, order, subject.images()))
     norm = np.asarray(measured, np.float64)  # (steps + 1, updates, depth, width)
     fall = np.maximum(1 - norm[1:] / norm[:-1], 0).max(-1)
     fall = np.maximum.accumulate(np.concatenate([np.zeros((1, *fall.shape[1:])), fall]))
-    every = np.linspace(0, len(order), epochs * RECORDS_PER_EPOCH + 1).round().astype(int)
-    low, middle, high = norm.min(-1), np.median(norm, -1), norm.max(-1)
-    rows = [
-        {
-            "depth": depth,
-            "update": update,
-            "layer": layer + 1,
-            "step": step,
-            "epoch": step / per_epoch,
-            "rate": rate,
-            "norm_min": low[step, column, layer],
-            "norm_median": middle[step, column, layer],
-            "norm_max": high[step, column, layer],
-            "effective_min": rate / high[step, column, layer] ** 2,
-            "effective_median": rate / middle[step, column, layer] ** 2,
-            "effective_max": rate / low[step, column, layer] ** 2,
-            "norm_fall": fall[step, column, layer],
-        }
-        for column, update in enumerate(NORM_UPDATES)
-        for layer in range(depth)
-        for step in np.unique(every).tolist()
-    ]
-    return pd.DataFrame(rows), Point(last.params, last.stats)
+    every = np.unique(
+        np.linspace(0, len(order), epochs * RECORDS_PER_EPOCH + 1).round().astype(int)
+    )
+    keys = {"update": NORM_UPDATES, "layer": range(1, subject.depth + 1), "step": every}
+    table = pd.MultiIndex.from_product(keys.values(), names=keys).to_frame(index=False)
+    table.insert(0, "depth", subject.depth)
+    low, middle, high, fall = (
+        values[every].transpose(1, 2, 0).ravel()  # (steps, updates, layers), as the rows stand
+        for values in (norm.min(-1), np.median(norm, -1), norm.max(-1), fall)
+    )
+    table = table.assign(
+        epoch=table["step"] / per_epoch,
+        rate=rate,
+        norm_min=low,
+        norm_median=middle,
+        norm_max=high,
+        effective_min=rate / high**2,
+        effective_median=rate / middle**2,
+        effective_max=rate / low**2,
+        norm_fall=fall,
+    )
+    return table, Point(last.params, last.stats)
 
 
 def row_norms(runs: Sequence[Stepping]) -> Array:
@@ -498,49 +512,10 @@ def row_norms(runs: Sequence[Stepping]) -> Array:
 # ---------------------------------------------------------------- what they share
 
 
-def network_of(
-    config: Config,
-    train: Images,
-    classes: int,
-    depth: int,
-    case: Case,
-    momentum: float | None = None,
-) -> Network:
-    """The config's network with the case's ε, and another BN momentum where one is given."""
-    changed = {"bn_epsilon": case.bn_epsilon}
-    if momentum is not None:
-        changed["bn_momentum"] = momentum
-    model = config.model.model_copy(update=changed)
-    features = np.shape(train.pixels)[1]
-    return training.archbn(config.model_copy(update={"model": model}), features, classes, depth)
-
-
-def initial(config: Config, train: Images, classes: int, depth: int) -> Point:
-    """The initial point of run 0."""
-    with jax.enable_x64(False):  # the draws of float64 would be others
-        case = Case("float32", config.model.bn_epsilon)
-        network = network_of(config, train, classes, depth, case)
-        key = training.stream(jnp.uint32(config.seed), training.INIT)
-        return Point(*jax.device_get(jax.jit(network.init)(key)))
-
-
 def arm_of(update: str) -> training.Arm:
     """The update, for filters that need not start at unit norm."""
     options = (("off_manifold", "normalize"),) if UPDATES[update].constrained else ()
     return training.Arm(update, options=options)
-
-
-def batches(config: Config, train: Images, count: int) -> np.ndarray:
-    """Image indices of `count` mini-batches, shape (count, batch size), the same for every caller.
-
-    Without replacement within an epoch, in an order that is new in each, as in training.
-    """
-    random = np.random.default_rng([config.seed, 0])
-    size = config.loss.batch_size
-    chosen = random.permutation(len(train.labels))[: config.train.train_images]
-    per_epoch = len(chosen) // size
-    epochs = [random.permutation(chosen)[: per_epoch * size] for _ in range(-(-count // per_epoch))]
-    return np.concatenate(epochs)[: count * size].reshape(count, size).astype(np.int32)
 
 
 def stepping(update: str, rate: float, params: Any, stats: Any) -> Stepping:
