@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import tomllib
-from pathlib import Path
 
 import pytest
 
 from unitnorm.errors import UserError
-from unitnorm.table2 import config
-
-CONFIGS = Path(__file__).parent.parent / "configs"
+from unitnorm.run.config import PRESETS, find_config, load, parse, parse_override, presets
+from unitnorm.segment.config import SegmentConfig
+from unitnorm.table2.config import Config
 
 
 def test_the_defaults_are_table2():
-    assert config.load(CONFIGS / "table2.toml") == config.Config()
+    assert load("table2", None, Config) == load(None, None, Config) == Config()
 
 
 def test_table2_names_every_key():
-    written = tomllib.loads((CONFIGS / "table2.toml").read_text())
-    defaults = config.Config().model_dump()
+    written = tomllib.loads((PRESETS / "table2.toml").read_text())
+    defaults = Config().model_dump()
     defaults["data"].pop("data_dir")  # no value in TOML means none
     assert written == defaults
 
 
 def test_the_protocol_is_the_papers():
-    c = config.Config()
+    c = Config()
     assert (c.runs, c.depths, c.updates, c.model.width) == (10, [2, 4], ["b-sgd", "un"], 64)
     assert c.sweep.rates == [1e-2, 1e-3, 1e-4, 1e-5]
     assert (c.sweep.train_images, c.sweep.validation_images, c.sweep.epochs) == (1000, 500, 50)
@@ -34,8 +37,55 @@ def test_the_protocol_is_the_papers():
     assert (c.stopping.train_error, c.stopping.lookback, c.stopping.flat) == (1e-5, 5, 1e-5)
 
 
-def test_quick_is_valid():
-    assert config.load(CONFIGS / "quick.toml").runs == 3
+# ---------------------------------------------------------------- presets
+
+
+def test_every_preset_is_valid():
+    assert {"table2", "quick", "segnet", "segnet_cpu"} <= set(presets())
+    for name in presets():
+        if "/" not in name:
+            load(name, None, SegmentConfig if name.startswith("segnet") else Config)
+    assert load("quick", None, Config).runs == 3
+
+
+def test_presets_are_found_by_name_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # by the path in a checkout, too, where there is none
+    assert find_config("quick") == find_config("configs/quick.toml") == PRESETS / "quick.toml"
+    with pytest.raises(UserError, match=r"config quack: no file .* there are .*quick.*table2"):
+        load("quack", None, Config)
+
+
+def test_a_file_that_nobody_has_named_does_not_apply(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in (tmp_path, tmp_path / "configs"):
+        folder.mkdir(exist_ok=True)
+        (folder / "table2.toml").write_text("seed = 7")
+    assert load(None, None, Config).seed == 0
+    assert load("table2", None, Config).seed == 0
+    assert load("table2.toml", None, Config).seed == 7
+    assert load("configs/table2.toml", None, Config).seed == 7
+
+
+def test_configs_are_read_without_jax(tmp_path):
+    """`unitnorm config` and a fault of a config come at once; only updates are looked up."""
+    code = (
+        "import sys\n"
+        "from unitnorm.run.config import load\n"
+        "from unitnorm.table2 import config, schema\n"
+        "import unitnorm.segment.config\n"
+        "load('quick', {'seed': 3}, config.Config)\n"
+        "from unitnorm.cli import main\n"
+        "main(['config', 'table2'], standalone_mode=False)\n"
+        "print([name for name in ('jax', 'optax', 'flax') if name in sys.modules])"
+    )
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True,
+                          env={**os.environ, "PYTHONPATH": str(PRESETS.parents[1])})  # fmt: skip
+    assert done.stdout == (PRESETS / "table2.toml").read_text() + "[]\n"
+
+
+# ---------------------------------------------------------------- faults
 
 
 @pytest.mark.parametrize(
@@ -47,7 +97,7 @@ def test_quick_is_valid():
         ("runs = 0", ["runs = 0", "greater than or equal to 1"]),
         ("runs = 2.5", ["runs = 2.5", "integer"]),
         ("runs = true", ["runs = True", "integer"]),
-        ('updates = ["sgd"]', ["'sgd'", "allowed", "b-sgd", "un-adam"]),
+        ('updates = ["sgd"]', ["'sgd'", "expected one of", "b-sgd", "un-adam"]),
         ("learning_rate = 1", ["unknown key learning_rate", "allowed", "seed"]),
         ("[loss]\nbatch = 10", ["unknown key loss.batch", "batch_size"]),
         ("[loss]\nbatch_size = 0", ["loss.batch_size = 0", "greater than or equal to 2"]),
@@ -68,7 +118,7 @@ def test_a_fault_names_key_value_and_what_is_allowed(tmp_path, text, says):
     path = tmp_path / "faulty.toml"
     path.write_text(text)
     with pytest.raises(UserError) as caught:
-        config.load(path)
+        load(path, None, Config)
     message = str(caught.value)
     assert "\n" not in message
     assert str(path) in message
@@ -78,10 +128,10 @@ def test_a_fault_names_key_value_and_what_is_allowed(tmp_path, text, says):
 
 def test_a_file_that_is_missing_or_not_text(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
-        config.load(tmp_path / "none.toml")
+        load(tmp_path / "none.toml", None, Config)
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="not UTF-8"):
-        config.load(tmp_path / "binary.toml")
+        load(tmp_path / "binary.toml", None, Config)
 
 
 @pytest.mark.parametrize(
@@ -96,31 +146,48 @@ def test_a_file_that_is_missing_or_not_text(tmp_path):
     ],
 )
 def test_overrides(text, key, value):
-    assert config.parse_override(text) == (key, value)
+    assert parse_override(text) == (key, value)
 
 
 def test_an_override_reaches_its_key_and_beats_the_file(tmp_path):
     path = tmp_path / "c.toml"
     path.write_text("[loss]\nbatch_size = 20")
-    assert config.load(path, {"loss.batch_size": 30}).loss.batch_size == 30
+    assert load(path, {"loss.batch_size": 30}, Config).loss.batch_size == 30
     with pytest.raises(UserError, match=r"unknown key loss\.size"):
-        config.load(path, {"loss.size": 1})
+        load(path, {"loss.size": 1}, Config)
     with pytest.raises(UserError, match="is a value, not a section"):
-        config.load(path, {"loss.batch_size.x": 1})
+        load(path, {"loss.batch_size.x": 1}, Config)
     for bad in ("seed", "=3"):
         with pytest.raises(UserError, match="KEY=VALUE"):
-            config.parse_override(bad)
+            parse_override(bad)
 
 
 def test_more_images_than_there_are():
     with pytest.raises(UserError, match=r"train\..* = 60000.*has 59999"):
-        config.Config().check_images(59_999)
-    config.Config().check_images(60_000)
+        Config().check_images(59_999)
+    Config().check_images(60_000)
 
 
 def test_the_fingerprint_is_of_the_protocol_alone():
-    base = config.Config()
-    same = config.parse({"runs": 3, "depths": [7], "updates": ["un"], "data": {"data_dir": "x"}})
+    base = Config()
+    selection = {"runs": 3, "depths": [7], "updates": ["un"], "data": {"data_dir": "x"}}
+    same = parse(selection, "", Config)
     assert same.fingerprint() == base.fingerprint()
     for other in ({"seed": 1}, {"loss": {"batch_size": 50}}, {"stopping": {"flat": 0.0}}):
-        assert config.parse(other).fingerprint() != base.fingerprint()
+        assert parse(other, "", Config).fingerprint() != base.fingerprint()
+
+
+def test_updates_are_known_by_either_spelling_and_stand_once():
+    assert parse({"updates": ["un_adam", "un", "un-adam"]}, "", Config).updates == ["un-adam", "un"]
+
+
+def test_a_protocol_that_differs_is_told_by_its_first_key():
+    recorded = json.loads(json.dumps(Config().protocol()))
+    assert parse({"runs": 3}, "", Config).conflict(recorded) is None
+    other = parse({"loss": {"batch_size": 50}, "seed": 1}, "", Config)
+    assert other.conflict(recorded) == " (seed: 0 there, 1 here)"
+    assert "loss.batch_size: 100 there, 50 here" in parse(
+        {"loss": {"batch_size": 50}}, "", Config
+    ).conflict(recorded)
+    for damaged in ({}, {"loss": 3}, None, [], {**recorded, "extra": 1}):
+        assert Config().conflict(damaged) is not None

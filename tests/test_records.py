@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gzip
 import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,11 +25,14 @@ from hypothesis import strategies as st
 from tests.faults import small_disk
 from unitnorm.errors import UserError
 from unitnorm.run import records
+from unitnorm.run.records import About, Records, Schema, Table
+from unitnorm.table2.experiment import pack_filters, unpack_filters
+from unitnorm.table2.schema import FILTERS, SCHEMA
 
-FILES = ("runs.csv", "history.csv", "sweep.csv", "filters.safetensors", "provenance.json")
+FILES = ("runs.csv", "history.csv", "sweep.csv", FILTERS, "provenance.json")
 
 
-def example(seed: int = 0, runs: int = 2) -> records.Records:
+def example(seed: int = 0, runs: int = 2) -> Records:
     """Records of a depth, with a failed run among them."""
     rng = np.random.default_rng(seed)
     run_rows, history, sweep = [], [], []
@@ -42,7 +48,7 @@ def example(seed: int = 0, runs: int = 2) -> records.Records:
             )  # fmt: skip
             history += [
                 {**name, "epoch": epoch, "lr": 0.01, "train_loss": loss, "train_error": 0.2,
-                 "val_error": 0.1, "norm_deviation": 1e-7, "norm_mean": 1.0}
+                 "val_error": 0.1, "val_loss": loss, "norm_deviation": 1e-7, "norm_mean": 1.0}
                 for epoch in (1, 2)
             ]  # fmt: skip
             sweep += [
@@ -57,11 +63,11 @@ def example(seed: int = 0, runs: int = 2) -> records.Records:
         "versions": {"jax": "1"},
         "device": {"platform": "cpu"},
     }
-    return records.Records(
-        runs=records.frame("runs", run_rows),
-        history=records.frame("history", history),
-        sweep=records.frame("sweep", sweep),
-        filters={(2, "un"): rng.standard_normal((4, 36)).astype(np.float32)},
+    tables = {"runs": run_rows, "history": history, "sweep": sweep}
+    return Records(
+        SCHEMA,
+        tables={name: SCHEMA.frame(name, rows) for name, rows in tables.items()},
+        files=filters(rng.standard_normal((4, 36))),
         provenance={
             "config": {"seed": 0},
             "config_sha256": "0" * 64,
@@ -69,6 +75,10 @@ def example(seed: int = 0, runs: int = 2) -> records.Records:
             "commands": [command],
         },
     )
+
+
+def filters(array: np.ndarray) -> dict[str, bytes]:
+    return {FILTERS: pack_filters({(2, "un"): array.astype(np.float32)})}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -83,33 +93,33 @@ def out(tmp_path):
     return folder
 
 
-def refused(folder: Path) -> str:
+def refused(folder: Path, schema: Schema = SCHEMA) -> str:
     """The one line with which a folder is refused; nothing in it may change."""
     before = contents(folder)
     with pytest.raises(UserError) as caught:
-        records.read(folder)
+        unpack_filters(records.read(folder, schema))
     assert "\n" not in str(caught.value)
     assert contents(folder) == before
     return str(caught.value)
 
 
 def test_what_is_read_is_what_was_written(out):
-    assert set(contents(out)) == set(FILES)
-    found, expected = records.read(out), example()
-    for table in ("runs", "history", "sweep"):
-        pd.testing.assert_frame_equal(
-            getattr(found, table), getattr(expected, table), check_exact=True
-        )
-    assert found.filters.keys() == expected.filters.keys()
-    assert (found.filters[2, "un"] == expected.filters[2, "un"]).all()
+    assert set(contents(out)) == {*FILES, ".lock"}
+    found, expected = records.read(out, SCHEMA), example()
+    for name, table in expected.tables.items():
+        pd.testing.assert_frame_equal(found[name], table, check_exact=True)
+    assert found.files == expected.files
+    ours, theirs = unpack_filters(found), unpack_filters(expected)
+    assert ours.keys() == theirs.keys() == {(2, "un")}
+    assert (ours[2, "un"] == theirs[2, "un"]).all()
     before = contents(out)
     records.write(out, found)
     assert contents(out) == before  # reading and writing again changes no digit
 
 
 def test_a_folder_without_records_is_empty(tmp_path):
-    assert records.read(tmp_path).is_empty()
-    assert records.read(tmp_path / "missing").is_empty()
+    assert records.read(tmp_path, SCHEMA).is_empty()
+    assert records.read(tmp_path / "missing", SCHEMA).is_empty()
     assert not (tmp_path / "missing").exists()
 
 
@@ -141,9 +151,15 @@ def test_a_damaged_file_is_named(name, damage, out):
 def rehashed(out: Path, name: str, content: bytes) -> None:
     """Put a file in place as if unitnorm had written it."""
     (out / name).write_bytes(content)
-    provenance = json.loads((out / "provenance.json").read_text())
-    provenance["files"][name] = hashlib.sha256(content).hexdigest()
-    (out / "provenance.json").write_text(json.dumps(provenance))
+    digest = hashlib.sha256(content).hexdigest()
+    with_provenance(out, lambda provenance: provenance["files"].update({name: digest}))
+
+
+def with_provenance(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the provenance, which no hash guards."""
+    provenance = json.loads((folder / "provenance.json").read_text())
+    change(provenance)
+    (folder / "provenance.json").write_text(json.dumps(provenance))
 
 
 @pytest.mark.parametrize(
@@ -187,9 +203,7 @@ def test_filters_with_a_valid_hash_and_wrong_content(content, out):
 
 
 def test_records_of_another_format_are_told_apart(out):
-    provenance = json.loads((out / "provenance.json").read_text())
-    provenance["format"] = records.FORMAT + 1
-    (out / "provenance.json").write_text(json.dumps(provenance))
+    with_provenance(out, lambda provenance: provenance.update(format=records.FORMAT + 1))
     assert f"reads format {records.FORMAT}; give another --out" in refused(out)
 
 
@@ -233,14 +247,14 @@ def test_provenance_of_any_shape_is_refused_in_a_line_or_usable(data, out):
     (out / "provenance.json").write_text(json.dumps(document))
     message = ""
     try:
-        found = records.read(out)
+        found = records.read(out, SCHEMA)
     except UserError as error:
         message = str(error)
     finally:
         (out / "provenance.json").write_bytes(good)
     if message:
         assert "\n" not in message
-        assert "provenance.json" in message or "SHA-256" in message
+        assert any(part in message for part in ("provenance.json", "SHA-256", "of the kind"))
     else:  # what the commands rely on is there
         assert found.provenance["commands"] == [] or found.provenance["commands"][-1]["rows"] < 9
         assert [*found.provenance["data"]["image_shape"], found.provenance["data"]["name"]]
@@ -291,7 +305,7 @@ def test_killed_at_any_call_the_old_records_or_the_new_ones_are_there(tmp_path, 
                     records.write(folder, copy.deepcopy(new))
                     done = True
         with records.locked(folder):  # the next process
-            records.read(folder)
+            records.read(folder, SCHEMA)
         assert contents(folder) in (before, after), survived
         seen.append(contents(folder) == after)
         if done:
@@ -308,7 +322,7 @@ def test_a_reader_completes_what_a_killed_writer_had_made_valid(out):
     (out / records._VALID).mkdir()
     for name in FILES[2:]:
         (out / name).rename(out / records._VALID / name)
-    assert len(records.read(out).runs) == 4
+    assert len(records.read(out, SCHEMA)["runs"]) == 4
     assert contents(out) == after
 
 
@@ -319,8 +333,7 @@ def test_a_full_disk_leaves_the_old_records(tmp_path):
         with records.locked(disk / "out"):
             records.write(disk / "out", example())
             before = contents(disk / "out")
-            large = example(1)
-            large.filters[4, "un"] = np.zeros((100, 1000), np.float32)
+            large = example().with_files(filters(np.zeros((100, 1000))))
             with pytest.raises(UserError, match=r"No space left on device.*free some space") as e:
                 records.write(disk / "out", large)
         assert "\n" not in str(e.value)
@@ -369,7 +382,7 @@ def test_a_folder_that_cannot_be_written_is_refused_at_once_and_can_be_read(tmp_
             ):
                 pass
             assert "\n" not in str(caught.value)
-        assert len(records.read_alone(disk / "out").runs) == 4
+        assert len(records.read_alone(disk / "out", SCHEMA)["runs"]) == 4
 
 
 @pytest.mark.parametrize("name", ["a\0b", "x" * 300, "file/out", "file"])
@@ -390,7 +403,7 @@ def test_a_missing_folder_is_not_made_where_only_reading_is_meant(tmp_path):
     ):
         pass
     with pytest.raises(UserError, match="no records"):
-        records.read_alone(tmp_path / "none")
+        records.read_alone(tmp_path / "none", SCHEMA)
     assert not list(tmp_path.iterdir())
 
 
@@ -413,11 +426,11 @@ def test_one_process_at_a_time_and_a_killed_one_holds_nothing(out):
         with busy, records.locked(out):
             pass
         with busy:
-            records.read_alone(out)
+            records.read_alone(out, SCHEMA)
         holder.send_signal(signal.SIGKILL)
         holder.wait()
     with records.locked(out):
-        assert len(records.read(out).runs) == 4
+        assert len(records.read(out, SCHEMA)["runs"]) == 4
 
 
 def test_files_of_a_pattern_give_way_to_the_new_ones_and_others_stay(tmp_path):
@@ -429,10 +442,133 @@ def test_files_of_a_pattern_give_way_to_the_new_ones_and_others_stay(tmp_path):
     assert (tmp_path / "a" / "x2").read_bytes() == b"new"
 
 
-def test_names_cannot_leave_the_folder(out, tmp_path):
-    """File names of a set come from our own code alone; those in damaged provenance are refused."""
-    provenance = json.loads((out / "provenance.json").read_text())
-    (tmp_path / "outside").write_text("secret")
-    provenance["files"]["../outside"] = hashlib.sha256(b"secret").hexdigest()
-    (out / "provenance.json").write_text(json.dumps(provenance))
-    assert "provenance.json" in refused(out)
+# ---------------------------------------------------------------- other experiments
+
+
+class AboutNotes(About):
+    text: str
+
+
+NOTES = Schema(
+    kind="notes",
+    tables={
+        "notes": Table({"voice": "s", "bar": "i", "pitch": "d"}, ("voice", "bar"), ("bar",), True),
+        "voices": Table({"voice": "s", "loud": "b", "range": "f"}, ("voice",), later=("range",)),
+    },
+    cell=("voice",),
+    files=r"[a-z]+\.wav",
+    about=AboutNotes,
+)
+
+
+@pytest.fixture
+def notes(tmp_path):
+    folder = tmp_path / "notes"
+    rows = [{"voice": voice, "bar": bar, "pitch": 0.1 + bar} for voice in "ba" for bar in (1, 2)]
+    tables = {
+        "notes": NOTES.frame("notes", rows),
+        "voices": NOTES.frame(
+            "voices", [{"voice": v, "loud": v == "a", "range": 0.1} for v in "ab"]
+        ),
+    }
+    with records.locked(folder):
+        records.write(
+            folder,
+            Records(
+                NOTES, tables, {"song.wav": b"la"},
+                {"config": {}, "config_sha256": "", "data": {"text": ""}, "commands": []},
+            ),
+        )  # fmt: skip
+    return folder
+
+
+def test_an_experiment_brings_its_schema_and_nothing_else(notes):
+    found = records.read(notes, NOTES)
+    assert list(found["notes"].itertuples(index=False, name=None)) == [
+        ("a", 2, 2.1), ("a", 1, 1.1), ("b", 2, 2.1), ("b", 1, 1.1)
+    ]  # fmt: skip
+    assert found["voices"]["loud"].to_list() == [True, False]
+    assert found["voices"]["range"].to_list() == [0.1, 0.1]  # a float32's shortest decimal
+    assert found.files == {"song.wav": b"la"}
+    assert found.recorded() == {"notes/a", "notes/b", "voices/a", "voices/b"}
+    before = contents(notes)
+    records.write(notes, found)
+    assert contents(notes) == before
+    told = records.from_text(records.to_text(found), NOTES)
+    for name in NOTES.tables:
+        pd.testing.assert_frame_equal(told[name], found[name])
+
+
+def test_rows_take_the_place_of_those_of_the_same_run_and_leave_together(notes):
+    found = records.read(notes, NOTES)
+    longer = NOTES.frame("notes", [{"voice": "b", "bar": bar, "pitch": 9.0} for bar in (3, 4, 5)])
+    merged = found.with_rows("notes", longer).with_rows("notes", longer)
+    assert merged["notes"]["bar"].to_list() == [2, 1, 5, 4, 3]
+    left = merged.without(NOTES.frame("voices", [{"voice": "a", "loud": True, "range": 0.0}]))
+    assert left.recorded() == {"notes/b", "voices/b"}
+    assert found["notes"]["bar"].to_list() == [2, 1, 2, 1]  # what was read stays as it was
+    assert Records.empty(NOTES).is_empty()
+    assert not left.is_empty()
+
+
+def test_a_packed_table_is_checked_like_any_other(notes):
+    for content in (b"", b"\x1f\x8b", gzip.compress(b"voice,bar\n"), b"voice,bar,pitch\n"):
+        rehashed(notes, "notes.csv.gz", content)
+        assert "notes.csv.gz" in refused(notes, NOTES)
+
+
+def test_a_column_that_came_later_is_not_a_number_in_older_records(notes):
+    rehashed(notes, "voices.csv", b"voice,loud\na,True\nb,False\n")
+    found = records.read(notes, NOTES)["voices"]
+    assert list(found.columns) == ["voice", "loud", "range"]
+    assert found["range"].isna().all()
+    rehashed(notes, "voices.csv", b"voice,range\na,1.0\n")
+    assert "voices.csv: columns voice,range; expected voice,loud,range" in refused(notes, NOTES)
+
+
+@pytest.mark.parametrize(
+    "name", ["../evil.wav", "/tmp/evil.wav", "a/../../evil.wav", "song.wav/../../evil.wav",
+             "evil.exe", "song.wav\n", "", ".", "other.csv"],
+)  # fmt: skip
+def test_names_cannot_leave_the_folder(name, notes, tmp_path):
+    """The schema says which files there are; a provenance from elsewhere cannot add any."""
+    for evil in ("evil.wav", "notes/evil.exe", "notes/other.csv"):
+        (tmp_path / evil).write_bytes(b"secret")
+
+    def add(provenance):
+        provenance["files"][name] = hashlib.sha256(b"secret").hexdigest()
+
+    with_provenance(notes, add)
+    assert "provenance.json: damaged" in refused(notes, NOTES)
+
+
+@pytest.mark.parametrize("key", ["data", "config", "config_sha256", "commands", "files"])
+def test_a_provenance_without_what_is_relied_on_is_a_line(key, notes, out):
+    for folder, schema in ((notes, NOTES), (out, SCHEMA)):
+        with_provenance(folder, lambda provenance: provenance.pop(key))
+        assert "provenance.json: damaged" in refused(folder, schema)
+
+
+def test_what_is_said_of_the_data_is_checked_by_the_experiment(notes):
+    with_provenance(notes, lambda provenance: provenance.update(data={"name": "mnist"}))
+    assert "provenance.json: damaged" in refused(notes, NOTES)
+
+
+def test_a_folder_of_another_kind_is_not_called_damaged(notes, out):
+    """It is healthy; the command that reads it is named."""
+    for kind, command in (
+        ("segmentation", "`unitnorm segment report`"),
+        ("study", "`unitnorm study`"),
+        ("symmetry", "`unitnorm symmetry`"),
+        ("opera", "another command"),
+    ):
+        with_provenance(notes, lambda provenance, kind=kind: provenance.update(kind=kind))
+        line = refused(notes, SCHEMA)
+        assert line.startswith(f"{notes}: holds records of the kind {kind}, not table2; {command}")
+        assert records.kind_of(notes) == kind
+    line = refused(out, NOTES)
+    assert "holds records of the kind table2, not notes; `unitnorm report` reads them" in line
+    with_provenance(out, lambda provenance: provenance.pop("kind"))  # before there were others
+    assert len(records.read(out, SCHEMA)["runs"]) == 4
+    assert records.kind_of(out) == "table2"
+    assert records.kind_of(out.parent) is None

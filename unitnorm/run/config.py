@@ -149,12 +149,9 @@ def check_updates(updates: list[str]) -> list[str]:
     Raises:
       ValueError: one is unknown.
     """
-    from unitnorm.updates import UPDATES
+    from unitnorm.updates import check_update_name
 
-    for name in updates:
-        if name not in UPDATES:
-            raise ValueError(f"{name!r} is not an update; allowed: {', '.join(UPDATES)}")
-    return list(dict.fromkeys(updates))
+    return list(dict.fromkeys(map(check_update_name, updates)))
 
 
 def parse_override(text: str) -> tuple[str, Any]:

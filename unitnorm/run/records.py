@@ -48,12 +48,14 @@ class Table:
       key: the columns that name a row, in the order in which rows are sorted.
       descending: those of `key` that are sorted from the largest on.
       packed: the file is NAME.csv.gz, for tables of many thousand rows.
+      later: columns of numbers that older records lack; they are read as NaN.
     """
 
     columns: Mapping[str, str]
     key: tuple[str, ...]
     descending: tuple[str, ...] = ()
     packed: bool = False
+    later: tuple[str, ...] = ()
 
 
 class About(pydantic.BaseModel):
@@ -409,6 +411,8 @@ def _parse_csv(schema: Schema, name: str, content: bytes, folder: Path) -> pd.Da
     except (ValueError, OverflowError, FloatingPointError, TypeError, OSError, EOFError) as error:
         detail = " ".join(str(error).split())
         raise UserError(f"{path}: not a table of records: {detail}; {REPAIR}") from None
+    if [*table.columns] == [column for column in spec.columns if column not in spec.later]:
+        table = table.reindex(columns=list(spec.columns))
     if list(table.columns) != list(spec.columns):
         raise UserError(
             f"{path}: columns {','.join(map(str, table.columns))}; expected "
@@ -439,11 +443,13 @@ def _read_provenance(path: Path, schema: Schema) -> dict[str, Any]:
                 f"reads format {FORMAT}; give another --out"
             )
         kind = provenance.get("kind", "table2")  # that of the records before there were others
-        if kind != schema.kind:
+        if kind != schema.kind and isinstance(kind, str):
             raise UserError(
-                f"{path.parent}: holds records of the kind {kind!r:.40}, not {schema.kind}; "
+                f"{path.parent}: holds records of the kind {kind:.40}, not {schema.kind}; "
                 f"{_COMMANDS.get(kind, 'another command')} reads them"
             )
+        if kind != schema.kind:
+            raise KeyError("kind")
         _Provenance.model_validate(provenance)
         schema.about.model_validate(provenance["data"])
         # only the names of this schema: a provenance from elsewhere must not lead out of the folder

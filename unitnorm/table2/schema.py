@@ -37,6 +37,7 @@ SCHEMA = Schema(
                 "norm_deviation": "f", "norm_mean": "f",
             },
             (*CELL, "epoch"),
+            later=("val_loss",),
         ),
         "sweep": Table(
             {
