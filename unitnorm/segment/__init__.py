@@ -1,7 +1,8 @@
 """SegNet on CamVid, trained with UN: the paper's application (section 5, figure 2).
 
-`config.py` has every number, `data.py` the images, `synthetic.py` invented ones, `model.py` the
-network, `training.py` the compiled steps and the loop around them, `metrics.py` what is measured,
-`records.py` the files of a results folder, `figures.py` and `predicting.py` what can be looked at,
-`cli.py` the commands. Importing this package imports none of them: `unitnorm --help` stays quick.
+`config` has every number, `data` the images, `synthetic` invented ones, `augment` their changes,
+`model` the network, `training` the program that the loop of `unitnorm.run` trains, `evaluation` and
+`metrics` what is measured, `experiment` the runs, `schema`, `weights` and `tables` what is kept and
+said of them, `pictures` and `predicting` what can be looked at, `measure_convolution` what the
+Fourier convolution gains. Importing this package imports none of them.
 """

@@ -1,37 +1,36 @@
 """The configuration of a segmentation: every number that its results depend on, with its range.
 
-The defaults are those of `configs/segnet_cpu.toml`. To add a key, add a field here. Nothing
-here reads data or touches JAX.
+The defaults are those of `configs/segnet_small.toml`. To add a key, add a field here. Nothing here
+reads data or touches JAX.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
-from unitnorm.run import config as base
-from unitnorm.run.config import Section
+from unitnorm.run.config import ExperimentConfig, Section, check_updates, difference
 
 Rate = Annotated[float, Field(gt=0.0, le=1e6)]
+Pixels = Annotated[int, Field(ge=1, le=4096)]
+Epochs = Annotated[int, Field(ge=1, le=100_000)]
+Scale = Annotated[float, Field(gt=0.0, le=1.0)]
 
 
-class Data(Section):
-    """Which images, and at which size they are trained and measured."""
+class ScenesConfig(Section):
+    """Which images, and the size at which they are measured."""
 
     dataset: Literal["camvid", "synthetic"] = Field(
         "camvid", description="camvid, or road scenes that we draw (no data needed)"
     )
     data_dir: str | None = Field(None, description="the folder of CamVid, with train/ and the rest")
-    height: Annotated[int, Field(ge=1, le=4096)] = Field(90, description="rows of pixels")
-    width: Annotated[int, Field(ge=1, le=4096)] = Field(120, description="columns of pixels")
-    flip: bool = Field(True, description="flip half of the training images, left to right")
+    height: Pixels = Field(90, description="rows of pixels")
+    width: Pixels = Field(120, description="columns of pixels")
 
 
-class Network(Section):
+class SegNetConfig(Section):
     """SegNet-Basic."""
 
     features: Annotated[int, Field(ge=1, le=4096)] = Field(64, description="filters per layer")
@@ -60,68 +59,104 @@ class Network(Section):
         return size
 
 
-class Train(Section):
+class Augmentation(Section):
+    """What is changed at random in each training image, alike for all updates."""
+
+    flip: bool = Field(True, description="left to right, half of the images")
+    zoom: Annotated[float, Field(ge=1.0, le=8.0)] = Field(
+        1.0, description="scaled by 1/zoom to zoom, uniform in the logarithm"
+    )
+    brightness: Annotated[float, Field(ge=0.0, le=2.0)] = Field(
+        0.0, description="times e^x, x uniform within ± this"
+    )
+    colour: Annotated[float, Field(ge=0.0, le=2.0)] = Field(
+        0.0, description="red, green and blue each times e^x, x uniform within ± this"
+    )
+
+
+class Stage(Section):
+    """Epochs on images of a part of their size."""
+
+    epochs: Epochs
+    scale: Scale
+
+
+class SegmentTraining(Section):
     """The training, the same for every update but for its learning rate."""
 
-    epochs: Annotated[int, Field(ge=1, le=100_000)] = Field(100, description="the paper's 100")
+    epochs: Epochs = Field(100, description="in all; the paper's 100")
+    stages: list[Stage] = Field([], description="the first epochs, at a part of the size")
+    crop: Annotated[list[Pixels], Field(min_length=2, max_length=2)] = Field(
+        [4096, 4096], description="height and width of the part of an image trained on, at most"
+    )
     batch_size: Annotated[int, Field(ge=2, le=10_000)] = Field(
         8, description="images per mini-batch, over all devices; a multiple of their number"
     )
     decay: Literal["none", "cosine"] = Field(
         "cosine", description="learning rate: constant, or down to zero along half a cosine"
     )
-    class_weights: bool = Field(True, description="median-frequency weights in the loss")
+    class_weights: Literal["median", "published", "none"] = Field(
+        "median",
+        description="in the loss: by median frequency, the SegNet authors' own numbers, or 1",
+    )
+    weight_decay: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        0.0, description="of all parameters but the filters (the authors: 5e-4, of all)"
+    )
+    measure_every: Epochs = Field(1, description="epochs between measurements on val")
+    statistics: Literal["anew", "running"] = Field(
+        "running",
+        description="of batch normalisation where it is measured: averaged anew over the training "
+        "images, as the authors' code does, or the running ones",
+    )
+
+    def scale_of(self, epoch: int) -> float:
+        """The part of the size at which an epoch, counted from 0, is trained."""
+        for stage in self.stages:
+            if epoch < stage.epochs:
+                return stage.scale
+            epoch -= stage.epochs
+        return 1.0
 
 
-class SegmentConfig(Section):
-    """One experiment. `updates` selects what is trained; the rest is protocol."""
+class SegmentSweep(Section):
+    """The choice of an update's base learning rate, on training images that are held out."""
 
-    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+    rates: list[Rate] = Field([0.1, 0.3, 1.0, 3.0], min_length=1, max_length=64)
+    epochs: Epochs = Field(10, description="of each rate")
+    scale: Scale = Field(1.0, description="part of the size, for training and measurement")
+    held_out: str = Field("0006R0", description="the sequence of train/ that is measured on")
+
+
+class SegmentConfig(ExperimentConfig):
+    """One experiment. `updates` and `runs` select what is trained; the rest is protocol."""
+
+    selection: ClassVar[frozenset[str]] = frozenset({"updates", "runs"})
+
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = Field(0, description="run k has seed + k")
+    runs: Annotated[int, Field(ge=1, le=10_000)] = Field(1, description="of each update")
     updates: list[str] = Field(["b-sgd", "un"], min_length=1, max_length=64)
     learning_rates: dict[str, Rate] = Field(
-        {"b-sgd": 1.0, "un": 1.0}, description="base learning rate of each update"
+        {}, description="base learning rates; an update without one is given the sweep's"
     )
-    data: Data = Data()
-    network: Network = Network()
-    train: Train = Train()
+    data: ScenesConfig = ScenesConfig()
+    network: SegNetConfig = SegNetConfig()
+    augmentation: Augmentation = Augmentation()
+    train: SegmentTraining = SegmentTraining()
+    sweep: SegmentSweep = SegmentSweep()
 
-    @field_validator("updates")
-    @classmethod
-    def _known(cls, updates: list[str]) -> list[str]:
-        from unitnorm.updates import UPDATES
+    _known = field_validator("updates")(check_updates)
 
-        for name in updates:
-            if name not in UPDATES:
-                raise ValueError(f"{name!r} is not an update; allowed: {', '.join(UPDATES)}")
-        return list(dict.fromkeys(updates))
+    def protocol_of(self, update: str, rate: float) -> dict[str, Any]:
+        """Everything that changes the numbers of one update, trained at one rate."""
+        return self.protocol() | {"learning_rates": {update: rate}}
 
-    @model_validator(mode="after")
-    def _rates(self) -> SegmentConfig:
-        for name in self.updates:
-            if name not in self.learning_rates:
-                raise ValueError(
-                    f"{name} has no learning rate; add --set learning_rates.{name}=1.0 or the "
-                    "like, or the key to the file"
-                )
-        return self
-
-    def protocol(self, update: str | None = None) -> dict[str, Any]:
-        """Everything that changes numbers: of all updates, or of one alone."""
-        values = self.model_dump(exclude={"updates": True, "data": {"data_dir"}})
-        if update is not None:
-            values["learning_rates"] = {update: self.learning_rates[update]}
-        return values
-
-    def fingerprint(self, update: str | None = None) -> str:
-        """SHA-256 of `protocol`."""
-        text = json.dumps(self.protocol(update), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
-
-
-def load(path: str | Path | None, overrides: dict[str, Any]) -> SegmentConfig:
-    """Read a TOML file (None: the defaults), put `overrides` (dotted key → value) on top, check.
-
-    Raises:
-      UserError: as `unitnorm.table2.config.load`.
-    """
-    return base.load(path, overrides, SegmentConfig)
+    def conflict(self, recorded: Any) -> str | None:
+        """As for every config; but a rate of an update that is new to the records is none."""
+        mine = json.loads(json.dumps(self.protocol()))
+        try:
+            rates = {**mine["learning_rates"], **recorded["learning_rates"]}
+            mine["learning_rates"] |= {k: mine["learning_rates"].get(k, v) for k, v in rates.items()}
+            recorded = {**recorded, "learning_rates": rates}
+        except (TypeError, KeyError, AttributeError):
+            pass
+        return None if recorded == mine else difference(recorded, mine)

@@ -24,7 +24,7 @@ from unitnorm.segment import synthetic
 from unitnorm.segment.palette import UNLABELLED
 
 if TYPE_CHECKING:
-    from unitnorm.segment.config import Data
+    from unitnorm.segment.config import ScenesConfig
 
 SPLITS = ("train", "val", "test")
 HEIGHT, WIDTH = 360, 480  # of every image and label, as the SegNet tutorial has them
@@ -38,16 +38,33 @@ SOURCE = (
 )
 
 
-class Split(NamedTuple):
-    """Images uint8 (n, height, width, 3), RGB, and labels uint8 (n, height, width): 0 to 10, and
-    11 where nobody said what it is."""
+class Scenes(NamedTuple):
+    """Images of one size, with their labels and the drives that they are from."""
 
-    images: NDArray[np.uint8]
-    labels: NDArray[np.uint8]
+    images: NDArray[np.uint8]  # (n, height, width, 3), RGB
+    labels: NDArray[np.uint8]  # (n, height, width): 0 to 10, and 11 where nobody said what it is
+    sequences: NDArray[np.str_]  # (n,), such as 0001TP
+
+    def only(self, chosen: NDArray) -> Scenes:
+        """Those at an index or mask."""
+        return Scenes(*(array[chosen] for array in self))
+
+    def scaled(self, scale: float) -> Scenes:
+        """Images and labels at that part of their size: averaged, and by nearest neighbour."""
+        _, height, width = self.labels.shape
+        size = max(1, round(scale * height)), max(1, round(scale * width))
+        if size == (height, width):
+            return self
+        pairs = [
+            _resize(Image.fromarray(image), Image.fromarray(label), *size)
+            for image, label in zip(self.images, self.labels, strict=True)
+        ]
+        images, labels = zip(*pairs, strict=True)
+        return Scenes(np.stack(images), np.stack(labels), self.sequences)
 
 
 @dataclass(frozen=True, eq=False)
-class Scenes:
+class SceneData:
     """A data set in memory.
 
     Attributes:
@@ -57,7 +74,7 @@ class Scenes:
     """
 
     name: str
-    splits: dict[str, Split]
+    splits: dict[str, Scenes]
     sha256: str
 
     @property
@@ -67,7 +84,7 @@ class Scenes:
         return height, width
 
 
-def load_scenes(config: Data) -> Scenes:
+def load_scenes(config: ScenesConfig) -> SceneData:
     """The config's data at the config's size.
 
     Raises:
@@ -76,21 +93,25 @@ def load_scenes(config: Data) -> Scenes:
     height, width = config.height, config.width
     if config.dataset == "synthetic":
         splits = {
-            name: Split(*synthetic.scenes(count, height, width, seed))
+            name: Scenes(*synthetic.scenes(count, height, width, seed), _drawn_sequences(count))
             for seed, (name, count) in enumerate(synthetic.COUNTS.items())
         }
     elif config.data_dir is None:
         raise UserError(f"no folder of CamVid is given; {SOURCE}")
     else:
         splits = read_camvid(Path(config.data_dir).expanduser(), height, width)
-    return Scenes(config.dataset, splits, digest(splits))
+    return SceneData(config.dataset, splits, digest(splits))
 
 
-def digest(splits: dict[str, Split]) -> str:
+def _drawn_sequences(count: int) -> NDArray[np.str_]:
+    return np.array(["0001TP", "0006R0"])[np.arange(count) * 2 // count]
+
+
+def digest(splits: dict[str, Scenes]) -> str:
     """SHA-256 of all images and labels, with their shapes."""
     result = hashlib.sha256()
     for name in SPLITS:
-        for array in splits[name]:
+        for array in splits[name][:2]:
             result.update(f"{name} {array.shape}\n".encode())
             result.update(np.ascontiguousarray(array).data)
     return result.hexdigest()
@@ -139,7 +160,7 @@ def _by_stem(folder: Path) -> dict[str, Path]:
     return result
 
 
-def read_camvid(folder: Path, height: int = HEIGHT, width: int = WIDTH) -> dict[str, Split]:
+def read_camvid(folder: Path, height: int = HEIGHT, width: int = WIDTH) -> dict[str, Scenes]:
     """Every image and label of the folder, checked, at that size; left at their own, as they are.
 
     At 360×480 CamVid takes 485 MB.
@@ -156,7 +177,7 @@ def read_camvid(folder: Path, height: int = HEIGHT, width: int = WIDTH) -> dict[
 
 def _read_split(
     pairs: list[tuple[Path, Path]], height: int, width: int, pool: ThreadPoolExecutor
-) -> Split:
+) -> Scenes:
     images = np.empty((len(pairs), height, width, 3), np.uint8)
     labels = np.empty((len(pairs), height, width), np.uint8)
 
@@ -169,15 +190,24 @@ def _read_split(
                 f"{pairs[i][1]}: holds the label {highest}; expected 0 to {UNLABELLED - 1}, and "
                 f"{UNLABELLED} for unlabelled pixels"
             )
-        if image.size != (width, height):  # averaged where it shrinks
-            shrinks = height <= image.height and width <= image.width
-            smooth = Image.Resampling.BOX if shrinks else Image.Resampling.BILINEAR
-            image = image.resize((width, height), smooth)
-            label = label.resize((width, height), Image.Resampling.NEAREST)
-        images[i], labels[i] = np.asarray(image), np.asarray(label)
+        images[i], labels[i] = _resize(image, label, height, width)
 
     list(pool.map(read, range(len(pairs))))
-    return Split(images, labels)
+    # 0001TP_006690.png is of the drive 0001TP
+    sequences = np.array([path.stem.rpartition("_")[0] or "other" for path, _ in pairs])
+    return Scenes(images, labels, sequences)
+
+
+def _resize(
+    image: Image.Image, label: Image.Image, height: int, width: int
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """As arrays of that size: averaged where the image shrinks; labels by nearest neighbour."""
+    if image.size != (width, height):
+        shrinks = height <= image.height and width <= image.width
+        smooth = Image.Resampling.BOX if shrinks else Image.Resampling.BILINEAR
+        image = image.resize((width, height), smooth)
+        label = label.resize((width, height), Image.Resampling.NEAREST)
+    return np.asarray(image), np.asarray(label)
 
 
 def _open(path: Path, modes: tuple[str, ...], what: str) -> Image.Image:

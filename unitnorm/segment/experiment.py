@@ -1,138 +1,269 @@
-"""From a config and the records so far to the records to come, update after update.
+"""From a config and the records so far to the records to come, run after run.
 
-`run` trains what is not recorded; the records on disk grow with every epoch, so that a look at them
-is possible at any time, and the checkpoints allow to go on from any step.
+What is not recorded is trained; the records grow with every measurement, so that a look at them is
+possible at any time, and the checkpoints allow to go on from any step.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import jax
+import numpy as np
 import pandas as pd
 
-from unitnorm.run import provenance as base
-from unitnorm.run import records as base_records
+from unitnorm.errors import UserError
 from unitnorm.run.checkpoints import Part
-from unitnorm.segment import records
+from unitnorm.run.loop import Session, Status, to_host, train
+from unitnorm.run.provenance import fingerprint
+from unitnorm.run.records import Records
+from unitnorm.segment import training
 from unitnorm.segment.config import SegmentConfig
-from unitnorm.segment.data import SPLITS, Scenes
-from unitnorm.segment.metrics import measure
-from unitnorm.segment.records import Records
-from unitnorm.segment.training import Program, Session, State, train
+from unitnorm.segment.data import SceneData, Scenes
+from unitnorm.segment.metrics import Metrics, measure
+from unitnorm.segment.palette import NAMES
+from unitnorm.segment.schema import ALL, CELL, FIGURES, SCHEMA
+from unitnorm.segment.training import SegNetProgram, SegNetState
+from unitnorm.segment.weights import pack_weights
+
+Store = Callable[[Records], None]
 
 
-def run(
-    config: SegmentConfig,
-    scenes: Scenes,
-    known: Records,
-    session: Session,
-    store: Callable[[Records], None],
+def list_cells(config: SegmentConfig, runs: int | None = None) -> pd.DataFrame:
+    """The runs of a config's selection: one row per update and run; of the sweep, run 0 alone."""
+    count = config.runs if runs is None else runs
+    return pd.DataFrame([(u, run) for run in range(count) for u in config.updates], columns=CELL)
+
+
+def list_missing(cells: pd.DataFrame, table: pd.DataFrame) -> list[tuple[str, int]]:
+    """The cells that a table has no row of; the updates of a run follow one another."""
+    have = set(table[list(CELL)].itertuples(index=False, name=None))
+    return [cell for cell in cells.itertuples(index=False, name=None) if cell not in have]
+
+
+def describe_data(data: SceneData) -> dict[str, Any]:
+    """What the provenance says of the data."""
+    counts = {name: len(scenes.labels) for name, scenes in data.splits.items()}
+    height, width = data.size
+    return {
+        "name": data.name, "sha256": data.sha256, "images": counts, "height": height,
+        "width": width,
+    }  # fmt: skip
+
+
+def sweep_missing(
+    config: SegmentConfig, data: SceneData, records: Records, session: Session, store: Store
 ) -> Records:
-    """Train every update of the config that `known` has no test results of.
+    """Try every rate for every update without a recorded sweep, on run 0's seed.
+
+    One sequence of the training images is held out; the rate with the highest mean IoU on it is
+    chosen, the larger of equals. A rate whose loss does not stay finite cannot be.
 
     Args:
-      store: is given the records after every epoch and every update.
+      store: is given the records after every update.
 
     Raises:
       Interrupted: after saving a checkpoint.
+      UserError: no image is of the sequence, or all are.
     """
-    for update in config.updates:
-        if update in known.trained():
-            session.say(f"{update}: is recorded; --fresh starts over")
-            continue
-        program = Program(config, update, scenes.splits["train"], scenes.splits["val"])
-
-        def epoch_done(program: Program, state: State, seconds: float) -> None:
-            nonlocal known
-            known = after_epoch(known, config, scenes, program, state)
-            store(known)
-            session.epoch_done(program, state, seconds)
-
-        state = train(
-            program, part_of(config, update, scenes), replace(session, epoch_done=epoch_done)
+    part, images = config.sweep, data.splits["train"]
+    out = images.sequences == part.held_out
+    if out.all() or not out.any():
+        raise UserError(
+            f"sweep.held_out = {part.held_out!r}: the training images are of the sequences "
+            f"{', '.join(np.unique(images.sequences))}; expected one of several"
         )
-        known = after_training(known, config, scenes, program, state)
-        store(known)
-    return known
+    scales = [part.scale] * part.epochs
+    for update, run in list_missing(list_cells(config, 1), records["sweep"]):
+        rows = []
+        for rate in sorted(part.rates, reverse=True):
+            _, state = train_run(
+                "sweep", config, data, update, run, rate, scales, images.only(~out),
+                images.only(out), session,
+            )  # fmt: skip
+            figures = to_host(state.figures)
+            found = measure(figures.confusion[-1])
+            rows.append(
+                {"update": update, "run": run, "seed": config.seed + run, "base_lr": rate,
+                 "train_loss": figures.loss[-1], **dict(zip(FIGURES, found, strict=False))}
+            )  # fmt: skip
+            if int(state.best_epoch) == 0:  # it did not come to its end
+                rows[-1] |= dict.fromkeys(("train_loss", *FIGURES), np.nan)
+        best = int(np.argmax([-1.0 if np.isnan(r["mean_iou"]) else r["mean_iou"] for r in rows]))
+        if np.isnan(rows[best]["mean_iou"]):
+            raise UserError(f"sweep {update}: no rate keeps the loss finite; add smaller ones")
+        rows = [row | {"chosen": place == best} for place, row in enumerate(rows)]
+        records = records.with_rows("sweep", SCHEMA.frame("sweep", rows))
+        store(records)
+    return records
 
 
-def after_epoch(
-    known: Records, config: SegmentConfig, scenes: Scenes, program: Program, state: State
+def find_unswept(config: SegmentConfig, records: Records) -> list[str]:
+    """The updates that have runs to train, and no learning rate yet."""
+    wanted = {update for update, _ in list_missing(list_cells(config), records["runs"])}
+    missing = {update for update, _ in list_missing(list_cells(config, 1), records["sweep"])}
+    return [u for u in config.updates if u in wanted & missing and u not in config.learning_rates]
+
+
+def train_missing(
+    config: SegmentConfig, data: SceneData, records: Records, session: Session, store: Store
 ) -> Records:
-    """The records with an update's epochs so far, and its best weights."""
-    update, done = program.update, int(state.step) // program.steps
-    history = jax.device_get(state.history)
-    rows = [
-        records.row(update, scenes.size, "val", epoch + 1, measure(history.confusion[epoch]))
-        for epoch in range(done)
+    """Train every run of the config that is not recorded, at its base learning rate.
+
+    Args:
+      store: is given the records after every measurement and every run.
+
+    Raises:
+      Interrupted: after saving a checkpoint.
+      UserError: a loss is not finite any more.
+    """
+    scales = [config.train.scale_of(epoch) for epoch in range(config.train.epochs)]
+    sweep = records["sweep"]
+    chosen = sweep[sweep["chosen"]].set_index("update")["base_lr"].to_dict()
+    for update, run in list_missing(list_cells(config), records["runs"]):
+        rate = config.learning_rates.get(update, chosen.get(update))
+        if rate is None:
+            raise UserError(f"{update}: has no learning rate; run `unitnorm segment sweep`")
+
+        def grow(program: SegNetProgram, state: SegNetState, run: int = run) -> None:
+            nonlocal records
+            records = with_epochs(records, config, run, program, state)
+            store(records)
+
+        program, state = train_run(
+            "train", config, data, update, run, rate, scales, data.splits["train"],
+            data.splits["val"], session, grow,
+        )  # fmt: skip
+        status = program.status(state)
+        if status.epoch < program.epochs or not int(state.best_epoch):
+            raise UserError(
+                f"{program.title}: the loss is not finite in epoch {status.epoch}; take a smaller "
+                f"rate, --set learning_rates.{update}=…"
+            )
+        records = with_results(records, config, data, run, rate, program, state)
+        store(records)
+    return records
+
+
+def train_run(
+    table: str,
+    config: SegmentConfig,
+    data: SceneData,
+    update: str,
+    run: int,
+    rate: float,
+    scales: list[float],
+    images: Scenes,
+    held_out: Scenes,
+    session: Session,
+    grow: Callable[[SegNetProgram, SegNetState], None] = lambda program, state: None,
+) -> tuple[SegNetProgram, SegNetState]:
+    """One training to its end; `grow` is called where it was measured."""
+    title = f"{table} {update}" + (f" run {run}" if table == "train" else f" at {rate:g}")
+    program = SegNetProgram(
+        title, config, update, config.seed + run, rate, scales, images, held_out
+    )
+    told = json.dumps(config.protocol_of(update, rate), sort_keys=True)
+    cell = pd.DataFrame([(update, run)], columns=CELL)
+    part = Part(
+        title,
+        fingerprint(training.__name__, table, told, data.sha256, config.seed + run, scales),
+        covers=tuple(SCHEMA.names("runs" if table == "train" else table, cell)),
+    )
+
+    def after_epoch(state: SegNetState, status: Status) -> None:
+        if np.any(np.asarray(state.figures.confusion[status.epoch - 1])):
+            grow(program, state)
+
+    return program, train(part, program, session, after_epoch)
+
+
+def make_rows(
+    update: str, run: int, split: str, epoch: int, matrices: np.ndarray, sequences: np.ndarray
+) -> list[dict[str, Any]]:
+    """Rows of `metrics`: of all images and, where there are several sequences, of each.
+
+    Args:
+      matrices: of each image, (n, classes, classes).
+      sequences: of each image, (n,).
+    """
+    groups = {ALL: np.full(len(sequences), True)}
+    if len(np.unique(sequences)) > 1:
+        groups |= {str(name): sequences == name for name in np.unique(sequences)}
+    return [
+        {"update": update, "run": run, "split": split, "sequence": name, "epoch": epoch}
+        | to_columns(measure(matrices[chosen].sum(0)))
+        for name, chosen in groups.items()
     ]
-    curves = pd.DataFrame(
-        {
-            "update": update,
-            "epoch": range(1, done + 1),
-            "learning_rate": [
-                base_records.shortest(float(program.rate(epoch * program.steps)))
-                for epoch in range(done)
-            ],
-            "loss": [base_records.shortest(x) for x in history.loss[:done]],
-            "norm_deviation": [base_records.shortest(x) for x in history.norm_deviation[:done]],
-        },
-        columns=list(records.HISTORY),
-    )
-    known = known.replaced(update, pd.DataFrame(rows, columns=list(records.COLUMNS)), curves)
-    known.weights[update] = records.pack(
-        jax.device_get(state.best), config.network, update, scenes.size
-    )
-    return known
 
 
-def after_training(
-    known: Records, config: SegmentConfig, scenes: Scenes, program: Program, state: State
+def to_columns(found: Metrics) -> dict[str, float]:
+    """Figures by the name of their column."""
+    return dict(zip((*FIGURES, *NAMES), (*found[:3], *found.iou), strict=True))
+
+
+def with_epochs(
+    records: Records,
+    config: SegmentConfig,
+    run: int,
+    program: SegNetProgram,
+    state: SegNetState,
+    more: list[dict[str, Any]] | None = None,
 ) -> Records:
-    """The records with an update's test results: of its best epoch on val, and of the last."""
-    known = after_epoch(known, config, scenes, program, state)
-    weights = {program.epochs: state.now, int(state.best_epoch): state.best}
-    rows = [
-        records.row(
-            program.update, scenes.size, "test", epoch,
-            measure(program.confusion(weights[epoch], scenes.splits["test"])),
-        )
-        for epoch in sorted(weights)
+    """The records with a run's epochs so far, `more` rows of metrics, and run 0's best weights."""
+    done = int(state.step) // program.steps
+    figures = to_host(state.figures)
+    name = {"update": program.update, "run": run}
+    history = [
+        name
+        | {"epoch": epoch + 1, "scale": program.scales[epoch],
+           "lr": float(program.rate_at(epoch * program.steps)), "train_loss": figures.loss[epoch],
+           "norm_deviation": figures.norm_deviation[epoch]}
+        for epoch in range(done)
     ]  # fmt: skip
-    both = pd.concat([known.metrics, pd.DataFrame(rows)], ignore_index=True)
-    return replace(known, metrics=both)
-
-
-def part_of(config: SegmentConfig, update: str, scenes: Scenes) -> Part:
-    """What a training is called, and what its state must not be mixed with."""
-    return Part(
-        title=f"segment {update}",
-        fingerprint=base.fingerprint(
-            "unitnorm.segment.training", config.fingerprint(update), scenes.sha256
-        ),
-        covers=(covered(update),),
+    everywhere = np.array([ALL])
+    metrics = [
+        row
+        for epoch in range(done)
+        if figures.confusion[epoch].any()
+        for row in make_rows(
+            program.update, run, "val", epoch + 1, figures.confusion[[epoch]], everywhere
+        )
+    ]
+    records = records.with_rows("history", SCHEMA.frame("history", history))
+    records = records.with_rows("metrics", SCHEMA.frame("metrics", metrics + (more or [])))
+    if run or not int(state.best_epoch):
+        return records
+    packed = pack_weights(
+        jax.device_get(state.best), config.network, program.update, program.final_size
     )
+    return records.with_files({f"{program.update}.safetensors": packed})
 
 
-def covered(update: str) -> str:
-    """The name of an update's records, for the checkpoints."""
-    return f"segment/{update}"
-
-
-def provenance(config: SegmentConfig, scenes: Scenes) -> dict[str, Any]:
-    """What a folder's records have in common."""
-    return {
-        "config": config.protocol(),
-        "config_sha256": config.fingerprint(),
-        "data": {
-            "name": scenes.name,
-            "sha256": scenes.sha256,
-            "images": {name: len(scenes.splits[name].labels) for name in SPLITS},
-            "height": scenes.size[0],
-            "width": scenes.size[1],
-        },
-        "commands": [],
-    }
+def with_results(
+    records: Records,
+    config: SegmentConfig,
+    data: SceneData,
+    run: int,
+    rate: float,
+    program: SegNetProgram,
+    state: SegNetState,
+) -> Records:
+    """The records with a complete run: its test results, of its best epoch on val and the last."""
+    best, last = int(state.best_epoch), program.epochs
+    weights = {last: program.measured(state.now, last), best: state.best}
+    test = data.splits["test"].scaled(program.scales[-1])
+    rows = [
+        row
+        for epoch in sorted(weights)
+        for row in make_rows(
+            program.update, run, "test", epoch, program.evaluator.confusion(weights[epoch], test),
+            test.sequences,
+        )
+    ]  # fmt: skip
+    records = with_epochs(records, config, run, program, state, rows)
+    done = {"update": program.update, "run": run, "seed": config.seed + run, "base_lr": rate,
+            "epochs": last, "best_epoch": best}  # fmt: skip
+    return records.with_rows("runs", SCHEMA.frame("runs", [done]))

@@ -18,7 +18,7 @@ from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
 from unitnorm.geometry import retraction
-from unitnorm.segment.config import Network as NetworkConfig
+from unitnorm.segment.config import SegNetConfig
 from unitnorm.segment.convolution import fourier_convolution
 from unitnorm.table2.model import Network, split_network
 
@@ -91,7 +91,7 @@ class Convolution(nnx.Module):
     """
 
     def __init__(
-        self, inputs: int, config: NetworkConfig, mesh: Mesh | None = None, *, rngs: nnx.Rngs
+        self, inputs: int, config: SegNetConfig, mesh: Mesh | None = None, *, rngs: nnx.Rngs
     ):
         dtype = jnp.dtype(config.dtype)
         self.conv = nnx.Conv(
@@ -120,7 +120,7 @@ class SegNetBasic(nnx.Module):
     """Images (n, h, w, 3) of values 0 to 255, any h and w → float32 logits (n, h, w, classes)."""
 
     def __init__(
-        self, config: NetworkConfig, classes: int, mesh: Mesh | None = None, *, rngs: nnx.Rngs
+        self, config: SegNetConfig, classes: int, mesh: Mesh | None = None, *, rngs: nnx.Rngs
     ):
         def layer(inputs: int) -> Convolution:
             return Convolution(inputs, config, mesh, rngs=rngs)
@@ -146,7 +146,7 @@ class SegNetBasic(nnx.Module):
         return self.classifier(x.astype(jnp.float32))
 
 
-def segnet(config: NetworkConfig, classes: int, mesh: Mesh | None = None) -> Network:
+def segnet(config: SegNetConfig, classes: int, mesh: Mesh | None = None) -> Network:
     """SegNet-Basic as pure functions of its parameters and statistics.
 
     Args:
@@ -155,7 +155,7 @@ def segnet(config: NetworkConfig, classes: int, mesh: Mesh | None = None) -> Net
     return split_network(lambda rngs: SegNetBasic(config, classes, mesh, rngs=rngs))
 
 
-def _convolution(config: NetworkConfig, mesh: Mesh | None) -> Callable[..., Array]:
+def _convolution(config: SegNetConfig, mesh: Mesh | None) -> Callable[..., Array]:
     """What computes a layer's convolution, for `nnx.Conv(conv_general_dilated=…)`."""
     direct = jax.lax.conv_general_dilated
     if config.convolution == "direct" or config.kernel_size == 1:

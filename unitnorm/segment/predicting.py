@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,13 +15,13 @@ from PIL import Image, ImageOps
 
 from unitnorm.errors import UserError
 from unitnorm.segment.model import segnet
-from unitnorm.segment.palette import CLASSES, COLOURS
-from unitnorm.segment.records import Trained
+from unitnorm.segment.palette import CLASSES, COLOURS, NAMES, coloured
+from unitnorm.segment.weights import TrainedSegNet
 
 Predictor = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 
 
-def predictor(trained: Trained) -> Predictor:
+def make_predictor(trained: TrainedSegNet) -> Predictor:
     """A compiled function: an image uint8 (h, w, 3) → float32 logits (h, w, classes)."""
     network = segnet(trained.network, CLASSES)
 
@@ -31,7 +32,7 @@ def predictor(trained: Trained) -> Predictor:
     return lambda image: np.asarray(logits(jnp.asarray(image)))
 
 
-def labels_of(predict: Predictor, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def predict_labels(predict: Predictor, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """The most likely class of each pixel of an image of the training's size: uint8 (h, w)."""
     return predict(image).argmax(-1).astype(np.uint8)
 
@@ -84,8 +85,27 @@ def segment_photo(
     return labels
 
 
-def label_image(labels: NDArray[np.uint8]) -> Image.Image:
+def draw_labels(labels: NDArray[np.uint8]) -> Image.Image:
     """Labels as a palette image: the numbers are the classes, the palette has CamVid's colours."""
     image = Image.fromarray(labels, "L")
     image.putpalette(COLOURS.ravel().tolist())
     return image
+
+
+def draw_overlay(photo: Image.Image, labels: NDArray[np.uint8], share: float = 0.5) -> Image.Image:
+    """The photo with its classes' colours over it, of the photo's size."""
+    return Image.blend(photo, Image.fromarray(coloured(labels)), share)
+
+
+def describe_shares(labels: NDArray[np.uint8]) -> str:
+    """The classes' shares of the pixels, the largest first: "road 41%, sky 22%, …"."""
+    shares = np.bincount(labels.ravel(), minlength=CLASSES)[:CLASSES] / labels.size
+    order = np.argsort(-shares, kind="stable")
+    return ", ".join(f"{NAMES[c]} {shares[c]:.0%}" for c in order if shares[c] >= 0.005)
+
+
+def to_png(image: Image.Image) -> bytes:
+    """The image as a file."""
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    return content.getvalue()

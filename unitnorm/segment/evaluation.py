@@ -1,0 +1,90 @@
+"""Measuring weights on whole images: confusion matrices, and batch statistics averaged anew.
+
+Images go through the network a few at a time, shared among all devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from numpy.typing import NDArray
+
+from unitnorm.segment.config import SegNetConfig
+from unitnorm.segment.data import Scenes
+from unitnorm.segment.metrics import count_confusion
+from unitnorm.segment.model import segnet
+from unitnorm.segment.palette import CLASSES, UNLABELLED
+from unitnorm.segment.weights import Weights
+
+
+def make_mesh() -> Mesh:
+    """All devices, along the axis "image"."""
+    return Mesh(np.asarray(jax.devices()), ("image",), axis_types=(AxisType.Auto,))
+
+
+class Evaluator:
+    """Compiled measurements of networks of one kind.
+
+    Args:
+      config: of the network.
+      batch: images at a time, rounded up to a multiple of the devices.
+    """
+
+    def __init__(self, config: SegNetConfig, batch: int = 8):
+        mesh = make_mesh()
+        self._network = segnet(config, CLASSES, mesh)
+        self._momentum = config.bn_momentum
+        self._batch = -(-batch // mesh.size) * mesh.size
+        self._by_image = NamedSharding(mesh, PartitionSpec("image"))
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        self._count = jax.jit(self._confusion, out_shardings=everywhere)
+        self._add = jax.jit(self._add_statistics, out_shardings=everywhere)
+
+    def confusion(self, weights: Weights, scenes: Scenes) -> NDArray[np.int64]:
+        """Confusion matrix of each image, with running statistics: (n, classes, classes)."""
+        found = []
+        for images, labels in self._batches(scenes):
+            # one after another: CPU devices that sum for several batches at once can wait for each
+            # other for ever, as each sum in waiting holds one of XLA's threads
+            found.append(np.asarray(self._count(weights, images, labels), np.int64))
+        return np.concatenate(found)[: len(scenes.labels)]
+
+    def renew_statistics(self, weights: Weights, scenes: Scenes) -> Weights:
+        """With batch statistics that are the mean over mini-batches of these images.
+
+        The mean of the batches' means and variances, as in the SegNet authors' code.
+        """
+        total = jax.tree.map(jnp.zeros_like, weights.stats)
+        count = 0
+        # the last mini-batch is filled up with the first images
+        whole = np.arange(-(-len(scenes.labels) // self._batch) * self._batch)
+        for images, _ in self._batches(scenes.only(whole % len(scenes.labels))):
+            total = jax.block_until_ready(self._add(total, weights.params, images))
+            count += 1
+        return Weights(weights.params, jax.tree.map(lambda x: x / count, total))
+
+    def _batches(self, scenes: Scenes) -> Iterator[tuple[Array, Array]]:
+        for start in range(0, len(scenes.labels), self._batch):
+            images, labels = (array[start : start + self._batch] for array in scenes[:2])
+            missing = self._batch - len(labels)  # pixels without a label count nowhere
+            images = np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0)))
+            labels = np.pad(labels, ((0, missing), (0, 0), (0, 0)), constant_values=UNLABELLED)
+            yield jax.device_put((images, labels), self._by_image)
+
+    # ------------------------------------------------------------ traced
+
+    def _confusion(self, weights: Weights, images: Array, labels: Array) -> Array:
+        logits, _ = self._network.apply(*weights, images.astype(jnp.float32), False)
+        taken = jnp.argmax(logits, -1)
+        return jax.vmap(lambda true, taken: count_confusion(true, taken, CLASSES))(labels, taken)
+
+    def _add_statistics(self, total: Array, params: Array, images: Array) -> Array:
+        zero = jax.tree.map(jnp.zeros_like, total)
+        # from zero, a running mean moves to (1 − momentum) times that of the batch
+        _, moved = self._network.apply(params, zero, images.astype(jnp.float32), True)
+        return jax.tree.map(lambda sum, x: sum + x / (1 - self._momentum), total, moved)

@@ -1,0 +1,97 @@
+"""TrainedSegNet weights as a file: safetensors, with what is needed to build the network and to use it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from unitnorm.errors import UserError
+from unitnorm.segment.config import SegNetConfig
+from unitnorm.segment.model import segnet
+from unitnorm.segment.palette import CLASSES, NAMES
+
+FORMAT = 1  # of the file; raised when an older reader would misread it
+
+
+class Weights(NamedTuple):
+    """What a prediction needs: nested dicts of arrays."""
+
+    params: Any
+    stats: Any
+
+
+def pack_weights(weights: Weights, network: SegNetConfig, update: str, size: tuple[int, int]) -> bytes:
+    """The content of a file of weights.
+
+    Args:
+      size: height and width of the images that it was trained on.
+    """
+    about = {
+        "format": str(FORMAT), "network": network.model_dump_json(), "update": update,
+        "height": str(size[0]), "width": str(size[1]), "classes": " ".join(NAMES),
+    }  # fmt: skip
+    return safetensors.numpy.save(
+        {name: np.asarray(x) for name, x in _named(weights).items()}, about
+    )
+
+
+@dataclass(frozen=True)
+class TrainedSegNet:
+    """A network with its weights, and the size of image that it was trained on."""
+
+    network: SegNetConfig
+    weights: Weights
+    update: str
+    size: tuple[int, int]
+
+
+def read_weights(path: Path) -> TrainedSegNet:
+    """The weights in a file that `pack_weights` made.
+
+    Raises:
+      UserError: it is missing, damaged, or something else.
+    """
+    if not path.is_file():
+        raise UserError(
+            f"{path}: there are no weights; give a file with --weights, or train first: "
+            "unitnorm segment train"
+        )
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            about = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if about["format"] != str(FORMAT) or about["classes"] != " ".join(NAMES):
+            raise KeyError("format")
+        network = SegNetConfig.model_validate_json(about["network"])
+        weights = _nested(tensors, network)
+        size = int(about["height"]), int(about["width"])
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as problem:
+        reason = " ".join(f"{type(problem).__name__}: {problem}".split())[:160]
+        raise UserError(
+            f"{path}: not the weights of a SegNet of this version ({reason}); expected a file "
+            "that `unitnorm segment train` wrote"
+        ) from None
+    return TrainedSegNet(network, weights, about["update"], size)
+
+
+def _nested(tensors: dict[str, np.ndarray], network: SegNetConfig) -> Weights:
+    """Tensors in the places that the network has for them."""
+    like = Weights(*jax.eval_shape(segnet(network, CLASSES).init, jax.random.key(0)))
+    wanted = _named(like)
+    if {n: x.shape for n, x in tensors.items()} != {n: x.shape for n, x in wanted.items()}:
+        raise ValueError("the tensors do not fit the network")
+    return jax.tree.unflatten(jax.tree.structure(like), [tensors[name] for name in wanted])
+
+
+def _named(weights: Weights) -> dict[str, Any]:
+    """The leaves by their path, such as params/encoders/0/conv/kernel, in the order of the tree."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(weights)
+    }
