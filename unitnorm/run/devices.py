@@ -1,34 +1,35 @@
-"""Which devices JAX computes on, in how many processes, and where compiled programs are kept.
+"""This machine: which devices JAX computes on, how exactly, and what its processor is.
 
 `prepare` must run before anything asks JAX for a device; the command line calls it first thing.
+Linux and macOS are supported; what only one of them has is asked for here.
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import os
 import platform
-import re
-import socket
+import subprocess
 import sys
-import threading
-import time
-import zlib
-from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar, cast
 
 import jax
-import numpy as np
 
-from unitnorm.errors import UserError
-
-Result = TypeVar("Result")
-
-MEETING_S = 120  # so long processes wait for each other at the start
-SILENCE_S = 60  # a process not heard of for so long is taken for dead
-ZSTANDARD = b"\x28\xb5\x2f\xfd"  # JAX packs compiled programs with it where it is installed
+from unitnorm.run.compiled import keep_compiled
+from unitnorm.run.processes import (  # noqa: F401  # for those that have not moved yet
+    AgreedError,
+    any_process,
+    check_same,
+    from_first,
+    in_all,
+    is_first_process,
+    join,
+    several,
+    text_from_first,
+    to_host,
+    together,
+    wait_for_all,
+)
 
 
 def prepare(
@@ -47,287 +48,27 @@ def prepare(
     Args:
       cpu_devices: how many CPU devices; None: one per core this process may use. Without effect
         on GPUs and TPUs.
-      coordinator: host:port at which several processes meet, on the host of process 0; None: this
-        process alone, or what `detect` finds.
-      processes, process: how many there are and which this one is.
-      detect: join the processes that Slurm, Kubernetes, Open MPI or a TPU pod has started, with
-        what JAX finds out about them.
+      coordinator, processes, process, detect: of several processes; see `processes.join`. Without
+        any of them, this process is alone.
 
     Raises:
       UserError: options that do not fit together, or the processes do not meet.
     """
-    if cpu_devices is None:
-        cpu_devices = len(os.sched_getaffinity(0))
-    jax.config.update("jax_num_cpu_devices", cpu_devices)
+    jax.config.update("jax_num_cpu_devices", count_cores() if cpu_devices is None else cpu_devices)
     # By default JAX rounds the factors of float32 products, to TF32 on recent NVIDIA GPUs and to
     # bfloat16 on TPUs: figures of one device would then not be those of another.
     jax.config.update("jax_default_matmul_precision", "highest")
-    cache = compilation_cache()
-    if cache is not None:
-        jax.config.update("jax_compilation_cache_dir", str(cache))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    keep_compiled()
     options = (coordinator, processes, process)
-    if detect and any(option is not None for option in options):
-        raise UserError(
-            "--distributed finds the other processes itself; leave out --coordinator, --processes "
-            "and --process, or leave out --distributed"
-        )
     if detect or any(option is not None for option in options):
-        _join(*options, detect=detect)
+        join(*options, detect=detect)
 
 
-def _join(
-    coordinator: str | None, processes: int | None, process: int | None, *, detect: bool
-) -> None:
-    if not detect:
-        if coordinator is None or processes is None or process is None:
-            raise UserError("--coordinator, --processes and --process go together: give all three")
-        if process >= processes:
-            raise UserError(
-                f"--process {process}: the processes are numbered 0 to {processes - 1} "
-                f"with --processes {processes}"
-            )
-        host, _, port = coordinator.rpartition(":")
-        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-            raise UserError(
-                f"--coordinator {coordinator}: expected HOST:PORT, for example node1:12345"
-            )
-        if process == 0:
-            _check_port(int(port))
-    # Its handler would take SIGTERM away from the command line, which stops all processes alike.
-    jax.config.update("jax_enable_preemption_service", False)
-    if detect:
-        where = "Slurm, Kubernetes, Open MPI or a TPU pod"
-        hint = "start them there (srun, mpirun, a Job), or give --coordinator instead"
-    else:
-        where = str(coordinator)
-        hint = "start every process with the same --coordinator and --processes"
-    try:
-        with _patience(MEETING_S, f"not all processes came to {where} in {MEETING_S} s; {hint}"):
-            jax.distributed.initialize(
-                coordinator,
-                processes,
-                process,
-                cluster_detection_method=None if detect else "deactivate",
-                initialization_timeout=MEETING_S + 30,
-                heartbeat_timeout_seconds=SILENCE_S,
-                shutdown_timeout_seconds=SILENCE_S,
-            )
-    except (RuntimeError, ValueError, KeyError, OSError) as error:
-        detail = " ".join(str(error).split())
-        raise UserError(
-            f"the processes did not meet through {where}: {detail[:300]}; {hint}"
-        ) from None
-    with _library_lines_as_errors():
-        counts = {device.process_index: 0 for device in jax.devices()}
-        for device in jax.devices():
-            counts[device.process_index] += 1
-        if len(set(counts.values())) > 1:
-            raise UserError(
-                f"the processes have different numbers of devices ({_listed(counts.values())}); "
-                "give all of them the same number, on CPUs with --devices"
-            )
-        wait_for_all("joined")
-
-
-@contextlib.contextmanager
-def _patience(seconds: float, text: str) -> Iterator[None]:
-    """End this process with a line of its own where JAX would abort it with a stack of C++."""
-
-    def give_up() -> None:
-        print(f"error: {text}", file=sys.stderr, flush=True)
-        os._exit(UserError.exit_code)
-
-    timer = threading.Timer(seconds, give_up)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
-def _check_port(port: int) -> None:
-    """Refuse a port that is taken: JAX would abort the process."""
-    with socket.socket(socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET) as found:
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            found.bind(("", port))
-        except OSError as error:
-            raise UserError(
-                f"--coordinator: port {port} cannot be used ({error.strerror}); take another"
-            ) from None
-
-
-@contextlib.contextmanager
-def _library_lines_as_errors() -> Iterator[None]:
-    """Send to the error stream what a C++ library prints: process 0's output is for the user."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    try:
-        os.dup2(2, 1)
-        yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
-
-
-def _listed(values: Iterable[object]) -> str:
-    return ", ".join(str(value) for value in values)
-
-
-# ---------------------------------------------------------------- several processes
-
-
-def several() -> bool:
-    """True where several processes train together."""
-    return jax.process_count() > 1
-
-
-def is_first_process() -> bool:
-    """True for the one process that reads and writes records."""
-    return jax.process_index() == 0
-
-
-def wait_for_all(what: str) -> None:
-    """Return when every process has come here."""
-    if several():
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(what)
-
-
-def any_process(*flags: bool) -> tuple[bool, ...]:
-    """For each flag, whether it is set in any process: all decide alike, or some would wait."""
-    if not several():
-        return flags
-    from jax.experimental import multihost_utils
-
-    everyone = np.asarray(multihost_utils.process_allgather(np.asarray(flags)))
-    return tuple(bool(column.any()) for column in everyone.reshape(-1, len(flags)).T)
-
-
-def from_first(tree: Any | None, like: Any) -> Any | None:
-    """The first process's tree of NumPy arrays, in all processes; None if it has none.
-
-    Args:
-      tree: what this process has; looked at in the first process only.
-      like: a tree of that structure, of anything with a shape and a dtype.
-    """
-    if not several():
-        return tree
-    from jax.experimental import multihost_utils
-
-    if not multihost_utils.broadcast_one_to_all(np.asarray(tree is not None)):
-        return None
-    if tree is None or not is_first_process():
-        tree = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
-    return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))
-
-
-def text_from_first(text: str) -> str:
-    """The first process's text, in all processes."""
-    if not several():
-        return text
-    return _texts_of_all(text if is_first_process() else "")[0]
-
-
-def in_all(stage: Callable[[], Result]) -> Result:
-    """Do something that can fail in some processes: then all of them fail, with the same line.
-
-    Raises:
-      AgreedError: as `stage` in this process, or in another.
-    """
-    if not several():
-        return stage()
-    fault, result = "", None
-    try:
-        result = stage()
-    except UserError as error:
-        fault = str(error)
-    faults = [(number, text) for number, text in enumerate(_texts_of_all(fault)) if text]
-    if faults:
-        number, text = faults[0]
-        raise AgreedError(text if number == 0 else f"process {number}: {text}")
-    return cast(Result, result)
-
-
-def check_same(what: str, value: str) -> None:
-    """Refuse to go on together with a process that has another value.
-
-    Raises:
-      AgreedError: in all processes.
-    """
-    if several():
-        values = _texts_of_all(value)
-        others = [number for number, found in enumerate(values) if found != values[0]]
-        if others:
-            raise AgreedError(
-                f"process {_listed(others)}: another {what} than process 0; start every process "
-                "with the same options and code"
-            )
-
-
-class AgreedError(UserError):
-    """All processes raise it: none waits for another."""
-
-
-@contextlib.contextmanager
-def together(agreed: tuple[type[BaseException], ...] = ()) -> Iterator[None]:
-    """Make sure that no process waits for one that has failed.
-
-    With several processes, one that leaves in here by an exception that not all of them raise ends
-    without a farewell, which would wait for the others. These then fail in their next exchange.
-
-    Args:
-      agreed: exceptions that all processes raise.
-
-    Raises:
-      UserError: another process has ended.
-    """
-    try:
-        yield
-    except (jax.errors.JaxRuntimeError, ValueError) as error:
-        # a failed exchange is a ValueError too, with the name of its status in front
-        if not several() or not re.match(r"[A-Z_]+: ", str(error)):
-            raise
-        _end_without_farewell(UserError.exit_code)
-        detail = " ".join(str(error).split())
-        raise UserError(
-            "another process has ended or cannot be reached; what is saved stays. Start all of "
-            f"them again to go on ({detail[:200]})"
-        ) from None
-    except BaseException as error:
-        if jax.distributed.is_initialized() and not isinstance(error, (AgreedError, *agreed)):
-            codes = {KeyboardInterrupt: 130, UserError: UserError.exit_code}
-            _end_without_farewell(codes.get(type(error), 1))
-        raise
-
-
-def _end_without_farewell(code: int) -> None:
-    """Leave as soon as Python has told the user what it has to say."""
-
-    def leave() -> None:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-    atexit.register(leave)
-
-
-def _texts_of_all(text: str) -> list[str]:
-    """Every process's text, in order."""
-    from jax.experimental import multihost_utils
-
-    mine = np.frombuffer(text.encode(), np.uint8)
-    sizes = np.asarray(multihost_utils.process_allgather(np.asarray([len(mine)]))).ravel()
-    padded = np.zeros(max(int(sizes.max()), 1), np.uint8)
-    padded[: len(mine)] = mine
-    texts = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(sizes), -1)
-    return [row[:size].tobytes().decode() for row, size in zip(texts, sizes, strict=True)]
-
-
-# ---------------------------------------------------------------- the machine
+def count_cores() -> int:
+    """How many cores this process may use; where the system does not tell, how many there are."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def cpu_model() -> str:
@@ -336,55 +77,11 @@ def cpu_model() -> str:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
+    if sys.platform == "darwin":
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            told = subprocess.run(
+                ["sysctl", "-n", "machdep.cpu.brand_string"],
+                capture_output=True, text=True, check=True, timeout=10,
+            )  # fmt: skip
+            return told.stdout.strip()
     return platform.processor() or platform.machine()
-
-
-def cache_folder() -> Path:
-    """UNITNORM_CACHE, else XDG_CACHE_HOME/unitnorm, else ~/.cache/unitnorm.
-
-    Raises:
-      OSError: if none of them is set and there is no home folder.
-    """
-    if own := os.environ.get("UNITNORM_CACHE"):
-        return Path(own)
-    # The XDG standard says that a relative path is to be ignored.
-    if (shared := Path(os.environ.get("XDG_CACHE_HOME", ""))).is_absolute():
-        return shared / "unitnorm"
-    try:
-        return Path.home() / ".cache" / "unitnorm"
-    except RuntimeError as problem:
-        raise OSError("there is no home folder") from problem
-
-
-def compilation_cache() -> Path | None:
-    """Where compiled programs are kept: the folder `xla` of the cache; None where it has none."""
-    try:
-        folder = cache_folder() / "xla"
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return None
-    if not os.access(folder, os.W_OK):
-        return None
-    with contextlib.suppress(OSError):
-        remove_cut_programs(folder)
-    return folder
-
-
-def remove_cut_programs(folder: Path) -> None:
-    """Remove compiled programs that a killed process has half written.
-
-    JAX notices them, but it would compile anew and warn each time, and never replace them. Only
-    what was written since the last look is read.
-    """
-    looked, now = folder / ".looked", time.time_ns() - 10**9  # clocks of file systems may lag
-    since = looked.stat().st_mtime_ns if looked.exists() else 0
-    for path in folder.glob("*-cache"):
-        if path.stat().st_mtime_ns >= since:
-            content = path.read_bytes()
-            try:
-                if not content.startswith(ZSTANDARD):
-                    zlib.decompress(content)
-            except zlib.error:
-                path.unlink(missing_ok=True)
-    looked.touch()
-    os.utime(looked, ns=(now, now))
