@@ -7,10 +7,10 @@ BIN = $(VENV)/bin
 LOCK = .ci/requirements.lock
 INSTALLED = $(VENV)/.installed
 
-.PHONY: table2 test install lint lock readme audit clean
+.PHONY: table2 test peers docs install lint lock readme audit clean
 
-# Table 2 of the paper from nothing: sweep, train, report, into runs/table2/, which git
-# ignores: what is published stays as it is in results/
+# Table 2 of the paper from nothing: sweep, train, report, into runs/table2/, which git ignores; the
+# published evidence in results/ stays as it is
 table2: $(INSTALLED)
 	$(BIN)/unitnorm reproduce --fresh
 
@@ -18,10 +18,19 @@ table2: $(INSTALLED)
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
+# The updates and the benchmark's loops beside those of geoopt, pymanopt and PyTorch
+peers: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r .ci/peers.lock
+	$(BIN)/python -m pytest -rs tests/test_peers.py tests/test_bench.py
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The pages of .docs/, with warnings as errors
+docs: $(INSTALLED)
+	$(BIN)/python -m sphinx -W --keep-going -q -b html .docs build/docs
 
 install: $(INSTALLED)
 
@@ -36,7 +45,7 @@ lock:
 	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes \
 		--no-emit-index-url --no-emit-find-links --no-header --no-annotate --upgrade -o $(LOCK)
 
-# The README's tables again, from results/
+# The READMEs' tables again, from results/
 readme: $(INSTALLED)
 	$(BIN)/python .ci/readme.py
 

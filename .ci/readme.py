@@ -1,6 +1,6 @@
-"""Puts files of results/ into the README, between `<!-- from FILE -->` and `<!-- end -->`.
+"""Puts files of results/ into the READMEs, between `<!-- from FILE -->` and `<!-- end -->`.
 
-`python .ci/readme.py` writes; with --check it fails if the README is behind the results.
+`python .ci/readme.py` writes; with --check it fails if a README is behind the results.
 """
 
 import re
@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", "results/README.md", "configs/README.md")
 PLACE = re.compile(r"(<!-- from (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def filled(text: str) -> str:
-    """The README's text with every place filled from its file, where that file exists."""
+    """A page's text with every place filled from its file, where that file exists."""
 
     def fill(match: re.Match[str]) -> str:
         source = ROOT / match[2]
@@ -24,9 +25,10 @@ def filled(text: str) -> str:
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    old = path.read_text()
-    new = filled(old)
-    if "--check" in sys.argv[1:] and old != new:
-        sys.exit("README.md is behind results/: run `make readme`")
-    path.write_text(new)
+    for page in PAGES:
+        path = ROOT / page
+        old = path.read_text()
+        new = filled(old)
+        if "--check" in sys.argv[1:] and old != new:
+            sys.exit(f"{page} is behind results/: run `make readme`")
+        path.write_text(new)

@@ -51,6 +51,9 @@ class ArmPlan(Section):
     spreads: list[Annotated[float, Field(ge=0.0, le=8.0)]] = Field(
         [0.0], description="over how many decades; each is a level of its own"
     )
+    stop_by: Literal["val_error", "val_loss"] = Field(
+        "val_error", description="what the stopping rule calls validation error"
+    )
     training: dict[str, Any] = Field({}, description="keys of Table 2's config, for this arm alone")
 
     @field_validator("update")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,8 @@ from unitnorm.table2 import protocol, training
 from unitnorm.table2.config import Config
 from unitnorm.table2.experiment import at_end, exact
 
-SEEDS_AT_ONCE = 10  # in a program; its runs are recorded together
+SEEDS_AT_ONCE = 4  # in a program; its runs are recorded together
+LANES_AT_ONCE = 32  # of a seed, in a program; more leave the caches and gain nothing
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,14 @@ class Batch:
     depth: int
     purpose: str  # "tune" or "compare"
     config: Config
+    stop_by: str
     lanes: tuple[LanePlan, ...]
     seeds: tuple[int, ...]
 
     def title(self) -> str:
         """What the user calls it."""
-        return f"{self.purpose} {self.dataset} depth {self.depth} seed {self.seeds[0]}"
+        first = self.lanes[0].arm
+        return f"{self.purpose} {self.dataset} depth {self.depth}, {first} …, seed {self.seeds[0]}"
 
     def cells(self) -> pd.DataFrame:
         """One row per run."""
@@ -77,9 +80,9 @@ def list_batches(plan: Plan, runs: pd.DataFrame) -> Iterator[Batch]:
         batches = []
         for dataset in plan.datasets:
             for depth in plan.depths:
-                for config, lanes in plan_lanes(plan, runs, dataset, depth, purpose):
+                for program in plan_programs(plan, runs, dataset, depth, purpose):
                     seeds = plan.tune if purpose == "tune" else plan.compare
-                    whole = Batch(dataset, depth, purpose, config, lanes, ())
+                    whole = Batch(dataset, depth, purpose, *program, ())
                     missing = [
                         seed
                         for seed in range(seeds.first, seeds.first + seeds.count)
@@ -87,19 +90,19 @@ def list_batches(plan: Plan, runs: pd.DataFrame) -> Iterator[Batch]:
                     ]
                     for start in range(0, len(missing), SEEDS_AT_ONCE):
                         some = tuple(missing[start : start + SEEDS_AT_ONCE])
-                        batches.append(Batch(dataset, depth, purpose, config, lanes, some))
+                        batches.append(Batch(dataset, depth, purpose, *program, some))
         yield from sorted(batches, key=lambda batch: batch.seeds[0])
 
 
-def plan_lanes(
+def plan_programs(
     plan: Plan, runs: pd.DataFrame, dataset: str, depth: int, purpose: str
-) -> list[tuple[Config, tuple[LanePlan, ...]]]:
-    """The programs of a purpose: configs, and the lanes of the arms that are trained so.
+) -> list[tuple[Config, str, tuple[LanePlan, ...]]]:
+    """The programs of a purpose: configs, what stops, and the lanes that are trained so.
 
     For the comparison, the rates are those that tuning chose; an arm that is not tuned yet, where
     it has to be, has no lane.
     """
-    programs: dict[str, tuple[Config, list[LanePlan]]] = {}
+    programs: dict[tuple[str, str], tuple[Config, list[LanePlan]]] = {}
     tuned = [name for name, arm in plan.arms.items() if len(arm.rate_pairs()) > 1]
     chosen = _chosen_rates(plan, runs, dataset, depth, tuned) if purpose == "compare" else {}
     for name, arm in plan.arms.items():
@@ -111,10 +114,17 @@ def plan_lanes(
                 continue
             pairs = [chosen[name]]
         config = plan.config_of(name)
-        lanes = programs.setdefault(config.fingerprint(), (config, []))[1]
+        lanes = programs.setdefault((config.fingerprint(), arm.stop_by), (config, []))[1]
         spreads = arm.spreads if purpose == "compare" else [0.0]
         lanes += [LanePlan(name, arm, *pair, spread) for pair in pairs for spread in spreads]
-    return [(config, tuple(lanes)) for config, lanes in programs.values()]
+    parts = []
+    for (_, stop_by), (config, lanes) in programs.items():
+        # lanes that follow the first one stay with it
+        together = any(lane.plan.schedule == "follow" for lane in lanes)
+        size = len(lanes) if together else LANES_AT_ONCE
+        for start in range(0, len(lanes), size):
+            parts.append((config, stop_by, tuple(lanes[start : start + size])))
+    return parts
 
 
 def _chosen_rates(
@@ -139,7 +149,7 @@ def _chosen_rates(
 
 
 def _cells_of(batch: Batch, seed: int) -> list[tuple[Any, ...]]:
-    one = Batch(batch.dataset, batch.depth, batch.purpose, batch.config, batch.lanes, (seed,))
+    one = replace(batch, seeds=(seed,))
     return list(one.cells().itertuples(index=False, name=None))
 
 
@@ -167,7 +177,9 @@ def train_batch(batch: Batch, data: Dataset, session: Session) -> pd.DataFrame:
     """The runs of a batch, as rows of the table `runs`."""
     config = batch.config
     phase = training.train_phase(config)._replace(
-        budgets=BUDGETS if batch.purpose == "compare" else (), side_by_side=True
+        budgets=BUDGETS if batch.purpose == "compare" else (),
+        side_by_side=True,
+        stop_by=batch.stop_by,
     )
     arms, lanes = lanes_of(batch)
     program = training.Program(
@@ -175,6 +187,7 @@ def train_batch(batch: Batch, data: Dataset, session: Session) -> pd.DataFrame:
     )
     identity = fingerprint(
         training.__name__, config.fingerprint(), data.sha256, batch.depth, list(batch.seeds),
+        batch.stop_by, batch.purpose,
         json.dumps([arm._asdict() for arm in arms], default=str), *lanes,
     )  # fmt: skip
     covers = tuple(sorted(SCHEMA.names("runs", batch.cells())))
@@ -274,14 +287,15 @@ def time_run(plan: Plan, data: Dataset, images: int = 2000) -> float:
     """
     import time
 
-    lanes = plan_lanes(plan, SCHEMA.frame("runs", []), plan.datasets[0], plan.depths[0], "compare")
+    nothing = SCHEMA.frame("runs", [])
+    programs = plan_programs(plan, nothing, plan.datasets[0], plan.depths[0], "compare")
     name = next(iter(plan.arms))
-    config, mine = lanes[0] if lanes else (plan.config_of(name), ())
-    if not mine:
-        arm = plan.arms[name]
-        mine = (LanePlan(name, arm, *arm.rate_pairs()[0], 0.0),)
+    if not programs:  # all arms have to be tuned first
+        lane = LanePlan(name, plan.arms[name], *plan.arms[name].rate_pairs()[0], 0.0)
+        programs = [(plan.config_of(name), "val_error", (lane,))]
+    config, _, mine = programs[0]
     seeds = tuple(range(4))
-    batch = Batch(plan.datasets[0], plan.depths[0], "compare", config, mine, seeds)
+    batch = Batch(plan.datasets[0], plan.depths[0], "compare", *programs[0], seeds)
     phase = training.train_phase(config)._replace(
         train_images=images, validation_images=500, side_by_side=True
     )
