@@ -92,7 +92,7 @@ class Workshop:
         """An empty cache, with the compiled programs of the others."""
         folder = self.folder / f"cache-{name}"
         folder.mkdir()
-        (folder / "xla").symlink_to(self.programs)
+        (folder / "programs").symlink_to(self.programs)
         return folder
 
     def train(self, out: Path, *more: object) -> list[str]:
@@ -231,7 +231,7 @@ def campaign(workshop: Workshop, name: str, kills: int, seed: int) -> tuple[Coun
         assert errors == "", errors
         left = {str(path.relative_to(out)) for path in out.rglob("*")}
         assert left == {*RECORDS, "provenance.json"}, left
-        assert {path.name for path in cache.iterdir()} == {"xla"}
+        assert {path.name for path in cache.iterdir()} == {"programs"}
         done.append(contents(out))
         if killed.total() >= kills:
             return killed, done

@@ -233,9 +233,7 @@ def report(out: Path, count: int, **scene_choice: Any) -> None:
 
 
 @contextmanager
-def open_segmentation(
-    options: dict[str, Any], **given: Any
-) -> Iterator[tuple[SegmentConfig, Job]]:
+def open_segmentation(options: dict[str, Any], **given: Any) -> Iterator[tuple[SegmentConfig, Job]]:
     """The config and the opened folder of a command with `training_options`."""
     from unitnorm.segment.schema import SCHEMA
 

@@ -194,3 +194,45 @@ def do_study_report(out: Path) -> None:
     console = Console()
     console.print(report.show(known))
     console.print(f"{len(files)} files in {out}{os.sep}", highlight=False)
+
+
+def do_verify_study(
+    out: Path, depth: int | None, update: str | None, run: int | None, data_dir: str | None
+) -> bool:
+    """Train a recorded run of a study again, print what differs, and whether nothing does."""
+    from unitnorm.run import devices
+
+    devices.prepare()
+    from rich.console import Console
+
+    from unitnorm.data import load_dataset
+    from unitnorm.run import progress, records
+    from unitnorm.run.checkpoints import Nowhere
+    from unitnorm.run.loop import Session
+    from unitnorm.study.experiment import recompute
+    from unitnorm.study.report import plan_of
+    from unitnorm.study.schema import SCHEMA
+
+    known = records.read_alone(out, SCHEMA)
+    runs = known["runs"]
+    for column, wanted in (("depth", depth), ("update", update)):
+        runs = runs if wanted is None else runs[runs[column] == wanted]
+    if runs.empty or (run is not None and run not in runs.index):
+        raise UserError(f"{out}: no such run; there are {len(runs)} of that depth and update")
+    chosen = runs.iloc[[0]] if run is None else runs.loc[[run]]
+    row = {str(key): value for key, value in chosen.iloc[0].items()}
+    data = load_dataset(row["dataset"], data_dir)
+    recorded = known.provenance["data"][row["dataset"]]["sha256"]
+    same = recorded == data.sha256
+    click.echo(f"data: SHA-256 {data.sha256[:12]}…, {'as' if same else 'not as'} recorded")
+    with progress.shown(Console(stderr=True)) as report:
+        session = Session(report, click.echo, Nowhere(), lambda: False)
+        again = recompute(plan_of(known), known["runs"], row, data, session)
+    old, new = (SCHEMA.frame("runs", table.to_dict("records")).iloc[0] for table in (chosen, again))
+    for column in SCHEMA.tables["runs"].columns:
+        if str(old[column]) != str(new[column]):
+            same = False
+            click.echo(f"{column}: {str(old[column])[:40]} recorded, {str(new[column])[:40]} here")
+    named = f"{row['dataset']} depth {row['depth']}, {row['arm']}, seed {row['seed']}"
+    click.echo(f"{named}: {'verified' if same else 'DOES NOT MATCH its record'}")
+    return same

@@ -157,13 +157,18 @@ def reproduce(**options: Any) -> None:
 def verify(out: Path, **run: Any) -> None:
     """Compute a recorded run again and say whether every bit matches.
 
-    Hashes the records and the data as well. Exit code 0 if all match, 1 if not.
+    Hashes the records and the data as well. Exit code 0 if all match, 1 if not. In the folder of a
+    study, --run is the number of its row in runs.csv.gz, from 0.
 
     \b
     Example
       unitnorm verify --out results/table2 --depth 4 --update un --run 0
     """
-    if not do_verify(out, **run):
+    from unitnorm.cli.study import do_verify_study
+    from unitnorm.run.records import kind_of
+
+    verify_run = do_verify_study if kind_of(out) == "study" else do_verify
+    if not verify_run(out, **run):
         sys.exit(1)
 
 

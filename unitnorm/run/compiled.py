@@ -21,9 +21,9 @@ PATIENCE_S = 10.0  # for another process that is reading or writing a program
 
 
 def keep_compiled() -> None:
-    """Have JAX keep compiled programs in the folder `xla` of the cache, where there is one."""
+    """Have JAX keep compiled programs in the folder `programs` of the cache, where there is one."""
     try:
-        folder = cache_folder() / "xla"
+        folder = cache_folder() / "programs"
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
         return

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from unitnorm.data import Dataset
+from unitnorm.errors import UserError
 from unitnorm.run.checkpoints import Part
 from unitnorm.run.loop import Session, train
 from unitnorm.run.provenance import fingerprint
@@ -56,8 +57,8 @@ class Batch:
 
     def title(self) -> str:
         """What the user calls it."""
-        first = self.lanes[0].arm
-        return f"{self.purpose} {self.dataset} depth {self.depth}, {first} …, seed {self.seeds[0]}"
+        name = f"{self.purpose} {self.dataset} depth {self.depth}"
+        return f"{name} {self.lanes[0].arm} seed {self.seeds[0]}"
 
     def cells(self) -> pd.DataFrame:
         """One row per run."""
@@ -122,8 +123,8 @@ def plan_programs(
         # lanes that follow the first one stay with it
         together = any(lane.plan.schedule == "follow" for lane in lanes)
         size = len(lanes) if together else LANES_AT_ONCE
-        for start in range(0, len(lanes), size):
-            parts.append((config, stop_by, tuple(lanes[start : start + size])))
+        starts = range(0, len(lanes), size)
+        parts += [(config, stop_by, tuple(lanes[start : start + size])) for start in starts]
     return parts
 
 
@@ -171,6 +172,28 @@ def run_study(
         rows = train_batch(batch, data[batch.dataset], session)
         records = records.with_rows("runs", rows)
         yield records
+
+
+def recompute(
+    plan: Plan, runs: pd.DataFrame, chosen: Mapping[str, Any], data: Dataset, session: Session
+) -> pd.DataFrame:
+    """A recorded run trained again, with the lanes that it was trained beside, as a row of `runs`.
+
+    Args:
+      chosen: the recorded row.
+
+    Raises:
+      UserError: the plan has no such run.
+    """
+    place = (chosen["dataset"], chosen["depth"], chosen["purpose"])
+    for program in plan_programs(plan, runs, *place):
+        batch = Batch(*place, *program, (chosen["seed"],))
+        cell = tuple(chosen[name] for name in CELL)
+        if cell in _cells_of(batch, chosen["seed"]):
+            rows = train_batch(batch, data, session)
+            wanted = pd.DataFrame([cell], columns=list(CELL))
+            return SCHEMA.rows_of(rows, wanted)
+    raise UserError(f"{', '.join(map(str, place))}: the plan has no such run")
 
 
 def train_batch(batch: Batch, data: Dataset, session: Session) -> pd.DataFrame:

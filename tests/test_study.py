@@ -1,0 +1,188 @@
+"""Studies: the runs are what the plan declares, can be gone on with, and controls are controls."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+
+from unitnorm import cli
+from unitnorm.data import load_dataset
+from unitnorm.errors import UserError
+from unitnorm.run.checkpoints import Nowhere
+from unitnorm.run.config import load, presets
+from unitnorm.run.loop import Session
+from unitnorm.run.records import Records, read
+from unitnorm.study import experiment
+from unitnorm.study.config import Plan
+from unitnorm.study.schema import SCHEMA
+from unitnorm.study.statistics import unpack_wrong
+
+PLAN = """
+question = "Does it work?"
+datasets = ["blobs"]
+depths = [2]
+tune = { first = 100, count = 2 }
+compare = { first = 200, count = 3 }
+[training]
+model = { width = 8, bn_momentum = 0.9 }
+loss = { batch_size = 20 }
+train = { train_images = 400, validation_images = 150, min_epochs = 6, max_epochs = 6 }
+[arms.b-sgd]
+update = "b-sgd"
+rates = [0.01]
+[arms.un]
+update = "un"
+rates = [0.01, 0.001]
+[arms.carried]
+update = "un-carried"
+rates = [0.01]
+schedule = "follow"
+[arms.constant]
+update = "un"
+rates = [0.002]
+filters_rates = [0.01]
+schedule = "constant"
+[arms.spread]
+update = "un"
+rates = [0.01]
+start = "filters"
+spreads = [0.0, 2.0]
+[[comparisons]]
+name = "UN − B-SGD"
+arm = "un"
+baseline = "b-sgd"
+"""
+SESSION = Session(lambda report: None, lambda text: None, Nowhere(), lambda: False)
+
+
+@pytest.fixture(scope="module")
+def plan_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("plan") / "small.toml"
+    path.write_text(PLAN)
+    return path
+
+
+@pytest.fixture(scope="module")
+def blobs(idx_folder):
+    return load_dataset("blobs", idx_folder)
+
+
+@pytest.fixture(scope="module")
+def done(plan_file, blobs) -> Records:
+    plan = load(plan_file, {}, Plan)
+    *_, records = experiment.run_study(plan, {"blobs": blobs}, Records.empty(SCHEMA), SESSION)
+    return records
+
+
+def command(plan_file, idx_folder, out, *more) -> str:
+    words = ["study", str(plan_file), "--data", f"blobs={idx_folder}", "--out", str(out), *more]
+    result = CliRunner().invoke(cli.main, words, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_every_declared_run_is_there_and_no_other(done, plan_file):
+    runs = done["runs"]
+    counts = runs.groupby(["arm", "purpose"]).size().to_dict()
+    assert counts == {
+        ("b-sgd", "compare"): 3, ("un", "tune"): 4, ("un", "compare"): 3,
+        ("carried", "compare"): 3, ("constant", "compare"): 3, ("spread", "compare"): 6,
+    }  # fmt: skip
+    assert experiment.count_runs(load(plan_file, {}, Plan)) == {"tune": 4, "compare": 18}
+    assert set(runs.loc[runs["purpose"] == "tune", "seed"]) == {100, 101}
+
+
+def test_the_tuned_rate_is_the_one_of_the_lowest_mean_validation_error(done):
+    tuned = done["runs"].query("purpose == 'tune'").groupby("rest_rate")["val_error"].mean()
+    compared = done["runs"].query("purpose == 'compare' and arm == 'un'")
+    assert set(compared["rest_rate"]) == {tuned.idxmin()}
+
+
+def test_what_is_recorded_of_a_run_agrees_with_itself(done):
+    for row in done["runs"].query("purpose == 'compare'").to_dict("records"):
+        assert unpack_wrong(row["wrong"]).mean() == pytest.approx(row["test_error"])
+        assert row["epochs"] == 6
+        assert np.isfinite(row["test_error_5"])
+        assert np.isnan(row["test_error_10"])
+    constant = done["runs"].query("arm == 'constant'").iloc[0]
+    # unit filters at a constant rate have that effective rate
+    assert constant["effective_rate"] == pytest.approx(0.01, rel=1e-5)
+    assert constant["filters_rate"] == pytest.approx(0.01)
+
+
+def test_un_that_carries_the_norms_is_b_sgd_and_follows_its_rate(done):
+    runs = done["runs"].set_index(["arm", "seed"])
+    for seed in (200, 201, 202):
+        b_sgd, carried = runs.loc[("b-sgd", seed)], runs.loc[("carried", seed)]
+        # float32 and ε part them in time; five epochs of a small network do not
+        assert carried["train_loss_5"] == pytest.approx(b_sgd["train_loss_5"], rel=2e-2)
+
+
+def test_un_does_not_see_how_the_filters_are_scaled(done):
+    spread = done["runs"].query("arm == 'spread'").set_index(["seed", "spread"])["test_error_5"]
+    for seed in (200, 201, 202):
+        assert spread[seed, 2.0] == pytest.approx(spread[seed, 0.0], abs=0.03)
+
+
+def test_a_plan_goes_on_where_it_was_and_takes_more_seeds(plan_file, blobs, done):
+    plan = load(plan_file, {}, Plan)
+    first = next(experiment.run_study(plan, {"blobs": blobs}, Records.empty(SCHEMA), SESSION))
+    *_, resumed = experiment.run_study(plan, {"blobs": blobs}, first, SESSION)
+    pd.testing.assert_frame_equal(resumed["runs"], done["runs"])
+    more = load(plan_file, {"compare.count": 4}, Plan)
+    batches = list(experiment.list_batches(more, done["runs"]))
+    assert [batch.seeds for batch in batches] == [(203,)]
+    assert more.conflict(json.loads(json.dumps(plan.protocol()))) is None
+
+
+def test_the_command_trains_reports_and_verifies(plan_file, idx_folder, tmp_path, done):
+    out = tmp_path / "study"
+    assert "compare: 18 runs, 0 recorded" in command(plan_file, idx_folder, out, "--dry-run")
+    assert not out.exists()
+    said = command(plan_file, idx_folder, out)
+    assert "22 of 22 runs" in said
+    pd.testing.assert_frame_equal(read(out, SCHEMA)["runs"], done["runs"])
+    assert (out / "plan.toml").read_text() == PLAN
+    compared = pd.read_csv(out / "comparisons.csv")
+    assert list(compared["n"]) == [3]
+    assert {"ci_low", "ci_high", "p", "p_holm", "verdict", "dataset"} <= set(compared.columns)
+    words = ["verify", "--out", str(out), "--data-dir", str(idx_folder), "--run", "7"]
+    result = CliRunner().invoke(cli.main, words, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert "verified" in result.output
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"arms.un.update": "nothing"}, "nothing"),
+        ({"compare.first": 100}, "share seeds"),
+        ({"tune.count": 0}, "several rates"),
+        ({"training.loss.batch": 3}, "unknown key loss.batch"),
+        ({"arms.un.schedule": "linear"}, "schedule"),
+    ],
+)
+def test_a_plan_that_makes_no_sense_is_refused_in_a_line(changes, said, plan_file):
+    with pytest.raises(UserError, match=said) as refused:
+        load(plan_file, changes, Plan)
+    assert "\n" not in str(refused.value)
+
+
+def test_an_arm_that_is_recorded_must_stay_what_it_was(plan_file):
+    recorded = json.loads(json.dumps(load(plan_file, {}, Plan).protocol()))
+    changed = load(plan_file, {"arms.un.rates": [0.1]}, Plan)
+    assert "arm un" in str(changed.conflict(recorded))
+
+
+def test_every_plan_of_the_package_can_be_read():
+    plans = [name for name in presets() if name.startswith("study/")]
+    assert len(plans) >= 5
+    for name in plans:
+        plan = load(name, {}, Plan)
+        assert plan.compare.count >= 100
+        assert list(experiment.list_batches(plan, SCHEMA.frame("runs", [])))
