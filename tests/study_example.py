@@ -71,7 +71,7 @@ def invent_spread_runs(seeds: int = 8) -> pd.DataFrame:
     parts = [balanced]
     for start in ("filters", "pairs"):
         for spread in (0.5, 1.0, 2.0):
-            part = balanced.assign(start=start, spread=spread)
+            part = balanced.assign(start=start, spread=spread, wrong="")
             worse = np.where(part["arm"] == "b-sgd", 1 + 0.4 * spread**2, 1.0)
             part["test_error"] *= worse * (1 + 0.02 * rng.standard_normal(len(part)))
             lost = (part["arm"] == "b-sgd") & (spread == 2.0) & (part["seed"] < 1002)

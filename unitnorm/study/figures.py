@@ -22,7 +22,13 @@ from unitnorm.errors import UserError
 from unitnorm.report.figures import WIDTH, Style, settings, style
 from unitnorm.report.frames import label
 from unitnorm.report.statistics import points
-from unitnorm.study.statistics import is_error, mean_interval, metric_values, rate_means
+from unitnorm.study.statistics import (
+    is_error,
+    mean_interval,
+    metric_values,
+    profile_rates,
+    rate_means,
+)
 
 _GREY, _BAND = "#666666", "#e3e3e3"
 _RANGE = 6.0  # how many times its lowest error a panel of rates shows: worse rates do not matter
@@ -124,10 +130,7 @@ def draw_rates(runs: pd.DataFrame) -> Figure:
     tuning = runs[runs["purpose"] == "tune"]
     _refuse_empty(tuning, "tuning")
     arms = tuning[["arm", "schedule"]].drop_duplicates("arm")
-    table = rate_means(tuning).merge(arms, on="arm")
-    order = ["val_error", "rest_rate"]
-    table = table.sort_values(order, ascending=[True, False])
-    table = table.groupby(["dataset", "depth", "arm", "filters_rate"], sort=True).head(1)
+    table = profile_rates(rate_means(tuning)).merge(arms, on="arm")
     cells, schedules = _cells(table), list(table["schedule"].unique())
     column, drawn = _lines(table, ["dataset", "depth", "schedule"])
     note = (
@@ -195,7 +198,7 @@ def draw_budgets(runs: pd.DataFrame, metric: str = "test_error") -> Figure:
                 _draw_line(axis, x, group["mean"].to_numpy(), ends, drawn[name])
             axis.set_xticks(range(len(budgets)), budgets)
             axis.set_xlabel("after epoch")
-            axis.set_ylabel(_metric_name(metric))
+            axis.set_ylabel(name_metric(metric))
         _scale_means(panels, table)
         return figure
 
@@ -254,7 +257,7 @@ def draw_spreads(runs: pd.DataFrame, metric: str = "test_error") -> Figure:
             axis.set_xticks(sorted(table["spread"].unique()))
             axis.xaxis.set_major_formatter(FuncFormatter(_plain_number))
             axis.set_xlabel("spread of the start [decades]")
-            axis.set_ylabel(_metric_name(metric))
+            axis.set_ylabel(name_metric(metric))
         _scale_means(panels, table)
         return figure
 
@@ -314,12 +317,12 @@ def _titles(rows: pd.DataFrame) -> list[str]:
     for row in rows.to_dict("records"):
         parts = [row["comparison"], row["level"]]
         if row["metric"] != "test_error":
-            parts.append(_metric_name(row["metric"]).removesuffix(" [%]"))
+            parts.append(name_metric(row["metric"]).removesuffix(" [%]"))
         names.append(", ".join(part for part in parts if part))
     return names
 
 
-def _metric_name(metric: str) -> str:
+def name_metric(metric: str) -> str:
     stem, _, budget = metric.partition("_")
     words = {"val": "validation", "train": "training", "test": "test"}
     what, _, budget = budget.partition("_")

@@ -192,6 +192,17 @@ def pair_runs(ours: pd.DataFrame, theirs: pd.DataFrame, metric: str) -> pd.DataF
     return both.assign(difference=(both["arm"] - both["baseline"]).round(10))
 
 
+def select_runs(runs: pd.DataFrame, row: Mapping) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The comparison runs of the arm and of the baseline behind a row of `compare`'s table."""
+    cell = runs[
+        (runs["purpose"] == "compare")
+        & (runs["dataset"] == row["dataset"])
+        & (runs["depth"] == row["depth"])
+    ]
+    sides = (cell[cell["arm"] == row[name]] for name in ("arm", "baseline"))
+    return next((ours, theirs) for level, ours, theirs in _levels(*sides) if level == row["level"])
+
+
 def _compare_pair(
     ours: pd.DataFrame, theirs: pd.DataFrame, metric: str, margin: float, alpha: float
 ) -> dict[str, object]:
@@ -418,6 +429,13 @@ def rate_means(runs: pd.DataFrame) -> pd.DataFrame:
         least, most = by_cell.transform("min"), by_cell.transform("max")
         edge |= (least < most) & ((table[rate] == least) | (table[rate] == most))
     return table.assign(is_best=table.index.isin(best), is_at_edge=edge)
+
+
+def profile_rates(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `rate_means` with the rest's best rate, for each rate of an arm's filters."""
+    table = table.sort_values(["val_error", "rest_rate"], ascending=[True, False])
+    keys = ["dataset", "depth", "arm", "filters_rate"]
+    return table.groupby(keys).head(1).sort_values(keys, ignore_index=True)
 
 
 def choose_rates(runs: pd.DataFrame, arms: Sequence[str] | None = None) -> pd.DataFrame:
