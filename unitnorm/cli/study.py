@@ -35,6 +35,10 @@ RUNS = "runs/study"
     help="Comparisons and figures from what is recorded; train nothing.",
 )  # fmt: skip
 @opt.option(
+    "--page", group=opt.RECORDS, is_flag=True,
+    help="Also write index.html beside the folder: one page to explore all studies there.",
+)  # fmt: skip
+@opt.option(
     "--set", "overrides", group=opt.SELECTION, multiple=True, metavar="KEY=VALUE",
     help="Override any key of the plan, for example --set compare.count=20.",
 )  # fmt: skip
@@ -44,6 +48,7 @@ def study(
     places: tuple[str, ...],
     dry_run: bool,
     report_only: bool,
+    page: bool,
     overrides: tuple[str, ...],
     **options: Any,
 ) -> None:
@@ -67,7 +72,7 @@ def study(
     if training.out == Path(RUNS):
         training = replace(training, out=Path(RUNS) / Path(plan_name).stem)
     if report_only:
-        do_study_report(training.out)
+        do_study_report(training.out, page)
         return
     folders = find_folders(plan, places)
     if dry_run:
@@ -95,7 +100,7 @@ def study(
         keep_plan(job, find_config(plan_name))
         do_study(plan, job)
     if job.writes:
-        do_study_report(training.out)
+        do_study_report(training.out, page)
 
 
 def find_folders(plan: Plan, places: tuple[str, ...]) -> dict[str, Path]:
@@ -177,7 +182,7 @@ def measure_pace(plan: Plan) -> float:
     return time_run(plan, load_dataset())
 
 
-def do_study_report(out: Path) -> None:
+def do_study_report(out: Path, page: bool) -> None:
     """Write and print what the records show."""
     from rich.console import Console
 
@@ -192,6 +197,16 @@ def do_study_report(out: Path) -> None:
         files = report.build(known)
         records.write_files(out, files, replacing="figures/*")
     console = Console()
+    if page:
+        beside = sorted(p.parent for p in out.resolve().parent.glob("*/provenance.json"))
+        studies = {
+            folder.name: records.read_alone(folder, SCHEMA)
+            for folder in beside
+            if records.kind_of(folder) == "study"
+        }
+        with records.locked(out.parent):
+            records.write_files(out.parent, {"index.html": report.build_index(studies)})
+        console.print(f"{out.parent / 'index.html'}: {', '.join(studies)}", highlight=False)
     console.print(report.show(known))
     console.print(f"{len(files)} files in {out}{os.sep}", highlight=False)
 

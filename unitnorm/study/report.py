@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
 from rich.console import Group
 from rich.text import Text
 
+from unitnorm.report.style import encode
 from unitnorm.report.tables import Cells, Fitting, to_csv, to_markdown
 from unitnorm.run.config import parse
 from unitnorm.run.records import Records
-from unitnorm.study import statistics
+from unitnorm.study import figures, statistics
 from unitnorm.study.config import Plan
+from unitnorm.study.page import StudyFrames, build_page
 
 
 def plan_of(known: Records) -> Plan:
@@ -42,10 +45,32 @@ def build(known: Records) -> dict[str, bytes]:
         files["comparisons.md"] = to_markdown(comparison_cells(known, compared)).encode() + b"\n"
     if (runs["purpose"] == "compare").any():
         files["ranking.csv"] = to_csv(statistics.rank(runs)).encode()
+    drawn = {}
+    if len(compared):
+        drawn["comparisons"] = figures.draw_forest(compared, plan_of(known).margin)
+    if (runs["purpose"] == "compare").any():
+        drawn["budgets"] = figures.draw_budgets(runs)
+        if (runs["spread"] > 0).any():
+            drawn["spreads"] = figures.draw_spreads(runs)
     if (runs["purpose"] == "tune").any():
         files["rates.csv"] = to_csv(statistics.rate_means(runs)).encode()
         files["chosen_rates.csv"] = to_csv(statistics.choose_rates(runs)).encode()
+        drawn["rates"] = figures.draw_rates(runs)
+    for name, figure in drawn.items():
+        encoded = encode(figure, palette=True)
+        files |= {f"figures/{name}.{ending}": content for ending, content in encoded.items()}
     return files
+
+
+def build_index(studies: Mapping[str, Records]) -> bytes:
+    """One page to explore several studies, by name."""
+    frames = {
+        name: StudyFrames(
+            known["runs"], comparisons_of(known), plan_of(known).question, plan_of(known).margin
+        )
+        for name, known in studies.items()
+    }
+    return build_page(frames)
 
 
 def show(known: Records) -> Group:
