@@ -12,10 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-import jax
-import numpy as np
-
-from unitnorm.run import devices
+from unitnorm.run import processes
 from unitnorm.run.checkpoints import Part
 
 
@@ -120,7 +117,7 @@ def train(
     """
     state = program.start()
     like = program.take(state)
-    saved = devices.from_first(session.checkpoints.restore(part, like), like)
+    saved = processes.from_first(session.checkpoints.restore(part, like), like)
     if saved is not None:
         state = program.put(saved)
     status = program.status(state)
@@ -128,7 +125,7 @@ def train(
         where = f"epoch {status.epoch}" + (f", {status.place}" if status.place else "")
         session.say(f"{part.title}: going on after {where}")
     started, epoch_started_at = time.perf_counter(), status.epoch
-    (stopping,) = devices.any_process(session.interrupted())
+    (stopping,) = processes.any_process(session.interrupted())
     if stopping and status.active:
         raise Interrupted
     while status.active:
@@ -139,9 +136,9 @@ def train(
             after_epoch(state, status)
         elif status.place:
             session.advanced(f"{part.title}: {status.place}")
-        stopping, due = devices.any_process(session.interrupted(), session.checkpoints.due())
+        stopping, due = processes.any_process(session.interrupted(), session.checkpoints.due())
         # another process can take the last epoch along, too, until it is recorded
-        if stopping or (due and (status.active or devices.several())):
+        if stopping or (due and (status.active or processes.several())):
             session.checkpoints.save(part, program.take(state), wait=stopping)
         # afterwards, so that what was reported is kept whatever happens to the other processes
         if ended:
@@ -156,12 +153,3 @@ def train(
         if stopping and status.active:
             raise Interrupted
     return state
-
-
-def to_host(tree: Any) -> Any:
-    """Arrays as NumPy copies, whole, also where other processes hold parts of them."""
-    if devices.several():
-        from jax.experimental import multihost_utils
-
-        tree = multihost_utils.process_allgather(tree, tiled=True)
-    return jax.tree.map(np.array, jax.device_get(tree))

@@ -16,7 +16,8 @@ import pandas as pd
 
 from unitnorm.errors import UserError
 from unitnorm.run.checkpoints import Part
-from unitnorm.run.loop import Session, Status, to_host, train
+from unitnorm.run.loop import Session, Status, train
+from unitnorm.run.processes import to_host
 from unitnorm.run.provenance import fingerprint
 from unitnorm.run.records import Records
 from unitnorm.segment import training

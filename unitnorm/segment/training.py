@@ -21,7 +21,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from unitnorm.errors import UserError
 from unitnorm.geometry import filter_norms
-from unitnorm.run.loop import Status, to_host
+from unitnorm.run.loop import Status
+from unitnorm.run.processes import to_host
 from unitnorm.segment.augment import augment
 from unitnorm.segment.config import SegmentConfig
 from unitnorm.segment.data import Scenes

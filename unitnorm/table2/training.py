@@ -24,7 +24,8 @@ from jax.typing import ArrayLike
 
 from unitnorm.data import Dataset
 from unitnorm.geometry import filter_norms, retraction
-from unitnorm.run.loop import Status, to_host
+from unitnorm.run.loop import Status
+from unitnorm.run.processes import to_host
 from unitnorm.table2 import protocol
 from unitnorm.table2.config import Config
 from unitnorm.table2.model import FILTER_AXIS, ArchBN, Network, filter_mask, split_network
