@@ -30,7 +30,10 @@ from unitnorm.updates import UPDATES
 DEPTH, WIDTH, STEPS, EPOCHS, RATE = 2, 8, 20, 2, 0.01
 CLAIM, TRAINED = Case("float64", 0.0), Case("float32", 1e-5)
 # What the symmetry changes these do not undo.
-BLIND = {"b-sgd", "sgd-wd", "weight-norm", "un-carried", "b-sgd-median"}
+BLIND = {
+    "b-sgd", "sgd-wd", "weight-norm", "un-carried", "b-sgd-median", "sgdp", "adamp", "lars",
+    "adam-srt",
+}  # fmt: skip
 SETTINGS = findings.Settings("blobs", 20, 0, RATE, STEPS, EPOCHS)
 
 

@@ -18,9 +18,16 @@ that takes --update, and in the contract tests. All of it, for the sign of the R
 An update takes a learning rate first (a number, a traced scalar or an optax schedule, on whose
 value its state may not depend) and `axis` by keyword, though it may ignore it; one that constrains
 filters takes `off_manifold` too.
+
+An update from another package needs no entry here: give its "package.module:function" wherever a
+name is asked for, or declare the function under the entry point group `unitnorm.updates`.
 """
 
+import difflib
 import functools
+import importlib
+import importlib.metadata
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -37,9 +44,23 @@ from unitnorm.updates.manifold import (
     un_momentum,
     un_nesterov,
 )
-from unitnorm.updates.parts import retract, riemannian_gradient, tangent_momentum
+from unitnorm.updates.parts import LearningRate, retract, riemannian_gradient, tangent_momentum
+from unitnorm.updates.rivals import (
+    adam_g,
+    adam_srt,
+    adamp,
+    lars,
+    nero,
+    rotational_sgd,
+    sgd_g,
+    sgdp,
+)
 from unitnorm.updates.selection import (
+    FilterAxes,
+    KernelReport,
     Selection,
+    axes_of_selection,
+    examine_kernels,
     normalize_filters,
     normalized_kernels,
     normalized_kernels_nnx,
@@ -48,10 +69,21 @@ from unitnorm.updates.selection import (
 
 __all__ = [
     "UPDATES",
+    "FilterAxes",
+    "KernelReport",
     "Update",
+    "adam_g",
+    "adam_srt",
+    "adamp",
+    "axes_of_selection",
     "b_sgd",
     "b_sgd_median",
     "build",
+    "check_update_name",
+    "examine_kernels",
+    "find_update",
+    "lars",
+    "nero",
     "normalize",
     "normalize_filters",
     "normalized_kernels",
@@ -59,7 +91,10 @@ __all__ = [
     "partition",
     "retract",
     "riemannian_gradient",
+    "rotational_sgd",
+    "sgd_g",
     "sgd_wd",
+    "sgdp",
     "sm",
     "tangent_momentum",
     "un",
@@ -77,7 +112,7 @@ class Update:
 
     name: str
     filters: Callable[..., optax.GradientTransformation]  # of a learning rate, axis= and options
-    rest: Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]
+    rest: Callable[[LearningRate], optax.GradientTransformation]
     constrained: bool  # filters stay at unit norm
     summary: str  # one line, with its source
 
@@ -95,40 +130,125 @@ _UPDATES = (
     Update("normalize", normalize, optax.sgd, True, "step, then unit norm (Huang et al. 2017)"),
     Update("weight-norm", weight_norm, optax.sgd, False, "W = g v/‖v‖ (Salimans and Kingma 2016)"),
     Update("sgd-wd", sgd_wd, optax.sgd, False, "weight decay 5e-4 (van Laarhoven 2017)"),
+    Update("sgdp", sgdp, _heavy_ball, False, "projected SGD with momentum (Heo et al. 2021)"),
+    Update("adamp", adamp, optax.adam, False, "projected Adam (Heo et al. 2021)"),
+    Update("sgd-g", sgd_g, _heavy_ball, True, "momentum along geodesics (Cho and Lee 2017)"),
+    Update("adam-g", adam_g, optax.adam, True, "Adam along geodesics (Cho and Lee 2017)"),
+    Update("nero", nero, optax.adam, True, "relative steps of neurons (Liu et al. 2021)"),
+    Update("lars", lars, _heavy_ball, False, "layer-wise rates (You et al. 2017)"),
+    Update("rotational-sgd", rotational_sgd, _heavy_ball, True, "fixed angle (Kosson et al. 2023)"),
+    Update("adam-srt", adam_srt, optax.adam, False, "Adam turned along (Roburin et al. 2022)"),
     Update("un-carried", un_carried, optax.sgd, True, "UN at B-SGD's effective rates"),
     Update("b-sgd-median", b_sgd_median, optax.sgd, False, "B-SGD, rate times median ‖w‖²"),
 )
 UPDATES: Mapping[str, Update] = MappingProxyType({update.name: update for update in _UPDATES})
 
 
+ENTRY_POINTS = "unitnorm.updates"
+
+
+def check_update_name(name: str) -> str:
+    """The name of an update as `find_update` takes it, spelt as in the registry.
+
+    Underscores are hyphens, and the case of letters does not matter. Nothing is imported: a name
+    "package.module:function" is returned as it is.
+
+    Raises:
+        ValueError: the name is unknown; with those that come near, and all there are.
+
+    >>> check_update_name("un_adam")
+    'un-adam'
+    """
+    if ":" in name:
+        return name
+    known = {known.lower().replace("_", "-"): known for known in [*UPDATES, *_entry_points()]}
+    plain = name.strip().lower().replace("_", "-")
+    if plain not in known:
+        near = difflib.get_close_matches(plain, known, 2, 0.7)
+        meant = f" (did you mean {' or '.join(known[n] for n in near)}?)" if near else ""
+        raise ValueError(
+            f"unknown update {name!r}{meant}; expected one of {', '.join(known.values())}, "
+            "or package.module:function"
+        )
+    return known[plain]
+
+
+def find_update(name: str) -> Update:
+    """The update of that name: of `UPDATES`, of an entry point, or package.module:function.
+
+    A function from outside takes what one of `UPDATES` takes; it constrains filters if it has
+    `off_manifold`, and optax.sgd updates the rest. An `Update` from outside says so itself.
+
+    Raises:
+        ValueError: as `check_update_name`; or what the name stands for cannot be imported, or is no
+            update.
+    """
+    name = check_update_name(name)
+    if name in UPDATES:
+        return UPDATES[name]
+    try:
+        if ":" in name:
+            module, _, attribute = name.partition(":")
+            found = functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
+        else:
+            found = _entry_points()[name].load()
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise ValueError(f"update {name!r} cannot be imported: {error}") from None
+    if isinstance(found, Update):
+        return found
+    if not callable(found):
+        raise ValueError(f"update {name!r} is a {type(found).__name__}, expected a function")
+    parameters = inspect.signature(found).parameters
+    if "axis" not in parameters:
+        raise ValueError(f"update {name!r} takes no axis=: see unitnorm.updates for what it must")
+    summary = (inspect.getdoc(found) or name).splitlines()[0]
+    return Update(name, found, optax.sgd, "off_manifold" in parameters, summary)
+
+
+def _entry_points() -> Mapping[str, importlib.metadata.EntryPoint]:
+    return {point.name: point for point in importlib.metadata.entry_points(group=ENTRY_POINTS)}
+
+
 def build(
     name: str,
-    learning_rate: optax.ScalarOrSchedule,
+    learning_rate: LearningRate,
     filters: Selection,
     *,
-    filters_learning_rate: optax.ScalarOrSchedule | None = None,
+    filters_learning_rate: LearningRate | None = None,
     rest: optax.GradientTransformation | None = None,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """The named update for filters, beside the optimiser of every other parameter.
 
     Args:
-        name: a key of `UPDATES`.
+        name: see `find_update`.
         learning_rate: of both: a number, a traced scalar or an optax schedule.
         filters: which parameters are filters, see `selection`: for instance the result of
             `normalized_kernels_nnx`.
         filters_learning_rate: of the filters alone; default: `learning_rate`.
         rest: optimiser of every other parameter; default: the Euclidean counterpart in `UPDATES`.
-        **options: passed on to the update of the filters, such as `axis` or `momentum`.
+        **options: passed on to the update of the filters, such as `momentum`; or `axis`, which is
+            that of the selection where it names one (see `axes_of_selection`).
+
+    optax.inject_hyperparams takes it; a selection that is a function then has to be named in
+    static_args=("filters",), for it would pass for a schedule.
 
     Raises:
         ValueError: the name is unknown. Also by `init` and `update`: the selection does not fit, or
             it holds a leaf without filters.
+
+    >>> import jax.numpy as jnp, optax, unitnorm
+    >>> params = {"kernel": jnp.eye(3), "bias": jnp.zeros(3)}
+    >>> optimiser = unitnorm.build("un", 0.1, filters={"kernel": True, "bias": False})
+    >>> updates, state = optimiser.update(params, optimiser.init(params), params)
+    >>> print(unitnorm.filter_norms(optax.apply_updates(params, updates)["kernel"]))
+    [1. 1. 1.]
     """
-    if name not in UPDATES:
-        raise ValueError(f"unknown update {name!r}; expected one of {', '.join(UPDATES)}")
-    update = UPDATES[name]
+    update = find_update(name)
+    options |= options.pop("options", {})  # the form in which inject_hyperparams passes them on
     own = learning_rate if filters_learning_rate is None else filters_learning_rate
+    if options.get("axis") is None:
+        options["axis"] = axes_of_selection(filters)
     return partition(
         update.filters(own, **options),
         update.rest(learning_rate) if rest is None else rest,

@@ -12,15 +12,14 @@ import optax
 from unitnorm import geometry
 from unitnorm.updates.parts import (
     AxisSpec,
+    LearningRate,
     in_dtype_of_params,
     map_filters,
     stateless,
 )
 
 
-def b_sgd(
-    learning_rate: optax.ScalarOrSchedule, *, axis: AxisSpec = None
-) -> optax.GradientTransformation:
+def b_sgd(learning_rate: LearningRate, *, axis: AxisSpec = None) -> optax.GradientTransformation:
     """Plain stochastic gradient descent, w ← w − λ ∇ℓ: optax.sgd, which needs no `axis`.
 
     "Balanced" is the start, filters and class vectors of unit norm, not the step.
@@ -32,7 +31,7 @@ def b_sgd(
 
 
 def b_sgd_median(
-    learning_rate: optax.ScalarOrSchedule, *, axis: AxisSpec = None
+    learning_rate: LearningRate, *, axis: AxisSpec = None
 ) -> optax.GradientTransformation:
     """Gradient descent at a rate that keeps up with the norms: w ← w − λ m ∇ℓ, m = median ‖w_i‖².
 
@@ -50,27 +49,28 @@ def b_sgd_median(
 
 
 def sgd_wd(
-    learning_rate: optax.ScalarOrSchedule,
+    learning_rate: LearningRate,
     weight_decay: float | jax.Array = 5e-4,
     *,
+    summed_over: int = 1,
     axis: AxisSpec = None,
 ) -> optax.GradientTransformation:
-    """Gradient descent with weight decay: w ← w − λ (∇ℓ + η w).
+    """Gradient descent with weight decay: w ← w − λ (∇ℓ + n η w).
 
     Before a normalisation layer the decay does not regularise, it holds the effective rate λ/‖w‖²
-    up. `weight_decay` η weighs against the gradient, so a loss summed over a mini-batch of n needs
-    n times the η of its mean.
+    up. `weight_decay` η weighs against the gradient of a loss that is a mean; a loss summed over a
+    mini-batch needs `summed_over` n, its size: 0.05 in all for the default η and a sum over 100.
 
     Source: Krogh and Hertz (1991); for its effect here van Laarhoven (2017), L2 regularization
     versus batch and weight normalization.
     """
     del axis  # the decay is the same for every entry
-    return optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(learning_rate))
+    return optax.chain(
+        optax.add_decayed_weights(summed_over * weight_decay), optax.sgd(learning_rate)
+    )
 
 
-def sm(
-    learning_rate: optax.ScalarOrSchedule, *, axis: AxisSpec = None
-) -> optax.GradientTransformation:
+def sm(learning_rate: LearningRate, *, axis: AxisSpec = None) -> optax.GradientTransformation:
     """Gradient descent in the scaled metric ⟨ξ, η⟩/‖w‖² of each filter: w ← w − λ ‖w‖² ∇ℓ.
 
     Under w → α w with α > 0 the gradient shrinks by α and the step grows by α, so the network moves
@@ -99,8 +99,8 @@ class WeightNormState(NamedTuple):
 
 
 def weight_norm(
-    learning_rate: optax.ScalarOrSchedule, *, axis: AxisSpec = None
-) -> optax.GradientTransformation:
+    learning_rate: LearningRate, *, axis: AxisSpec = None
+) -> optax.GradientTransformationExtraArgs:
     """Weight normalisation: gradient descent on v and g of W = g v / ‖v‖, from v = W, g = ‖W‖.
 
     With ∇W the gradient of the loss, ∇g = ⟨∇W, v⟩ / ‖v‖ and ∇v = (g / ‖v‖)(∇W − ∇g v / ‖v‖). Flax
@@ -145,7 +145,7 @@ def weight_norm(
         v, g = optax.apply_updates((v, g), steps)
         return map_filters(displacement, axis, params, v, g), WeightNormState(v, g, inner)
 
-    return optax.GradientTransformation(init, update)
+    return optax.with_extra_args_support(optax.GradientTransformation(init, update))
 
 
 def _norms(axes: tuple[int, ...], w: jax.Array) -> jax.Array:

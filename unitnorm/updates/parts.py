@@ -15,21 +15,25 @@ Add a link here when two updates need it; a link of one update stays beside that
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeGuard, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from unitnorm import geometry
 
 # One axis specification for all leaves, a pytree (or prefix) of them, or a function from a leaf's
 # path, such as "conv1/kernel", to one. A tuple of integers is one specification, never a pytree.
 AxisSpec = geometry.Axis | Any | Callable[[str], geometry.Axis]
+# A number, a traced scalar, or an optax schedule: from the count of updates to one of these.
+LearningRate = ArrayLike | Callable[[Any], Any]
+NEEDS_PARAMS = "this step depends on where the parameters are: call update(grads, state, params)"
 OffManifold = Literal["normalize", "raise", "trust"]
 
 
-def riemannian_gradient(axis: AxisSpec = None) -> optax.GradientTransformation:
+def riemannian_gradient(axis: AxisSpec = None) -> optax.GradientTransformationExtraArgs:
     """Turn the gradient g at w into ‖w‖ (g − ⟨w, g⟩ w / ‖w‖²): the Riemannian one at w/‖w‖.
 
     Equation (2) of the paper, first line, per filter. A zero filter gives zero.
@@ -59,7 +63,7 @@ class TangentMomentumState(NamedTuple):
 
 def tangent_momentum(
     momentum: float | jax.Array, nesterov: bool = False, axis: AxisSpec = None
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Momentum over Riemannian gradients r: m ← μ Π_w(m) + r, and r + μ m with Nesterov.
 
     The buffer starts at zero and is moved by projection onto the tangent space at the current
@@ -85,12 +89,12 @@ def tangent_momentum(
             updates = buffer
         return updates, TangentMomentumState(buffer)
 
-    return optax.GradientTransformation(init, update)
+    return optax.with_extra_args_support(optax.GradientTransformation(init, update))
 
 
 def retract(
     axis: AxisSpec = None, off_manifold: OffManifold = "normalize"
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Turn a step u into the displacement Orth(w/‖w‖ + u) − w, so that w + displacement has norm 1.
 
     The last link of a chain. A zero filter stays where it is. The new norm is one to the rounding
@@ -119,7 +123,7 @@ def retract(
             _refuse_off_manifold(params, axis)
         return link.init(params)
 
-    return optax.GradientTransformation(init, link.update)
+    return optax.with_extra_args_support(optax.GradientTransformation(init, link.update))
 
 
 def retracted(axes: tuple[int, ...], w: jax.Array, u: jax.Array) -> jax.Array:
@@ -136,7 +140,9 @@ def in_dtype_of_params() -> optax.GradientTransformation:
     )
 
 
-def stateless(leaf: Callable[..., jax.Array], axis: AxisSpec) -> optax.GradientTransformation:
+def stateless(
+    leaf: Callable[..., jax.Array], axis: AxisSpec
+) -> optax.GradientTransformationExtraArgs:
     """An optax transformation that applies leaf(axes, w, u) to every parameter and its update."""
 
     def init(params: optax.Params) -> optax.OptState:
@@ -148,7 +154,7 @@ def stateless(leaf: Callable[..., jax.Array], axis: AxisSpec) -> optax.GradientT
     ) -> tuple[optax.Updates, optax.OptState]:
         return map_filters(leaf, axis, params, updates), state
 
-    return optax.GradientTransformation(init, update)
+    return optax.with_extra_args_support(optax.GradientTransformation(init, update))
 
 
 def map_filters(
@@ -160,9 +166,7 @@ def map_filters(
         ValueError: `params` is None; or a leaf has no filters, see `axes_of_leaves`.
     """
     if params is None:
-        raise ValueError(
-            "this step depends on where the parameters are: call update(grads, state, params)"
-        )
+        raise ValueError(NEEDS_PARAMS)
     boxes = [_Box(axes) for axes in axes_of_leaves(params, axis)]
     axes_tree = jax.tree.unflatten(jax.tree.structure(params), boxes)
     return jax.tree.map(
@@ -189,9 +193,16 @@ def axis_of_leaves(params: optax.Params, axis: AxisSpec) -> list[geometry.Axis]:
     Raises:
         ValueError: `axis` does not fit the tree.
     """
-    if callable(axis):
+    if is_function(axis):
         return [axis(leaf_name(path)) for path, _ in jax.tree.leaves_with_path(params)]
     return leaves_beside(params, axis, "axis", _is_axis)
+
+
+def is_function(x: Any) -> TypeGuard[Callable[..., Any]]:
+    """A function, and not a pytree that can be called, such as an Equinox module."""
+    if isinstance(x, jax.tree_util.Partial):
+        return True
+    return callable(x) and jax.tree_util.treedef_is_leaf(jax.tree.structure(x))
 
 
 def leaves_beside(
