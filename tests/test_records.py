@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -342,29 +343,17 @@ def test_a_full_disk_leaves_the_old_records(tmp_path):
 
 def test_a_file_size_limit_is_a_full_disk_too(out):
     """The same without the right to mount anything."""
-    code = (
-        "import resource, signal, sys, pathlib\n"
-        "sys.path.insert(0, sys.argv[2])\n"
-        "from tests.test_records import example\n"
-        "from unitnorm.run import records\n"
-        "from unitnorm.errors import UserError\n"
-        "out, large = pathlib.Path(sys.argv[1]), example(1, runs=300)\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n"
-        "with records.locked(out):\n"
-        "    try:\n"
-        "        records.write(out, large)\n"
-        "    except UserError as error:\n"
-        "        print(error)\n"
-    )
-    before = contents(out)
-    root = Path(__file__).parent.parent
-    done = subprocess.run(
-        [sys.executable, "-c", code, out, root], capture_output=True, text=True, check=True
-    )
-    assert "File too large" in done.stdout
-    assert "free some space" in done.stdout
-    assert done.stdout.count("\n") == 1
+    before, large = contents(out), example(1, runs=300)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, hard))
+    try:
+        with pytest.raises(UserError, match=r"File too large.*free some space") as caught:
+            records.write(out, large)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert "\n" not in str(caught.value)
     assert contents(out) == before
 
 

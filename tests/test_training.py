@@ -10,8 +10,10 @@ import pytest
 from tests import reference
 from tests.conftest import blobs
 from tests.test_model import as_numpy
+from unitnorm.data import Dataset
+from unitnorm.run.config import parse
 from unitnorm.table2 import protocol, training
-from unitnorm.table2.config import parse
+from unitnorm.table2.config import Config
 from unitnorm.updates import UPDATES
 
 CLASSES = 4
@@ -22,29 +24,54 @@ BASE = {
 }
 
 
-def images(count, seed=0):
-    pixels, labels = blobs(np.random.default_rng(seed), count)
-    return training.Images(pixels.reshape(count, -1), labels.astype(np.int32))
+def dataset() -> Dataset:
+    rng = np.random.default_rng(0)
+    (train, labels), (test, test_labels) = blobs(rng, 600), blobs(rng, 203)
+    return Dataset(
+        "blobs", train.reshape(600, -1), labels.astype(np.int32), test.reshape(203, -1),
+        test_labels.astype(np.int32), (6, 6), CLASSES, "0" * 64,
+    )  # fmt: skip
 
 
-TRAIN, TEST = images(600), images(203, 1)
+DATA = dataset()
 
 
-def program(seeds=3, updates=("b-sgd", "un"), **changes):
-    config = parse({**BASE, **changes})
-    return training.Program(
-        seeds, config, 2, updates, training.train_phase(config), TRAIN, TEST, CLASSES
+def configured(**changes):
+    return parse({**BASE, **changes}, "", Config)
+
+
+def program(seeds=3, updates=("b-sgd", "un"), rates=1e-2, depth=2, phase=None, **changes):
+    """A program, and its state at the start.
+
+    Args:
+      seeds: 0 to seeds − 1, or an array of them.
+      rates: of all runs, or an array of shape (seeds, updates).
+    """
+    config = configured(**changes)
+    seeds = np.arange(seeds) if isinstance(seeds, int) else seeds
+    rates = np.broadcast_to(rates, (len(seeds), len(updates)))
+    p = training.Program(
+        "train", config, depth, updates, phase or training.train_phase(config), seeds, rates, DATA
     )
+    return p, p.start()
+
+
+def advanced(p, runs, epochs=1):
+    for _ in range(epochs):
+        runs = p.advance(runs)
+    return runs
 
 
 @pytest.fixture(scope="module")
 def both():
     """B-SGD and UN over three seeds; compiled once for all tests that only run it."""
-    return program()
+    return program()[0]
 
 
-def started(p, seeds=3, rate=1e-2):
-    return p.init(np.arange(seeds), np.full((seeds, len(p.updates)), rate))
+@pytest.fixture(scope="module")
+def healthy(both):
+    """Two of its epochs."""
+    return both.take(advanced(both, both.start(), 2))
 
 
 def run_of(runs, update, seed):
@@ -57,20 +84,19 @@ def assert_same(a, b):
 
 def test_an_epoch_is_table_1_step_by_step(both):
     """One epoch of both updates against float64 NumPy that shares nothing but the order."""
-    p = both
-    splits, runs = started(p)
+    runs = both.start()
     start = [run_of(runs, u, 1) for u in (0, 1)]
-    split = jax.tree.map(lambda a: a[1], splits)
+    split = training.init_split(training.train_phase(configured()), jnp.uint32(1), 600)
     key = jax.random.fold_in(training.stream(split.order_seed, training.TRAIN_ORDER), 0)
     order = np.asarray(split.train[jnp.argsort(jax.random.bits(key, (410,)))])
     assert sorted(order) == sorted(np.asarray(split.train))
-    after = p.epoch(splits, runs, p.images)
+    after = both.advance(runs)
     for which, name in enumerate(("b-sgd", "un")):
         layers, theta = as_numpy(start[which].params)
         losses = 0.0
         for first in range(0, 410, 20):  # the last mini-batch has 10 images
             index = order[first : first + 20]
-            x, y = TRAIN.pixels[index].astype(np.float64), TRAIN.labels[index]
+            x, y = DATA.train_images[index].astype(np.float64), DATA.train_labels[index]
             loss, _, _ = reference.forward(layers, theta, x, y, 1e-5)
             losses += loss
             steps, d_theta = reference.gradients(layers, theta, x, y, 1e-5)
@@ -95,77 +121,62 @@ def test_an_epoch_is_table_1_step_by_step(both):
 
 
 def test_runs_of_a_seed_share_start_split_and_order_and_seeds_differ(both):
-    splits, runs = started(both)
+    runs = both.start()
     assert_same(runs[0].params, runs[1].params)
     assert_same(runs[0].stats, runs[1].stats)
-    for part in (splits.train, splits.validation):
-        assert len({tuple(np.asarray(row)) for row in part[:3]}) == 3
     assert len({np.asarray(w).tobytes() for w in runs[0].params["theta"]["W"][:3]}) == 3
+    phase = training.train_phase(configured())
+    splits = [training.init_split(phase, jnp.uint32(seed), 600) for seed in range(3)]
+    for part in ("train", "validation"):
+        assert len({np.asarray(getattr(split, part)).tobytes() for split in splits}) == 3
+    assert not set(np.asarray(splits[0].train)) & set(np.asarray(splits[0].validation))
 
 
-def test_a_runs_bits_depend_on_its_seed_alone(both):
+def test_a_runs_bits_depend_on_its_seed_alone(both, healthy):
     """Not on how many runs, devices or other updates are trained along."""
-    ends = []
-    cases = ((3, ("b-sgd", "un"), both), (5, ("un",), None), (1, ("sm", "un"), None))
-    for seeds, updates, p in cases:
-        p = p or program(seeds, updates)
-        splits, runs = started(p, seeds)
-        for _ in range(2):
-            runs = p.epoch(splits, runs, p.images)
-        ends.append(run_of(runs, updates.index("un"), 0))
-    assert_same(ends[0], ends[1])
-    assert_same(ends[0], ends[2])
+    for seeds, updates in ((5, ("un",)), (1, ("sm", "un"))):
+        p, runs = program(seeds, updates)
+        assert_same(run_of(advanced(p, runs, 2), updates.index("un"), 0), run_of(healthy, 1, 0))
 
 
-def test_a_stopped_run_is_frozen_and_leaves_the_others_alone(both):
-    p = both
-    splits, runs = started(p)
-    free = runs
-    for _ in range(2):
-        free = p.epoch(splits, jax.tree.map(jnp.copy, free), p.images)
+def test_a_stopped_run_is_frozen_and_leaves_the_others_alone(both, healthy):
+    runs = both.start()
     stopped = runs[1]._replace(reason=runs[1].reason.at[1].set(protocol.VAL_RISE))
-    mixed = (runs[0], stopped)
-    before = run_of(mixed, 1, 1)
-    for _ in range(2):
-        mixed = p.epoch(splits, jax.tree.map(jnp.copy, mixed), p.images)
+    before = run_of((runs[0], stopped), 1, 1)
+    mixed = advanced(both, (runs[0], stopped), 2)
     assert_same(run_of(mixed, 1, 1), before)
     for update, seed in ((0, 0), (0, 1), (0, 2), (1, 0), (1, 2)):
-        assert_same(run_of(mixed, update, seed), run_of(free, update, seed))
+        assert_same(run_of(mixed, update, seed), run_of(healthy, update, seed))
         assert run_of(mixed, update, seed).epoch == 2
 
 
-def test_a_run_that_blows_up_stops_with_its_epoch_and_spares_the_rest(both):
-    p = both
-    rates = np.array([[1e-2, 1e-2], [1e30, 1e-2], [1e-2, 1e-2]])
-    splits, runs = p.init(np.arange(3), rates)
-    _, healthy = started(p)
-    for _ in range(2):
-        runs = p.epoch(splits, runs, p.images)
-        healthy = p.epoch(splits, healthy, p.images)
-    assert [protocol.STOP_REASONS[r] for r in runs[0].reason[:3]] == [
-        "running",
-        "non-finite",
-        "running",
-    ]
-    assert list(runs[0].epoch[:3]) == [2, 1, 2]
-    for update, seed in ((0, 0), (0, 2), (1, 0), (1, 1), (1, 2)):
+def test_a_run_that_blows_up_or_has_no_rate_stops_and_spares_the_rest(healthy):
+    p, runs = program(rates=[[1e-2, 1e-2], [1e30, 1e-2], [1e-2, np.nan]])
+    runs = advanced(p, runs, 2)
+    reasons = [[protocol.STOP_REASONS[r] for r in run.reason[:3]] for run in runs]
+    assert reasons == [["running", "non-finite", "running"], ["running", "running", "no-rate"]]
+    assert [list(run.epoch[:3]) for run in runs] == [[2, 1, 2], [2, 2, 0]]
+    for update, seed in ((0, 0), (0, 2), (1, 0), (1, 1)):
         assert_same(run_of(runs, update, seed), run_of(healthy, update, seed))
+    status = p.status(runs)
+    assert (status.epoch, status.active) == (2, True)
+    assert status.text.startswith("4/6 runs active, val error ")
 
 
-def test_a_run_without_a_rate_never_starts(both):
-    p = both
-    splits, runs = p.init(np.arange(3), np.array([[1e-2, 1e-2], [1e-2, np.nan], [1e-2, 1e-2]]))
-    runs = p.epoch(splits, runs, p.images)
-    assert [list(run.epoch[:3]) for run in runs] == [[1, 1, 1], [1, 0, 1]]
-    assert protocol.STOP_REASONS[runs[1].reason[1]] == "no-rate"
+def test_a_state_that_went_over_the_host_goes_on_with_the_same_bits(both, healthy):
+    runs = both.take(both.advance(both.start()))
+    kept = jax.tree.map(np.copy, runs)
+    both.start()
+    again = both.take(both.advance(both.put(runs)))
+    assert_same(again, healthy)
+    assert_same(runs, kept)  # nothing on the devices shares its memory
 
 
 def test_every_update_learns_and_keeps_to_its_manifold():
     """A thousand steps: far below chance, and unit norms where promised."""
-    p = program(1, tuple(UPDATES), train={**BASE["train"], "min_epochs": 50, "max_epochs": 50})
-    splits, runs = started(p, 1, 1e-3)
-    for _ in range(48):
-        runs = p.epoch(splits, runs, p.images)
+    train = {**BASE["train"], "min_epochs": 50, "max_epochs": 50}
+    p, runs = program(1, tuple(UPDATES), 1e-3, depth=1, train=train)
+    runs = advanced(p, runs, 48)
     for which, (name, update) in enumerate(UPDATES.items()):
         history = run_of(runs, which, 0).history
         assert history.val_error[47] < 0.25, name
@@ -179,51 +190,82 @@ def test_every_update_learns_and_keeps_to_its_manifold():
             assert deviation[-1] > 1e-4, name
 
 
-def test_errors_count_every_image_once(both):
-    p = both
-    _, runs = started(p)
-    found = p.test_error(runs)
-    network = training.archbn(parse(BASE), 36, CLASSES, 2)
+def test_errors_and_losses_count_every_image_once(both):
+    runs = both.advance(both.start())
+    found = both.test_error(runs)
+    network = training.archbn(configured(), 36, CLASSES, 2)
+    split = training.init_split(training.train_phase(configured()), jnp.uint32(2), 600)
     for update in (0, 1):
         run = run_of(runs, update, 2)
-        logits, _ = network.apply(run.params, run.stats, TEST.pixels.astype(np.float32), False)
-        wrong = int((np.argmax(logits, 1) != TEST.labels).sum())
+        logits, _ = network.apply(run.params, run.stats, np.float32(DATA.test_images), False)
+        wrong = int((np.argmax(logits, 1) != DATA.test_labels).sum())
         assert round(float(found[update][2]) * 203) == wrong
+        x, y = DATA.train_images[split.validation], DATA.train_labels[split.validation]
+        logits, _ = network.apply(run.params, run.stats, np.float32(x), False)
+        log_p = np.asarray(jax.nn.log_softmax(logits))[np.arange(len(y)), y]
+        assert run.history.val_loss[0] == pytest.approx(-log_p.mean(), rel=1e-5)
+        assert run.history.val_error[0] == pytest.approx((np.argmax(logits, 1) != y).mean())
 
 
 def test_the_rate_follows_the_bold_driver_and_the_history_the_epochs(both):
-    p = both
-    splits, runs = started(p, rate=0.5)
-    for _ in range(6):
-        runs = p.epoch(splits, runs, p.images)
+    runs = tuple(run._replace(rate=jnp.full_like(run.rate, 0.5)) for run in both.start())
+    runs = advanced(both, runs, 6)
     history = run_of(runs, 0, 0).history
-    rates, losses = history.lr[:3], history.train_loss
-    assert rates[1] == rates[0]
-    for epoch in (2,):
+    rates, losses = history.lr, history.train_loss
+    assert rates[1] == rates[0] == 0.5
+    epochs = range(2, int(np.isfinite(losses).sum()))
+    assert len(epochs) >= 1
+    for epoch in epochs:
         factor = 1.05 if losses[epoch - 1] < losses[epoch - 2] else 0.5
         assert rates[epoch] == pytest.approx(rates[epoch - 1] * factor, rel=1e-6)
 
 
 def test_the_sweep_has_a_fixed_rate_and_no_early_stop():
-    config = parse({**BASE, "sweep": {"train_images": 100, "validation_images": 50, "epochs": 4}})
-    phase = training.sweep_phase(config)
-    p = training.Program(2, config, 1, ("un",), phase, TRAIN, TEST, CLASSES)
-    splits, runs = p.init(np.array([0, 0]), np.array([[1e-2], [1e-3]]))
-    assert_same(jax.tree.map(lambda a: a[0], splits), jax.tree.map(lambda a: a[1], splits))
+    sweep = {"train_images": 100, "validation_images": 50, "epochs": 4}
+    phase = training.sweep_phase(configured(sweep=sweep))
+    p, runs = program(np.array([0, 0]), ("un",), [[1e-2], [1e-3]], 1, phase, sweep=sweep)
     assert_same(run_of(runs, 0, 0).params, run_of(runs, 0, 1).params)
-    for _ in range(4):
-        runs = p.epoch(splits, runs, p.images)
+    runs = advanced(p, runs, 4)
     np.testing.assert_array_equal(runs[0].history.lr[0], np.full(4, 1e-2, np.float32))
     np.testing.assert_array_equal(runs[0].history.lr[1], np.full(4, 1e-3, np.float32))
     assert [protocol.STOP_REASONS[r] for r in runs[0].reason] == ["max-epochs"] * 2
+    assert p.status(runs)[:2] == (4, False)
 
 
-def test_mean_and_sum_differ_by_the_batch_size_in_the_rate():
-    ends = []
-    for reduction, rate in (("sum", 1e-3), ("mean", 2e-2)):
-        loss = {"batch_size": 20, "reduction": reduction}
-        train = {**BASE["train"], "train_images": 400}
-        p = program(1, ("b-sgd",), loss=loss, train=train)
-        splits, runs = started(p, 1, rate)
-        ends.append(run_of(p.epoch(splits, runs, p.images), 0, 0).params["theta"]["W"])
-    np.testing.assert_allclose(ends[0], ends[1], atol=1e-4)
+def test_mean_and_sum_differ_by_the_batch_size_in_the_rate(both):
+    run = jax.tree.map(jnp.asarray, run_of(both.start(), 0, 0))
+    zero = jnp.asarray(0.0)
+    at = training.Stepping(run.params, run.stats, run.opt_state, zero, zero)
+    network, phase = (
+        training.archbn(configured(), 36, CLASSES, 2),
+        training.train_phase(configured()),
+    )
+    x, y = np.float32(DATA.train_images[:20]), DATA.train_labels[:20]
+    by_sum, by_mean = (
+        training.train_step(
+            network, phase._replace(reduction=reduction), "b-sgd", jnp.float32(rate), at, x, y
+        )
+        for reduction, rate in (("sum", 1e-3), ("mean", 2e-2))
+    )
+    moved = np.abs(by_sum.params["theta"]["W"] - run.params["theta"]["W"]).max()
+    assert moved > 1e-3
+    np.testing.assert_allclose(
+        by_sum.params["theta"]["W"], by_mean.params["theta"]["W"], atol=1e-4 * moved
+    )
+    assert by_sum.loss == pytest.approx(by_mean.loss)  # recorded per image either way
+
+
+def test_a_program_computes_float32_products_in_float32(monkeypatch):
+    """Whatever the process is set to: JAX's default is TF32 on recent GPUs, bfloat16 on TPUs."""
+
+    class TracedError(Exception):
+        pass
+
+    def compute(*_: object) -> None:
+        raise TracedError(jax.config.jax_default_matmul_precision)
+
+    p, runs = program(1, ("un",))
+    for name, method in (("train_step", p.advance), ("evaluate", p.test_error)):
+        monkeypatch.setattr(training, name, compute)
+        with jax.default_matmul_precision("bfloat16"), pytest.raises(TracedError, match="highest"):
+            method(runs)

@@ -10,7 +10,6 @@ import datetime
 import functools
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import platform
 import subprocess
@@ -20,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
+import unitnorm
 from unitnorm.run import devices
 from unitnorm.run.config import ExperimentConfig
 
@@ -64,6 +64,8 @@ def commit() -> str | None:
     """The commit of the code, with "+" if it has been changed since; None outside a checkout."""
     folder = Path(__file__).parents[1]
     try:
+        # a package may be installed inside a checkout of something else
+        _git(folder, "ls-files", "--error-unmatch", "__init__.py")
         head = _git(folder, "rev-parse", "HEAD")
         changed = _git(folder, "status", "--porcelain", "--", ".")
     except (OSError, subprocess.SubprocessError):
@@ -97,38 +99,40 @@ def code_identity(module: str) -> str:
     Comments, docstrings and layout are left out, so that they discard no state, and so are the
     packages `APART`.
     """
-    found: dict[str, str] = {}
-    waiting = [module]
-    while waiting:
-        name = waiting.pop()
-        if name in found or name.startswith(APART):
-            continue
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.origin is None:
-            continue
-        tree = ast.parse(Path(spec.origin).read_bytes())
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("unitnorm"):
-                if node.module != "unitnorm":  # whose names are imported on first use
-                    waiting.append(str(node.module))
-                waiting += [
-                    f"{node.module}.{alias.name}"
-                    for alias in node.names
-                    if _is_module(f"{node.module}.{alias.name}")
-                ]
-            elif isinstance(node, ast.Import):
-                waiting += [a.name for a in node.names if a.name.startswith("unitnorm")]
-            elif isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-                node.body = [statement for statement in node.body if not _is_text(statement)]
-        found[name] = ast.dump(tree)
+    found = {name: ast.dump(tree) for name, tree in modules_of(module).items()}
     return hashlib.sha256(json.dumps(sorted(found.items())).encode()).hexdigest()
 
 
-def _is_module(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # a name inside a module
-        return False
+def modules_of(module: str) -> dict[str, ast.Module]:
+    """A module and all of unitnorm that it imports but `APART`, by name, without docstrings."""
+    found: dict[str, ast.Module] = {}
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        path = _source(name)
+        if path is None or name in found or name.startswith(APART):
+            continue
+        found[name] = tree = ast.parse(path.read_bytes())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("unitnorm"):
+                # a name is a module, or in one; those of unitnorm itself are imported on first use
+                waiting += [f"{node.module}.{alias.name}" for alias in node.names]
+                waiting += [str(node.module)] if node.module != "unitnorm" else []
+            elif isinstance(node, ast.Import):
+                waiting += [a.name for a in node.names if a.name.startswith("unitnorm.")]
+            elif isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                node.body = [statement for statement in node.body if not _is_text(statement)]
+    return found
+
+
+def _source(module: str) -> Path | None:
+    """The file of a module of unitnorm, without importing anything; None if there is none."""
+    for root in unitnorm.__path__:
+        place = Path(root, *module.split(".")[1:])
+        for path in (place / "__init__.py", place.with_suffix(".py")):
+            if path.is_file():
+                return path
+    return None
 
 
 def _is_text(statement: ast.stmt) -> bool:
