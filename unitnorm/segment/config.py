@@ -136,7 +136,8 @@ class SegmentConfig(ExperimentConfig):
     runs: Annotated[int, Field(ge=1, le=10_000)] = Field(1, description="of each update")
     updates: list[str] = Field(["b-sgd", "un"], min_length=1, max_length=64)
     learning_rates: dict[str, Rate] = Field(
-        {}, description="base learning rates; an update without one is given the sweep's"
+        {"b-sgd": 1.0, "un": 1.0},
+        description="base learning rates; an update without one is given the sweep's",
     )
     data: ScenesConfig = ScenesConfig()
     network: SegNetConfig = SegNetConfig()
