@@ -15,7 +15,6 @@ import numpy as np
 import pandas as pd
 import PIL.Image
 import pytest
-from unitnorm.report.figures import encode
 
 from tests import reference
 from unitnorm import symmetry
@@ -43,10 +42,8 @@ def config(small_toml):
 
 
 @pytest.fixture(scope="module")
-def images(idx_folder, tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("UNITNORM_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return data_module.load_dataset("mnist", str(idx_folder))
+def images(idx_folder):
+    return load_dataset(data_dir=str(idx_folder))
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +248,8 @@ def test_verdict_tells_drift_from_grown_rounding():
     assert findings.judge_walk(walk([1e-16, 1e-2, 1e-2, 1e-2], chaos)) == findings.DRIFTS
     assert findings.judge_walk(walk([1e-16, 1e-15, 1e-6, 1e-2], chaos)) == findings.DRIFTS
     assert findings.judge_walk(walk([0.0, 0.0, 0.0, np.nan], chaos)) == "not finite"
-    assert findings.judge_walk(walk([0.0, 1e-7, 1e-7, 1e-6], [0.0] * 4, "float32")) == findings.STAYS
+    single = walk([0.0, 1e-7, 1e-7, 1e-6], [0.0] * 4, "float32")
+    assert findings.judge_walk(single) == findings.STAYS
 
 
 # ---------------------------------------------------------------- (d) row norms
