@@ -7,8 +7,6 @@ Student's t, all signs by enumeration for Wilcoxon), never by the library calls 
 import io
 import itertools
 import math
-import subprocess
-import sys
 import xml.etree.ElementTree as ET
 
 import matplotlib as mpl
@@ -21,18 +19,9 @@ from PIL import Image
 from rich.console import Console
 
 from unitnorm.errors import UserError
-from unitnorm.report import (
-    build,
-    figures,
-    paired_differences,
-    statistics,
-    table2,
-    tables,
-    terminal,
-    verdict,
-    write,
-)
-from unitnorm.report.frames import checked_history, checked_runs, checked_sweep, in_order
+from unitnorm.report import statistics, style, tables
+from unitnorm.report.statistics import Summary
+from unitnorm.table2 import figures, report
 
 NINE = (
     "b-sgd", "un", "un-momentum", "un-nesterov", "un-adam", "sm", "normalize", "weight-norm",
@@ -145,12 +134,31 @@ def signed_rank_p_by_enumeration(differences) -> float:
     return sum(far) / len(far)
 
 
+def prepared(runs: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    ready = report.prepare_runs(runs)
+    return ready, report.prepare_history(make_history(runs), ready)
+
+
+def summed(runs: pd.DataFrame, **options) -> pd.DataFrame:
+    return report.summarise_errors(report.prepare_runs(runs), **options)
+
+
+def compared(runs: pd.DataFrame) -> pd.DataFrame:
+    return report.compare_updates(report.prepare_runs(runs))
+
+
+def text_of(runs: pd.DataFrame, name: str = "table2.md", **options) -> str:
+    """A file of the report, with the padding of its Markdown cells taken away."""
+    content = report.build_texts(*prepared(runs), make_sweep(runs), **options)[name]
+    return "\n".join(" ".join(line.split()) for line in content.splitlines())
+
+
 # --- Table 2 ---------------------------------------------------------------------------------
 
 
 def test_table2_against_hand_made_numbers():
     errors = [0.0201, 0.0189, 0.0215, 0.0198, 0.0176, 0.0222, 0.0208, 0.0190, 0.0185, 0.0216]
-    row = table2(make_runs({(2, "un"): errors})).iloc[0]
+    row = summed(make_runs({(2, "un"): errors})).iloc[0]
     mean = sum(errors) / 10
     std = math.sqrt(sum((e - mean) ** 2 for e in errors) / 9)
     half = 2.2621571627409915 * std / math.sqrt(10)  # Student's t, 9 degrees of freedom, 97.5 %
@@ -160,7 +168,8 @@ def test_table2_against_hand_made_numbers():
 
 
 def test_table2_has_the_paper_beside_its_four_cells_and_nothing_beside_others():
-    table = table2(like_the_paper(updates=("b-sgd", "un", "un-adam"), depths=(2, 3, 4), n=2))
+    runs = like_the_paper(updates=("b-sgd", "un", "un-adam"), depths=(2, 3, 4), n=2)
+    table = summed(runs)
     paper = {(r.depth, r.update): (r.paper_mean, r.paper_std) for r in table.itertuples()}
     printed = {
         (2, "b-sgd"): (0.0206, 0.0024), (2, "un"): (0.0199, 0.0046),
@@ -170,19 +179,23 @@ def test_table2_has_the_paper_beside_its_four_cells_and_nothing_beside_others():
     assert len(paper) == 9
     columns = "depth,update,n,diverged,mean,std,ci_low,ci_high,paper_mean,paper_std"
     assert ",".join(table.columns) == columns
-    assert table2(like_the_paper(), paper={})["paper_mean"].isna().all()
+    assert summed(runs, paper={})["paper_mean"].isna().all()
+    assert "Not set beside the paper" in text_of(runs, paper={})
 
 
-def test_diverged_runs_are_counted_and_left_out_of_the_mean():
+def test_diverged_runs_are_counted_listed_and_left_out_of_the_mean():
     runs = make_runs({(2, "un"): [0.02, 0.5, 0.03, 0.04]}, failed=((2, "un", 1),))
     # A run can end with finite but worthless numbers, and is then left out all the same.
     runs.loc[1, ["test_error", "val_error"]] = 0.9
-    row = table2(runs).iloc[0]
+    row = summed(runs).iloc[0]
     assert (row["n"], row["diverged"]) == (3, 1)
     assert row["mean"] == pytest.approx(0.03, abs=1e-15)
     # 'non-finite' alone is enough, whatever the column `diverged` says.
-    assert table2(runs.assign(diverged=False)).iloc[0]["n"] == 3
-    assert table2(runs.assign(stop_reason="val-rise")).iloc[0]["n"] == 3
+    assert summed(runs.assign(diverged=False)).iloc[0]["n"] == 3
+    assert summed(runs.assign(stop_reason="val-rise")).iloc[0]["n"] == 3
+    for name in ("table2.md", "runs.md"):
+        assert "| 2 | UN | 1 | 7 | 0.01 | 2 | non-finite |" in text_of(runs, name)
+    assert text_of(like_the_paper(), "runs.md").endswith("No run has failed.")
 
 
 def test_two_runs_one_run_and_none():
@@ -190,26 +203,17 @@ def test_two_runs_one_run_and_none():
     runs = make_runs(
         {(2, "b-sgd"): [0.02, 0.03], (2, "un"): [0.5, 0.025], (2, "sm"): [0.5]}, failed
     )
-    two, one, none = table2(runs).to_dict("records")
+    two, one, none = summed(runs).to_dict("records")
     assert two["std"] == pytest.approx(0.01 / math.sqrt(2))
     assert two["ci_high"] - two["mean"] == pytest.approx(12.706204736432095 * 0.005)
     assert (one["n"], one["mean"]) == (1, 0.025)
     assert all(math.isnan(one[key]) for key in ("std", "ci_low", "ci_high"))
     assert (none["n"], none["diverged"]) == (0, 1)
     assert all(math.isnan(none[key]) for key in ("mean", "std", "ci_low", "ci_high"))
-    text = tables.table2_markdown(table2(runs), paired_differences(runs), pd.DataFrame())
+    text = text_of(runs)
     assert "| 2 | UN | 1 | 1 | 0.0250 ± – | – | 0.0199 ± 0.0046 |" in text
     assert "| 2 | sm | 0 | 1 | – | – | – |" in text
     assert "nan" not in text
-
-
-def test_order_of_rows_does_not_matter():
-    runs = like_the_paper(updates=("un", "sm", "b-sgd"))
-    shuffled = runs.sample(frac=1, random_state=3)
-    pd.testing.assert_frame_equal(table2(runs), table2(shuffled))
-    pd.testing.assert_frame_equal(paired_differences(runs), paired_differences(shuffled))
-    assert list(table2(shuffled)["update"][:3]) == ["b-sgd", "un", "sm"]
-    assert in_order(["sm", "un", "a", "b-sgd", "un"]) == ["b-sgd", "un", "a", "sm"]
 
 
 # --- paired differences ----------------------------------------------------------------------
@@ -218,7 +222,7 @@ def test_order_of_rows_does_not_matter():
 def test_paired_differences_against_hand_made_numbers():
     base = [0.0201, 0.0189, 0.0215, 0.0198, 0.0176, 0.0222, 0.0208]
     ours = [0.0195, 0.0190, 0.0199, 0.0180, 0.0170, 0.0210, 0.0211]
-    row = paired_differences(make_runs({(4, "un"): ours, (4, "b-sgd"): base})).iloc[0]
+    row = compared(make_runs({(4, "un"): ours, (4, "b-sgd"): base})).iloc[0]
     d = [a - b for a, b in zip(ours, base, strict=True)]
     mean = sum(d) / 7
     std = math.sqrt(sum((x - mean) ** 2 for x in d) / 6)
@@ -238,15 +242,9 @@ def test_paired_differences_against_hand_made_numbers():
 
 @pytest.mark.parametrize(
     "differences",
-    [
-        [1, 2, 3, 4, 5],
-        [-1, 2, 3, -4, 5, 6, -7, 8],
-        [1, 1, -1, 2, 2, 3, 0, 0],
-        [5, -5],
-        [-3, -3, -3, 1],
-        [2, -7, 1, 8, 2, 8, -1, 8, 2, 8],
-    ],
-)
+    [[1, 2, 3, 4, 5], [-1, 2, 3, -4, 5, 6, -7, 8], [1, 1, -1, 2, 2, 3, 0, 0], [5, -5],
+     [-3, -3, -3, 1], [2, -7, 1, 8, 2, 8, -1, 8, 2, 8]],
+)  # fmt: skip
 def test_signed_rank_p_is_the_enumeration_of_all_signs(differences):
     expected = signed_rank_p_by_enumeration(differences)
     got = statistics.signed_rank_p(np.array(differences, float))
@@ -254,47 +252,62 @@ def test_signed_rank_p_is_the_enumeration_of_all_signs(differences):
     assert statistics.signed_rank_p(-np.array(differences, float)) == pytest.approx(got, rel=1e-12)
 
 
+def test_welch_of_two_summaries_is_welch_of_equal_sizes_written_out():
+    # With equal n and std the degrees of freedom are 2(n − 1) and t = Δ/(std √(2/n)).
+    ours, theirs = (Summary(mean, 0.5, math.nan, math.nan) for mean in (1.0, 1.4))
+    found, p = statistics.compare_means(ours, 8, theirs, 8)
+    assert found.mean == pytest.approx(-0.4)
+    assert p == pytest.approx(student_p(0.4 / (0.5 * math.sqrt(2 / 8)), 14), rel=1e-8)
+    half = 2.1447866879169273 * 0.5 * math.sqrt(2 / 8)  # Student's t, 14 degrees, 97.5 %
+    assert (found.ci_low, found.ci_high) == pytest.approx((-0.4 - half, -0.4 + half))
+    # Only one of the two varies: as many degrees of freedom as it has.
+    fixed = Summary(1.4, 0.0, math.nan, math.nan)
+    _, p = statistics.compare_means(ours, 8, fixed, 3)
+    assert p == pytest.approx(student_p(0.4 / (0.5 / math.sqrt(8)), 7), rel=1e-8)
+    assert math.isnan(statistics.compare_means(ours, 1, theirs, 8)[1])
+
+
 def test_a_pair_is_left_out_where_either_run_failed_or_the_seeds_differ():
     runs = make_runs(
         {(2, "b-sgd"): [0.02, 0.9, 0.03, 0.02, 0.02], (2, "un"): [0.01, 0.02, 0.9, 0.01, 0.03]},
         failed=((2, "b-sgd", 1), (2, "un", 2)),
     )
-    row = paired_differences(runs).iloc[0]
+    row = compared(runs).iloc[0]
     assert (row["n"], row["left_out"]) == (3, 2)
     assert row["mean"] == pytest.approx((-0.01 - 0.01 + 0.01) / 3)
     runs.loc[(runs["update"] == "un") & (runs["run"] == 3), "seed"] = 8
-    row = paired_differences(runs).iloc[0]
+    row = compared(runs).iloc[0]
     assert (row["n"], row["left_out"]) == (2, 3)
     assert row["mean"] == pytest.approx(0.0, abs=1e-15)
 
 
 def test_differences_with_few_or_equal_pairs_are_defined():
     one = make_runs({(2, "b-sgd"): [0.02], (2, "un"): [0.01]})
-    row = paired_differences(one).iloc[0]
+    row = compared(one).iloc[0]
     assert row["n"] == 1
     assert row["mean"] == pytest.approx(-0.01)
     assert row[["std", "ci_low", "ci_high", "p_t", "p_wilcoxon"]].isna().all()
     # The differences are all 0.0005, but float64 has them differ by 1e-18.
     equal = make_runs({(2, "b-sgd"): [0.0200, 0.0210, 0.0220], (2, "un"): [0.0205, 0.0215, 0.0225]})
-    row = paired_differences(equal).iloc[0]
+    row = compared(equal).iloc[0]
     assert row["std"] == pytest.approx(0, abs=1e-12)
     assert row[["p_t", "p_wilcoxon"]].isna().all()
-    failed = paired_differences(make_runs({(2, "b-sgd"): [0.1], (2, "un"): [0.1]}, ((2, "un", 0),)))
+    failed = compared(make_runs({(2, "b-sgd"): [0.1], (2, "un"): [0.1]}, ((2, "un", 0),)))
     assert failed.iloc[0]["n"] == 0
     assert math.isnan(failed.iloc[0]["mean"])
 
 
 def test_without_the_baseline_there_is_nothing_to_compare():
     runs = make_runs({(2, "un"): [0.02, 0.03], (4, "b-sgd"): [0.02], (4, "sm"): [0.01]})
-    assert list(paired_differences(runs)["depth"]) == [4]
-    assert list(paired_differences(runs, baseline="un")["depth"]) == []
-    alone = paired_differences(runs[runs["depth"] == 2])
-    assert alone.empty
-    assert list(alone.columns) == list(statistics.DIFFERENCES)
-    assert verdict(alone)[0].startswith("no difference to show")
+    assert list(compared(runs)["depth"]) == [4]
+    assert compared(runs[runs["depth"] == 2]).empty
+    assert "- No depth has runs of the baseline" in text_of(runs[runs["depth"] == 2])
 
 
-def test_the_verdict_says_no_more_than_the_interval_does():
+# --- what is said ----------------------------------------------------------------------------
+
+
+def test_the_remarks_say_no_more_than_the_interval_does():
     base = np.full(10, 0.02)
     noise = np.array([1, -1, 2, -2, 3, -3, 4, -4, 5, -5]) * 1e-4
     runs = make_runs(
@@ -304,81 +317,147 @@ def test_the_verdict_says_no_more_than_the_interval_does():
             (6, "b-sgd"): base, (6, "un"): base + 8e-4 + noise,
             (7, "b-sgd"): base, (7, "un"): base - 8e-4,
             (8, "b-sgd"): base[:1], (8, "un"): base[:1],
-            (9, "b-sgd"): base[:1], (9, "un"): base[:1],
         },
-        failed=((4, "un", 9), (9, "un", 0)),
+        failed=((4, "un", 9),),
     )  # fmt: skip
-    said = dict(zip((2, 4, 6, 7, 8, 9), verdict(paired_differences(runs)), strict=True))
+    said = report.remark(summed(runs, paper={}), compared(runs))
     # std 1e-4·√(110/9); half width 2.262 std/√10 = 2.50e-4; t = −2/1.106
-    assert said[2] == (
-        "depth 2: no difference shown, UN − B-SGD = −0.02 points "
-        "(95 % interval −0.05 to +0.01, n = 10 pairs, p = 0.104)"
+    assert said[0] == (
+        "Depth 2: UN − B-SGD = −0.02 points (95 % interval −0.05 to +0.01, n = 10 pairs, "
+        "p = 0.104): no difference shown."
     )
-    assert said[4].startswith("depth 4: UN's test error is 0.07 points lower than B-SGD's (95 %")
-    assert "n = 9 pairs, 1 left out" in said[4]
-    assert said[6].startswith("depth 6: UN's test error is 0.08 points higher than B-SGD's")
-    assert said[6].endswith("p < 0.001)")
-    assert "all differences are equal" in said[7]
-    assert "one pair shows nothing" in said[8]
-    assert "nothing can be said" in said[9]
-    assert "1 left out" in said[9]
+    assert said[1].startswith("Depth 4: UN − B-SGD = −0.07 points (95 % interval ")
+    assert "n = 9 pairs, 1 left out" in said[1]
+    assert said[1].endswith("UN has the lower error.")
+    assert said[2].endswith("p < 0.001): B-SGD has the lower error.")
+    assert "(n = 10 pairs); too few pairs or no spread to test." in said[3]
+    assert "(n = 1 pair); too few pairs" in said[4]
 
 
 def test_agreement_with_the_paper_is_stated_either_way():
     close = make_runs({(2, "un"): [0.0199, 0.0201], (3, "un"): [0.9, 0.9]})
-    assert statistics.against_paper(table2(close)).startswith("the mean lies within")
+    assert "- 1 of 1 means lie within the paper's standard deviation" in text_of(close)
     far = make_runs({(2, "un"): [0.0199, 0.0201], (4, "un"): [0.0229, 0.0229], (4, "b-sgd"): [0.0]})
-    said = statistics.against_paper(table2(far))
-    assert said.startswith("2 of 3 means do not lie within")
-    assert "depth 4, UN (+2.0 of them away)" in said
-    assert "depth 4, B-SGD (−7.6 of them away)" in said
-    none = make_runs({(2, "un"): [0.0199]}, failed=((2, "un", 0),))
-    assert "depth 2, UN (no mean)" in statistics.against_paper(table2(none))
+    said = text_of(far)
+    assert "- 1 of 3 means lie within" in said
+    assert "not depth 4, B-SGD (−7.6 std), depth 4, UN (+2.0 std)" in said
 
 
-# --- how the runs went ------------------------------------------------------------------------
-
-
-def test_failed_runs_are_listed_with_epoch_and_reason():
-    runs = like_the_paper(failed=((4, "un", 3), (2, "b-sgd", 1)))
-    failed = statistics.failed_runs(runs)
-    assert failed[["depth", "update", "run", "epoch", "stop_reason"]].to_numpy().tolist() == [
-        [2, "b-sgd", 1, 2, "non-finite"],
-        [4, "un", 3, 2, "non-finite"],
-    ]
-    conduct = statistics.conduct(runs, make_history(runs))
-    sweep = statistics.sweep_summary(make_sweep(runs))
-    for text in (
-        tables.runs_markdown(conduct, sweep, failed),
-        tables.table2_markdown(table2(runs), paired_differences(runs), failed),
+def test_the_papers_own_evidence_is_computed_from_its_means_and_deviations():
+    """The t of Welch's test and its degrees of freedom by hand; p by a numerical integral."""
+    said = text_of(like_the_paper())
+    for depth, (a, sa), (b, sb) in (
+        (2, (0.0199, 0.0046), (0.0206, 0.0024)),
+        (4, (0.0179, 0.0025), (0.0204, 0.0027)),
     ):
-        assert "| 4 | UN | 3 | 7 | 0.01 | 2 | non-finite |" in text
-    assert tables.runs_markdown(conduct, sweep, failed[:0]).endswith("None.\n")
+        va, vb = sa**2 / 10, sb**2 / 10
+        df = (va + vb) ** 2 / (va**2 / 9 + vb**2 / 9)
+        p = student_p((a - b) / math.sqrt(va + vb), df)
+        assert (
+            f"{100 * (a - b):.2f} points at depth {depth} (p = {p:.2g})".replace("-", "−") in said
+        )
+    assert "(p = 0.68)" in said
+    assert "(p = 0.046)" in said
+    row = summed(like_the_paper()).set_index(["depth", "update"])
+    ratio = (row["paper_std"] / row["std"]).max()
+    assert f"to {ratio:.1f} times ours, most at depth 2 with UN" in said
 
 
-def test_conduct_and_sweep_are_summed_up():
+def test_several_comparisons_are_said_not_to_be_corrected():
+    assert "Not corrected for there being 4 comparisons" in text_of(
+        like_the_paper(updates=("b-sgd", "un", "sm"))
+    )
+    assert "corrected" not in text_of(like_the_paper())
+
+
+def test_how_the_runs_went_and_the_sweep_are_summed_up():
     runs = like_the_paper(failed=((4, "un", 3),))
-    conduct = statistics.conduct(runs, make_history(runs)).set_index(["depth", "update"])
-    row = conduct.loc[4, "un"]
-    assert (row["epochs_min"], row["epochs_max"], row["runs"]) == (2, 4, 10)
-    assert row["stop_reasons"] == {"non-finite": 1, "val-rise": 9}
-    assert row["base_lrs"] == {0.01: 10}
+    text = text_of(runs, "runs.md")
     # Run 8 has 4 epochs: 1e-7 · 4 · 9; run 9 has 3: 1e-7 · 3 · 10.
-    assert row["norm_deviation"] == pytest.approx(36e-7)
-    sweep = statistics.sweep_summary(make_sweep(runs)).iloc[:3]
+    row = "| 4 | UN | 10 | 2–4 (3.5) | non-finite (1), val-rise (9) | 0.01 (10) | 3.6e-06 |"
+    assert row in text
+    sweep = report.summarise_sweep(make_sweep(runs)).iloc[:3]
     assert list(sweep["base_lr"]) == [0.1, 0.01, 0.001]
     assert list(sweep["diverged"]) == [10, 0, 0]
     assert list(sweep["chosen"]) == [0, 10, 0]
     assert math.isnan(sweep["val_error"].iloc[0])
     assert sweep["val_error"].iloc[1] == pytest.approx(0.145)
+    assert "| 2 | B-SGD | 0.1 | 10 | 10 | – | 0 |" in text
 
 
 def test_carried_mean_keeps_the_last_value_of_a_stopped_run():
     values = np.array([[4.0, 2.0, 1.0], [8.0, 8.0, np.nan], [1.0, np.nan, np.nan]])
-    np.testing.assert_allclose(statistics.carried_mean(values), [13 / 3, 11 / 3, 10 / 3])
+    np.testing.assert_allclose(statistics.carry_mean(values), [13 / 3, 11 / 3, 10 / 3])
     np.testing.assert_allclose(
-        statistics.carried_mean(values, geometric=True), np.cbrt([32.0, 16.0, 8.0])
+        statistics.carry_mean(values, geometric=True), np.cbrt([32.0, 16.0, 8.0])
     )
+
+
+def test_outliers_lie_beyond_tukeys_fences():
+    # Quartiles 2 and 4, fences −1 and 7: what lies on one is inside.
+    found = statistics.find_outliers(np.array([2.0, 2, 3, 4, 4, 7, 2, 3, 4]))
+    assert not found.any()
+    found = statistics.find_outliers(np.array([2.0, 2, 3, 4, 4, 7.1, -1.1, 3]))
+    assert list(np.flatnonzero(found)) == [5, 6]
+    assert not statistics.find_outliers(np.array([0.0, 0, 100])).any()
+
+
+# --- two folders -----------------------------------------------------------------------------
+
+
+def test_two_folders_are_paired_where_seeds_agree():
+    a = make_runs({(2, "un"): [0.02, 0.03, 0.05, 0.9], (3, "un"): [0.1]}, failed=((2, "un", 3),))
+    b = make_runs({(2, "un"): [0.01, 0.04, 0.02], (2, "sm"): [0.1, 0.1]})
+    table = report.compare_folders(*map(report.prepare_runs, (a, b)))
+    (row,) = table.to_dict("records")
+    assert (row["depth"], row["update"], row["test"], row["n"]) == (2, "un", "paired", 3)
+    assert (row["n_first"], row["n_second"]) == (3, 3)
+    assert row["mean_first"] == pytest.approx(0.1 / 3)
+    d = np.array([-0.01, 0.01, -0.03])
+    std = math.sqrt(((d + 0.01) ** 2).sum() / 2)
+    assert row["difference"] == pytest.approx(-0.01)
+    assert row["p"] == pytest.approx(student_p(0.01 / std * math.sqrt(3), 2), rel=1e-7)
+    half = 4.302652729696142 * std / math.sqrt(3)  # Student's t, 2 degrees of freedom, 97.5 %
+    assert row["ci_high"] - row["difference"] == pytest.approx(half)
+
+
+def test_two_folders_of_other_seeds_are_not_paired():
+    a, b = (make_runs({(2, "un"): errors}) for errors in ([0.02, 0.03], [0.04, 0.05, 0.06]))
+    b["seed"] = 8
+    (row,) = report.compare_folders(*map(report.prepare_runs, (a, b))).to_dict("records")
+    assert (row["test"], row["n"]) == ("Welch", 0)
+    assert row["difference"] == pytest.approx(0.025)
+    va, vb = 5e-5 / 2, 1e-4 / 3
+    df = (va + vb) ** 2 / (va**2 / 1 + vb**2 / 2)
+    assert row["p"] == pytest.approx(student_p(0.025 / math.sqrt(va + vb), df), rel=1e-6)
+    with pytest.raises(UserError, match="x and y share no depth and update"):
+        report.build_comparison(a, make_runs({(3, "un"): [0.1]}), ("x", "y"))
+
+
+def test_a_comparison_tells_both_folders_apart_in_table_terminal_and_figure():
+    a = like_the_paper()
+    b = a.assign(test_error=a["test_error"] - 0.001 * (a["update"] == "un") * (a["run"] % 2))
+    files = report.build_comparison(a, b, ("runs/a", "runs/b"))
+    assert set(files) == {f"comparison.{ending}" for ending in ("csv", "md", "png", "svg")}
+    shown = printed(report.show_comparison(a, b, ("runs/a", "runs/b")), 80)
+    assert max(len(line.rstrip()) for line in shown.splitlines()) <= 80
+    for text in (files["comparison.md"].decode(), shown):
+        assert "A: runs/a. B: runs/b." in text
+        assert "equal (10)" in text  # B-SGD: the same runs
+        assert "−0.05" in text
+        for row in pd.concat([compared(a), compared(b)]).to_dict("records"):
+            assert f"{100 * row['mean']:.2f} ±".replace("-", "−") in text
+    own = pd.concat([compared(a).assign(folder="x"), compared(b).assign(folder="y")])
+    table = report.compare_folders(*map(report.prepare_runs, (a, b)))
+    left, right = figures.draw_comparison(table, own, ("x", "y")).axes
+    drawn = [
+        np.asarray(line.get_xdata(), float) for line in left.lines if line.get_marker() in "os"
+    ]
+    np.testing.assert_allclose(drawn, 100 * table[["mean_first", "mean_second"]].to_numpy().T)
+    drawn = [
+        np.asarray(line.get_xdata(), float) for line in right.lines if line.get_marker() in "os"
+    ]
+    np.testing.assert_allclose(drawn, [100 * compared(runs)["mean"] for runs in (a, b)])
 
 
 # --- text files and terminal ------------------------------------------------------------------
@@ -386,7 +465,7 @@ def test_carried_mean_keeps_the_last_value_of_a_stopped_run():
 
 def test_csv_holds_every_digit_and_empty_fields_for_nan():
     runs = like_the_paper(updates=("b-sgd", "un", "sm"))
-    for frame in (table2(runs), paired_differences(runs)):
+    for frame in (summed(runs), compared(runs)):
         text = tables.to_csv(frame)
         back = pd.read_csv(io.StringIO(text)).astype(frame.dtypes)
         pd.testing.assert_frame_equal(back, frame, rtol=1e-14, atol=0)
@@ -396,14 +475,13 @@ def test_csv_holds_every_digit_and_empty_fields_for_nan():
 
 def test_markdown_and_latex_hold_the_same_cells():
     runs = like_the_paper(updates=("b-sgd", "un", "a_b&c|%"))
-    table, differences = table2(runs), paired_differences(runs)
-    markdown = tables.table2_markdown(table, differences, statistics.failed_runs(runs))
-    latex = tables.table2_latex(table, differences)
+    files = report.build_texts(*prepared(runs), make_sweep(runs))
+    markdown, latex = files["table2.md"], files["table2.tex"]
     lines = [line for line in markdown.splitlines() if line.startswith("|")]
-    lines = [line.replace("\\|", "¦").strip("| ").split(" | ") for line in lines]
+    lines = [line.replace("\\|", "¦").strip("|").split("|") for line in lines]
+    lines = [[cell.strip() for cell in line] for line in lines if "---" not in line[0]]
     assert sorted({len(line) for line in lines}) == [7, 8]
     rows = [line.strip()[:-3].split(" & ") for line in latex.splitlines() if line.endswith(r"\\")]
-    assert len(rows) == len([line for line in lines if not line[0].startswith("---")]) == 12
     plain = [
         [
             cell.replace("¦", "|").replace("%", r"\%").replace("&", r"\&").replace("_", r"\_")
@@ -412,53 +490,45 @@ def test_markdown_and_latex_hold_the_same_cells():
             for cell in line
         ]
         for line in lines
-        if not line[0].startswith("---")
     ]  # fmt: skip
+    assert len(rows) == 12
     assert rows == plain
     for word in (r"\toprule", r"\midrule", r"\bottomrule", r"\begin{tabular}", r"\end{table}"):
         assert latex.count(word) == 2
     assert latex.count("{") == latex.count("}")
     assert latex.isascii()
     assert "0.0206 ± 0.0024" in markdown
+    assert "| depth | update |" in " ".join(markdown.split())
 
 
-def test_several_comparisons_are_said_not_to_be_corrected():
-    def text(updates):
-        runs = like_the_paper(updates=updates)
-        return tables.table2_markdown(table2(runs), paired_differences(runs), pd.DataFrame())
-
-    assert "Not corrected for there being 4 comparisons" in text(("b-sgd", "un", "sm"))
-    assert "corrected" not in text(("b-sgd", "un"))
-
-
-def printed(runs: pd.DataFrame, width: int | None = None) -> str:
+def printed(shown, width: int | None = None) -> str:
     out = io.StringIO()
-    Console(file=out, width=width, _environ={}).print(terminal(runs))
+    Console(file=out, width=width, _environ={}).print(shown)
     return out.getvalue()
 
 
 @pytest.mark.parametrize("updates", [("b-sgd", "un"), NINE])
 def test_the_terminal_tables_fit_80_columns_with_no_cell_broken(updates):
     runs = like_the_paper(updates=updates, failed=((2, "un", 1),))
-    for text in (printed(runs, 80), printed(runs)):  # printed(runs): as if piped
+    for text in (printed(report.show(runs), 80), printed(report.show(runs))):  # as if piped
         assert max(len(line.rstrip()) for line in text.splitlines()) <= 80
         assert "…" not in text
         assert "\x1b" not in text
-        for row in table2(runs).to_dict("records"):
+        for row in summed(runs).to_dict("records"):
             cell = f"{row['mean']:.4f} ± {row['std']:.4f}"
             interval = f"{row['ci_low']:.4f} to {row['ci_high']:.4f}"
             assert any(cell in line and interval in line for line in text.splitlines())
         assert "0.0206 ± 0.0024" in text
         assert "non-finite" in text
-        assert "lower than B-SGD's" in text.replace("\n", " ").replace("  ", " ")
+        assert "UN has the lower error" in " ".join(text.split())
 
 
 def test_a_narrow_terminal_gets_paragraphs_and_loses_nothing():
     runs = like_the_paper(failed=((2, "un", 1),))
-    text = printed(runs, 44)
+    text = printed(report.show(runs), 44)
     assert max(len(line.rstrip()) for line in text.splitlines()) <= 44
     words = " ".join(text.split())
-    for row in table2(runs).to_dict("records"):
+    for row in summed(runs).to_dict("records"):
         assert f"mean ± std: {row['mean']:.4f} ± {row['std']:.4f}" in words
         assert f"{row['ci_low']:.4f} to {row['ci_high']:.4f}" in words
     assert "epoch: 2; reason: non-finite" in words
@@ -466,7 +536,7 @@ def test_a_narrow_terminal_gets_paragraphs_and_loses_nothing():
 
 def test_an_update_named_like_markup_is_printed_as_it_is():
     runs = like_the_paper(updates=("b-sgd", "[red]x[/]"), depths=(2,))
-    assert "[red]x[/]" in printed(runs, 80)
+    assert "[red]x[/]" in printed(report.show(runs), 80)
 
 
 # --- figures ----------------------------------------------------------------------------------
@@ -478,8 +548,7 @@ def thick(axis) -> list:
 
 def test_curves_show_every_run_to_its_end_and_the_carried_mean():
     runs = make_runs({(2, "b-sgd"): [0.02] * 3, (2, "un"): [0.02] * 3}, failed=((2, "un", 2),))
-    history = make_history(runs)
-    figure = figures.curves(runs, history)
+    figure = figures.draw_curves(prepared(runs)[1])
     error, loss = figure.axes
     assert (error.get_ylabel(), loss.get_ylabel()) == ("validation error [%]", "training loss")
     assert loss.get_xlabel() == "epoch"
@@ -498,16 +567,16 @@ def test_curves_show_every_run_to_its_end_and_the_carried_mean():
     # Its loss of 1000 does not press the others flat: the cross sits on the frame.
     assert loss.get_ylim()[1] < 0.5
     np.testing.assert_allclose(cross.get_ydata(), loss.get_ylim()[1])
-    assert any("Crosses" in text.get_text() for text in figure.texts)
+    assert "Crosses" in figure.get_supxlabel()
     percent = thick(error)[0].get_ydata()
     np.testing.assert_allclose(percent[0], 100 * (0.07 + 0.001), rtol=1e-12)
 
 
 def test_learning_rates_have_a_logarithmic_axis_and_a_geometric_mean():
-    runs = make_runs({(depth, "un"): [0.02] * 2 for depth in (1, 2, 4)})
+    runs = report.prepare_runs(make_runs({(depth, "un"): [0.02] * 2 for depth in (1, 2, 4)}))
     history = make_history(runs)
     history.loc[(history["run"] == 1), "lr"] *= 100
-    figure = figures.learning_rates(runs, history)
+    figure = figures.draw_rates(report.prepare_history(history, runs))
     assert [axis.get_title("left") for axis in figure.axes] == ["depth 1", "depth 2", "depth 4"]
     for axis in figure.axes:
         assert axis.get_yscale() == "log"
@@ -517,8 +586,8 @@ def test_learning_rates_have_a_logarithmic_axis_and_a_geometric_mean():
 
 def test_errors_show_points_means_intervals_pairs_and_the_paper():
     runs = like_the_paper(failed=((2, "un", 4), (4, "b-sgd", 0), (4, "b-sgd", 1)))
-    table = table2(runs).set_index(["depth", "update"])
-    figure = figures.errors(runs)
+    table = summed(runs).set_index(["depth", "update"])
+    figure = figures.draw_test_errors(report.prepare_runs(runs), report.PAPER)
     for depth, axis in zip((2, 4), figure.axes, strict=True):
         assert axis.get_ylabel() == "test error [%]"
         labels = [text.get_text() for text in axis.get_xticklabels()]
@@ -537,23 +606,32 @@ def test_errors_show_points_means_intervals_pairs_and_the_paper():
         bars = [tuple(line.get_ydata()) for line in thick(axis)]
         means = [100 * table.loc[depth, update]["mean"] for update in ("b-sgd", "un")]
         np.testing.assert_allclose(bars, [(mean, mean) for mean in means], rtol=1e-12)
-        connecting = [line for line in axis.lines if line.get_color() == "#aaaaaa"]
-        assert len(connecting) == paired_differences(runs).set_index("depth").loc[depth, "n"]
+        connecting = [line for line in axis.lines if line.get_color() == style.PALE]
+        assert len(connecting) == compared(runs).set_index("depth").loc[depth, "n"]
         for line in connecting:
             x, y = line.get_data()
             assert np.isclose(100 * runs["test_error"], y[0]).any()
             assert x[1] - x[0] == pytest.approx(1)  # the same place in both columns
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert legend == ["one run", "mean, 95 % interval", "paper: mean ± std", "pair of runs"]
-    elsewhere = figures.errors(runs, paper={})
+    elsewhere = figures.draw_test_errors(report.prepare_runs(runs), {})
     assert "paper" not in " ".join(text.get_text() for text in elsewhere.legends[0].get_texts())
+
+
+def test_runs_that_lie_apart_are_named_in_the_errors_figure():
+    errors = [0.0200, 0.0201, 0.0202, 0.0203, 0.0300, 0.0204, 0.0100]
+    runs = report.prepare_runs(make_runs({(2, "b-sgd"): errors, (2, "un"): [0.02] * 3}))
+    figure = figures.draw_test_errors(runs, {})
+    names = {text.get_text(): text.xy[1] for text in figure.axes[0].texts}
+    assert names == pytest.approx({"4": 3.0, "6": 1.0})
+    assert "1.5 interquartile ranges" in figure.get_supxlabel()
 
 
 def test_filters_are_images_in_order_on_one_symmetric_scale():
     weights = {name: np.zeros((5, 6)) for name in ("un", "b-sgd")}
     weights["un"][1] = [1, 2, 3, 4, 5, 6]
     weights["b-sgd"][4] = -6
-    figure = figures.filters(weights, (2, 3), 4)
+    figure = figures.draw_filters(weights, (2, 3), 4)
     left, right = [axis for axis in figure.axes if axis.images]
     assert (left.get_title("left"), right.get_title("left")) == ("depth 4, B-SGD", "depth 4, UN")
     image = np.asarray(right.images[0].get_array())
@@ -563,31 +641,31 @@ def test_filters_are_images_in_order_on_one_symmetric_scale():
     np.testing.assert_allclose(shown, [[1, 2, 3], [4, 5, 6]], rtol=1e-12)
     flat = np.asarray(left.images[0].get_array())[4:6, 5:8]
     np.testing.assert_allclose(flat, np.full((2, 3), -(6**-0.5)), rtol=1e-12)
-    limits = {axis.images[0].get_clim() for axis in (left, right)}
-    ((low, high),) = limits
+    ((low, high),) = {axis.images[0].get_clim() for axis in (left, right)}
     assert low == -high
     assert 5 / 91**0.5 <= high <= 6 / 91**0.5
 
 
 def test_filters_that_are_not_finite_are_grey_and_said_so():
     broken = np.full((4, 6), np.nan)
-    figure = figures.filters({"un": broken, "b-sgd": np.ones((4, 6))}, (2, 3), 2)
+    figure = figures.draw_filters({"un": broken, "b-sgd": np.ones((4, 6))}, (2, 3), 2)
     titles = [axis.get_title("left") for axis in figure.axes if axis.images]
     assert titles == ["depth 2, B-SGD", "depth 2, UN (grey: not finite)"]
-    assert set(figures.encode(figures.filters({"un": broken}, (2, 3), 2))) == {"png", "svg"}
+    alone = figures.draw_filters({"un": broken}, (2, 3), 2)
+    assert set(style.encode(alone)) == {"png", "svg"}
 
 
 @pytest.mark.parametrize("shape", [(64, 783), (0, 784), (784,)])
 def test_filters_of_another_shape_are_refused(shape):
     with pytest.raises(UserError, match=r"filters of un have shape .* 28 × 28"):
-        figures.filters({"un": np.zeros(shape)}, (28, 28), 2)
+        figures.draw_filters({"un": np.zeros(shape)}, (28, 28), 2)
 
 
 def test_nine_updates_are_told_apart_by_colour_line_and_marker_alike():
-    styles = figures.style(NINE)
+    styles = style.assign_styles(NINE)
     for part in zip(*styles.values(), strict=True):
         assert len(set(part)) == 9
-    assert styles["b-sgd"] == figures.style(["b-sgd"])["b-sgd"]
+    assert styles["b-sgd"] == style.assign_styles(["b-sgd"])["b-sgd"]
     # As seen without red-green or without blue-yellow vision (Machado et al. 2009, severity 1).
     vision = {
         "deutan": [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]],
@@ -597,8 +675,9 @@ def test_nine_updates_are_told_apart_by_colour_line_and_marker_alike():
     for matrix in vision.values():
         seen = [np.array(matrix) @ to_rgb(styles[name].colour) for name in ("b-sgd", "un")]
         assert np.linalg.norm(seen[0] - seen[1]) > 0.4
-    own = figures.style(["b-sgd", "mine", "yours"])
+    own = style.assign_styles(["b-sgd", "mine", "yours"])
     assert len(set(own.values())) == 3
+    assert style.sort_updates(["sm", "un", "a", "b-sgd", "un"]) == ["b-sgd", "un", "a", "sm"]
 
 
 @pytest.mark.parametrize(
@@ -606,13 +685,15 @@ def test_nine_updates_are_told_apart_by_colour_line_and_marker_alike():
     [((2, 4), ("b-sgd", "un"), 10), ((1, 2, 3), NINE, 1), ((2,), ("un",), 1)],
 )
 def test_figures_are_readable_in_a_readme(depths, updates, n):
-    runs = like_the_paper(depths=depths, updates=updates, n=n)
-    history = make_history(runs)
+    runs, history = prepared(like_the_paper(depths=depths, updates=updates, n=n))
+    own = report.compare_updates(runs)
+    both = pd.concat([own.assign(folder=name) for name in "xy"])
     for figure in (
-        figures.curves(runs, history),
-        figures.learning_rates(runs, history),
-        figures.errors(runs),
-        figures.filters({update: np.eye(4) for update in updates}, (2, 2), 2),
+        figures.draw_curves(history),
+        figures.draw_rates(history),
+        figures.draw_test_errors(runs, report.PAPER),
+        figures.draw_filters({update: np.eye(4) for update in updates}, (2, 2), 2),
+        figures.draw_comparison(report.compare_folders(runs, runs), both, ("x", "y")),
     ):
         figure.draw_without_rendering()
         width, height = figure.get_size_inches()
@@ -636,18 +717,15 @@ def test_figures_are_readable_in_a_readme(depths, updates, n):
 
 def test_figures_of_runs_that_all_failed_are_drawn():
     runs = make_runs({(2, "un"): [0.1, 0.1]}, failed=((2, "un", 0), (2, "un", 1)))
-    files = build(*records(runs)[:3], {})
-    assert "| 2 | UN | 0 | 2 | – | – | 0.0199 ± 0.0046 |" in files["table2.md"].decode()
-    assert len(files["figures/curves.png"]) > 1000
-    history = make_history(runs).assign(train_loss=math.nan, val_error=math.inf)
-    assert figures.encode(figures.curves(runs, history))["png"][:4] == b"\x89PNG"
+    assert "| 2 | UN | 0 | 2 | – | – | 0.0199 ± 0.0046 |" in text_of(runs)
+    history = prepared(runs)[1].assign(train_loss=math.nan, val_error=math.inf)
+    assert style.encode(figures.draw_curves(history))["png"][:4] == b"\x89PNG"
 
 
 def test_an_error_of_zero_takes_the_logarithm_away():
-    runs = make_runs({(2, "un"): [0.0]})
-    history = make_history(runs)
+    history = prepared(make_runs({(2, "un"): [0.0]}))[1]
     history.loc[0, "val_error"] = 0.0
-    error, loss = figures.curves(runs, history).axes
+    error, loss = figures.draw_curves(history).axes
     assert (error.get_yscale(), loss.get_yscale()) == ("linear", "log")
     assert error.get_ylim()[0] < 0 < error.get_ylim()[1]
 
@@ -655,11 +733,11 @@ def test_an_error_of_zero_takes_the_logarithm_away():
 # --- the whole ---------------------------------------------------------------------------------
 
 
-def test_build_gives_every_file_and_the_same_bytes_each_time():
+def test_build_gives_every_file_and_the_same_bytes_whatever_the_order_and_settings():
     runs = like_the_paper(failed=((2, "un", 1),), n=3)
     frames = records(runs)
     copies = [frame.copy(deep=True) for frame in frames[:3]]
-    files = build(*frames)
+    files = report.build(*frames)
     pictures = ("curves", "learning_rates", "test_errors", "filters_depth2", "filters_depth4")
     assert set(files) == {
         "table2.csv", "table2.md", "table2.tex", "differences.csv", "runs.md",
@@ -682,122 +760,46 @@ def test_build_gives_every_file_and_the_same_bytes_each_time():
     before = dict(mpl.rcParams)
     with mpl.rc_context({"font.size": 30, "axes.facecolor": "black", "savefig.bbox": "tight"}):
         shuffled = [frame.sample(frac=1, random_state=5) for frame in frames[:3]]
-        again = build(*shuffled, dict(reversed(frames[3].items())))
+        again = report.build(*shuffled, dict(reversed(frames[3].items())))
     assert [name for name in files if files[name] != again[name]] == []
     assert dict(mpl.rcParams) == before
-    written = {}
-    write(files, written.__setitem__)
-    assert written == files
 
 
-def test_without_filters_there_is_no_figure_of_them():
-    runs = make_runs({(2, "un"): [0.02]})
-    names = build(*records(runs)[:3], {})
-    assert not any("filters" in name for name in names)
-
-
-def change(column, value, row=0):
-    def damaged(frame):
-        frame = frame.copy()
-        frame[column] = frame[column].astype(object) if isinstance(value, str) else frame[column]
-        frame.loc[row, column] = value
-        return frame
-
-    return damaged
-
-
-RUNS_FAULTS = {
-    "no rows": (lambda f: f.iloc[:0], r"runs.csv holds no rows; run `unitnorm train`"),
-    "no column": (lambda f: f.drop(columns="test_error"), r"runs.csv: no column test_error"),
-    "text": (change("test_error", "x"), r"column test_error does not hold numbers"),
-    "not whole": (lambda f: f.assign(depth=2.5), r"column depth does not hold whole numbers"),
-    "no depth": (lambda f: f.assign(depth=math.nan), r"column depth does not hold whole numbers"),
-    "no truth": (lambda f: f.assign(diverged="no"), r"column diverged does not hold true or false"),
-    "no name": (lambda f: f.assign(update=None), r"column update does not hold text"),
-    "twice": (lambda f: pd.concat([f, f[:1]]), r"depth 2, update b-sgd, run 0 stands there twice"),
-    "percent": (change("test_error", 2.06), r"test_error of depth 2, b-sgd, run 0 is 2.06"),
-    "no error": (change("test_error", math.nan), r"run 0 is nan; expected a fraction"),
-}
-
-
-@pytest.mark.parametrize("fault", RUNS_FAULTS)
-def test_damaged_runs_end_in_one_clear_line(fault):
-    damage, message = RUNS_FAULTS[fault]
-    runs = like_the_paper(n=2)
-    for function in (table2, paired_differences, statistics.failed_runs, terminal, checked_runs):
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: f.iloc[:0], r"runs.csv holds no rows; run `unitnorm train`"),
+        (lambda f: f.assign(test_error=2.06), r"test_error of depth 2, b-sgd, run 0 is 2.06"),
+        (lambda f: f.assign(val_error=math.nan), r"run 0 is nan; expected a fraction"),
+    ],
+)
+def test_damaged_runs_end_in_one_clear_line(damage, message):
+    runs = damage(like_the_paper(n=2))
+    for function in (report.prepare_runs, report.show):
         with pytest.raises(UserError, match=message) as caught:
-            function(damage(runs))
+            function(runs)
         assert "\n" not in str(caught.value)
 
 
-HISTORY_FAULTS = {
-    "no rows": (lambda f: f.iloc[:0], r"history.csv holds no rows"),
-    "no column": (lambda f: f.drop(columns="lr"), r"history.csv: no column lr"),
-    "a run missing": (lambda f: f[f["run"] == 0], r"b-sgd, run 1 needs .* found none"),
-    "a gap": (lambda f: f.drop(index=1), r"run 0 needs a row .* found 3 epochs, the last 4"),
-    "twice": (lambda f: pd.concat([f, f[:1]]), r"run 0, epoch 1 stands there twice"),
-    "nan": (change("train_loss", math.nan, 2), r"b-sgd, run 0, epoch 3 holds a value that is not"),
-}
-
-
-@pytest.mark.parametrize("fault", HISTORY_FAULTS)
-def test_damaged_history_ends_in_one_clear_line(fault):
-    damage, message = HISTORY_FAULTS[fault]
-    runs = like_the_paper(n=2)
-    history = make_history(runs)
-    assert len(checked_history(history, checked_runs(runs))) == len(history)
-    for function in (figures.curves, figures.learning_rates, statistics.conduct):
-        with pytest.raises(UserError, match=message):
-            function(runs, damage(history))
-
-
-def test_damaged_sweep_ends_in_one_clear_line():
-    runs = like_the_paper(n=2)
-    runs_, history, sweep, filters = records(runs)
-    for damaged, message in (
-        (sweep.iloc[:0], "sweep.csv holds no rows"),
-        (sweep.drop(columns="chosen"), "sweep.csv: no column chosen"),
-        (pd.concat([sweep, sweep[:1]]), "base_lr 0.1 stands there twice"),
-    ):
-        with pytest.raises(UserError, match=message):
-            build(runs_, history, damaged, filters)
-    assert len(checked_sweep(sweep)) == len(sweep)
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: f[f["run"] == 0], r"b-sgd, run 1 needs .* found none"),
+        (lambda f: f.drop(index=1), r"run 0 needs a row .* found 3 epochs, the last 4"),
+        (
+            lambda f: f.assign(train_loss=f["train_loss"].where(f.index != 2)),
+            r"b-sgd, run 0, epoch 3 holds a value that is not",
+        ),
+    ],
+)
+def test_damaged_history_ends_in_one_clear_line(damage, message):
+    runs, history, sweep, filters = records(like_the_paper(n=2))
+    with pytest.raises(UserError, match=message):
+        report.build(runs, damage(history), sweep, filters)
 
 
 def test_history_of_runs_that_are_not_in_the_records_is_not_shown():
     runs = like_the_paper(n=2)
-    history = make_history(runs)
-    table = figures.curves(runs[runs["update"] == "un"], history)
-    legend = [text.get_text() for text in table.legends[0].get_texts()]
-    assert legend == ["UN"]
-
-
-def test_a_full_report_takes_under_five_seconds_and_leaves_pyplot_alone(tmp_path):
-    runs = like_the_paper(epochs=60)
-    for name, frame in zip(("runs", "history", "sweep"), records(runs)[:3], strict=True):
-        frame.to_csv(tmp_path / f"{name}.csv", index=False)
-    np.savez(
-        tmp_path / "filters.npz", **{f"{d} {u}": w for (d, u), w in make_filters(runs).items()}
-    )
-    program = """
-import sys, time, numpy, pandas
-from unitnorm.report import build
-frames = [pandas.read_csv(f"{sys.argv[1]}/{n}.csv") for n in ("runs", "history", "sweep")]
-with numpy.load(f"{sys.argv[1]}/filters.npz") as stored:
-    filters = {(int(k.split()[0]), k.split()[1]): stored[k] for k in stored}
-files = build(*frames, filters, (28, 28))
-assert len(files) == 15, sorted(files)
-unwanted = {"matplotlib.pyplot", "jax"} & set(sys.modules)
-assert not unwanted, unwanted
-print(time.process_time())
-"""
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    # The processor's time from the start of the process, imports included: unlike the clock's it
-    # does not grow because something else is running.
-    assert float(done.stdout) < 5
+    ready = report.prepare_runs(runs[runs["update"] == "un"])
+    figure = figures.draw_curves(report.prepare_history(make_history(runs), ready))
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["UN"]

@@ -15,16 +15,18 @@ import numpy as np
 import pandas as pd
 import PIL.Image
 import pytest
-from unitnorm.report.figures import encode
 
 from tests import reference
-from unitnorm import data as data_module
 from unitnorm import symmetry
+from unitnorm.data import load_dataset
 from unitnorm.errors import UserError
+from unitnorm.report.style import encode
+from unitnorm.report.tables import to_csv
+from unitnorm.run.config import load
 from unitnorm.symmetry import figures, findings, measure
-from unitnorm.symmetry.measure import Case, Measured
-from unitnorm.table2 import config as config_module
+from unitnorm.symmetry.measure import Case, Measured, Subject
 from unitnorm.table2 import training
+from unitnorm.table2.config import Config
 from unitnorm.updates import UPDATES
 
 DEPTH, WIDTH, STEPS, EPOCHS, RATE = 2, 8, 20, 2, 0.01
@@ -39,47 +41,41 @@ SETTINGS = findings.Settings("blobs", 20, 0, RATE, STEPS, EPOCHS)
 
 @pytest.fixture(scope="module")
 def config(small_toml):
-    return config_module.load(small_toml, {"depths": [DEPTH]})
+    return load(small_toml, {"depths": [DEPTH]}, Config)
 
 
 @pytest.fixture(scope="module")
-def images(idx_folder, tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("UNITNORM_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return data_module.load_dataset("mnist", str(idx_folder))
+def images(idx_folder):
+    return load_dataset(data_dir=str(idx_folder))
 
 
 @pytest.fixture(scope="module")
 def start(config, images):
-    """The training images and run 0's initial point."""
+    """What is measured, and run 0's initial point."""
     train = training.Images(images.train_images, images.train_labels)
-    return train, measure.initial(config, train, images.classes, DEPTH)
+    subject = Subject(config, train, images.classes, DEPTH)
+    return subject, subject.initial()
 
 
 @pytest.fixture(scope="module")
 def measured(config, images, start):
-    """What `measure.everything` measures, with fewer updates where that is enough."""
-    train, point = start
-    table, trained = measure.norms(config, train, images.classes, DEPTH, point, RATE, EPOCHS)
+    """What `measure.measure_all` measures, with fewer updates where that is enough."""
+    subject, point = start
+    table, trained = measure.record_norms(subject, point, RATE, EPOCHS)
     points = {"start": point, "trained": trained}
-    probed = [
-        measure.probe(config, train, images.classes, DEPTH, points, case)
-        for case in measure.cases(config)
-    ]
+    probed = [measure.probe(subject, points, case) for case in measure.list_cases(config)]
     scaling, gradient = (
         pd.concat(tables, ignore_index=True) for tables in zip(*probed, strict=True)
     )
-    walked = [follow(config, images, start, CLAIM, UPDATES)]
-    walked.append(follow(config, images, start, TRAINED, ["b-sgd", "un"]))
+    walked = [follow(images, start, CLAIM, UPDATES)]
+    walked.append(follow(images, start, TRAINED, ["b-sgd", "un"]))
     return Measured(scaling, gradient, pd.concat(walked, ignore_index=True), table)
 
 
-def follow(config, images, start, case, updates, steps=STEPS):
-    train, point = start
+def follow(images, start, case, updates, steps=STEPS):
+    subject, point = start
     test = images.test_images[: measure.EVALUATION_IMAGES]
-    return measure.trajectories(
-        config, train, test, images.classes, DEPTH, point, case, list(updates), RATE, steps
-    )
+    return measure.follow(subject, test, point, case, list(updates), RATE, steps)
 
 
 def of(table, case=CLAIM, **columns):
@@ -134,12 +130,12 @@ def test_alpha_zero_loses_the_feature(measured):
 
 @pytest.mark.parametrize("alpha", [1.0, -1.0, 1e-3])
 @pytest.mark.parametrize("case", [CLAIM, TRAINED])
-def test_loss_and_gradient_are_those_of_numpy(config, start, measured, alpha, case):
+def test_loss_and_gradient_are_those_of_numpy(start, measured, alpha, case):
     epsilon = case.bn_epsilon
-    train, point = start
+    subject, point = start
     losses, norms, shares = [], [], []
-    for index in measure.batches(config, train, measure.PROBE_BATCHES):
-        x, y = train.pixels[index].astype(float), train.labels[index]
+    for index in subject.batches(measure.PROBE_BATCHES):
+        x, y = subject.train.pixels[index].astype(float), subject.train.labels[index]
         theta = np.asarray(point.params["theta"]["W"], float)
         layers = numpy_layers(point.params, alpha)
         losses.append(reference.forward(layers, theta, x, y, epsilon)[0] / len(y))
@@ -198,11 +194,11 @@ def test_only_updates_that_know_the_symmetry_take_both_starts_the_same_way(measu
     trained = walk[walk["steps"] > 0]
     if update in BLIND:
         assert trained["gap"].min() > 1e-3
-        assert findings.verdict(walk) == findings.DRIFTS
+        assert findings.judge_walk(walk) == findings.DRIFTS
     else:
         assert trained["gap"].max() < 1e-9
         assert (trained["differing"] == 0).all()
-        assert findings.verdict(walk) == findings.STAYS
+        assert findings.judge_walk(walk) == findings.STAYS
 
 
 def test_with_epsilon_the_starts_differ_until_they_are_normalised(measured):
@@ -211,15 +207,15 @@ def test_with_epsilon_the_starts_differ_until_they_are_normalised(measured):
     assert first["rounding_gap"].max() < 1e-5
 
 
-def test_a_step_of_un_from_a_scaled_start_is_that_of_table_1(config, images, start):
-    """What `trajectories` compares are the updates themselves, by hand in NumPy."""
-    train, point = start
-    walks = follow(config, images, start, CLAIM, ["b-sgd", "un"], 1)
+def test_a_step_of_un_from_a_scaled_start_is_that_of_table_1(images, start):
+    """What `follow` compares are the updates themselves, by hand in NumPy."""
+    subject, point = start
+    walks = follow(images, start, CLAIM, ["b-sgd", "un"], 1)
     test = images.test_images.astype(float)
-    index = measure.batches(config, train, 1)[0]
-    x, y = train.pixels[index].astype(float), train.labels[index]
+    index = subject.batches(1)[0]
+    x, y = subject.train.pixels[index].astype(float), subject.train.labels[index]
     theta = np.asarray(point.params["theta"]["W"], float)
-    factors = measure.own_factors(config.seed, DEPTH, WIDTH)
+    factors = subject.factors()
 
     def logits(update, alpha):
         layers = [
@@ -250,12 +246,13 @@ def test_verdict_tells_drift_from_grown_rounding():
         return pd.DataFrame({"steps": steps, "gap": gap, "rounding_gap": rounding, "dtype": dtype})
 
     chaos = [1e-16, 1e-15, 1e-9, 1e-2]
-    assert findings.verdict(walk(chaos, chaos)) == findings.STAYS
-    assert findings.verdict(walk([1e-16, 1e-15, 3e-8, 0.1], chaos)) == findings.STAYS
-    assert findings.verdict(walk([1e-16, 1e-2, 1e-2, 1e-2], chaos)) == findings.DRIFTS
-    assert findings.verdict(walk([1e-16, 1e-15, 1e-6, 1e-2], chaos)) == findings.DRIFTS
-    assert findings.verdict(walk([0.0, 0.0, 0.0, np.nan], chaos)) == "not finite"
-    assert findings.verdict(walk([0.0, 1e-7, 1e-7, 1e-6], [0.0] * 4, "float32")) == findings.STAYS
+    assert findings.judge_walk(walk(chaos, chaos)) == findings.STAYS
+    assert findings.judge_walk(walk([1e-16, 1e-15, 3e-8, 0.1], chaos)) == findings.STAYS
+    assert findings.judge_walk(walk([1e-16, 1e-2, 1e-2, 1e-2], chaos)) == findings.DRIFTS
+    assert findings.judge_walk(walk([1e-16, 1e-15, 1e-6, 1e-2], chaos)) == findings.DRIFTS
+    assert findings.judge_walk(walk([0.0, 0.0, 0.0, np.nan], chaos)) == "not finite"
+    single = walk([0.0, 1e-7, 1e-7, 1e-6], [0.0] * 4, "float32")
+    assert findings.judge_walk(single) == findings.STAYS
 
 
 # ---------------------------------------------------------------- (d) row norms
@@ -278,13 +275,13 @@ def test_b_sgd_lengthens_its_rows_and_un_does_not(measured):
         np.testing.assert_allclose(table[f"effective_{rate}"], expected, rtol=1e-12)
 
 
-def test_the_squared_norm_grows_by_the_squared_step(config, images, start):
+def test_the_squared_norm_grows_by_the_squared_step(config, start):
     """‖w − λ∇ℓ‖² = ‖w‖² + λ²‖∇ℓ‖²: the gradient is orthogonal to w."""
-    train, point = start
+    subject, point = start
     with jax.enable_x64(True):
         params, stats = measure.cast(point, "float64")
-        network = measure.network_of(config, train, images.classes, DEPTH, CLAIM)
-        x, y = training.gather(train, measure.batches(config, train, 1)[0])
+        network = subject.network(CLAIM)
+        x, y = training.gather(subject.train, subject.batches(1)[0])
         at = measure.stepping("b-sgd", RATE, *jax.tree.map(jnp.asarray, (params, stats)))
         phase = training.train_phase(config)
         step = jax.jit(partial(training.train_step, network, phase, "b-sgd", jnp.asarray(RATE)))
@@ -299,9 +296,14 @@ def test_the_squared_norm_grows_by_the_squared_step(config, images, start):
 
 
 def test_the_findings_follow_the_numbers(measured):
-    cases = (CLAIM, TRAINED)
-    shown = {line.quantity: line.finding for line in findings.lines(measured, cases)[DEPTH]}
-    assert shown["loss, α > 0"] == shown["loss, α < 0, γ → −γ"] == "unchanged, to rounding"
+    def judge(measured):
+        found = findings.find(measured, (CLAIM, TRAINED))
+        assert set(found["depth"]) == {DEPTH}
+        assert found["quantity"].is_unique
+        return dict(zip(found["quantity"], found["finding"], strict=True))
+
+    shown = judge(measured)
+    assert shown["loss, α > 0"] == shown["loss, α < 0, γ → −γ"] == "same, to rounding"
     assert shown["loss, α < 0"] == shown["loss, α = 0, ε = 1e-5"] == "changed"
     assert shown["‖∇ℓ(αW)‖, slope"] == "falls as 1/α"
     assert shown["gap, B-SGD"] == "drifts"
@@ -315,25 +317,34 @@ def test_the_findings_follow_the_numbers(measured):
     losses.loc[losses["alpha"] > 0, "change"] = 0.1
     steep["norm"] = 1.0
     norms = measured.norms.assign(norm_fall=0.1, norm_min=0.5)
-    wrong = findings.lines(Measured(losses, steep, walks, norms), cases)[DEPTH]
-    shown = {line.quantity: line.finding for line in wrong}
+    shown = judge(Measured(losses, steep, walks, norms))
     assert shown["loss, α > 0"] == "changed"
     assert shown["‖∇ℓ(αW)‖, slope"] == "does not fall as 1/α"
     assert shown["gap, UN"] == "drifts"
     assert (shown["‖w‖, B-SGD"], shown["‖w‖, UN"]) == ("moves", "moves")
-    text = findings.summary(Measured(losses, steep, walks, norms), cases, SETTINGS)
-    assert "B-SGD, UN, sgd-wd, weight-norm drift" in text
+
+
+def test_predictions_apart_are_the_largest_share_of_the_drifting_and_of_the_others(measured):
+    walks = measured.trajectories.copy()
+    end = walks["steps"] == STEPS
+    walks.loc[end & (walks["update"] == "b-sgd"), "differing"] = 0.25
+    walks.loc[end & (walks["update"] == "weight-norm"), "differing"] = 0.125
+    walks.loc[end & (walks["update"] == "sm"), "differing"] = 0.0625
+    found = findings.find(measured._replace(trajectories=walks), (CLAIM, TRAINED))
+    shown = dict(zip(found["quantity"], found["measured"], strict=True))
+    assert shown["predictions, drifting"] == "25.0%"
+    assert shown["predictions, others"] == "6.2%"
 
 
 def test_numbers_are_short():
-    shown = [figures.short(value) for value in (1e-5, 0.0131, 2.2e-16, 100000.0, 1.0)]
+    shown = [figures.shorten(value) for value in (1e-5, 0.0131, 2.2e-16, 100000.0, 1.0)]
     assert shown == ["1e-5", "0.013", "2.2e-16", "1e5", "1"]
 
 
-def test_steps_to_record():
-    assert measure.steps_to_record(1000) == [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]
-    assert measure.steps_to_record(7) == [1, 2, 5, 7]
-    assert measure.steps_to_record(1) == [1]
+def test_choose_steps():
+    assert measure.choose_steps(1000) == [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]
+    assert measure.choose_steps(7) == [1, 2, 5, 7]
+    assert measure.choose_steps(1) == [1]
 
 
 def test_the_slower_updates_exist():
@@ -350,8 +361,9 @@ def test_without_epsilon_both_cases_are_told_apart(measured):
         return kept.assign(bn_epsilon=0.0)
 
     cases = (CLAIM, Case("float32", 0.0))
-    text = findings.summary(Measured(*map(without, measured)), cases, SETTINGS)
-    assert "**ε.**" not in text
+    found = findings.find(Measured(*map(without, measured)), cases)
+    note = findings.explain(measured.trajectories, cases, SETTINGS)
+    text = findings.write_summary(found, note)
     assert "ε = 0, float64" in text
     assert "1e-5" not in text
 
@@ -371,32 +383,32 @@ def test_command_end_to_end_gives_the_bytes_of_the_library(
         capture_output=True,
         text=True,
         timeout=240,
-        env={**os.environ, "UNITNORM_CACHE": str(tmp_path / "cache"), "COLUMNS": "80"},
+        env={**os.environ, "COLUMNS": "80"},
     )
     assert (done.returncode, done.stderr) == (0, "")
     for text in ("‖w‖, B-SGD", "stays, to rounding", "drifts", "14 files in"):
         assert text in done.stdout
-    written = {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    written = {p.name: p.read_bytes() for p in out.iterdir() if p.name != ".lock"}
     assert set(written) == {
-        "symmetry/summary.md",
-        "symmetry/provenance.json",
-        *(f"symmetry/{n}.{ending}" for n in Measured._fields for ending in ("csv", "png", "svg")),
+        "summary.md",
+        "provenance.json",
+        *(f"{n}.{ending}" for n in Measured._fields for ending in ("csv", "png", "svg")),
     }
-    assert json.loads(written["symmetry/provenance.json"])["rate"] == RATE
+    assert json.loads(written["provenance.json"])["rate"] == RATE
     for name in Measured._fields:
-        ours = symmetry.to_csv(getattr(measured, name)).decode().splitlines()
-        theirs = written[f"symmetry/{name}.csv"].decode().splitlines()
+        ours = to_csv(getattr(measured, name), 6).splitlines()
+        theirs = written[f"{name}.csv"].decode().splitlines()
         if name == "trajectories":  # where ours have more updates in one program
             ours, theirs = ([x for x in t if ",float64," not in x] for t in (ours, theirs))
         assert ours == theirs
-        picture = PIL.Image.open(io.BytesIO(written[f"symmetry/{name}.png"]))
+        picture = PIL.Image.open(io.BytesIO(written[f"{name}.png"]))
         assert picture.width == round(8.3 * 150)
-        assert max(len(written[f"symmetry/{name}.{e}"]) for e in ("png", "svg")) < 160_000
+        assert max(len(written[f"{name}.{e}"]) for e in ("png", "svg")) < 160_000
 
 
 def test_figures_are_the_same_bytes_each_time(measured):
     once, again = (
-        {name: encode(f) for name, f in figures.every(measured._asdict(), (CLAIM, TRAINED)).items()}
+        {name: encode(f) for name, f in figures.draw_all(measured, (CLAIM, TRAINED)).items()}
         for _ in range(2)
     )
     assert once == again

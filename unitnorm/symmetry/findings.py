@@ -81,8 +81,9 @@ def explain(walks: pd.DataFrame, cases: tuple[Case, Case], settings: Settings) -
         "relative change over ten decades of |α|, or from → to for the trained network. gap: "
         f"‖Δ logits‖ / ‖logits‖ of the trainings from W and from diag(α)W after {marks} steps at "
         f"learning rate {shorten(settings.rate)}{other}; rounding: the same from Orth(diag(α)W), "
-        "which is W but for rounding. α where ε = 1% of α²σ²: for some feature of the trained network. "
-        "predictions: the largest share of test images on which the two trainings disagree at the end. ‖w‖ and λ/‖w‖²: median of the layers after "
+        "which is W but for rounding. α where ε = 1% of α²σ²: for some feature of the trained "
+        "network. predictions: the largest share of test images on which the two trainings "
+        "disagree at the end. ‖w‖ and λ/‖w‖²: median of the layers after "
         f"{settings.epochs} epoch{'s' * (settings.epochs > 1)}."
     )
 

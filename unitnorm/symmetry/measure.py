@@ -247,8 +247,8 @@ def probe(
     """Loss and Euclidean gradient under every reparameterisation, on a few mini-batches.
 
     Returns:
-      The tables of (a) and (b). Both: depth, point, dtype, bn_epsilon, and what `list_variants` names.
-      (a): `loss` (mean cross-entropy per image, nats, and mean over the batches), `error`
+      The tables of (a) and (b). Both: depth, point, dtype, bn_epsilon, and what `list_variants`
+      names. (a): `loss` (mean cross-entropy per image, nats, and mean over the batches), `error`
       (fraction), `change` (largest |ℓ(αW) − ℓ(W)| / ℓ(W) of a batch) and `epsilon_share` (largest
       ε / (α² variance) of a feature).
       (b): `norm` of the gradient with respect to all W, of the config's loss; `expected`, the norm
@@ -361,8 +361,8 @@ def follow(
 ) -> pd.DataFrame:
     """Train from W and from diag(α) W, on the same mini-batches, and compare the outputs.
 
-    α is `Subject.factors`. A third training starts from Orth(diag(α) W), which is W but for rounding:
-    it is diag(α) W "after one normalisation", and it tells how far rounding alone leads.
+    α is `Subject.factors`. A third training starts from Orth(diag(α) W), which is W but for
+    rounding: it is diag(α) W "after one normalisation", and tells how far rounding alone leads.
 
     Returns:
       A row per update and number of steps: depth, dtype, bn_epsilon, update, rate, steps; `gap`,
@@ -482,7 +482,7 @@ def record_norms(
         np.linspace(0, len(order), epochs * RECORDS_PER_EPOCH + 1).round().astype(int)
     )
     keys = {"update": NORM_UPDATES, "layer": range(1, subject.depth + 1), "step": every}
-    table = pd.MultiIndex.from_product(keys.values(), names=keys).to_frame(index=False)
+    table = pd.MultiIndex.from_product([*keys.values()], names=[*keys]).to_frame(index=False)
     table.insert(0, "depth", subject.depth)
     low, middle, high, fall = (
         values[every].transpose(1, 2, 0).ravel()  # (steps, updates, layers), as the rows stand

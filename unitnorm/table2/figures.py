@@ -140,11 +140,12 @@ def draw_filters(
     with settings():
         figure = Figure(figsize=(WIDTH, tall), layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False)
-        for (name, mosaic), axis in match_axes(mosaics.items(), axes):
+        for axis in axes.ravel():
+            axis.set_axis_off()
+        for (name, mosaic), axis in zip(mosaics.items(), axes.ravel(), strict=False):
             image = axis.imshow(mosaic, cmap=colours, vmin=-limit, vmax=limit, interpolation="none")
             whole = " (grey: not finite)" if np.ma.getmaskarray(mosaic).any() else ""
             axis.set_title(f"depth {depth}, {label(name)}{whole}")
-            axis.set_axis_off()
         bar = figure.colorbar(
             image, ax=axes, location="bottom", shrink=0.5, aspect=50, extend="both",
             ticks=MaxNLocator(4, symmetric=True),

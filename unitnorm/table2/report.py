@@ -75,21 +75,7 @@ def build(
     """
     runs = prepare_runs(runs)
     history = prepare_history(history, runs)
-    table, differences = summarise_errors(runs, paper), compare_updates(runs)
-    failed = _failed_cells(runs)
-    main = [_table2_cells(table), *_difference_cells(differences)]
-    remarks = "\n".join(f"- {line}" for line in remark(table, differences))
-    went = [_conduct_cells(runs, history), _sweep_cells(summarise_sweep(_sort(sweep)))]
-    latex = [to_latex(cells, name) for cells, name in zip(main, ("2", "differences"), strict=False)]
-    texts = {
-        "table2.csv": to_csv(table),
-        "table2.md": _join([*map(to_markdown, main), remarks, *map(to_markdown, failed)]),
-        "table2.tex": "\n".join(["% Needs \\usepackage{booktabs}.", *latex]),
-        "differences.csv": to_csv(differences),
-        "runs.md": _join([
-            *map(to_markdown, [*went, *failed]), *([] if failed else ["No run has failed."])
-        ]),
-    }  # fmt: skip
+    texts = build_texts(runs, history, _sort(sweep), paper)
     drawn = {
         "curves": figures.draw_curves(history),
         "learning_rates": figures.draw_rates(history),
@@ -103,6 +89,32 @@ def build(
         encoded = encode(figure)
         files |= {f"figures/{name}.{ending}": content for ending, content in encoded.items()}
     return files
+
+
+def build_texts(
+    runs: pd.DataFrame, history: pd.DataFrame, sweep: pd.DataFrame, paper: Paper = PAPER
+) -> dict[str, str]:
+    """The tables among the files of `build`.
+
+    Args:
+        runs, history: from `prepare_runs` and `prepare_history`.
+        sweep, paper: as in `build`.
+    """
+    table, differences = summarise_errors(runs, paper), compare_updates(runs)
+    failed = _failed_cells(runs)
+    main = [_table2_cells(table), *_difference_cells(differences)]
+    remarks = "\n".join(f"- {line}" for line in remark(table, differences))
+    went = [_conduct_cells(runs, history), _sweep_cells(summarise_sweep(sweep))]
+    latex = [to_latex(cells, name) for cells, name in zip(main, ("2", "differences"), strict=False)]
+    return {
+        "table2.csv": to_csv(table),
+        "table2.md": _join([*map(to_markdown, main), remarks, *map(to_markdown, failed)]),
+        "table2.tex": "\n".join(["% Needs \\usepackage{booktabs}.", *latex]),
+        "differences.csv": to_csv(differences),
+        "runs.md": _join([
+            *map(to_markdown, [*went, *failed]), *([] if failed else ["No run has failed."])
+        ]),
+    }  # fmt: skip
 
 
 def show(runs: pd.DataFrame, paper: Paper = PAPER) -> Group:
