@@ -1,15 +1,17 @@
 """How fast we are, beside the loops that people would write today and beside the machine's limits.
 
 Nothing here changes a result; `unitnorm bench` is its command. Whatever is measured runs in a
-process of its own, as a user would run it, and waits while another one is measured.
+process of its own, as a user would run it, and waits while another one is measured. Each of the
+first four ends in a `measure.Measurement`: its files, and what is printed.
 
     compare      training samples per second of ours and of the peers, and what UN costs
-    scaling      cost and memory against runs, depth, devices and processes
+    scaling      cost and memory against runs, depth, lanes, devices and processes
+    updates      what a step of each update costs by itself
     startup      from typing a command to the first epoch
     contestants  what one repetition is, for everything written in JAX
     peers        the same for PyTorch and geoopt
     worker       the process that serves one contestant
-    measure      starts workers, takes turns among them, medians
+    measure      starts workers, takes turns among them, medians, files
     roofline     floating-point operations and bytes of a sample, and the limit they set
     figures      the figures
 """

@@ -1,38 +1,64 @@
 """Training samples per second of ours, of the peers and of the machine; and what UN costs.
 
-`compare` measures, `files` makes the files of the results folder of it, `table` and `remarks`
-what is printed.
+Every peer has two rows: one process, and an independent one for each core, as anybody would start
+them who has several runs to train. The better one is what we compare with. NVIDIA's
+Emerging-Optimizers (ObliqueSGD) would be a peer too, but is not on PyPI.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
 from unitnorm.bench import figures, measure, roofline
-from unitnorm.bench.measure import Contestant, Spread
+from unitnorm.bench.measure import Contestant, Measurement, Say, Spread
 from unitnorm.report.tables import Cells
+from unitnorm.run.devices import count_cores
 
 UPDATES = ("b-sgd", "un")
 SEEDS = 10  # of each update, as in Table 2
+STUDY_LANES = 8  # of each seed: two updates at four rates
 IMAGES = 50_000  # training images of an epoch, as in Table 2
 VALIDATION_IMAGES = 10_000
 UN_COST, SAVE_COST = "UN instead of B-SGD", "a checkpoint after every epoch"
 COST_STARTS = 5  # where the memory of a process comes to lie makes a percent or two
-COLUMNS = ["name", "depth", "runs", "samples_per_s", "low", "high"]
+PEERS = {"geoopt": "geoopt", "torch-sgd": "torch_sgd", "optax-loop": "optax_loop"}
+COLUMNS = [
+    "name", "runs", "processes", "depth", "samples_per_s", "low", "high",
+    "ours_times", "ours_times_low", "ours_times_high",
+]  # fmt: skip
 WHAT = {
-    "unitnorm": "an epoch of `unitnorm train` for all runs of a depth, with its evaluation on "
-    "10,000 images, its report and its checkpoint",
-    "geoopt": "PyTorch, geoopt.RiemannianSGD on Sphere: one run, an epoch without evaluation",
-    "torch-sgd": "PyTorch, torch.optim.SGD: one run, an epoch without evaluation",
-    "optax-loop": "Flax and optax, one jitted step per mini-batch: one run, an epoch without "
-    "evaluation",
+    "unitnorm": "an epoch of `unitnorm train` for all runs of a depth, or for one, with its "
+    "evaluation on 10,000 images, its report and its checkpoint",
+    "unitnorm-study": "the same with 8 lanes of each seed side by side, as in `unitnorm study`",
+    "geoopt": "PyTorch, geoopt.RiemannianSGD on Sphere",
+    "torch-sgd": "PyTorch, torch.optim.SGD",
+    "optax-loop": "Flax and optax, one jitted step per mini-batch",
     "bound": "the rate of float32 matrix products over the operations of a sample, or that of the "
     "memory over its bytes, whichever is lower",
 }
+ABSENT = "ObliqueSGD of NVIDIA's Emerging-Optimizers is not compared: it is not on PyPI."
+
+
+class Entry(NamedTuple):
+    """What is compared: a row of the table, at each depth."""
+
+    name: str
+    runs: int
+    processes: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.name}, runs {self.runs}, processes {self.processes}"
+
+
+OURS = Entry("unitnorm", SEEDS * len(UPDATES))
+SINGLE = Entry("unitnorm", 1)
+STUDY = Entry("unitnorm-study", SEEDS * STUDY_LANES)
+BOUND = Entry("bound", OURS.runs)
+LANES = {OURS: len(UPDATES), SINGLE: 1, STUDY: STUDY_LANES, BOUND: len(UPDATES)}
 
 
 @dataclass(frozen=True)
@@ -40,36 +66,43 @@ class Comparison:
     """All that was measured.
 
     Attributes:
-      samples: columns `COLUMNS`; low and high are the slowest and the fastest repetition.
-      ratios: (name, depth) → how many times as fast ours is, round by round.
+      speeds: columns `COLUMNS`; low and high are the slowest and the fastest repetition;
+        `ours_times` how many times as fast ours is with all runs, round by round.
       costs: columns what, depth, runs, without_s, with_s (medians of an epoch), of the rounds'
         ratios median, low, high, and the rounds.
       missing: name → the package that it needs.
       machine: the roofs: flops_per_s and bytes_per_s.
-      about: (name, depth) → what the worker said of itself.
+      device: ours.
+      peers: what PyTorch computed on, by row and depth.
       rounds, images: of the measurement.
     """
 
-    samples: pd.DataFrame
-    ratios: dict[tuple[str, int], Spread]
+    speeds: pd.DataFrame
     costs: pd.DataFrame
     missing: dict[str, str]
     machine: dict[str, Spread]
-    about: dict[tuple[str, int], dict[str, Any]]
+    device: dict[str, Any]
+    peers: dict[str, Any]
     rounds: int
     images: int
 
 
-def contestants(depth: int, images: int, seeds: int = SEEDS) -> dict[str, Contestant]:
-    """Everything that is compared at a depth."""
-    ours = {"depth": depth, "seeds": seeds, "updates": UPDATES, "images": images}
+def list_contestants(depth: int, images: int, cores: int) -> dict[Entry, Contestant]:
+    """Everything that is compared at a depth; each of a peer's processes trains one run."""
+    table2 = {"depth": depth, "seeds": SEEDS, "updates": UPDATES, "images": images}
+    study = {**table2, "lanes": STUDY_LANES // len(UPDATES), "side_by_side": True}
     loop = {"depth": depth, "images": images}
+    peers = {
+        Entry(name, count, count): Contestant(kind, loop, count)
+        for name, kind in PEERS.items()
+        for count in sorted({1, cores})
+    }
     return {
-        "unitnorm": Contestant("program", ours),
-        "geoopt": Contestant("geoopt", loop),
-        "torch-sgd": Contestant("torch_sgd", loop),
-        "optax-loop": Contestant("optax_loop", loop),
-        "bound": Contestant("machine"),
+        OURS: Contestant("program", table2),
+        SINGLE: Contestant("program", {**table2, "seeds": 1, "updates": ["un"]}),
+        STUDY: Contestant("program", study),
+        **peers,
+        BOUND: Contestant("machine"),
     }
 
 
@@ -78,8 +111,8 @@ def compare(
     rounds: int,
     images: int = IMAGES,
     *,
-    only: Sequence[str] = (),
-    say: Callable[[str], None] = lambda _: None,
+    with_costs: bool = True,
+    say: Say = lambda _: None,
 ) -> Comparison:
     """Measure everything, depth after depth.
 
@@ -87,7 +120,7 @@ def compare(
       depths: of the network.
       rounds: repetitions of each, after those to warm up; at least 1.
       images: training images of an epoch.
-      only: names of the contestants beside ours, the bound and UN's cost; empty: all.
+      with_costs: measure what UN and checkpoints cost, too, which takes as long again.
       say: told what is being done.
 
     Raises:
@@ -95,57 +128,57 @@ def compare(
     """
     rows: list[list[Any]] = []
     costs: list[dict[str, Any]] = []
-    ratios: dict[tuple[str, int], Spread] = {}
     missing: dict[str, str] = {}
-    about: dict[tuple[str, int], dict[str, Any]] = {}
+    device: dict[str, Any] = {}
+    peers: dict[str, Any] = {}
     machine: dict[str, list[float]] = {"flops_per_s": [], "bytes_per_s": []}
     for depth in depths:
 
         def told(text: str, depth: int = depth) -> None:
             say(f"depth {depth}, {text}")
 
-        kinds = contestants(depth, images)
-        chosen = {n: c for n, c in kinds.items() if not only or n in {*only, "unitnorm", "bound"}}
+        chosen = list_contestants(depth, images, count_cores())
+        told(f"starting {sum(c.processes for c in chosen.values())} processes")
         with measure.started(chosen) as (workers, lacking):
-            missing |= lacking
+            missing |= {entry.name: package for entry, package in lacking.items()}
             found = measure.take_turns(workers, rounds, told)
+        device = workers[OURS].about["device"]
         for name in machine:
-            machine[name] += [answer[name] for answer in found["bound"]]
-        rates = {
-            name: [workers[name].about["samples"] / answer["seconds"] for answer in answers]
-            for name, answers in found.items()
-            if name != "bound"
-        }
-        rates["bound"] = [
-            roofline.bound(
-                *work_of("unitnorm", depth, images), answer["flops_per_s"], answer["bytes_per_s"]
-            )
-            for answer in found["bound"]
-        ]
-        for name in chosen:
-            if name in rates:
-                runs = SEEDS * len(UPDATES) if name in ("unitnorm", "bound") else 1
-                rows.append([name, depth, runs, *Spread.of(rates[name])])
-                about[name, depth] = workers[name].about
-        for name, values in rates.items():
-            pairs = zip(rates["unitnorm"], values, strict=True)
-            ratios[name, depth] = Spread.of([ours / theirs for ours, theirs in pairs])
-        costs += costs_of(depth, rounds, images, told)
+            machine[name] += [answer[name] for answer in found[BOUND]]
+        rates = {}
+        for entry, answers in found.items():
+            if entry == BOUND:
+                work = work_of(depth, images, LANES[BOUND])
+                rates[entry] = [
+                    roofline.bound(*work, a["flops_per_s"], a["bytes_per_s"]) for a in answers
+                ]
+            else:
+                samples = workers[entry].samples
+                rates[entry] = [samples / answer["seconds"] for answer in answers]
+            if "torch_device" in workers[entry].about:
+                peers[f"{entry}, depth {depth}"] = {
+                    "device": workers[entry].about["torch_device"],
+                    "threads": answers[-1].get("threads"),
+                }
+        for entry, values in rates.items():
+            pairs = zip(rates[OURS], values, strict=True)
+            times = Spread.of([ours / theirs for ours, theirs in pairs])
+            rows.append([*entry, depth, *Spread.of(values), *times])
+        if with_costs:
+            costs += measure_costs(depth, rounds, images, told)
     return Comparison(
         pd.DataFrame(rows, columns=COLUMNS),
-        ratios,
         pd.DataFrame(costs),
         missing,
         {name: Spread.of(values) for name, values in machine.items()},
-        about,
+        device,
+        peers,
         rounds,
         images,
     )
 
 
-def costs_of(
-    depth: int, rounds: int, images: int, say: Callable[[str], None]
-) -> Iterator[dict[str, Any]]:
+def measure_costs(depth: int, rounds: int, images: int, say: Say) -> Iterator[dict[str, Any]]:
     """What UN's epoch costs beside B-SGD's, and what it costs to save the state after every epoch.
 
     Each is measured as two programs of 10 runs that take turns, in several starts of both.
@@ -161,8 +194,8 @@ def costs_of(
         both = {"without": Contestant("program", without), "with": Contestant("program", added)}
         seconds: dict[str, list[float]] = {name: [] for name in both}
         for start in range(COST_STARTS):
+            say(f"{what}, start {start + 1} of {COST_STARTS}")
             with measure.started(both) as (workers, _):
-                say(f"{what}, start {start + 1} of {COST_STARTS}")
                 for name, answers in measure.take_turns(workers, rounds).items():
                     seconds[name] += [answer["seconds"] for answer in answers]
         old, new = seconds["without"], seconds["with"]
@@ -178,119 +211,122 @@ def costs_of(
         }
 
 
-def work_of(name: str, depth: int, images: int) -> tuple[float, float]:
-    """Floating-point operations and bytes of a training sample, as `roofline` counts them."""
+def work_of(depth: int, images: int, lanes: int = 0) -> tuple[float, float]:
+    """Floating-point operations and bytes of a training sample, as `roofline` counts them.
+
+    Args:
+      lanes: of ours, which share each mini-batch; 0: of a peer.
+    """
     shape = roofline.Shape(depth)
     flops: float = roofline.training_flops(shape)
-    if name not in ("unitnorm", "bound"):
+    if not lanes:
         return flops, roofline.training_bytes(shape, pixel_bytes=4)
     # every run is evaluated after the epoch: its logits alone, and of few images
     share = VALIDATION_IMAGES / images
-    moved = roofline.training_bytes(shape, pixel_bytes=1, sharing=len(UPDATES))
+    moved = roofline.training_bytes(shape, pixel_bytes=1, sharing=lanes)
     return (
         flops + share * roofline.forward_flops(shape),
         moved + share * shape.features,
     )
 
 
-def files(comparison: Comparison, done: dict[str, Any]) -> dict[str, bytes]:
-    """The files of the results folder, by name.
-
-    Args:
-      comparison: what was measured.
-      done: the command, as `measure.provenance` gives it.
-    """
-    ours = next(about for (name, _), about in comparison.about.items() if name == "unitnorm")
-    depths = sorted({depth for _, depth in comparison.about})
-    name = f"bench/{measure.slug(ours['device'])}"
-    drawn = figures.encode(figures.roofs(points(comparison), comparison.machine))
+def measure_speed(
+    depths: Sequence[int], rounds: int, images: int, *, with_costs: bool, say: Say
+) -> Measurement:
+    """`compare`, with its files and its table."""
+    found = compare(depths, rounds, images, with_costs=with_costs, say=say)
+    tables = {"": found.speeds} | ({"-costs": found.costs} if with_costs else {})
     facts = {
-        **done,
-        "device": ours["device"],
-        "rounds": comparison.rounds,
-        "images": comparison.images,
+        "device": found.device,
+        "rounds": rounds,
+        "images": images,
         "low and high": "the slowest and the fastest of the rounds",
         "what": WHAT,
-        "missing": comparison.missing,
-        "peers": {
-            f"{name}, depth {depth}": {key: about[key] for key in ("torch_device", "threads")}
-            for (name, depth), about in comparison.about.items()
-            if "torch_device" in about
-        },
-        "machine": {name: spread._asdict() for name, spread in comparison.machine.items()},
+        "missing": found.missing,
+        "peers": found.peers,
+        "machine": {name: spread._asdict() for name, spread in found.machine.items()},
         "flops and bytes of a sample": {
-            f"{name}, depth {depth}": work_of(name, depth, comparison.images)
-            for name in ("unitnorm", "geoopt")
+            f"{name}, depth {depth}": work_of(depth, images, lanes)
+            for name, lanes in {"peers": 0, **{str(k): v for k, v in LANES.items()}}.items()
             for depth in depths
         },
-        "times as fast": {
-            f"{name}, depth {depth}": spread._asdict()
-            for (name, depth), spread in comparison.ratios.items()
-        },
     }
-    return {
-        f"{name}.csv": comparison.samples.to_csv(index=False, float_format="%.0f").encode(),
-        f"{name}-costs.csv": comparison.costs.to_csv(index=False, float_format="%.4f").encode(),
-        f"{name}.json": measure.as_json(facts),
-        f"{name}.md": measure.as_markdown(table(comparison), remarks(comparison)),
-        **{f"{name}-roofline.{ending}": content for ending, content in drawn.items()},
-    }
+    drawn = {"-roofline": figures.draw_roofs(place_points(found), found.machine)}
+    return Measurement(measure.slug(found.device), tables, make_cells(found), facts, drawn)
 
 
-def points(comparison: Comparison) -> pd.DataFrame:
+def place_points(comparison: Comparison) -> pd.DataFrame:
     """Every contestant's place under the roofs.
 
     Returns:
-      Columns name, depth, intensity (operations per byte), flops_per_s, low, high.
+      Columns name, runs, depth, intensity (operations per byte), flops_per_s, low, high.
     """
     rows = []
-    for name, depth, _, *speeds in comparison.samples.itertuples(index=False):
+    for name, runs, processes, depth, *speeds in comparison.speeds.itertuples(index=False):
         if name != "bound":
-            flops, moved = work_of(name, depth, comparison.images)
-            rows.append([name, depth, flops / moved, *(speed * flops for speed in speeds)])
-    columns = ["name", "depth", "intensity", "flops_per_s", "low", "high"]
+            lanes = LANES.get(Entry(name, runs, processes), 0)
+            flops, moved = work_of(depth, comparison.images, lanes)
+            rows.append([name, runs, depth, flops / moved, *(flops * x for x in speeds[:3])])
+    columns = ["name", "runs", "depth", "intensity", "flops_per_s", "low", "high"]
     return pd.DataFrame(rows, columns=columns)
 
 
-def table(comparison: Comparison) -> Cells:
-    """Speeds, and how many times as fast ours is."""
-    bounds = comparison.samples[comparison.samples["name"] == "bound"].set_index("depth")
+def make_cells(comparison: Comparison) -> Cells:
+    """Speeds, how many times as fast ours is, and what is to be said of them."""
+    speeds = comparison.speeds
+    bounds = speeds[speeds["name"] == BOUND.name].set_index("depth")["samples_per_s"]
     rows = []
-    for name, depth, runs, speed, low, high in comparison.samples.itertuples(index=False):
-        ratio = comparison.ratios[name, depth]
-        ours = name == "unitnorm"
+    for row in speeds.itertuples(index=False):
+        ours = row[: len(Entry._fields)] == OURS
         rows.append(
             [
-                str(depth),
-                name,
-                str(runs),
-                f"{speed / 1e3:,.0f}k",
-                f"{low / 1e3:,.0f}k–{high / 1e3:,.0f}k",
-                "" if ours else f"{ratio.median:.2f}",
-                "" if ours else f"{ratio.low:.2f}–{ratio.high:.2f}",
-                f"{speed / bounds.loc[depth, 'samples_per_s']:.0%}",
+                str(row.depth),
+                row.name,
+                str(row.runs),
+                f"{row.samples_per_s / 1e3:,.0f}k",
+                f"{row.low / 1e3:,.0f}k–{row.high / 1e3:,.0f}k",
+                "" if ours else f"{row.ours_times:.2f}",
+                "" if ours else f"{row.ours_times_low:.2f}–{row.ours_times_high:.2f}",
+                f"{row.samples_per_s / bounds[row.depth]:.0%}",
             ]
         )
-    header = ["depth", "what", "runs", "samples/s", "(range)", "ours ×", "(range) ", "of bound"]
+    header = ["depth", "what", "runs", "samples/s", "(range)", "ours ×", "(range) ",
+              "of bound"]  # fmt: skip
     return Cells(
         f"Training samples per second: medians and ranges of {comparison.rounds} rounds",
         pd.DataFrame(rows, columns=header),
+        measure.list_remarks([*list_remarks(comparison)]),
     )
 
 
-def remarks(comparison: Comparison) -> list[str]:
-    """What stands below the table, a line each."""
-    shown = {*comparison.samples["name"]}
-    lines = ["ours ×: how many times as fast unitnorm is, round by round."]
-    lines += [f"{name}: {what}." for name, what in WHAT.items() if name in shown]
-    lines += [
-        f"An epoch of {cost.runs} runs at depth {cost.depth} with {cost.what} takes "
-        f"{cost.median:.3f} times as long (median of {cost.rounds} pairs; "
-        f"{cost.low:.3f}–{cost.high:.3f})."
-        for cost in comparison.costs.itertuples()
-    ]
-    lines += [
-        f"{name} is left out: {package} is not installed (pip install 'unitnorm[bench]')"
-        for name, package in comparison.missing.items()
-    ]
-    return lines
+def list_remarks(comparison: Comparison) -> Iterator[str]:
+    """What stands below the table: the better row of each peer first."""
+    peers = comparison.speeds[comparison.speeds["name"].isin(PEERS)]
+    for (depth, name), rows in peers.groupby(["depth", "name"], sort=False):
+        best = rows.loc[rows["samples_per_s"].idxmax()]
+        count = best["processes"]
+        way = "in one process" if count == 1 else f"in {count} processes"
+        yield (
+            f"Depth {depth}: {best['ours_times']:.1f} times as fast as {name} {way}, the better "
+            "of its rows."
+            if len(rows) > 1
+            else f"Depth {depth}: {best['ours_times']:.1f} times as fast as {name}."
+        )
+    yield f"ours ×: how many times as fast unitnorm is with {OURS.runs} runs, round by round."
+    shown = {*comparison.speeds["name"]}
+    for name, what in WHAT.items():
+        if name in shown:
+            yield f"{name}: {what}."
+    yield (
+        "Peers: one run in each process, an epoch without evaluation; several processes have data "
+        "and one thread each, their samples are summed over the seconds of the slowest."
+    )
+    yield ABSENT
+    for cost in comparison.costs.itertuples():
+        yield (
+            f"An epoch of {cost.runs} runs at depth {cost.depth} with {cost.what} takes "
+            f"{cost.median:.3f} times as long (median of {cost.rounds} pairs; "
+            f"{cost.low:.3f}–{cost.high:.3f})."
+        )
+    for name, package in comparison.missing.items():
+        yield f"{name} is left out: {package} is not installed (pip install 'unitnorm[bench]')."

@@ -19,17 +19,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from unitnorm.bench.worker import Orders
+from unitnorm.bench.worker import RATE, Orders
 from unitnorm.data import Dataset, load_dataset
 from unitnorm.run import checkpoints, devices
 from unitnorm.run.config import parse
 from unitnorm.run.loop import Checkpoints, Interrupted, Session, train
+from unitnorm.run.processes import is_first_process
 from unitnorm.run.provenance import device
 from unitnorm.table2 import training
 from unitnorm.table2.config import Config
 
-RATE = 1e-3  # at which every update trains at every depth; speed does not depend on it
 MOST_EPOCHS = 60  # a program serves so many repetitions
+TRIES = 5  # the quickest of them: a limit is what can be reached
 
 
 def config_of(images: int, seeds: int) -> Config:
@@ -45,6 +46,8 @@ def program(
     seeds: int,
     updates: Sequence[str],
     images: int,
+    lanes: int = 1,
+    side_by_side: bool = False,
     devices_used: int | None = None,
     coordinator: str | None = None,
     processes: int | None = None,
@@ -53,20 +56,24 @@ def program(
 ) -> None:
     """An epoch of `unitnorm train`: every run, its evaluation, the report and the checkpoint.
 
-    `save_every_s` is that of the checkpoints; None: there are none.
+    Args:
+      lanes: of each seed and update, as a study has them.
+      side_by_side: the lanes of a seed are one product, as in a study.
+      save_every_s: of the checkpoints; None: there are none.
     """
     devices.prepare(devices_used, coordinator, processes, process)
-    config, rates = config_of(images, seeds), np.full((seeds, len(updates)), RATE)
+    config = config_of(images, seeds)
+    phase = training.train_phase(config)._replace(side_by_side=side_by_side)
     task = training.Program(
-        "bench", config, depth, training.train_phase(config),
-        [training.Arm(update) for update in updates], np.arange(seeds),
-        training.same_start(rates), load_dataset(),
+        "bench", config, depth, phase, [training.Arm(update, lanes) for update in updates],
+        np.arange(seeds), training.same_start(np.full((seeds, len(updates) * lanes), RATE)),
+        load_dataset(),
     )  # fmt: skip
     part = checkpoints.Part("bench", "bench")
     orders.ready(samples=task.samples, device=device())
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         keep: Checkpoints = checkpoints.Nowhere()
-        if devices.is_first_process() and save_every_s is not None:
+        if is_first_process() and save_every_s is not None:
             place = Path(folder) / "checkpoints"
             kept = checkpoints.Folder(place, every_s=save_every_s, say=lambda _: None)
             stack.callback(kept.close)
@@ -162,12 +169,11 @@ def optax_loop(orders: Orders, depth: int, images: int) -> None:
 def machine(orders: Orders) -> None:
     """The machine's two limits: the rate of matrix products and that of the memory, in float32.
 
-    Products of square matrices, a stack on every device, as large as is quick; the memory by
-    negating an array larger than the caches in its place, read once and written once.
+    Products of square matrices, a stack on every device, as large as is quick.
     """
     devices.prepare()
     on_cpu = jax.default_backend() == "cpu"
-    side, length, times = (1024, 1 << 25, 4) if on_cpu else (8192, 1 << 29, 16)
+    side, times = (1024, 4) if on_cpu else (8192, 16)
     found = jax.devices()
     mesh = jax.sharding.Mesh(np.asarray(found), ("device",))
     by_device = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("device"))
@@ -177,35 +183,44 @@ def machine(orders: Orders) -> None:
         # each product needs the one before it, so that none can be left out
         return jax.lax.fori_loop(0, times, lambda _, c: jnp.matmul(a, c), b)
 
-    @partial(jax.jit, donate_argnums=0)
-    def negate(x: jax.Array) -> jax.Array:
-        return -x
-
     stack = jnp.ones((len(found), side, side), jnp.float32) / side
     stack = jax.device_put(stack, by_device)
-    array = jax.device_put(jnp.ones((len(found), length // len(found)), jnp.float32), by_device)
+
+    def repetition() -> dict[str, float]:
+        seconds = min(seconds_of(lambda: multiply(stack, stack)) for _ in range(TRIES))
+        return {
+            "flops_per_s": 2.0 * side**3 * times * len(found) / seconds,
+            "bytes_per_s": memory_rate(by_device),
+        }
+
+    orders.serve(repetition)
+
+
+def memory_rate(sharding: jax.sharding.Sharding) -> float:
+    """Bytes a second of reading an array larger than the caches once and writing it once.
+
+    It is negated in its place, so that no line of the caches is fetched only to be overwritten.
+    """
+    length = 1 << (25 if jax.default_backend() == "cpu" else 29)
+    count = len(sharding.device_set)
+    array = jax.device_put(jnp.ones((count, length // count), jnp.float32), sharding)
 
     def negate_in_place() -> jax.Array:
         nonlocal array
         array = negate(array)
         return array
 
-    def repetition() -> dict[str, float]:
-        product = seconds_of(lambda: multiply(stack, stack))
-        copy = seconds_of(negate_in_place)
-        return {
-            "flops_per_s": 2.0 * side**3 * times * len(found) / product,
-            "bytes_per_s": 2.0 * array.nbytes / copy,
-        }
-
-    orders.serve(repetition)
+    return 2.0 * array.nbytes / min(seconds_of(negate_in_place) for _ in range(TRIES))
 
 
-def seconds_of(compute: Callable[[], jax.Array], tries: int = 5) -> float:
-    """The least time of a few: a limit is what can be reached."""
-    times = []
-    for _ in range(tries):
-        start = time.perf_counter()
-        jax.block_until_ready(compute())
-        times.append(time.perf_counter() - start)
-    return min(times)
+@partial(jax.jit, donate_argnums=0)
+def negate(x: jax.Array) -> jax.Array:
+    """−x, in the memory of x."""
+    return -x
+
+
+def seconds_of(compute: Callable[[], Any]) -> float:
+    """Until what is computed is there."""
+    start = time.perf_counter()
+    jax.block_until_ready(compute())
+    return time.perf_counter() - start

@@ -3,179 +3,155 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from unitnorm.bench.measure import Spread
-from unitnorm.report.style import WIDTH, encode, settings
+from unitnorm.report.style import GREY, lay_out, make_handle, set_log_scale, settings
 
-__all__ = ["encode", "roofs", "scaling"]
-
-_GREY = "#666666"
-
-
-class _Drawn(NamedTuple):
-    colour: str
-    marker: str
-
-
+_BLUE, _ORANGE = "#0072B2", "#D55E00"
+_AXES = {"runs": "runs trained at once", "depth": "depth", "lanes": "lanes of each seed"}
 # Okabe and Ito's colours, as in the report
 _STYLES = {
-    "unitnorm": _Drawn("#0072B2", "o"),
-    "geoopt": _Drawn("#D55E00", "s"),
-    "torch-sgd": _Drawn("#E69F00", "D"),
-    "optax-loop": _Drawn("#009E73", "^"),
+    "unitnorm": (_BLUE, "o"),
+    "unitnorm-study": ("#56B4E9", "p"),
+    "geoopt": (_ORANGE, "s"),
+    "torch-sgd": ("#E69F00", "D"),
+    "optax-loop": ("#009E73", "^"),
 }
 
 
-def roofs(points: pd.DataFrame, machine: Mapping[str, Spread]) -> Figure:
+def draw_roofs(points: pd.DataFrame, machine: Mapping[str, Spread]) -> Figure:
     """The contestants under the machine's two roofs: products a second over operations per byte.
 
     Args:
-      points: columns name, depth, intensity, flops_per_s, low, high.
+      points: columns name, runs, depth, intensity, flops_per_s, low, high.
       machine: `flops_per_s` and `bytes_per_s`.
     """
     flops, moved = machine["flops_per_s"].median, machine["bytes_per_s"].median
     depths = sorted(points["depth"].unique())
+    sizes = {True: 5, False: 8}  # of a marker, for a single run and for several
+    handles = [
+        make_handle(marker, color=colour, ms=8, label=name)
+        for name, (colour, marker) in _STYLES.items()
+        if name in set(points["name"])
+    ]
+    handles += [
+        make_handle("o", color=GREY, ms=8, label=f"depth {depth}", mfc="white" if place else GREY)
+        for place, depth in enumerate(depths)
+    ]
+    handles.append(make_handle("o", color=GREY, ms=sizes[True], label="one run"))
+    note = (
+        "Training samples a second × the operations of a sample's matrix products. Bars: slowest "
+        "and fastest repetition. Larger: several runs, of a peer one in each process."
+    )
     with settings():
-        figure = Figure(figsize=(WIDTH, 4.3))
-        axis = figure.add_axes((0.09, 0.2, 0.88, 0.68))
-        ridge = flops / moved
-        intensities = [*points["intensity"], ridge]
-        left, right = min(intensities) / 4, max(intensities) * 4
+        figure, axes = lay_out(1, 1, 3.7, handles, note, legend_columns=4)
+        axis = axes[0, 0]
+        intensities = [*points["intensity"], flops / moved]
+        left, right = min(intensities) / 2, max(intensities) * 2
         x = np.geomspace(left, right, 200)
         axis.plot(x, np.minimum(flops, moved * x) / 1e9, color="black", lw=2, zorder=2)
-        for place, depth in enumerate(depths):
-            part = points[points["depth"] == depth]
-            for name, _, intensity, speed, low, high in part.itertuples(index=False):
-                drawn = _STYLES[name]
-                axis.errorbar(
-                    intensity,
-                    speed / 1e9,
-                    yerr=[[(speed - low) / 1e9], [(high - speed) / 1e9]],
-                    fmt=drawn.marker,
-                    color=drawn.colour,
-                    markerfacecolor=drawn.colour if place == 0 else "white",
-                    markersize=8,
-                    capsize=3,
-                    lw=1.2,
-                    zorder=3,
-                )
+        for row in points.itertuples(index=False):
+            colour, marker = _STYLES[row.name]
+            axis.errorbar(
+                row.intensity, row.flops_per_s / 1e9,
+                yerr=np.array([[row.flops_per_s - row.low], [row.high - row.flops_per_s]]) / 1e9,
+                fmt=marker, color=colour, ms=sizes[row.runs == 1], capsize=3, lw=1.2, zorder=3,
+                mfc="white" if depths.index(row.depth) else colour,
+            )  # fmt: skip
         axis.set_xscale("log")
-        axis.set_yscale("log")
         axis.set_xlim(left, right)
-        lowest = min(points["low"].min(), moved * left)
-        axis.set_ylim(lowest / 1e9 / 1.8, flops / 1e9 * 1.7)
+        _label_ticks(axis)
+        set_log_scale(axis, min(points["low"].min(), moved * left) / 1e9 / 1.3, flops / 1e9 * 1.3)
+        offset = {"textcoords": "offset points"}
         axis.annotate(
             f"matrix products: {flops / 1e9:,.0f} GFLOP/s",
-            (right, flops / 1e9),
-            (-4, 5),
-            textcoords="offset points",
-            ha="right",
-        )
+            (right, flops / 1e9), (-4, 5), ha="right", **offset,
+        )  # fmt: skip
         axis.annotate(
             f"memory: {moved / 1e9:,.0f} GB/s",
-            (left * 1.2, moved * left * 1.2 / 1e9),
-            (8, -8),
-            textcoords="offset points",
-            va="top",
-        )
-        _plain_ticks(axis.xaxis, right / left)
-        low_y, high_y = axis.get_ylim()
-        _plain_ticks(axis.yaxis, high_y / low_y)
+            (left * 1.1, moved * left * 1.1 / 1e9), (10, -4), va="top", **offset,
+        )  # fmt: skip
         axis.set_xlabel("floating-point operations per byte, least traffic")
         axis.set_ylabel("GFLOP/s")
-        handles = [
-            Line2D([], [], linestyle="none", marker=d.marker, color=d.colour, ms=8, label=name)
-            for name, d in _STYLES.items()
-            if name in set(points["name"])
-        ]
-        handles += [
-            Line2D([], [], linestyle="none", marker="o", color=_GREY, ms=8, label=f"depth {depth}",
-                   markerfacecolor=_GREY if place == 0 else "white")
-            for place, depth in enumerate(depths)
-        ]  # fmt: skip
-        figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(0.02, 0.995), ncols=6)
-        note = (
-            "Training samples a second × the operations of a sample's matrix products. "
-            "Bars: slowest and fastest repetition."
-        )
-        figure.text(0.012, 0.02, note, color=_GREY)
-        return figure
+    return figure
 
 
-def scaling(frame: pd.DataFrame) -> Figure:
-    """Seconds of an epoch and peak memory over runs and over depth, with proportional growth.
+def draw_scaling(frame: pd.DataFrame) -> Figure:
+    """Cost and memory over runs, over depth, and over the lanes of a seed.
 
     Args:
-      frame: as `scaling.scaling` gives it; points on fewer devices or in several processes are
-        left to the table.
+      frame: as `scaling.measure_points` gives it; points on fewer devices or in several processes
+        are left to the table.
     """
     common = frame[(frame["devices"] == frame["devices"].max()) & (frame["processes"] == 1)]
-    few = common["depth"].min()
-    at = {"runs": common[common["depth"] == few].sort_values("runs")}
-    usual = common.loc[common["depth"] != few, "runs"]
-    if len(usual):
-        at["depth"] = common[common["runs"] == usual.iloc[0]].sort_values("depth")
-    titles = {"runs": f"depth {few}", "depth": f"{usual.iloc[0] if len(usual) else ''} runs"}
+    table2, study = (common[common["way"] == way] for way in ("table 2", "study"))
+    few = table2["depth"].min()
+    usual = table2[table2["depth"] != few]["runs"].max()
+    parts = {
+        ("runs", f"depth {few}"): table2[table2["depth"] == few],
+        ("depth", f"{usual:.0f} runs"): table2[table2["runs"] == usual],
+        ("lanes", f"as in a study, depth {few}"): study,
+    }
+    parts = {what: part.sort_values(what[0]) for what, part in parts.items() if len(part)}
+    handles = [
+        make_handle("o", "-", color=_BLUE, lw=2, ms=5, label="measured"),
+        make_handle("", ":", color=GREY, lw=1.5, label="in proportion to the first"),
+        make_handle("", "--", color=_ORANGE, lw=1.5, label="Table 2's way, 20 runs"),
+    ]
+    if not len(study):
+        handles.pop()
+    images, devices = int(common["images"].iloc[0]), int(common["devices"].iloc[0])
+    note = (
+        f"Epochs of {images:,} training images, {devices} device{'s' * (devices > 1)}; median, "
+        "fastest and slowest; memory of the whole process. A run of an hour has 25 epochs of 50,000 images."
+    )
     with settings():
-        figure = Figure(figsize=(WIDTH, 5.2))
-        axes = figure.subplots(
-            2,
-            len(at),
-            squeeze=False,
-            gridspec_kw={
-                "left": 0.09, "right": 0.98, "top": 0.88, "bottom": 0.14,
-                "wspace": 0.22, "hspace": 0.32,
-            },
-        )  # fmt: skip
-        for column, (name, part) in zip(axes.T, at.items(), strict=True):
-            x = part[name].to_numpy(float)
-            _growth(column[0], x, part["epoch_s"].to_numpy(float), proportional=True)
-            column[0].vlines(x, part["low"], part["high"], color="#0072B2", lw=1.2)
-            column[0].set_ylabel("seconds of an epoch")
-            column[0].set_title(titles[name], loc="left")
-            _growth(column[1], x, part["peak_memory_mb"].to_numpy(float) / 1e3, proportional=False)
-            column[1].set_ylabel("peak memory [GB]")
-            for axis in column:
+        figure, axes = lay_out(2, len(parts), 2.2, handles, note, sharex=False, sharey=False)
+        for (top, bottom), ((name, title), part) in zip(axes.T, parts.items(), strict=True):
+            x, seconds = part[name].to_numpy(float), part["epoch_s"].to_numpy(float)
+            top.set_title(title)
+            for axis in (top, bottom):
+                axis.set_xscale("log")
                 axis.set_xticks(x, [f"{value:.0f}" for value in x])
                 axis.xaxis.set_minor_locator(NullLocator())
-            column[1].set_xlabel("runs trained at once" if name == "runs" else "depth")
-        handles = [
-            Line2D([], [], color="#0072B2", marker="o", lw=2, ms=5, label="measured"),
-            Line2D([], [], color=_GREY, ls=":", lw=1.5, label="in proportion to the first"),
-        ]
-        figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(0.03, 0.995), ncols=2)
-        images, devices = int(common["images"].iloc[0]), int(common["devices"].iloc[0])
-        note = (
-            f"Epochs of {images:,} training images, {devices} device{'s' * (devices > 1)}; median, "
-            "fastest and slowest; memory of the whole process."
-        )
-        figure.text(0.012, 0.015, note, color=_GREY)
-        return figure
+            if name == "lanes":
+                hourly = part["runs_per_hour"].to_numpy(float)
+                _plot(
+                    top, x, hourly, hourly * seconds / part["high"], hourly * seconds / part["low"]
+                )
+                at_table2 = (table2["depth"] == few) & (table2["runs"] == 20)
+                for reference in table2.loc[at_table2, "runs_per_hour"]:
+                    top.axhline(reference, color=_ORANGE, ls="--", lw=1.5)
+                top.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+                top.set_ylim(0, None)
+                top.set_ylabel("runs an hour")
+            else:
+                line = seconds[0] * x / x[0]
+                top.plot(x, line, color=GREY, ls=":", lw=1.5)
+                _plot(top, x, seconds, part["low"], part["high"])
+                set_log_scale(top, seconds.min(), max(*line, *seconds))
+                top.set_ylabel("seconds of an epoch")
+            memory = part["peak_memory_mb"].to_numpy(float) / 1e3
+            _plot(bottom, x, memory, memory, memory)
+            bottom.set_ylim(0, 1.15 * memory.max())
+            bottom.set_ylabel("peak memory [GB]")
+            bottom.set_xlabel(_AXES[name])
+    return figure
 
 
-def _growth(axis: Axes, x: np.ndarray, y: np.ndarray, *, proportional: bool) -> None:
-    axis.plot(x, y, color="#0072B2", marker="o", lw=2, ms=5, zorder=3)
-    axis.set_xscale("log")
-    if proportional:
-        axis.plot(x, y[0] * x / x[0], color=_GREY, ls=":", lw=1.5)
-        axis.set_yscale("log")
-        low, high = axis.get_ylim()
-        _plain_ticks(axis.yaxis, high / low)
-    else:
-        axis.set_ylim(0, 1.15 * max(y))
+def _plot(axis: Axes, x: np.ndarray, y: np.ndarray, low: object, high: object) -> None:
+    axis.plot(x, y, color=_BLUE, marker="o", lw=2, ms=5, zorder=3)
+    axis.vlines(x, low, high, color=_BLUE, lw=1.2)  # type: ignore[arg-type]
 
 
-def _plain_ticks(axis: object, ratio: float) -> None:
-    """Numbers as people write them, and enough of them for a short axis."""
-    subs = (1.0,) if ratio > 300 else (1.0, 2.0, 5.0)
-    axis.set_major_locator(LogLocator(subs=subs))  # type: ignore[attr-defined]
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))  # type: ignore[attr-defined]
-    axis.set_minor_locator(NullLocator())  # type: ignore[attr-defined]
+def _label_ticks(axis: Axes) -> None:
+    """Numbers as people write them along a logarithmic horizontal axis."""
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.xaxis.set_minor_locator(NullLocator())

@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from unitnorm.bench.contestants import RATE
-from unitnorm.bench.worker import Orders
+from unitnorm.bench.worker import RATE, Orders
 from unitnorm.data import Dataset, load_dataset
 from unitnorm.table2.config import Config
 
@@ -97,6 +96,7 @@ class Loop:
 
 def quickest_threads(loop: Loop) -> int:
     """Set and return the number of threads that trains faster; more are often slower here."""
+    loop.epoch(loop.batch)
     times: dict[int, list[float]] = {torch.get_num_threads(): [], 1: []}
     for _ in range(3):
         for threads, seconds in times.items():
@@ -111,10 +111,17 @@ def quickest_threads(loop: Loop) -> int:
 
 def _serve(orders: Orders, depth: int, images: int, riemannian: bool) -> None:
     loop = Loop(depth, load_dataset(), Config(), riemannian)
-    loop.epoch(loop.batch)
-    threads = quickest_threads(loop) if loop.device.type == "cpu" else None
-    where = "cpu" if threads else torch.cuda.get_device_name()
-    orders.serve(lambda: loop.epoch(images), samples=images, torch_device=where, threads=threads)
+    on_cpu, threads = loop.device.type == "cpu", 0
+
+    def repetition() -> dict[str, float]:
+        nonlocal threads
+        if on_cpu and not threads:  # in the first, when nobody else computes
+            threads = quickest_threads(loop)
+        loop.epoch(images)
+        return {"threads": threads} if on_cpu else {}
+
+    where = "cpu" if on_cpu else torch.cuda.get_device_name()
+    orders.serve(repetition, samples=images, torch_device=where)
 
 
 def torch_sgd(orders: Orders, depth: int, images: int) -> None:

@@ -2,8 +2,8 @@
 
 Only matrix products are counted as floating-point operations, as in every roofline: the rest of the
 network is a few per cent of them. Bytes are the least that must cross the memory bus if nothing but
-the mini-batch at hand is kept in caches: its pixels once, and every parameter read and written once
-for each mini-batch.
+the mini-batch at hand is kept in caches: its pixels once for all the runs that share it, which are
+the lanes of a seed, and every parameter of a run read and written once for each mini-batch.
 """
 
 from __future__ import annotations

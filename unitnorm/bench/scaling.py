@@ -1,27 +1,33 @@
-"""Cost and memory of our program against runs, depth, devices and processes.
+"""Cost and memory of our program against runs, depth, lanes, devices and processes.
 
 Each point is measured in a process of its own, so that its peak memory is its own. Runs are counted
-as networks that train at once: 20 are Table 2's of a depth, 10 of each update.
+as networks that train at once: 20 are Table 2's of a depth, 10 of each update. In the way of a
+study, the lanes of a seed, which share its mini-batches, are computed side by side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
 from unitnorm.bench import figures, measure
-from unitnorm.bench.compare import IMAGES, SEEDS, UPDATES
-from unitnorm.bench.measure import Contestant, Spread
+from unitnorm.bench.compare import IMAGES, OURS, UPDATES
+from unitnorm.bench.measure import Contestant, Measurement, Say, Spread
 from unitnorm.report.tables import Cells
+from unitnorm.run.devices import count_cores
+from unitnorm.table2.training import CPU_BLOCK
 
 RUNS = (10, 20, 50, 100, 200)
 DEPTHS = (2, 4, 8, 16)
+LANES = (1, 2, 4, 8, 16, 32, 64)
+RUN_EPOCHS = 25  # of a run, for runs per hour
+TABLE2, STUDY = "table 2", "study"
 COLUMNS = [
-    "runs", "depth", "devices", "processes", "images", "epoch_s", "low", "high", "samples_per_s",
-    "peak_memory_mb", "device_memory_mb",
+    "way", "runs", "lanes", "depth", "devices", "processes", "images", "epoch_s", "low", "high",
+    "samples_per_s", "runs_per_hour", "peak_memory_mb", "device_memory_mb",
 ]  # fmt: skip
 
 
@@ -33,43 +39,49 @@ class Point:
     depth: int
     devices: int | None = None  # of each process, if they are CPUs; None: one per core
     processes: int = 1
+    lanes: int = len(UPDATES)  # of each seed
+    way: str = TABLE2
 
     def contestant(self, images: int) -> Contestant:
-        """The program of this size."""
+        """The program of this size; a single lane is UN's."""
+        updates = UPDATES if self.lanes > 1 else UPDATES[-1:]
         options = {
             "depth": self.depth,
-            "seeds": self.runs // len(UPDATES),
-            "updates": UPDATES,
+            "seeds": self.runs // self.lanes,
+            "updates": updates,
+            "lanes": self.lanes // len(updates),
+            "side_by_side": self.way == STUDY,
             "images": images,
             "devices_used": self.devices,
         }
-        return Contestant("program", options, self.processes)
+        return Contestant("program", options, self.processes, joint=self.processes > 1)
 
 
-def points(cores: int) -> list[Point]:
-    """Runs at depth 2, depths at 20 runs, and 20 runs of depth 2 on fewer devices and as processes.
+def list_points(cores: int, quick: bool = False) -> list[Point]:
+    """Runs and lanes at depth 2, depths at 20 runs, and 20 runs on fewer devices and as processes.
 
-    The cores are shared among devices and processes that divide them evenly.
+    The cores are shared among devices and processes that divide them evenly. The points of a study
+    have as many seeds as the cores compute at once. `quick`: a few of them.
     """
-    table2 = SEEDS * len(UPDATES)
-    sizes = [Point(runs, 2) for runs in RUNS] + [Point(table2, depth) for depth in DEPTHS[1:]]
-    fewer = [2**power for power in range(16) if 2**power < cores]
-    on_fewer = [Point(table2, 2, devices) for devices in fewer]
-    shared = [Point(table2, 2, cores // 2, 2)] if cores >= 2 and cores % 2 == 0 else []
-    return sizes + on_fewer + shared
+    seeds, table2 = CPU_BLOCK * cores, OURS.runs
+    runs, depths, lanes = (
+        (RUNS[:2], DEPTHS[1:2], LANES[::3]) if quick else (RUNS, DEPTHS[1:], LANES)
+    )
+    points = [Point(count, 2) for count in runs] + [Point(table2, depth) for depth in depths]
+    points += [Point(seeds * count, 2, lanes=count, way=STUDY) for count in lanes]
+    if not quick:
+        points += [Point(table2, 2, 2**i) for i in range(16) if 2**i < cores]
+        points += [Point(table2, 2, cores // 2, 2)] if cores >= 2 and cores % 2 == 0 else []
+    return points
 
 
-def scaling(
-    places: Sequence[Point],
-    rounds: int,
-    images: int = IMAGES,
-    *,
-    say: Callable[[str], None] = lambda _: None,
+def measure_points(
+    points: Sequence[Point], rounds: int, images: int = IMAGES, *, say: Say = lambda _: None
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Measure every point.
 
     Args:
-      places: what to measure; those on fewer devices or several processes are left out on GPUs and
+      points: what to measure; those on fewer devices or several processes are left out on GPUs and
         TPUs, whose number cannot be chosen here.
       rounds: repetitions, after those to warm up; at least 1.
       images: training images of an epoch.
@@ -77,89 +89,95 @@ def scaling(
 
     Returns:
       A row of `COLUMNS` for each point; low and high are the fastest and the slowest epoch, in
-      seconds; memory in MB (10⁶ bytes), `device_memory_mb` empty where it is the computer's own.
-      And the device, as `experiment.device` gives it.
+      seconds; `runs_per_hour` of `RUN_EPOCHS` epochs of `IMAGES` images; memory in MB (10⁶ bytes),
+      `device_memory_mb` empty where it is the computer's own. And the device, as
+      `run.provenance.device` gives it.
 
     Raises:
       UserError: a process fails, for instance because the memory is full.
     """
-    rows: list[dict[str, Any]] = []
+    rows: list[list[Any]] = []
     device: dict[str, Any] = {}
-    for place in places:
-        if device.get("platform", "cpu") != "cpu" and (place.devices or place.processes > 1):
+    for point in points:
+        if device.get("platform", "cpu") != "cpu" and (point.devices or point.processes > 1):
             continue
-        say(f"{place.runs} runs, depth {place.depth}, processes {place.processes}")
-        with measure.started({"program": place.contestant(images)}) as (workers, _):
+        say(
+            f"{point.way}: runs {point.runs}, lanes {point.lanes}, depth {point.depth}, "
+            f"processes {point.processes}"
+        )
+        with measure.started({"program": point.contestant(images)}) as (workers, _):
             worker = workers["program"]
             answers = measure.take_turns(workers, rounds)["program"]
         device = device or worker.about["device"]
         seconds = Spread.of([answer["seconds"] for answer in answers])
+        speed = worker.samples / seconds.median
         rows.append(
-            {
-                "runs": place.runs,
-                "depth": place.depth,
-                "devices": worker.about["device"]["count"],
-                "processes": place.processes,
-                "images": images,
-                "epoch_s": seconds.median,
-                "low": seconds.low,
-                "high": seconds.high,
-                "samples_per_s": worker.about["samples"] / seconds.median,
-                "peak_memory_mb": answers[-1]["peak_memory_mb"],
-                "device_memory_mb": answers[-1].get("device_memory_mb"),
-            }
-        )
+            [point.way, point.runs, point.lanes, point.depth, worker.about["device"]["count"],
+             point.processes, images, *seconds, speed, speed * 3600 / (RUN_EPOCHS * IMAGES),
+             answers[-1]["peak_memory_mb"], answers[-1].get("device_memory_mb")]
+        )  # fmt: skip
     return pd.DataFrame(rows, columns=COLUMNS), device
 
 
-def files(
-    frame: pd.DataFrame, device: dict[str, Any], rounds: int, done: dict[str, Any]
-) -> dict[str, bytes]:
-    """The files of the results folder, by name; `done` as `measure.provenance` gives it."""
+def measure_scaling(rounds: int, images: int, *, quick: bool, say: Say) -> Measurement:
+    """`measure_points` of all points, with its files and its table."""
+    frame, device = measure_points(list_points(count_cores(), quick), rounds, images, say=say)
     facts = {
-        **done,
         "device": device,
         "rounds": rounds,
-        "what": "epochs of `unitnorm train`: runs are networks trained at once, images the "
-        "training images of an epoch; low and high the fastest and the slowest of the rounds",
+        "what": "epochs of `unitnorm train` (table 2), and with the lanes of each seed side by "
+        "side (study): runs are networks trained at once, images the training images of an epoch; "
+        "low and high the fastest and the slowest of the rounds; runs per hour those of "
+        f"{RUN_EPOCHS} epochs of {IMAGES:,} images",
     }
-    decimals = {"epoch_s": 4, "low": 4, "high": 4, "samples_per_s": 0, "peak_memory_mb": 0,
-                "device_memory_mb": 0}  # fmt: skip
-    drawn = figures.encode(figures.scaling(frame))
-    return {
-        "bench/scaling.csv": frame.round(decimals).to_csv(index=False).encode(),
-        "bench/scaling.json": measure.as_json(facts),
-        "bench/scaling.md": measure.as_markdown(table(frame), growth(frame)),
-        **{f"bench/scaling.{ending}": content for ending, content in drawn.items()},
-    }
+    drawn = {"": figures.draw_scaling(frame)}
+    return Measurement("scaling", {"": frame}, make_cells(frame), facts, drawn)
 
 
-def table(frame: pd.DataFrame) -> Cells:
+def make_cells(frame: pd.DataFrame) -> Cells:
     """Seconds and memory of every point."""
-    header = ["runs", "depth", "devices", "processes", "epoch s", "samples/s", "peak MB"]
+    header = ["way", "runs", "lanes", "depth", "devices", "proc.", "epoch s", "samples/s", "runs/h",
+              "peak MB"]  # fmt: skip
     rows = [
         [
-            *map(str, (row.runs, row.depth, row.devices, row.processes)),
+            row.way,
+            *map(str, (row.runs, row.lanes, row.depth, row.devices, row.processes)),
             f"{row.epoch_s:.2f}",
             f"{row.samples_per_s:,.0f}",
+            f"{row.runs_per_hour:,.0f}",
             f"{row.peak_memory_mb:,.0f}",
         ]
         for row in frame.itertuples(index=False)
     ]
-    return Cells("Seconds of an epoch, and memory", pd.DataFrame(rows, columns=header))
+    remarks = measure.list_remarks([*list_remarks(frame)])
+    return Cells("Seconds of an epoch, and memory", pd.DataFrame(rows, columns=header), remarks)
 
 
-def growth(frame: pd.DataFrame) -> list[str]:
-    """Whether cost and memory grow in proportion, a line for runs and one for depth."""
-    lines = []
+def list_remarks(frame: pd.DataFrame) -> Iterator[str]:
+    """The cost of evidence, and whether cost and memory grow in proportion."""
     common = frame[(frame["devices"] == frame["devices"].max()) & (frame["processes"] == 1)]
-    for column, other, value in (("runs", "depth", 2), ("depth", "runs", SEEDS * len(UPDATES))):
-        part = common[common[other] == value].sort_values(column)
+    alone, study = (common[common["way"] == way] for way in (TABLE2, STUDY))
+    usual = alone[(alone["runs"] == OURS.runs) & (alone["depth"] == 2)]
+    told = f"runs of {RUN_EPOCHS} epochs of {IMAGES:,} images at depth 2 an hour"
+    for row in usual.itertuples():
+        yield f"Table 2's way: {row.runs_per_hour:,.0f} {told}."
+    if len(study):
+        best = study.loc[study["samples_per_s"].idxmax()]
+        yield (
+            f"Side by side, as in a study: {best['runs_per_hour']:,.0f} {told}, with "
+            f"{best['lanes']} lanes of each seed, the best number."
+        )
+    parts = {
+        "runs": alone[alone["depth"] == 2],
+        "depth": alone[alone["runs"] == OURS.runs],
+        "lanes": study,
+    }
+    for column, part in parts.items():
         if len(part) > 1:
+            part = part.sort_values(column)
             first, last = part.iloc[0], part.iloc[-1]
-            lines.append(
+            yield (
                 f"{column} × {last[column] / first[column]:.0f}: "
                 f"time × {last['epoch_s'] / first['epoch_s']:.1f}, "
                 f"memory × {last['peak_memory_mb'] / first['peak_memory_mb']:.1f}"
             )
-    return lines

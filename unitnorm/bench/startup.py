@@ -11,14 +11,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
-from unitnorm.bench import measure
-from unitnorm.bench.measure import Spread
+from unitnorm.bench.measure import Measurement, Say, Spread
 from unitnorm.errors import UserError
 from unitnorm.report.tables import Cells
 
@@ -27,8 +24,8 @@ COMMAND = [sys.executable, "-m", "unitnorm"]
 HELP, TRAIN = "unitnorm --help", "unitnorm train"
 
 
-def startup(
-    rounds: int, options: tuple[str, ...] = (), *, say: Callable[[str], None] = lambda _: None
+def time_starts(
+    rounds: int, options: tuple[str, ...] = (), *, say: Say = lambda _: None
 ) -> pd.DataFrame:
     """Start the commands and wait.
 
@@ -98,23 +95,19 @@ def seconds_to_first_epoch(folder: Path, name: str, options: tuple[str, ...]) ->
     raise UserError(f"bench: unitnorm train ended without an epoch: {detail}")
 
 
-def files(frame: pd.DataFrame, rounds: int, done: dict[str, Any]) -> dict[str, bytes]:
-    """The files of the results folder, by name; `done` as `measure.provenance` gives it."""
+def measure_startup(rounds: int, *, say: Say) -> Measurement:
+    """`time_starts`, with its files and its table."""
+    frame = time_starts(rounds, say=say)
     facts = {
-        **done,
         "rounds": rounds,
         "what": "seconds of the whole of --help, and from the start of `unitnorm train` to the end "
-        "of its first epoch; cold: nothing cached, neither data nor compiled programs; low and "
-        "high the fastest and the slowest of the rounds",
+        "of its first epoch; cold: no compiled program cached; low and high the fastest and the "
+        "slowest of the rounds",
     }
-    return {
-        "bench/startup.csv": frame.to_csv(index=False, float_format="%.2f").encode(),
-        "bench/startup.json": measure.as_json(facts),
-        "bench/startup.md": measure.as_markdown(table(frame), []),
-    }
+    return Measurement("startup", {"": frame}, make_cells(frame), facts)
 
 
-def table(frame: pd.DataFrame) -> Cells:
+def make_cells(frame: pd.DataFrame) -> Cells:
     """Seconds of every start."""
     rows = [
         [what, cache, f"{seconds:.2f}", f"{low:.2f} – {high:.2f}"]

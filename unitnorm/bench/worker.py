@@ -15,13 +15,15 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+RATE = 1e-3  # at which every update trains at every depth; speed does not depend on it
 OPTIONAL = ("torch", "geoopt")
-KINDS = {  # kind → the module whose function of that name (with _) serves it
+KINDS = {  # kind → the module whose function of that name serves it
     "program": "unitnorm.bench.contestants",
     "optax_loop": "unitnorm.bench.contestants",
     "machine": "unitnorm.bench.contestants",
     "torch_sgd": "unitnorm.bench.peers",
     "geoopt": "unitnorm.bench.peers",
+    "updates": "unitnorm.bench.updates",
 }
 
 

@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 
 from unitnorm.cli import options as opt
 
+MEASURES = {  # flag → what it says of itself; without any, the comparison
+    "scaling": "Cost and memory against runs, depth, lanes and devices.",
+    "updates": "What a step of each update costs by itself.",
+    "startup": "The time from typing a command to its first epoch.",
+}
+
 
 @click.command(cls=opt.GroupedCommand, short_help="Speed beside the peers and the limits.")
-@opt.option("--scaling", is_flag=True, help="Cost and memory against runs, depth and devices.")
-@opt.option("--startup", is_flag=True, help="The time from typing a command to its first epoch.")
-@opt.option("--depth", type=click.IntRange(1, 64), multiple=True, help="Depth to compare at.")
+@opt.together(
+    *(
+        opt.option(f"--{name}", "what", flag_value=name, help=text)
+        for name, text in MEASURES.items()
+    )
+)
+@opt.option("--depth", type=click.IntRange(1, 64), multiple=True,
+            help="Depth to compare at.  [default: 2 and 4]")  # fmt: skip
 @opt.option("--rounds", type=click.IntRange(1, 50), help="Repetitions.  [default: 7, else 3]")
-@opt.option("--quick", is_flag=True, help="A tenth of the images and 2 rounds: a first look.")
+@opt.option(
+    "--quick", is_flag=True,
+    help="A first look in two minutes: depth 2, 2 rounds, a tenth of the images, fewer points.",
+)  # fmt: skip
 @opt.out_option("runs/bench", "Folder of the tables and figures.")
 def bench(
-    out: Path,
-    scaling: bool,
-    startup: bool,
-    depth: tuple[int, ...],
-    rounds: int | None,
-    quick: bool,
+    out: Path, what: str | None, depth: tuple[int, ...], rounds: int | None, quick: bool
 ) -> None:
     """Training speed beside geoopt, PyTorch, plain optax and the machine's limits.
 
@@ -36,47 +48,38 @@ def bench(
       pip install "unitnorm[bench]"
       unitnorm bench
     """
-    do_bench(out, "scaling" if scaling else "startup" if startup else "", depth, rounds, quick)
-
-
-def do_bench(
-    out: Path, what: str, depths: tuple[int, ...], rounds: int | None, quick: bool
-) -> None:
-    """Measure, print the table and write the files."""
     from rich.console import Console
 
-    from unitnorm.bench import compare, measure, scaling, startup
     from unitnorm.report.tables import Fitting
     from unitnorm.run import records
     from unitnorm.run.job import command_line
 
-    started = time.time()
-    console = Console()
+    console, started = Console(), time.time()
+    show = partial(console.print, highlight=False, soft_wrap=True)
+    with records.locked(out):
+        with contextlib.ExitStack() as stack:
+            if console.is_terminal:
+                show = stack.enter_context(console.status("")).update
+            measured = measure(what, depth, rounds, quick, show)
+        files = measured.files(command_line(), started, time.time() - started)
+        records.write_files(out, files)
+    console.print(Fitting(measured.cells))
+    console.print(f"{len(files)} files in {out}{os.sep}", highlight=False)
+
+
+def measure(
+    what: str | None, depth: tuple[int, ...], rounds: int | None, quick: bool, say: Any
+) -> Any:
+    """The `Measurement` that is asked for; see `bench`."""
+    from unitnorm.bench import compare, scaling, startup, updates
+
     images = compare.IMAGES // 10 if quick else compare.IMAGES
     rounds = rounds or (2 if quick else 3 if what else 7)
-    with records.locked(out):
-        with console.status("") as status:
-            say = status.update
-            if what == "scaling":
-                frame, device = scaling.scaling(
-                    scaling.points(measure.cores()), rounds, images, say=say
-                )
-            elif what == "startup":
-                frame = startup.startup(rounds, say=say)
-            else:
-                compared = compare.compare(depths or (2, 4), rounds, images, say=say)
-        done = measure.provenance(command_line(), started, time.time() - started)
-        if what == "scaling":
-            shown, lines = scaling.table(frame), scaling.growth(frame)
-            files = scaling.files(frame, device, rounds, done)
-        elif what == "startup":
-            shown, lines = startup.table(frame), []
-            files = startup.files(frame, rounds, done)
-        else:
-            shown, lines = compare.table(compared), compare.remarks(compared)
-            files = compare.files(compared, done)
-        records.write_files(out, files)
-    console.print(Fitting(shown))
-    for line in lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-    console.print(f"{len(files)} files in {out}{os.sep}", highlight=False)
+    if what == "scaling":
+        return scaling.measure_scaling(rounds, images, quick=quick, say=say)
+    if what == "updates":
+        return updates.measure_updates(rounds, quick=quick, say=say)
+    if what == "startup":
+        return startup.measure_startup(rounds, say=say)
+    depth = depth or ((2,) if quick else (2, 4))
+    return compare.measure_speed(depth, rounds, images, with_costs=not quick, say=say)
