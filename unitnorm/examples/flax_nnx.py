@@ -1,17 +1,15 @@
-"""Train your own Flax CNN at unit norm: python -m unitnorm.examples.cnn [STEPS].
+"""A Flax NNX network at unit norm: python -m unitnorm.examples.flax_nnx [STEPS].
 
-An ordinary loop over the bundled MNIST, but for one line of `main`. It prints the test error.
+An ordinary training on the bundled MNIST, but for one line of `main`.
 """
 
 import sys
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 
-from unitnorm.data import load_dataset
+from unitnorm.examples.mnist import draw_batches, mnist_arrays, print_test_error
 from unitnorm.updates import build, normalized_kernels_nnx
 
 
@@ -36,23 +34,16 @@ def train(model: CNN, optimizer: nnx.Optimizer, images: jax.Array, labels: jax.A
 
 
 def main(steps: int = 600) -> float:
-    data = load_dataset()
-    images = jnp.asarray(data.train_images.reshape(-1, 28, 28, 1)) / 255
-    tests = jnp.asarray(data.test_images.reshape(-1, 28, 28, 1)) / 255
+    images, labels, test_images, test_labels = mnist_arrays(28, 28, 1)
     model = CNN(nnx.Rngs(0))
     # With SGD the next line reads: update = optax.sgd(0.1)
     update = build("un", 0.1, normalized_kernels_nnx(model, images[:100]))
     optimizer = nnx.Optimizer(model, update, wrt=nnx.Param)
-    order = np.random.default_rng(0).permutation(len(images))
-    for batch in np.resize(order, (steps, 100)):
-        train(model, optimizer, images[batch], jnp.asarray(data.train_labels[batch]))
-
+    for batch in draw_batches(images, labels, steps):
+        train(model, optimizer, *batch)
     model.eval()
-    classify = nnx.jit(lambda model, images: model(images).argmax(-1))
-    answers = np.concatenate([classify(model, batch) for batch in jnp.split(tests, 10)])
-    error = float(np.mean(answers != data.test_labels))
-    print(f"test error {error:.4f} after {steps} steps")
-    return error
+    classify = nnx.jit(lambda model, images: model(images))
+    return print_test_error(lambda images: classify(model, images), test_images, test_labels)
 
 
 if __name__ == "__main__":
