@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from unitnorm.data import Dataset as Dataset
-    from unitnorm.data import load as load
+    from unitnorm.data import load_dataset as load_dataset
     from unitnorm.errors import UserError as UserError
     from unitnorm.geometry import filter_norms as filter_norms
     from unitnorm.geometry import retraction as retraction

@@ -28,7 +28,7 @@ from unitnorm.table2 import training
 from unitnorm.table2.config import Config
 from unitnorm.table2.model import FILTER_AXIS, Network, filter_mask
 from unitnorm.table2.training import Images, Stepping, filters
-from unitnorm.updates import UPDATES, build
+from unitnorm.updates import build, find_update
 
 EXPONENTS = np.linspace(-5, 5, 21)  # of |α|: ten decades
 SPREAD = 1.0  # "own" factors lie this many decades around α, on either side
@@ -514,7 +514,7 @@ def row_norms(runs: Sequence[Stepping]) -> Array:
 
 def arm_of(update: str) -> training.Arm:
     """The update, for filters that need not start at unit norm."""
-    options = (("off_manifold", "normalize"),) if UPDATES[update].constrained else ()
+    options = (("off_manifold", "normalize"),) if find_update(update).constrained else ()
     return training.Arm(update, options=options)
 
 

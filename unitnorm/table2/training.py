@@ -29,7 +29,7 @@ from unitnorm.run.processes import to_host
 from unitnorm.table2 import protocol
 from unitnorm.table2.config import Config
 from unitnorm.table2.model import FILTER_AXIS, ArchBN, Network, filter_mask, split_network
-from unitnorm.updates import UPDATES, partition
+from unitnorm.updates import find_update, partition
 
 # Seeds that a CPU device computes together: with more they leave its caches, with one XLA has no
 # batch to work on; either costs a fifth. A GPU or TPU computes all of its seeds together.
@@ -189,7 +189,7 @@ def init_runs(
     stats = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), stats)
     states, parts = [], []
     for arm, part in by_arm(arms, params):
-        if UPDATES[arm.update].constrained:  # "trust" looks at no norm afterwards
+        if find_update(arm.update).constrained:  # "trust" looks at no norm afterwards
             part = put_filters(part, [retraction(w, FILTER_AXIS) for w in filters(part)])
         states.append(jax.vmap(transformation(arm, jnp.float32(0), part).init)(part))
         parts.append(part)
@@ -306,7 +306,7 @@ def transformation(
     arm: Arm, rate: Array, params: Any, ratio: Array | None = None
 ) -> optax.GradientTransformation:
     """An arm's update of ArchBN's parameters, whose filters have unit norm from the start."""
-    known, options = UPDATES[arm.update], dict(arm.options)
+    known, options = find_update(arm.update), dict(arm.options)
     if known.constrained:
         options.setdefault("off_manifold", "trust")
     filters_rate = rate if ratio is None else ratio * rate

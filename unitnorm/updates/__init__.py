@@ -254,15 +254,3 @@ def build(
         update.rest(learning_rate) if rest is None else rest,
         filters,
     )
-
-
-def check_update_name(name: str) -> str:
-    """The registry's name for `name`, in which _ may stand for -.
-
-    Raises:
-        ValueError: it is unknown.
-    """
-    known = name.replace("_", "-")
-    if known not in UPDATES:
-        raise ValueError(f"{name!r} is not an update; expected one of {', '.join(UPDATES)}")
-    return known
