@@ -53,8 +53,10 @@ def sweep_missing(
     Raises:
       Interrupted: after saving a checkpoint.
     """
+    filters = pack_filters(unpack_filters(records))  # a folder has them from the first write on
     for group in missing(config, records["sweep"]):
-        records = records.with_rows("sweep", sweep_group(config, data, group, session))
+        rows = sweep_group(config, data, group, session)
+        records = records.with_rows("sweep", rows).with_files({FILTERS: filters})
         yield records
 
 
