@@ -30,7 +30,7 @@ for number in map(float, sys.argv[2:]):
 
 @pytest.fixture
 def kept(tmp_path):
-    return tmp_path / "xla"
+    return tmp_path / "programs"
 
 
 def compute(kept: Path, *numbers: int, most: int = compiled.MAX_BYTES) -> None:
