@@ -98,6 +98,14 @@ def test_the_updates_are_a_part_of_a_training_and_the_figures_are_not():
         assert not re.match(r"unitnorm\.(run|data|report|segment|symmetry|study|bench|cli)\b", name)
 
 
+def test_two_hosts_have_the_same_sources_or_not(identity):
+    """Processes that train together compare all of it, whatever they are about to train."""
+    before = provenance.hash_sources()
+    assert provenance.hash_sources() == before
+    identity({"run/toy_bars.py": "# a comment\n"})
+    assert provenance.hash_sources() != before
+
+
 def test_a_fingerprint_is_of_all_that_it_is_given():
     rates = np.array([[1e-2, 1e-3]])
     base = provenance.fingerprint("unitnorm.geometry", "sweep", [0, 1], rates)

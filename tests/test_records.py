@@ -105,7 +105,7 @@ def refused(folder: Path, schema: Schema = SCHEMA) -> str:
 
 
 def test_what_is_read_is_what_was_written(out):
-    assert set(contents(out)) == {*FILES, ".lock"}
+    assert set(contents(out)) == set(FILES)
     found, expected = records.read(out, SCHEMA), example()
     for name, table in expected.tables.items():
         pd.testing.assert_frame_equal(found[name], table, check_exact=True)
@@ -337,8 +337,8 @@ def test_a_full_disk_leaves_the_old_records(tmp_path):
             large = example().with_files(filters(np.zeros((100, 1000))))
             with pytest.raises(UserError, match=r"No space left on device.*free some space") as e:
                 records.write(disk / "out", large)
+            assert contents(disk / "out") == before
         assert "\n" not in str(e.value)
-        assert contents(disk / "out") == before
 
 
 def test_a_file_size_limit_is_a_full_disk_too(out):
@@ -411,6 +411,7 @@ def test_one_process_at_a_time_and_a_killed_one_holds_nothing(out):
     )
     with holder:
         assert holder.stdout.readline() == "held\n"
+        assert ".lock" in contents(out)
         busy = pytest.raises(UserError, match="another unitnorm process is at work here")
         with busy, records.locked(out):
             pass
@@ -420,6 +421,32 @@ def test_one_process_at_a_time_and_a_killed_one_holds_nothing(out):
         holder.wait()
     with records.locked(out):
         assert len(records.read(out, SCHEMA)["runs"]) == 4
+    assert set(contents(out)) == set(FILES)  # nothing is left of the locks
+
+
+TAKE = """
+import sys, pathlib
+from unitnorm.errors import UserError
+from unitnorm.run import records
+folder, entered = pathlib.Path(sys.argv[1]), 0
+while entered < 100:
+    try:
+        with records.locked(folder):
+            (folder / "inside").mkdir()  # fails where another is inside
+            (folder / "inside").rmdir()
+            entered += 1
+    except UserError:
+        pass
+"""
+
+
+def test_a_lock_that_goes_with_its_holder_lets_no_two_in(tmp_path):
+    words = [sys.executable, "-c", TAKE, tmp_path]
+    takers = [subprocess.Popen(words, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    for taker in takers:
+        assert taker.communicate(timeout=120)[1] == ""
+        assert taker.returncode == 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_files_of_a_pattern_give_way_to_the_new_ones_and_others_stay(tmp_path):
@@ -427,7 +454,7 @@ def test_files_of_a_pattern_give_way_to_the_new_ones_and_others_stay(tmp_path):
         records.write_files(tmp_path, {"a/x1": b"", "a/x2": b"", "a/y": b""})
         records.write_files(tmp_path, {"a/x2": b"new", "b": b""}, replacing="a/x*")
     found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
-    assert found - {".lock"} == {"a/x2", "a/y", "b"}
+    assert found == {"a/x2", "a/y", "b"}
     assert (tmp_path / "a" / "x2").read_bytes() == b"new"
 
 

@@ -150,7 +150,7 @@ def test_a_stopped_run_is_frozen_and_leaves_the_others_alone(both, healthy):
         assert run_of(mixed, update, seed).epoch == 2
 
 
-def test_a_run_that_blows_up_or_has_no_rate_stops_and_spares_the_rest(healthy):
+def test_a_run_that_blows_up_stops_with_its_epoch_and_spares_the_rest(healthy):
     p, runs = program(rates=[[1e-2, 1e-2], [1e30, 1e-2], [1e-2, np.nan]])
     runs = advanced(p, runs, 2)
     reasons = [[protocol.STOP_REASONS[r] for r in run.reason[:3]] for run in runs]

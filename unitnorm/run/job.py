@@ -138,9 +138,9 @@ def open_job(
         data, about = device_setup.in_all(load)
         expected = provenance.describe(config, about)
         asked = config.model_dump_json(exclude={"data": {"data_dir"}})
-        code = provenance.code_identity(type(config).__module__)
+        sources = provenance.hash_sources() if device_setup.several() else ""
         device_setup.check_same(
-            "config, data set or version of unitnorm", f"{asked} {about} {code}"
+            "config, data set or version of unitnorm", f"{asked} {about} {sources}"
         )
         checkpoints: Checkpoints = Nowhere()
 

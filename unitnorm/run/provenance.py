@@ -103,6 +103,15 @@ def code_identity(module: str) -> str:
     return hashlib.sha256(json.dumps(sorted(found.items())).encode()).hexdigest()
 
 
+def hash_sources() -> str:
+    """SHA-256 of every source file of unitnorm: whether two hosts have the same version of it."""
+    digest = hashlib.sha256()
+    for root in map(Path, unitnorm.__path__):
+        for path in sorted(root.rglob("*.py")):
+            digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
 def modules_of(module: str) -> dict[str, ast.Module]:
     """A module and all of unitnorm that it imports but `APART`, by name, without docstrings."""
     found: dict[str, ast.Module] = {}

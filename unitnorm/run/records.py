@@ -213,7 +213,7 @@ def locked(folder: Path, *, make: bool = True) -> Iterator[None]:
         raise _cannot(folder, "used as a results folder", error) from None
     if not os.access(folder, os.W_OK):  # said now, and not after an hour of training
         raise UserError(f"{folder}: cannot be written (permissions); give another --out")
-    lock = filelock.FileLock(folder / _LOCK, blocking=False)
+    lock = filelock.FileLock(folder / _LOCK, timeout=0.1, poll_interval=0.01)
     try:
         lock.acquire()
     except filelock.Timeout:
@@ -227,6 +227,9 @@ def locked(folder: Path, *, make: bool = True) -> Iterator[None]:
         recover(folder)
         yield
     finally:
+        # while it is held: whoever has it open finds that it has no name, and looks again
+        with contextlib.suppress(OSError):  # as on a system that removes no open file
+            os.unlink(folder / _LOCK)
         lock.release()
 
 
