@@ -41,7 +41,7 @@ def augment(
     free = whole * zoom - jnp.asarray(size)  # pixels that the part leaves out, or has too many
     start = jnp.round(jax.random.uniform(place_key, (2,)) * free)
     image = jax.image.scale_and_translate(
-        image.astype(jnp.float32), (*size, image.shape[-1]), (0, 1), jnp.stack([zoom, zoom]),
+        jnp.asarray(image, jnp.float32), (*size, image.shape[-1]), (0, 1), jnp.stack([zoom, zoom]),
         -start, "linear",
     )  # fmt: skip
     rows, columns = (
@@ -53,7 +53,7 @@ def augment(
         jnp.where(index < 0, length, index)
         for index, length in zip((rows, columns), labels.shape, strict=True)
     )
-    labels = labels.at[rows[:, None], columns].get(mode="fill", fill_value=UNLABELLED)
+    labels = jnp.asarray(labels).at[rows[:, None], columns].get(mode="fill", fill_value=UNLABELLED)
     if options.flip:
         flip = jax.random.bernoulli(flip_key)
         image = jnp.where(flip, image[:, ::-1], image)

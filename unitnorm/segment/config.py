@@ -156,7 +156,9 @@ class SegmentConfig(ExperimentConfig):
         mine = json.loads(json.dumps(self.protocol()))
         try:
             rates = {**mine["learning_rates"], **recorded["learning_rates"]}
-            mine["learning_rates"] |= {k: mine["learning_rates"].get(k, v) for k, v in rates.items()}
+            mine["learning_rates"] |= {
+                k: mine["learning_rates"].get(k, v) for k, v in rates.items()
+            }
             recorded = {**recorded, "learning_rates": rates}
         except (TypeError, KeyError, AttributeError):
             pass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,8 +63,8 @@ def _direct(x: Array, kernel: Array) -> Array:
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers)
 
 
-def _with_derivatives(convolution: Callable[[Array, Array], Array]) -> Callable[..., Array]:
-    def run(x: Array, kernel: Array, back: Array) -> Array:
+def _with_derivatives(convolution: Callable[[Array, Array], Array]) -> Callable[..., Any]:
+    def run(x: Array, kernel: Array, back: Array) -> tuple[Array, ...]:
         y, transpose = jax.vjp(convolution, x, kernel)
         return y, *transpose(back)
 

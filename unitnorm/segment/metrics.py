@@ -13,11 +13,11 @@ import numpy as np
 from jax import Array
 from numpy.typing import ArrayLike, NDArray
 
-
-# Of the SegNet authors' training of SegNet-Basic on CamVid, in the order of `palette.NAMES`. They are
-# median frequency weights of these 367 label images, within 10 %, but for "sign": 9.6 where the
-# images give 3.8. So the authors weighed a narrower class, 2.5 times rarer, than their label images
-# have, whose signs hold more than sign posts; which of the original labels are meant is not said.
+# Of the SegNet authors' own training on CamVid (segnet_basic_train.prototxt of their tutorial), in
+# the order of `palette.NAMES`. They are median frequency weights of the 367 label images, each
+# within a tenth, but for "sign": 9.6, where the images give 3.8 (3.5 with the unlabelled as a class
+# in the median). "Sign" must have been weighed by labels with 2.5 times fewer of its pixels,
+# probably a narrower class; no choice of sequences or formula gives that number.
 PUBLISHED_WEIGHTS = (
     0.2595, 0.1826, 4.5640, 0.1417, 0.9051, 0.3826, 9.6446, 1.8418, 0.6823, 6.2478, 7.3614,
 )  # fmt: skip

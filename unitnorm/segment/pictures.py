@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
@@ -75,7 +76,9 @@ def draw_curves(metrics: pd.DataFrame, history: pd.DataFrame) -> Figure:
                 lines = factor * rows.pivot(index="epoch", columns="run", values=column)
                 if lines.shape[1] > 1:
                     axis.plot(lines.index, lines, color=drawn.colour, lw=0.5, alpha=0.5)
-                axis.plot(lines.index, lines.mean(axis=1), color=drawn.colour, ls=drawn.line, lw=1.5)
+                axis.plot(
+                    lines.index, lines.mean(axis=1), color=drawn.colour, ls=drawn.line, lw=1.5
+                )
             axis.set_ylabel(name)
             axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         for axis in axes[-1]:
@@ -89,8 +92,8 @@ def _draw_grid(rows: Mapping[str, Sequence[NDArray[np.uint8]]], classes: list[st
     height, width = next(iter(rows.values()))[0].shape[:2]
     tall = style.WIDTH / columns * height / width * len(rows) + 0.5
     with style.settings():
-        figure = Figure(figsize=(style.WIDTH, min(tall, TALLEST)), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)  # type: ignore[union-attr]
+        tight = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
+        figure = Figure(figsize=(style.WIDTH, min(tall, TALLEST)), layout=tight)
         axes = figure.subplots(len(rows), columns, squeeze=False)
         for line, (title, pictures) in zip(axes, rows.items(), strict=True):
             for axis, picture in zip(line, pictures, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -125,5 +126,5 @@ def _percent(values: np.ndarray) -> str:
     return _finite(found.mean, 1) + (f" ± {found.std:.1f}" if np.isfinite(found.std) else "")
 
 
-def _finite(value: float, digits: int) -> str:
+def _finite(value: Any, digits: int) -> str:
     return f"{value:.{digits}f}" if np.isfinite(value) else "–"

@@ -225,9 +225,7 @@ class SegNetProgram:
             return base
         return base * 0.5 * (1 + jnp.cos(jnp.pi * step / (self.steps * self.epochs)))
 
-    def _batch(
-        self, step: Array, images: Array, labels: Array, seed: Array
-    ) -> tuple[Array, Array]:
+    def _batch(self, step: Array, images: Array, labels: Array, seed: Array) -> tuple[Array, Array]:
         """A mini-batch, changed at random: images float32 and labels int32.
 
         Each epoch has an order of its own. Where the batch size does not divide the images, the

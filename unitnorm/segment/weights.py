@@ -1,4 +1,4 @@
-"""TrainedSegNet weights as a file: safetensors, with what is needed to build the network and to use it."""
+"""Trained weights as a file: safetensors, with what is needed to build the network and use it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ class Weights(NamedTuple):
     stats: Any
 
 
-def pack_weights(weights: Weights, network: SegNetConfig, update: str, size: tuple[int, int]) -> bytes:
+def pack_weights(
+    weights: Weights, network: SegNetConfig, update: str, size: tuple[int, int]
+) -> bytes:
     """The content of a file of weights.
 
     Args:
