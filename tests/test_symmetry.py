@@ -283,8 +283,8 @@ def test_the_squared_norm_grows_by_the_squared_step(config, start):
         network = subject.network(CLAIM)
         x, y = training.gather(subject.train, subject.batches(1)[0])
         at = measure.stepping("b-sgd", RATE, *jax.tree.map(jnp.asarray, (params, stats)))
-        phase = training.train_phase(config)
-        step = jax.jit(partial(training.train_step, network, phase, "b-sgd", jnp.asarray(RATE)))
+        phase, arm = training.train_phase(config), training.Arm("b-sgd")
+        step = jax.jit(partial(training.train_step, network, phase, arm, jnp.asarray(RATE)))
         after = step(at, x, y).params
         for old, new in zip(training.filters(params), training.filters(after), strict=True):
             grown = (new**2).sum(-1) - (old**2).sum(-1)
