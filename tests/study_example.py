@@ -68,7 +68,7 @@ def invent_spread_runs(seeds: int = 8) -> pd.DataFrame:
     rng = np.random.default_rng(1)
     balanced = invent_runs(seeds)
     balanced = balanced[(balanced["purpose"] == "compare") & balanced["arm"].isin(["un", "b-sgd"])]
-    parts = [balanced]
+    parts = [balanced.assign(start="filters")]  # at spread 0 all kinds of start are one
     for start in ("filters", "pairs"):
         for spread in (0.5, 1.0, 2.0):
             part = balanced.assign(start=start, spread=spread, wrong="")

@@ -9,14 +9,14 @@ from matplotlib.figure import Figure
 
 from tests.study_example import COMPARISONS, RATES, invent_runs, invent_spread_runs
 from unitnorm.errors import UserError
-from unitnorm.report.figures import encode
+from unitnorm.report.style import encode
 from unitnorm.study.figures import (
     VERDICTS,
     budget_means,
     draw_budgets,
     draw_forest,
-    draw_rates,
     draw_spreads,
+    draw_tuning,
 )
 from unitnorm.study.statistics import compare, rate_means
 
@@ -63,7 +63,7 @@ def test_forest_keeps_one_failure_from_hiding_the_rest(runs):
 
 
 def test_rates_mark_the_best_of_each_arm(runs):
-    figure = draw_rates(runs)
+    figure = draw_tuning(runs)
     table = rate_means(runs)
     best = table[table["is_best"] & (table["dataset"] == "fashion") & (table["depth"] == 2)]
     rings = line_at(figure, 0, markersize=11)
@@ -101,7 +101,7 @@ def test_spreads_have_a_line_per_update_that_begins_at_the_balanced_start():
     assert texts == ["B-SGD: 2"]
 
 
-@pytest.mark.parametrize("draw", [draw_rates, draw_budgets, draw_spreads])
+@pytest.mark.parametrize("draw", [draw_tuning, draw_budgets, draw_spreads])
 def test_nothing_to_draw_is_said_in_one_line(draw, runs):
     with pytest.raises(UserError, match="runs to draw"):
         draw(runs.iloc[:0])

@@ -56,7 +56,7 @@ def test_page_holds_the_pairs_and_tables_of_each_study(page, studies):
     assert data["best-rates"]["ranks"]["arm"] == list(rank(runs)["arm"])
     assert b"wrong" not in json.dumps(data).encode()
     levels = [row["level"] for row in data["starts"]["comparisons"][:3]]
-    assert levels[0] == "start balanced, spread 0"
+    assert levels[0] == "start filters, spread 0"
     assert len(set(levels)) == 3
 
 

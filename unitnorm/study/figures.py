@@ -1,6 +1,6 @@
 """A study's figures: all comparisons, error against rate, against budget and against the start.
 
-Drawn as `unitnorm.report.figures` draws: the same letters, colours and bytes on every machine. An
+Drawn in `unitnorm.report.style`: the same letters, colours and bytes on every machine. An
 update keeps the colour, line and marker that it has in the report; names beyond the nine styles
 have hollow markers.
 """
@@ -19,9 +19,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
 from unitnorm.errors import UserError
-from unitnorm.report.figures import WIDTH, Style, settings, style
-from unitnorm.report.frames import label
-from unitnorm.report.statistics import points
+from unitnorm.report.style import WIDTH, Style, assign_styles, label, settings
+from unitnorm.report.tables import format_points
 from unitnorm.study.statistics import (
     is_error,
     mean_interval,
@@ -118,7 +117,7 @@ def draw_forest(comparisons: pd.DataFrame, margin: float = 0.05) -> Figure:
         return figure
 
 
-def draw_rates(runs: pd.DataFrame) -> Figure:
+def draw_tuning(runs: pd.DataFrame) -> Figure:
     """Validation error of the tuning runs against the filters' rate, each arm's best rates marked.
 
     A row of panels per data set and depth, a column per schedule. Where the rates of the rest vary
@@ -206,8 +205,9 @@ def draw_budgets(runs: pd.DataFrame, metric: str = "test_error") -> Figure:
 def draw_spreads(runs: pd.DataFrame, metric: str = "test_error") -> Figure:
     """The error of full trainings against the spread of the starts: a line per update.
 
-    A row of panels per data set and depth, a column per kind of start. Balanced runs stand at
-    spread 0 of every kind. An update that no start can change gives a flat line.
+    A row of panels per data set and depth, a column per kind of start. At spread 0 every kind is
+    the balanced start, so that runs of one serve all. An update that no start can change gives a
+    flat line.
 
     Raises:
         UserError: no comparison runs, or none that has not diverged.
@@ -217,8 +217,13 @@ def draw_spreads(runs: pd.DataFrame, metric: str = "test_error") -> Figure:
     kinds = [kind for kind in chosen["start"].unique() if kind != "balanced"] or ["balanced"]
     rows = []
     for kind in kinds:
-        part = chosen[chosen["start"].isin([kind, "balanced"])]
         keys = ["dataset", "depth", "update", "spread"]
+        part = chosen[(chosen["start"] == kind) | (chosen["spread"] == 0)]
+        part = part.sort_values(
+            "start", key=lambda starts, kind=kind: starts != kind, kind="stable"
+        )
+        part = part.drop_duplicates([*keys, "seed"])  # where each kind has balanced runs of its own
+        part = part[part["update"].isin(chosen.loc[chosen["start"] == kind, "update"])]
         for key, group in part.groupby(keys, sort=False):
             values = group["value"].dropna().to_numpy(float)
             mean, _, low, high = mean_interval(values)
@@ -307,7 +312,7 @@ def _draw_difference(axis: Axes, y: float, row: Mapping, limit: float) -> None:
 
 def _forest_text(row: Mapping) -> str:
     value = row["difference"]
-    text = "no pairs" if math.isnan(value) else f"{points(value / 100)} {row['verdict']}"
+    text = "no pairs" if math.isnan(value) else f"{format_points(value / 100)} {row['verdict']}"
     text += f", n = {row['n']}"
     return text + (f" ({row['n_left_out']} left out)" if row["n_left_out"] else "")
 
@@ -334,7 +339,7 @@ def _styles(names: Iterable[str]) -> dict[str, _Drawn]:
     """A style for each name, in the report's order; hollow where the style is taken already."""
     taken: set[Style] = set()
     styles = {}
-    for name, one in style(names).items():
+    for name, one in assign_styles(names).items():
         styles[name] = _Drawn(one, one in taken)
         taken.add(one)
     return styles

@@ -17,7 +17,7 @@ import pandas as pd
 import vl_convert
 
 from unitnorm.errors import UserError
-from unitnorm.report.figures import style
+from unitnorm.report.style import assign_styles
 from unitnorm.study.figures import VERDICTS, budget_means, name_metric
 from unitnorm.study.statistics import (
     is_error,
@@ -70,8 +70,7 @@ def build_page(studies: Mapping[str, StudyFrames]) -> bytes:
     data = {name: _pack_study(frames) for name, frames in studies.items()}
     page = files("unitnorm.study").joinpath("page.html").read_text(encoding="utf-8")
     parts = {
-        "VEGA": vl_convert.javascript_bundle()  # type: ignore[call-arg] # its types lack the default
-        .replace("</script", "<\\/script"),
+        "VEGA": vl_convert.javascript_bundle().replace("</script", "<\\/script"),  # type: ignore[call-arg] # its types lack the default
         "DATA": _script_json(data),
         "CHARTS": _script_json(build_charts()),
         "VERDICTS": _script_json(
@@ -200,7 +199,7 @@ def _arm_looks(runs: pd.DataFrame) -> dict[str, dict[str, str]]:
     first = runs.drop_duplicates("arm")
     arms = dict(zip(first["arm"].astype(str), first["update"].astype(str), strict=True))
     alone = len(set(arms.values())) == len(arms)  # then an arm looks as its update does elsewhere
-    styles = style(list(arms.values()) if alone else list(arms))
+    styles = assign_styles(list(arms.values()) if alone else list(arms))
     taken: set[tuple[str, tuple[str, str]]] = set()
     looks = {}
     for arm, update in arms.items():

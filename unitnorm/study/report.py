@@ -55,7 +55,7 @@ def build(known: Records) -> dict[str, bytes]:
     if (runs["purpose"] == "tune").any():
         files["rates.csv"] = to_csv(statistics.rate_means(runs)).encode()
         files["chosen_rates.csv"] = to_csv(statistics.choose_rates(runs)).encode()
-        drawn["rates"] = figures.draw_rates(runs)
+        drawn["rates"] = figures.draw_tuning(runs)
     for name, figure in drawn.items():
         encoded = encode(figure, palette=True)
         files |= {f"figures/{name}.{ending}": content for ending, content in encoded.items()}
