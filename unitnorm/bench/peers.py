@@ -1,7 +1,7 @@
 """The loop that a user of PyTorch or geoopt would write: one run, mini-batch after mini-batch.
 
-On a GPU where PyTorch has one, else on the CPU with as many threads as PyTorch takes. The data lie in
-memory as float32 and are shuffled each epoch by indexing, which is several times as fast as a
+On a GPU where PyTorch has one, else on the CPU with as many threads as PyTorch takes. The data lie
+in memory as float32 and are shuffled each epoch by indexing, which is several times as fast as a
 DataLoader.
 """
 
