@@ -8,13 +8,16 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import re
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pandas as pd
 import pytest
 from click.testing import CliRunner
@@ -29,13 +32,16 @@ from unitnorm.bench import (
     roofline,
     scaling,
     startup,
+    updates,
     worker,
 )
 from unitnorm.bench.measure import Contestant, Spread
 from unitnorm.errors import UserError
+from unitnorm.report.style import encode
 from unitnorm.report.tables import Fitting
+from unitnorm.run.config import parse
 from unitnorm.table2 import training
-from unitnorm.table2.config import Config, parse
+from unitnorm.table2.config import Config
 from unitnorm.table2.model import FILTER_AXIS, filter_mask
 
 # ---------------------------------------------------------------- what a sample costs
@@ -72,10 +78,11 @@ def test_the_bound_is_the_lower_roof():
 
 
 def test_evaluation_counts_as_work_of_ours_alone():
-    flops, moved = compare.work_of("unitnorm", 2, 50_000)
+    flops, moved = compare.work_of(2, 50_000, lanes=2)
     assert flops == pytest.approx(214_912 + 105_088 / 5)
     assert moved == pytest.approx(392 + 4_224 + 784 / 5)
-    assert compare.work_of("geoopt", 2, 50_000) == (214_912, 3_136 + 4_224)
+    assert compare.work_of(2, 50_000, lanes=8) == (flops, pytest.approx(98 + 4_224 + 784 / 5))
+    assert compare.work_of(2, 50_000) == (214_912, 3_136 + 4_224)
 
 
 # ---------------------------------------------------------------- the same work
@@ -88,7 +95,7 @@ def images(idx_folder):
 
 @pytest.fixture
 def config():
-    return parse({"loss": {"batch_size": 20}})
+    return parse({"loss": {"batch_size": 20}}, "test", Config)
 
 
 @pytest.mark.parametrize("riemannian", [False, True], ids=["torch-sgd", "geoopt"])
@@ -102,7 +109,7 @@ def test_the_peers_loops_are_ours_step_by_step(images, config, riemannian, monke
 
     def un(params):
         filters = filter_mask(params)
-        return build("un", contestants.RATE, filters=filters, axis=FILTER_AXIS)
+        return build("un", worker.RATE, filters=filters, axis=FILTER_AXIS)
 
     ours = contestants.OptaxLoop(2, images, config, *([un] if riemannian else []))
     start = ours.weights()
@@ -128,6 +135,7 @@ class Fake:
 
     def __init__(self, name, log, about, answers):
         self.name, self.log, self.about = name, log, about
+        self.samples = about.get("samples", 0)
         self.answers = iter([*answers[:1] * measure.WARM_UP, *answers])
 
     def repeat(self):
@@ -192,6 +200,50 @@ def test_what_is_not_installed_is_named_and_what_fails_says_why(tmp_path, monkey
         measure.started({"geoopt": peer}).__enter__()
 
 
+STUB = """
+import json, os, sys
+options = json.loads(sys.argv[2])
+threads = [os.environ.get(name) for name in ("PJRT_NPROC", "OMP_NUM_THREADS")]
+number = options.get("process", 0)
+print(json.dumps({"ready": {"samples": 50, "threads": threads, "options": options}}), flush=True)
+for line in sys.stdin:
+    print(json.dumps({"seconds": 1.0 + number, "peak_memory_mb": 10.0}), flush=True)
+"""
+
+
+@pytest.fixture
+def stub(tmp_path, monkeypatch):
+    """Workers that measure nothing and say how they were started."""
+    (tmp_path / "stub.py").write_text(STUB)
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nshift 2\nexec "{sys.executable}" "{tmp_path}/stub.py" "$@"\n')
+    python.chmod(0o700)
+    monkeypatch.setattr(measure.sys, "executable", str(python))
+    for name in measure.ONE_THREAD:
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_copies_add_up_their_samples_and_have_a_thread_each(stub):
+    one = {"geoopt": Contestant("geoopt", {"depth": 2})}
+    with measure.started(one) as (workers, _):
+        assert workers["geoopt"].samples == 50
+        assert workers["geoopt"].about["threads"] == [None, None]
+    copies = {"geoopt": Contestant("geoopt", {"depth": 2}, 3)}
+    with measure.started(copies) as (workers, _):
+        assert workers["geoopt"].samples == 150
+        assert workers["geoopt"].about["threads"] == ["1", "1"]
+        assert workers["geoopt"].about["options"] == {"depth": 2}
+        assert workers["geoopt"].repeat() == {"seconds": 1.0, "peak_memory_mb": 30.0}
+
+
+def test_processes_that_work_together_are_as_slow_as_the_slowest(stub):
+    with measure.started({"ours": Contestant("program", {}, 2, joint=True)}) as (workers, _):
+        assert workers["ours"].samples == 50
+        assert workers["ours"].about["threads"] == [None, None]
+        assert workers["ours"].about["options"]["processes"] == 2
+        assert workers["ours"].repeat() == {"seconds": 2.0, "peak_memory_mb": 20.0}
+
+
 def test_a_worker_answers_each_order_with_one_line(monkeypatch):
     lines = iter(["again\n", "again\n", ""])
     monkeypatch.setattr(sys, "stdin", type("Stdin", (), {"readline": lambda _: next(lines)})())
@@ -205,31 +257,40 @@ def test_a_worker_answers_each_order_with_one_line(monkeypatch):
 # ---------------------------------------------------------------- what is told
 
 DEVICE = {"kind": "AMD EPYC", "platform": "cpu", "count": 2, "processes": 1, "machine": "x86_64"}
-SECONDS = {"unitnorm": [2.0, 4.0, 5.0], "geoopt": [1.0, 0.5, 0.4], "optax-loop": [0.5, 0.5, 0.5]}
+SECONDS = {  # by name and runs
+    ("unitnorm", 20): [2.0, 4.0, 5.0],
+    ("unitnorm", 1): [0.5, 0.5, 0.5],
+    ("unitnorm-study", 80): [5.0, 5.0, 5.0],
+    ("geoopt", 1): [1.0, 0.5, 0.4],
+    ("geoopt", 2): [0.8, 0.8, 0.8],
+    ("optax-loop", 1): [0.25, 0.25, 0.25],
+    ("optax-loop", 2): [1.0, 1.0, 1.0],
+}
 COSTS = {"without": [1.0, 2.0, 1.0], "with": [1.1, 2.0, 1.05]}  # in each of five starts
 
 
 @pytest.fixture
 def measured(monkeypatch):
-    """A comparison of numbers that we know; PyTorch is not installed."""
+    """A comparison of numbers that we know, on two cores; PyTorch's SGD is not installed."""
 
     @contextlib.contextmanager
     def started(chosen):
         workers, missing = {}, {}
-        for name, contestant in chosen.items():
-            if name == "bound":
-                answer = {"flops_per_s": 240e9, "bytes_per_s": 20e9}
-                workers[name] = Fake(name, [], {}, [answer] * 3)
-            elif name == "torch-sgd":
-                missing[name] = "torch"
+        for key, contestant in chosen.items():
+            if contestant.kind == "machine":
+                answer = {"flops_per_s": 240e9, "bytes_per_s": 20e9, "seconds": 1.0}
+                workers[key] = Fake(key, [], {}, [answer] * 3)
+            elif contestant.kind == "torch_sgd":
+                missing[key] = "torch"
             else:
-                times = COSTS[name] if name in COSTS else SECONDS[name]
-                about = {"samples": 1_000_000 if name == "unitnorm" else 50_000, "device": DEVICE}
-                assert contestant.options["images"] == 50_000
-                workers[name] = Fake(name, [], about, [{"seconds": s} for s in times])
+                times = COSTS[key] if key in COSTS else SECONDS[key[:2]]
+                runs = 10 if key in COSTS else key.runs
+                about = {"samples": runs * contestant.options["images"], "device": DEVICE}
+                workers[key] = Fake(key, [], about, [{"seconds": s} for s in times])
         yield workers, missing
 
     monkeypatch.setattr(measure, "started", started)
+    monkeypatch.setattr(compare, "count_cores", lambda: 2)
 
 
 def test_the_comparison_is_medians_and_ratios_round_by_round(measured, tmp_path):
@@ -237,23 +298,24 @@ def test_the_comparison_is_medians_and_ratios_round_by_round(measured, tmp_path)
         cli.main, ["bench", "--out", str(tmp_path), "--depth", "2", "--rounds", "3"]
     )
     assert done.exit_code == 0, done.output
-    folder = tmp_path / "bench"
-    table = pd.read_csv(folder / "amd-epyc-2-cores.csv").set_index("name")
-    assert list(table.columns) == ["depth", "runs", "samples_per_s", "low", "high"]
-    assert list(table.index) == ["unitnorm", "geoopt", "optax-loop", "bound"]
-    assert list(table.loc["unitnorm"]) == [2, 20, 250_000, 200_000, 500_000]
-    assert list(table.loc["geoopt"]) == [2, 1, 100_000, 50_000, 125_000]
-    bound = round(240e9 / (214_912 + 105_088 / 5))
-    assert list(table.loc["bound"]) == [2, 20, bound, bound, bound]
-    facts = json.loads((folder / "amd-epyc-2-cores.json").read_text())
+    table = pd.read_csv(tmp_path / "amd-epyc-2-cores.csv")
+    assert list(table.columns) == compare.COLUMNS
+    rows = {tuple(row[:3]): row[3:] for row in table.to_numpy().tolist()}
+    assert list(rows) == [
+        ("unitnorm", 20, 1), ("unitnorm", 1, 1), ("unitnorm-study", 80, 1), ("geoopt", 1, 1),
+        ("geoopt", 2, 2), ("optax-loop", 1, 1), ("optax-loop", 2, 2), ("bound", 20, 1),
+    ]  # fmt: skip
+    assert rows["unitnorm", 20, 1] == [2, 250_000, 200_000, 500_000, 1, 1, 1]
     # rounds: 500,000 / 50,000, 250,000 / 100,000, 200,000 / 125,000
-    assert facts["times as fast"]["geoopt, depth 2"] == pytest.approx(
-        {"median": 2.5, "low": 1.6, "high": 10.0}
-    )
+    assert rows["geoopt", 1, 1] == [2, 100_000, 50_000, 125_000, 2.5, 1.6, 10.0]
+    assert rows["geoopt", 2, 2] == [2, 125_000, 125_000, 125_000, 2.0, 1.6, 4.0]
+    bound = 240e9 / (214_912 + 105_088 / 5)
+    assert rows["bound", 20, 1][1:4] == pytest.approx([bound] * 3, rel=1e-6)
+    facts = json.loads((tmp_path / "amd-epyc-2-cores.json").read_text())
     assert facts["missing"] == {"torch-sgd": "torch"}
     assert facts["command"].startswith("unitnorm")
     assert facts["versions"]["jax"] == jax.__version__
-    costs = pd.read_csv(folder / "amd-epyc-2-cores-costs.csv")
+    costs = pd.read_csv(tmp_path / "amd-epyc-2-cores-costs.csv")
     assert list(costs["what"]) == ["UN instead of B-SGD", "a checkpoint after every epoch"]
     assert costs.drop(columns="what").to_dict("records") == 2 * [
         {
@@ -261,86 +323,208 @@ def test_the_comparison_is_medians_and_ratios_round_by_round(measured, tmp_path)
             "median": 1.05, "low": 1.0, "high": 1.1, "rounds": 15,
         }
     ]  # fmt: skip
-    assert "torch-sgd is left out: torch is not installed (pip install" in done.output
-    said = "UN instead of B-SGD takes 1.050 times as long (median of 15 pairs; 1.000–1.100)."
-    assert said in done.output
-    assert said in (folder / "amd-epyc-2-cores.md").read_text()
+    text = (tmp_path / "amd-epyc-2-cores.md").read_text()
+    for said in (
+        "- torch-sgd is left out: torch is not installed (pip install 'unitnorm[bench]').",
+        "UN instead of B-SGD takes 1.050 times as long (median of 15 pairs; 1.000–1.100).",
+        # the headline is against the better row of each
+        "- Depth 2: 2.0 times as fast as geoopt in 2 processes, its best.",
+        "- Depth 2: 1.2 times as fast as optax-loop in one process, its best.",
+        "Emerging-Optimizers is not compared",
+    ):
+        assert said in text
+        assert said in " ".join(done.output.split())
     assert re.search(r"2 +geoopt +1 +100k +50k–125k +2\.50 +1\.60–10\.00 +10%", done.output)
-    names = {path.name for path in folder.iterdir()}
+    names = {path.name for path in tmp_path.iterdir()}
     assert {"amd-epyc-2-cores-roofline.png", "amd-epyc-2-cores-roofline.svg"} < names
 
 
+def test_a_quick_look_says_each_step_and_leaves_out_what_takes_long(measured, tmp_path):
+    done = CliRunner().invoke(cli.main, ["bench", "--quick", "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    lines = done.output.splitlines()
+    assert lines[0] == "depth 2, starting 13 processes"
+    assert "depth 2, round 2 of 2: geoopt, runs 2, processes 2" in lines
+    assert not any("depth 4" in line or "instead of B-SGD" in line for line in lines)
+    facts = json.loads((tmp_path / "amd-epyc-2-cores.json").read_text())
+    assert (facts["rounds"], facts["images"]) == (2, 5_000)
+    assert not (tmp_path / "amd-epyc-2-cores-costs.csv").exists()
+
+
+def test_one_core_needs_no_second_row():
+    peers = [entry for entry in compare.list_contestants(2, 100, 1) if entry.name == "geoopt"]
+    assert peers == [("geoopt", 1, 1)]
+
+
 def test_the_roofline_has_both_roofs_and_every_contestant(measured):
-    compared = compare.compare([2], 3)
-    figure = figures.roofs(compare.points(compared), compared.machine)
+    figure = compare.measure_speed([2], 3).figures["-roofline"]
     axis = figure.axes[0]
     roof = axis.lines[0].get_xydata()
     np.testing.assert_allclose(roof[:, 1], np.minimum(240.0, 20.0 * roof[:, 0]))
     assert roof[0, 1] < 240.0 == roof[-1, 1]
-    found = {
-        bars.lines[0].get_marker(): tuple(bars.lines[0].get_xydata()[0]) for bars in axis.containers
-    }
-    flops, moved = compare.work_of("unitnorm", 2, 50_000)
-    assert found["o"] == pytest.approx((flops / moved, 250_000 * flops / 1e9))
-    assert found["s"] == pytest.approx((214_912 / 7_360, 100_000 * 214_912 / 1e9))
-    once, again = figures.encode(figure), figures.encode(figure)
+    found = {}
+    for bars in axis.containers:
+        marker = bars.lines[0].get_marker()
+        found.setdefault(marker, []).append(tuple(bars.lines[0].get_xydata()[0]))
+    flops, moved = compare.work_of(2, 50_000, lanes=2)
+    assert found["o"][0] == pytest.approx((flops / moved, 250_000 * flops / 1e9))
+    peer = [(214_912 / 7_360, speed * 214_912 / 1e9) for speed in (100_000, 125_000)]
+    np.testing.assert_allclose(found["s"], peer)
+    once, again = encode(figure), encode(figure)
     assert once == again
     svg = ElementTree.fromstring(once["svg"].decode())
     assert svg.tag.endswith("svg")
 
 
-def test_scaling_measures_each_point_alone_and_tells_how_it_grows(monkeypatch):
+def test_scaling_measures_each_point_alone_and_tells_how_it_grows(monkeypatch, tmp_path):
     asked = []
 
     @contextlib.contextmanager
     def started(chosen):
         ((name, contestant),) = chosen.items()
-        asked.append((contestant.options, contestant.processes))
-        runs = contestant.options["seeds"] * 2
-        count = (contestant.options["devices_used"] or 2) * contestant.processes
-        about = {"samples": runs * 1_000, "device": {**DEVICE, "count": count}}
-        answer = {
-            "seconds": runs * contestant.options["depth"] / count,
-            "peak_memory_mb": 500.0 + runs,
-        }
+        asked.append(contestant)
+        options = contestant.options
+        runs = options["seeds"] * options["lanes"] * len(options["updates"])
+        count = (options["devices_used"] or 2) * contestant.processes
+        about = {"samples": runs * options["images"], "device": {**DEVICE, "count": count}}
+        seconds = runs * options["depth"] / count / (1 + options["side_by_side"])
+        answer = {"seconds": seconds, "peak_memory_mb": 500.0 + runs}
         yield {name: Fake(name, [], about, [answer] * 2)}, {}
 
     monkeypatch.setattr(measure, "started", started)
-    frame, device = scaling.scaling(scaling.points(2), 2, images=1_000)
-    assert device == {**DEVICE, "count": 2}
-    places = frame[["runs", "depth", "devices", "processes"]].to_numpy().tolist()
+    monkeypatch.setattr(scaling, "count_cores", lambda: 2)
+    arguments = ["bench", "--scaling", "--rounds", "2", "--out", str(tmp_path)]
+    done = CliRunner().invoke(cli.main, arguments)
+    assert done.exit_code == 0, done.output
+    frame = pd.read_csv(tmp_path / "scaling.csv")
+    assert list(frame.columns) == scaling.COLUMNS
+    assert set(frame["images"]) == {50_000}
+    places = frame[["runs", "lanes", "depth", "devices", "processes"]].to_numpy().tolist()
     assert places == [
-        [10, 2, 2, 1], [20, 2, 2, 1], [50, 2, 2, 1], [100, 2, 2, 1], [200, 2, 2, 1],
-        [20, 4, 2, 1], [20, 8, 2, 1], [20, 16, 2, 1], [20, 2, 1, 1], [20, 2, 2, 2],
+        [10, 2, 2, 2, 1], [20, 2, 2, 2, 1], [50, 2, 2, 2, 1], [100, 2, 2, 2, 1],
+        [200, 2, 2, 2, 1], [20, 2, 4, 2, 1], [20, 2, 8, 2, 1], [20, 2, 16, 2, 1],
+        *([4 * lanes, lanes, 2, 2, 1] for lanes in (1, 2, 4, 8, 16, 32, 64)),
+        [20, 2, 2, 1, 1], [20, 2, 2, 2, 2],
     ]  # fmt: skip
-    assert asked[0][0]["updates"] == ("b-sgd", "un")
-    assert asked[-1][1] == 2
+    assert list(frame["way"]) == ["table 2"] * 8 + ["study"] * 7 + ["table 2"] * 2
+    table2, alone, many, together = (asked[i] for i in (1, 8, 14, -1))
+    assert table2.options["updates"] == ("b-sgd", "un")
+    assert not table2.options["side_by_side"]
+    assert (alone.options["updates"], alone.options["lanes"]) == (("un",), 1)
+    assert (many.options["lanes"], many.options["side_by_side"]) == (32, True)
+    assert (together.processes, together.joint) == (2, True)
     row = frame.iloc[3]
-    assert (row["epoch_s"], row["samples_per_s"], row["peak_memory_mb"]) == (100.0, 1_000.0, 600.0)
-    assert scaling.growth(frame) == [
+    assert (row["epoch_s"], row["samples_per_s"], row["peak_memory_mb"]) == (100.0, 50_000.0, 600.0)
+    assert row["runs_per_hour"] == 50_000 * 3600 / (25 * 50_000)
+    assert {path.name for path in tmp_path.iterdir() if path.is_file()} >= {
+        f"scaling.{ending}" for ending in ("csv", "json", "md", "png", "svg")
+    }
+    text = (tmp_path / "scaling.md").read_text()
+    assert "| 100 | 2 | 2 | 2 | 1 | 100.00 | 50,000 | 144 | 600 |" in re.sub(" +", " ", text)
+    for remark in (
+        "Table 2's way: 144 runs an hour at depth 2, each of 25 epochs of 50,000 images.",
         "runs × 20: time × 20.0, memory × 1.4",
         "depth × 8: time × 8.0, memory × 1.0",
-    ]
-    files = scaling.files(frame, device, 2, {"command": "unitnorm bench --scaling"})
-    written = pd.read_csv(io.BytesIO(files["bench/scaling.csv"]))
-    assert list(written.columns) == scaling.COLUMNS
-    assert set(written["images"]) == {1_000}
-    endings = "csv", "json", "md", "png", "svg"
-    assert set(files) == {f"bench/scaling.{ending}" for ending in endings}
-    assert b"| 100 | 2 | 2 | 1 | 100.00 | 1,000 | 600 |" in files["bench/scaling.md"]
-    assert b"- runs \xc3\x97 20: time" in files["bench/scaling.md"]
-    axes = figures.scaling(frame).axes
-    assert axes[0].lines[0].get_xydata().tolist() == [
-        [10, 10], [20, 20], [50, 50], [100, 100], [200, 200]
+        "lanes × 64: time × 64.0, memory × 1.5",
+    ):
+        assert f"- {remark}" in text
+    assert re.search(r"- With the best number of lanes .*: 288 runs an hour", text)
+    axes = figures.draw_scaling(frame).axes
+    assert [axis.get_title(loc="left") for axis in axes[:3]] == [
+        "depth 2", "20 runs", "as in a study, depth 2"
     ]  # fmt: skip
-    assert axes[3].lines[0].get_xydata()[:, 1].tolist() == [0.52] * 4
+    drawn = [[tuple(xy) for xy in line.get_xydata()] for line in axes[0].lines]
+    assert [(10, 10), (20, 20), (50, 50), (100, 100), (200, 200)] in drawn
+    np.testing.assert_allclose(axes[2].lines[0].get_xydata()[:, 1], 288)
 
 
 def test_few_points_have_a_figure_too():
-    rows = [[20, 2, 1, 1, 1_000, 1.0, 0.9, 1.1, 20_000.0, 500.0, None]]
+    rows = [["table 2", 20, 2, 2, 1, 1, 1_000, 1.0, 0.9, 1.1, 20_000.0, 57.6, 500.0, None]]
     frame = pd.DataFrame(rows, columns=scaling.COLUMNS)
-    assert len(figures.scaling(frame).axes) == 2
-    assert scaling.growth(frame) == []
+    assert len(figures.draw_scaling(frame).axes) == 2
+    assert [line[:12] for line in scaling.list_remarks(frame)] == ["Table 2's wa"]
+
+
+def test_a_quick_look_at_scaling_has_few_points():
+    quick = scaling.list_points(2, quick=True)
+    assert set(quick) < set(scaling.list_points(2))
+    assert {point.lanes for point in quick if point.way == scaling.STUDY} == {1, 8, 64}
+    assert len(quick) == 6
+
+
+# ---------------------------------------------------------------- each update
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (3, 3, 2, 4)], ids=["dense", "convolution"])
+def test_the_steps_that_are_measured_are_those_of_the_update(shape):
+    w, g = jax.random.normal(jax.random.key(0), (2, *shape))
+    for update in (optax.adam(0.1), updates.list_transformations(shape)["UN"]):
+        state, expected = update.init(w), w
+        for _ in range(3):
+            displacement, state = update.update(g, state, expected)
+            expected = optax.apply_updates(expected, displacement)
+        program = updates.compile_steps(update, 3, w, g)
+        found, _ = program((jnp.copy(w), update.init(w)), g)
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_no_work_of_a_step_is_left_out_of_the_loop():
+    w = g = jnp.ones((8, 16))
+    program = updates.compile_steps(updates.list_transformations(w.shape)["UN"], 5, w, g)
+    flops = program.cost_analysis()["flops"]
+    assert flops > 5 * 3 * w.size  # at least ⟨w, g⟩, a step and a norm of every row, each time
+
+
+def test_updates_are_told_beside_the_memory(tmp_path, monkeypatch):
+    shapes = []
+
+    @contextlib.contextmanager
+    def started(chosen):
+        ((name, contestant),) = chosen.items()
+        shape = contestant.options["shape"]
+        shapes.append(shape)
+        size = math.prod(shape)
+        about = {
+            "parameters": size, "device": {**DEVICE, "count": 1},
+            "compile_s": {"optax.sgd": 0.25, "UN": 0.5}, "bytes": {"optax.sgd": 12 * size,
+            "UN": 12 * size},
+        }  # fmt: skip
+        answers = [
+            {"optax.sgd": 1e-9 * size, "UN": ns * 1e-9 * size, "bytes_per_s": 24e9}
+            for ns in (2.0, 4.0, 3.0)
+        ]
+        yield {name: Fake(name, [], about, answers)}, {}
+
+    monkeypatch.setattr(measure, "started", started)
+    monkeypatch.setattr(updates, "count_cores", lambda: 2)
+    done = CliRunner().invoke(cli.main, ["bench", "--updates", "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    frame = pd.read_csv(tmp_path / "amd-epyc-2-cores-updates.csv")
+    assert list(frame.columns) == updates.COLUMNS
+    assert tuple(shapes) == updates.SHAPES
+    assert frame.iloc[1].tolist() == ["64×784", "UN", 50_176, 3.0, 2.0, 4.0, 0.5, 0.5]
+    text = (tmp_path / "amd-epyc-2-cores-updates.md").read_text()
+    assert "| UN | 3.00 | 3.00 | 3.00 | 3.00 | 3.00 | 0.50 | 0.50 |" in re.sub(" +", " ", text)
+    shapes.clear()
+    updates.measure_updates(1, quick=True, say=lambda _: None)
+    assert shapes == [(64, 784), (3, 3, 64, 64)]
+
+
+def test_every_update_and_rival_is_served(monkeypatch):
+    sent, lines = [], iter(["again\n", ""])
+    monkeypatch.setattr(sys, "stdin", type("Stdin", (), {"readline": lambda _: next(lines)})())
+    monkeypatch.setattr(updates, "memory_rate", lambda _: 1e10)
+    rivals = {"optax.adam": optax.adam(1e-6), "optax muon": None}
+    every = updates.list_transformations((3, 3, 2, 4))
+    assert {*rivals, "optax.sgd", "UN", "B-SGD", "un-adam"} < set(every)
+    some = {name: every[name] for name in ("optax.adam", "optax muon", "UN")}
+    monkeypatch.setattr(updates, "list_transformations", lambda _: some)
+    updates.updates(worker.Orders(sent.append), (3, 3, 2, 4))
+    about, answer = sent[0]["ready"], sent[1]
+    assert about["parameters"] == 72
+    assert about["bytes"]["UN"] == 3 * 4 * 72
+    assert about["bytes"]["optax.adam"] == 3 * 4 * 72 + 2 * (2 * 4 * 72 + 4)  # two moments, a count
+    assert all(answer[name] > 0 and about["compile_s"][name] > 0 for name in some)
 
 
 # ---------------------------------------------------------------- start-up
@@ -364,7 +548,7 @@ def test_a_start_is_cold_then_warm_and_each_is_ended(tmp_path, monkeypatch):
     code = TRAINS.format(log=str(log))
     monkeypatch.setenv("UNITNORM_CACHE", str(tmp_path / "own"))
     monkeypatch.setattr(startup, "COMMAND", [sys.executable, "-c", code])
-    frame = startup.startup(2)
+    frame = startup.time_starts(2)
     assert frame[["what", "cache"]].to_numpy().tolist() == [
         ["unitnorm --help", ""], ["unitnorm train", "cold"], ["unitnorm train", "warm"]
     ]  # fmt: skip
@@ -379,14 +563,20 @@ def test_a_start_is_cold_then_warm_and_each_is_ended(tmp_path, monkeypatch):
 def test_a_start_that_fails_says_why(tmp_path, monkeypatch):
     monkeypatch.setattr(startup, "COMMAND", [sys.executable, "-c", "raise SystemExit('no disk')"])
     with pytest.raises(UserError, match="ended without an epoch: no disk"):
-        startup.seconds_to_first_epoch(tmp_path, "cold", ())
+        startup.seconds_to_first_epoch(tmp_path, "cold")
     with pytest.raises(UserError, match="--help failed: no disk"):
         startup.seconds_of_help()
 
 
 def test_tables_fit_a_narrow_terminal(measured):
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(Fitting(compare.table(compare.compare([2, 4], 3))))
+    console.print(Fitting(compare.measure_speed([2, 4], 3).cells))
     lines = console.export_text().splitlines()
     assert max(map(len, lines)) <= 80
     assert sum("200k–500k" in line for line in lines) == 2  # not broken into two lines
+    names = [*updates.list_transformations((64, 784))]
+    shapes = ["×".join(map(str, shape)) for shape in updates.SHAPES]
+    rows = [[shape, name, 1, 1.0, 1.0, 1.0, 1.0, 1.0] for shape in shapes for name in names]
+    cells = updates.make_cells(pd.DataFrame(rows, columns=updates.COLUMNS))
+    console.print(Fitting(cells))
+    assert f"{names[-1]}  " in console.export_text()

@@ -7,8 +7,7 @@ Emerging-Optimizers (ObliqueSGD) would be a peer too, but is not on PyPI.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -28,7 +27,7 @@ COST_STARTS = 5  # where the memory of a process comes to lie makes a percent or
 PEERS = {"geoopt": "geoopt", "torch-sgd": "torch_sgd", "optax-loop": "optax_loop"}
 COLUMNS = [
     "name", "runs", "processes", "depth", "samples_per_s", "low", "high",
-    "ours_times", "ours_times_low", "ours_times_high",
+    "times", "times_low", "times_high",
 ]  # fmt: skip
 WHAT = {
     "unitnorm": "an epoch of `unitnorm train` for all runs of a depth, or for one, with its "
@@ -61,32 +60,6 @@ BOUND = Entry("bound", OURS.runs)
 LANES = {OURS: len(UPDATES), SINGLE: 1, STUDY: STUDY_LANES, BOUND: len(UPDATES)}
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """All that was measured.
-
-    Attributes:
-      speeds: columns `COLUMNS`; low and high are the slowest and the fastest repetition;
-        `ours_times` how many times as fast ours is with all runs, round by round.
-      costs: columns what, depth, runs, without_s, with_s (medians of an epoch), of the rounds'
-        ratios median, low, high, and the rounds.
-      missing: name → the package that it needs.
-      machine: the roofs: flops_per_s and bytes_per_s.
-      device: ours.
-      peers: what PyTorch computed on, by row and depth.
-      rounds, images: of the measurement.
-    """
-
-    speeds: pd.DataFrame
-    costs: pd.DataFrame
-    missing: dict[str, str]
-    machine: dict[str, Spread]
-    device: dict[str, Any]
-    peers: dict[str, Any]
-    rounds: int
-    images: int
-
-
 def list_contestants(depth: int, images: int, cores: int) -> dict[Entry, Contestant]:
     """Everything that is compared at a depth; each of a peer's processes trains one run."""
     table2 = {"depth": depth, "seeds": SEEDS, "updates": UPDATES, "images": images}
@@ -106,14 +79,14 @@ def list_contestants(depth: int, images: int, cores: int) -> dict[Entry, Contest
     }
 
 
-def compare(
+def measure_speed(
     depths: Sequence[int],
     rounds: int,
     images: int = IMAGES,
     *,
     with_costs: bool = True,
     say: Say = lambda _: None,
-) -> Comparison:
+) -> Measurement:
     """Measure everything, depth after depth.
 
     Args:
@@ -123,6 +96,10 @@ def compare(
       with_costs: measure what UN and checkpoints cost, too, which takes as long again.
       say: told what is being done.
 
+    Returns:
+      Table "" has `COLUMNS`, low and high are the slowest and the fastest repetition, `times` how
+      many times as fast ours is with all runs, round by round; "-costs" those of `measure_costs`.
+
     Raises:
       UserError: a contestant fails.
     """
@@ -130,8 +107,7 @@ def compare(
     costs: list[dict[str, Any]] = []
     missing: dict[str, str] = {}
     device: dict[str, Any] = {}
-    peers: dict[str, Any] = {}
-    machine: dict[str, list[float]] = {"flops_per_s": [], "bytes_per_s": []}
+    limits: dict[str, list[float]] = {"flops_per_s": [], "bytes_per_s": []}
     for depth in depths:
 
         def told(text: str, depth: int = depth) -> None:
@@ -140,41 +116,46 @@ def compare(
         chosen = list_contestants(depth, images, count_cores())
         told(f"starting {sum(c.processes for c in chosen.values())} processes")
         with measure.started(chosen) as (workers, lacking):
-            missing |= {entry.name: package for entry, package in lacking.items()}
             found = measure.take_turns(workers, rounds, told)
+        missing |= {entry.name: package for entry, package in lacking.items()}
         device = workers[OURS].about["device"]
-        for name in machine:
-            machine[name] += [answer[name] for answer in found[BOUND]]
-        rates = {}
-        for entry, answers in found.items():
-            if entry == BOUND:
-                work = work_of(depth, images, LANES[BOUND])
-                rates[entry] = [
-                    roofline.bound(*work, a["flops_per_s"], a["bytes_per_s"]) for a in answers
-                ]
-            else:
-                samples = workers[entry].samples
-                rates[entry] = [samples / answer["seconds"] for answer in answers]
-            if "torch_device" in workers[entry].about:
-                peers[f"{entry}, depth {depth}"] = {
-                    "device": workers[entry].about["torch_device"],
-                    "threads": answers[-1].get("threads"),
-                }
+        rates = {
+            entry: [workers[entry].samples / answer["seconds"] for answer in answers]
+            for entry, answers in found.items()
+        }
+        work = work_of(depth, images, LANES[BOUND])
+        rates[BOUND] = [
+            roofline.bound(*work, *(answer[name] for name in limits)) for answer in found[BOUND]
+        ]
+        for name, values in limits.items():
+            values += [answer[name] for answer in found[BOUND]]
         for entry, values in rates.items():
-            pairs = zip(rates[OURS], values, strict=True)
-            times = Spread.of([ours / theirs for ours, theirs in pairs])
-            rows.append([*entry, depth, *Spread.of(values), *times])
+            times = [ours / theirs for ours, theirs in zip(rates[OURS], values, strict=True)]
+            rows.append([*entry, depth, *Spread.of(values), *Spread.of(times)])
         if with_costs:
             costs += measure_costs(depth, rounds, images, told)
-    return Comparison(
-        pd.DataFrame(rows, columns=COLUMNS),
-        pd.DataFrame(costs),
-        missing,
-        {name: Spread.of(values) for name, values in machine.items()},
-        device,
-        peers,
-        rounds,
-        images,
+    speeds, cost_frame = pd.DataFrame(rows, columns=COLUMNS), pd.DataFrame(costs)
+    machine = {name: Spread.of(values) for name, values in limits.items()}
+    facts = {
+        "device": device,
+        "rounds": rounds,
+        "images": images,
+        "low and high": "the slowest and the fastest of the rounds",
+        "what": WHAT,
+        "missing": missing,
+        "machine": {name: spread._asdict() for name, spread in machine.items()},
+        "flops and bytes of a sample": {
+            f"{name}, depth {depth}": work_of(depth, images, lanes)
+            for name, lanes in {"peers": 0, **{str(k): v for k, v in LANES.items()}}.items()
+            for depth in depths
+        },
+    }
+    return Measurement(
+        measure.slug(device),
+        {"": speeds} | ({"-costs": cost_frame} if with_costs else {}),
+        make_cells(speeds, rounds, list_remarks(speeds, cost_frame, missing)),
+        facts,
+        {"-roofline": figures.draw_roofs(place_points(speeds, images), machine)},
     )
 
 
@@ -230,103 +211,75 @@ def work_of(depth: int, images: int, lanes: int = 0) -> tuple[float, float]:
     )
 
 
-def measure_speed(
-    depths: Sequence[int], rounds: int, images: int, *, with_costs: bool, say: Say
-) -> Measurement:
-    """`compare`, with its files and its table."""
-    found = compare(depths, rounds, images, with_costs=with_costs, say=say)
-    tables = {"": found.speeds} | ({"-costs": found.costs} if with_costs else {})
-    facts = {
-        "device": found.device,
-        "rounds": rounds,
-        "images": images,
-        "low and high": "the slowest and the fastest of the rounds",
-        "what": WHAT,
-        "missing": found.missing,
-        "peers": found.peers,
-        "machine": {name: spread._asdict() for name, spread in found.machine.items()},
-        "flops and bytes of a sample": {
-            f"{name}, depth {depth}": work_of(depth, images, lanes)
-            for name, lanes in {"peers": 0, **{str(k): v for k, v in LANES.items()}}.items()
-            for depth in depths
-        },
-    }
-    drawn = {"-roofline": figures.draw_roofs(place_points(found), found.machine)}
-    return Measurement(measure.slug(found.device), tables, make_cells(found), facts, drawn)
-
-
-def place_points(comparison: Comparison) -> pd.DataFrame:
+def place_points(speeds: pd.DataFrame, images: int) -> pd.DataFrame:
     """Every contestant's place under the roofs.
 
     Returns:
       Columns name, runs, depth, intensity (operations per byte), flops_per_s, low, high.
     """
     rows = []
-    for name, runs, processes, depth, *speeds in comparison.speeds.itertuples(index=False):
-        if name != "bound":
+    for name, runs, processes, depth, *spread in speeds.to_numpy().tolist():
+        if name != BOUND.name:
             lanes = LANES.get(Entry(name, runs, processes), 0)
-            flops, moved = work_of(depth, comparison.images, lanes)
-            rows.append([name, runs, depth, flops / moved, *(flops * x for x in speeds[:3])])
+            flops, moved = work_of(depth, images, lanes)
+            rows.append([name, runs, depth, flops / moved, *(flops * x for x in spread[:3])])
     columns = ["name", "runs", "depth", "intensity", "flops_per_s", "low", "high"]
     return pd.DataFrame(rows, columns=columns)
 
 
-def make_cells(comparison: Comparison) -> Cells:
-    """Speeds, how many times as fast ours is, and what is to be said of them."""
-    speeds = comparison.speeds
-    bounds = speeds[speeds["name"] == BOUND.name].set_index("depth")["samples_per_s"]
+def make_cells(speeds: pd.DataFrame, rounds: int, remarks: Iterable[str]) -> Cells:
+    """Speeds, and how many times as fast ours is."""
+    found = speeds.to_dict("records")
+    bounds = {row["depth"]: row["samples_per_s"] for row in found if row["name"] == BOUND.name}
     rows = []
-    for row in speeds.itertuples(index=False):
-        ours = row[: len(Entry._fields)] == OURS
+    for row in found:
+        ours = (row["name"], row["runs"]) == (OURS.name, OURS.runs)
         rows.append(
-            [
-                str(row.depth),
-                row.name,
-                str(row.runs),
-                f"{row.samples_per_s / 1e3:,.0f}k",
-                f"{row.low / 1e3:,.0f}k–{row.high / 1e3:,.0f}k",
-                "" if ours else f"{row.ours_times:.2f}",
-                "" if ours else f"{row.ours_times_low:.2f}–{row.ours_times_high:.2f}",
-                f"{row.samples_per_s / bounds[row.depth]:.0%}",
-            ]
+            {
+                "depth": str(row["depth"]),
+                "what": row["name"],
+                "runs": str(row["runs"]),
+                "samples/s": f"{row['samples_per_s'] / 1e3:,.0f}k",
+                "(range)": f"{row['low'] / 1e3:,.0f}k–{row['high'] / 1e3:,.0f}k",
+                "ours ×": "" if ours else f"{row['times']:.2f}",
+                "(range) ": "" if ours else f"{row['times_low']:.2f}–{row['times_high']:.2f}",
+                "of bound": f"{row['samples_per_s'] / bounds[row['depth']]:.0%}",
+            }
         )
-    header = ["depth", "what", "runs", "samples/s", "(range)", "ours ×", "(range) ",
-              "of bound"]  # fmt: skip
     return Cells(
-        f"Training samples per second: medians and ranges of {comparison.rounds} rounds",
-        pd.DataFrame(rows, columns=header),
-        measure.list_remarks([*list_remarks(comparison)]),
+        f"Training samples per second: medians and ranges of {rounds} rounds",
+        pd.DataFrame(rows),
+        measure.list_remarks(remarks),
     )
 
 
-def list_remarks(comparison: Comparison) -> Iterator[str]:
+def list_remarks(
+    speeds: pd.DataFrame, costs: pd.DataFrame, missing: dict[str, str]
+) -> Iterator[str]:
     """What stands below the table: the better row of each peer first."""
-    peers = comparison.speeds[comparison.speeds["name"].isin(PEERS)]
-    for (depth, name), rows in peers.groupby(["depth", "name"], sort=False):
-        best = rows.loc[rows["samples_per_s"].idxmax()]
-        count = best["processes"]
-        way = "in one process" if count == 1 else f"in {count} processes"
-        yield (
-            f"Depth {depth}: {best['ours_times']:.1f} times as fast as {name} {way}, the better "
-            "of its rows."
-            if len(rows) > 1
-            else f"Depth {depth}: {best['ours_times']:.1f} times as fast as {name}."
-        )
+    best: dict[tuple[int, str], dict[Hashable, Any]] = {}
+    for row in speeds.to_dict("records"):
+        old = best.setdefault((row["depth"], row["name"]), row)
+        if row["samples_per_s"] > old["samples_per_s"]:
+            best[row["depth"], row["name"]] = row
+    for (depth, name), row in best.items():
+        if name in PEERS:
+            way = f"{row['processes']} processes" if row["processes"] > 1 else "one process"
+            yield f"Depth {depth}: {row['times']:.1f} times as fast as {name} in {way}, its best."
     yield f"ours ×: how many times as fast unitnorm is with {OURS.runs} runs, round by round."
-    shown = {*comparison.speeds["name"]}
     for name, what in WHAT.items():
-        if name in shown:
+        if name in {shown for _, shown in best}:
             yield f"{name}: {what}."
     yield (
         "Peers: one run in each process, an epoch without evaluation; several processes have data "
-        "and one thread each, their samples are summed over the seconds of the slowest."
+        "and one thread each, and count all their samples over the seconds of the slowest."
     )
     yield ABSENT
-    for cost in comparison.costs.itertuples():
+    for cost in costs.to_dict("records"):
         yield (
-            f"An epoch of {cost.runs} runs at depth {cost.depth} with {cost.what} takes "
-            f"{cost.median:.3f} times as long (median of {cost.rounds} pairs; "
-            f"{cost.low:.3f}–{cost.high:.3f})."
+            f"An epoch of {cost['runs']} runs at depth {cost['depth']} with {cost['what']} takes "
+            f"{cost['median']:.3f} times as long (median of {cost['rounds']} pairs; "
+            f"{cost['low']:.3f}–{cost['high']:.3f})."
         )
-    for name, package in comparison.missing.items():
+    for name, package in missing.items():
         yield f"{name} is left out: {package} is not installed (pip install 'unitnorm[bench]')."

@@ -56,26 +56,24 @@ def draw_roofs(points: pd.DataFrame, machine: Mapping[str, Spread]) -> Figure:
         left, right = min(intensities) / 2, max(intensities) * 2
         x = np.geomspace(left, right, 200)
         axis.plot(x, np.minimum(flops, moved * x) / 1e9, color="black", lw=2, zorder=2)
-        for row in points.itertuples(index=False):
-            colour, marker = _STYLES[row.name]
+        for name, runs, depth, intensity, *spread in points.to_numpy().tolist():
+            (colour, marker), (speed, low, high) = _STYLES[name], np.array(spread) / 1e9
             axis.errorbar(
-                row.intensity, row.flops_per_s / 1e9,
-                yerr=np.array([[row.flops_per_s - row.low], [row.high - row.flops_per_s]]) / 1e9,
-                fmt=marker, color=colour, ms=sizes[row.runs == 1], capsize=3, lw=1.2, zorder=3,
-                mfc="white" if depths.index(row.depth) else colour,
+                intensity, speed, yerr=[[speed - low], [high - speed]], fmt=marker, color=colour,
+                mfc="white" if depths.index(depth) else colour, ms=sizes[runs == 1], capsize=3,
+                lw=1.2, zorder=3,
             )  # fmt: skip
         axis.set_xscale("log")
         axis.set_xlim(left, right)
         _label_ticks(axis)
         set_log_scale(axis, min(points["low"].min(), moved * left) / 1e9 / 1.3, flops / 1e9 * 1.3)
-        offset = {"textcoords": "offset points"}
         axis.annotate(
-            f"matrix products: {flops / 1e9:,.0f} GFLOP/s",
-            (right, flops / 1e9), (-4, 5), ha="right", **offset,
+            f"matrix products: {flops / 1e9:,.0f} GFLOP/s", (right, flops / 1e9), (-4, 5),
+            textcoords="offset points", ha="right",
         )  # fmt: skip
         axis.annotate(
-            f"memory: {moved / 1e9:,.0f} GB/s",
-            (left * 1.1, moved * left * 1.1 / 1e9), (10, -4), va="top", **offset,
+            f"memory: {moved / 1e9:,.0f} GB/s", (left * 1.1, moved * left * 1.1 / 1e9), (10, -4),
+            textcoords="offset points", va="top",
         )  # fmt: skip
         axis.set_xlabel("floating-point operations per byte, least traffic")
         axis.set_ylabel("GFLOP/s")
@@ -109,7 +107,7 @@ def draw_scaling(frame: pd.DataFrame) -> Figure:
     images, devices = int(common["images"].iloc[0]), int(common["devices"].iloc[0])
     note = (
         f"Epochs of {images:,} training images, {devices} device{'s' * (devices > 1)}; median, "
-        "fastest and slowest; memory of the whole process. A run of an hour has 25 epochs of 50,000 images."
+        "fastest and slowest; memory of the whole process. Runs an hour: of 25 epochs each."
     )
     with settings():
         figure, axes = lay_out(2, len(parts), 2.2, handles, note, sharex=False, sharey=False)

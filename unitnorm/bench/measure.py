@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any, NamedTuple, TypeVar
 
@@ -260,6 +260,6 @@ def describe_setting(command: str, started: float, wall_s: float) -> dict[str, A
     }
 
 
-def list_remarks(remarks: Sequence[str]) -> str:
+def list_remarks(remarks: Iterable[str]) -> str:
     """The note of a table: a line each."""
     return "\n".join(f"- {remark}" for remark in remarks)

@@ -1,13 +1,12 @@
 """The loop that a user of PyTorch or geoopt would write: one run, mini-batch after mini-batch.
 
-On a GPU where PyTorch has one, else on the CPU, with the number of threads that is quicker here:
-its default or one. The data lie in memory as float32 and are shuffled each epoch by indexing, which
-is several times as fast as a DataLoader.
+On a GPU where PyTorch has one, else on the CPU with as many threads as PyTorch takes. The data lie
+in memory as float32 and are shuffled each epoch by indexing, which is several times as fast as a
+DataLoader.
 """
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,6 @@ from torch import nn
 from unitnorm.bench.worker import RATE, Orders
 from unitnorm.data import Dataset, load_dataset
 from unitnorm.table2.config import Config
-
-TRIAL = 100  # mini-batches to choose the number of threads by
 
 
 class ArchBN(nn.Module):
@@ -94,34 +91,9 @@ class Loop:
         return [linear.weight.detach().cpu().numpy() for linear in found]
 
 
-def quickest_threads(loop: Loop) -> int:
-    """Set and return the number of threads that trains faster; more are often slower here."""
-    loop.epoch(loop.batch)
-    times: dict[int, list[float]] = {torch.get_num_threads(): [], 1: []}
-    for _ in range(3):
-        for threads, seconds in times.items():
-            torch.set_num_threads(threads)
-            start = time.perf_counter()
-            loop.epoch(TRIAL * loop.batch)
-            seconds.append(time.perf_counter() - start)
-    best = min(times, key=lambda threads: min(times[threads]))
-    torch.set_num_threads(best)
-    return best
-
-
 def _serve(orders: Orders, depth: int, images: int, riemannian: bool) -> None:
     loop = Loop(depth, load_dataset(), Config(), riemannian)
-    on_cpu, threads = loop.device.type == "cpu", 0
-
-    def repetition() -> dict[str, float]:
-        nonlocal threads
-        if on_cpu and not threads:  # in the first, when nobody else computes
-            threads = quickest_threads(loop)
-        loop.epoch(images)
-        return {"threads": threads} if on_cpu else {}
-
-    where = "cpu" if on_cpu else torch.cuda.get_device_name()
-    orders.serve(repetition, samples=images, torch_device=where)
+    orders.serve(lambda: loop.epoch(images), samples=images)
 
 
 def torch_sgd(orders: Orders, depth: int, images: int) -> None:

@@ -136,46 +136,43 @@ def measure_scaling(rounds: int, images: int, *, quick: bool, say: Say) -> Measu
 
 def make_cells(frame: pd.DataFrame) -> Cells:
     """Seconds and memory of every point."""
-    header = ["way", "runs", "lanes", "depth", "devices", "proc.", "epoch s", "samples/s", "runs/h",
-              "peak MB"]  # fmt: skip
     rows = [
-        [
-            row.way,
-            *map(str, (row.runs, row.lanes, row.depth, row.devices, row.processes)),
-            f"{row.epoch_s:.2f}",
-            f"{row.samples_per_s:,.0f}",
-            f"{row.runs_per_hour:,.0f}",
-            f"{row.peak_memory_mb:,.0f}",
-        ]
-        for row in frame.itertuples(index=False)
+        {
+            "way": row["way"],
+            **{name: str(row[name]) for name in ("runs", "lanes", "depth", "devices")},
+            "proc.": str(row["processes"]),
+            "epoch s": f"{row['epoch_s']:.2f}",
+            "samples/s": f"{row['samples_per_s']:,.0f}",
+            "runs/h": f"{row['runs_per_hour']:,.0f}",
+            "peak MB": f"{row['peak_memory_mb']:,.0f}",
+        }
+        for row in frame.to_dict("records")
     ]
-    remarks = measure.list_remarks([*list_remarks(frame)])
-    return Cells("Seconds of an epoch, and memory", pd.DataFrame(rows, columns=header), remarks)
+    remarks = measure.list_remarks(list_remarks(frame))
+    return Cells("Seconds of an epoch, and memory", pd.DataFrame(rows), remarks)
 
 
 def list_remarks(frame: pd.DataFrame) -> Iterator[str]:
     """The cost of evidence, and whether cost and memory grow in proportion."""
     common = frame[(frame["devices"] == frame["devices"].max()) & (frame["processes"] == 1)]
-    alone, study = (common[common["way"] == way] for way in (TABLE2, STUDY))
-    usual = alone[(alone["runs"] == OURS.runs) & (alone["depth"] == 2)]
-    told = f"runs of {RUN_EPOCHS} epochs of {IMAGES:,} images at depth 2 an hour"
-    for row in usual.itertuples():
-        yield f"Table 2's way: {row.runs_per_hour:,.0f} {told}."
-    if len(study):
-        best = study.loc[study["samples_per_s"].idxmax()]
-        yield (
-            f"Side by side, as in a study: {best['runs_per_hour']:,.0f} {told}, with "
-            f"{best['lanes']} lanes of each seed, the best number."
-        )
     parts = {
-        "runs": alone[alone["depth"] == 2],
-        "depth": alone[alone["runs"] == OURS.runs],
-        "lanes": study,
+        "runs": common[(common["way"] == TABLE2) & (common["depth"] == 2)],
+        "depth": common[(common["way"] == TABLE2) & (common["runs"] == OURS.runs)],
+        "lanes": common[common["way"] == STUDY],
     }
+    usual = parts["runs"][parts["runs"]["runs"] == OURS.runs]
+    told = f"runs an hour at depth 2, each of {RUN_EPOCHS} epochs of {IMAGES:,} images"
+    for row in usual.to_dict("records"):
+        yield f"Table 2's way: {row['runs_per_hour']:,.0f} {told}."
+    best = parts["lanes"].sort_values("samples_per_s", ascending=False).head(1)
+    for row in best.to_dict("records"):
+        yield (
+            f"With the best number of lanes of each seed side by side, {row['lanes']}: "
+            f"{row['runs_per_hour']:,.0f} {told}."
+        )
     for column, part in parts.items():
         if len(part) > 1:
-            part = part.sort_values(column)
-            first, last = part.iloc[0], part.iloc[-1]
+            first, *_, last = part.sort_values(column).to_dict("records")
             yield (
                 f"{column} × {last[column] / first[column]:.0f}: "
                 f"time × {last['epoch_s'] / first['epoch_s']:.1f}, "

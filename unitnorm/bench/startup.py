@@ -24,14 +24,11 @@ COMMAND = [sys.executable, "-m", "unitnorm"]
 HELP, TRAIN = "unitnorm --help", "unitnorm train"
 
 
-def time_starts(
-    rounds: int, options: tuple[str, ...] = (), *, say: Say = lambda _: None
-) -> pd.DataFrame:
+def time_starts(rounds: int, *, say: Say = lambda _: None) -> pd.DataFrame:
     """Start the commands and wait.
 
     Args:
       rounds: how often each; the median counts.
-      options: further options of `unitnorm train`.
       say: told what is being done.
 
     Returns:
@@ -50,7 +47,7 @@ def time_starts(
         note(HELP, "", seconds_of_help())
         with tempfile.TemporaryDirectory() as folder:
             for cache in ("cold", "warm"):
-                note(TRAIN, cache, seconds_to_first_epoch(Path(folder), cache, options))
+                note(TRAIN, cache, seconds_to_first_epoch(Path(folder), cache))
     rows = [[what, cache, *Spread.of(times)] for (what, cache), times in found.items()]
     return pd.DataFrame(rows, columns=COLUMNS)
 
@@ -65,15 +62,14 @@ def seconds_of_help() -> float:
     return seconds
 
 
-def seconds_to_first_epoch(folder: Path, name: str, options: tuple[str, ...]) -> float:
+def seconds_to_first_epoch(folder: Path, name: str) -> float:
     """`unitnorm train` into an empty folder up to its first line about an epoch; then it is ended.
 
     Args:
       folder: holds the cache that successive calls share, and the results.
       name: of the results' folder.
-      options: further options.
     """
-    words = [*COMMAND, "train", "--out", str(folder / name), *options]
+    words = [*COMMAND, "train", "--out", str(folder / name)]
     environment = {**os.environ, "UNITNORM_CACHE": str(folder / "cache")}
     said = []
     with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -68,7 +69,8 @@ def updates(orders: Orders, shape: Sequence[int]) -> None:
     w, g = jax.random.normal(jax.random.key(0), (2, *shape))
     w = retraction(w, filter_axis(shape))
     programs, compile_s, moved = {}, {}, {}
-    for name, update in list_transformations(shape).items():
+    made = list_transformations(shape)
+    for name, update in made.items():
         state = update.init(w)
         start = time.perf_counter()
         programs[name] = compile_steps(update, steps, w, g)
@@ -78,11 +80,9 @@ def updates(orders: Orders, shape: Sequence[int]) -> None:
 
     def repetition() -> dict[str, float]:
         found = {"bytes_per_s": memory_rate(SingleDeviceSharding(w.devices().pop()))}
-        for name, update in list_transformations(shape).items():
+        for name, update in made.items():
             taken = jax.block_until_ready((jnp.copy(w), update.init(w)))
-            found[name] = (
-                seconds_of(lambda name=name, taken=taken: programs[name](taken, g)) / steps
-            )
+            found[name] = seconds_of(partial(programs[name], taken, g)) / steps
         return found
 
     orders.serve(repetition, parameters=size, compile_s=compile_s, bytes=moved, device=device())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def bench(
     from unitnorm.run.job import command_line
 
     console, started = Console(), time.time()
-    show = partial(console.print, highlight=False, soft_wrap=True)
+    show: Callable[[str], None] = partial(console.print, highlight=False, soft_wrap=True)
     with records.locked(out):
         with contextlib.ExitStack() as stack:
             if console.is_terminal:
