@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "results/README.md", "configs/README.md")
+PAGES = ("README.md", "results/README.md", "results/symmetry/README.md")
 PLACE = re.compile(r"(<!-- from (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
