@@ -85,7 +85,7 @@ def study(
         data = {name: load_dataset(name, folders.get(name)) for name in plan.datasets}
         for name in plan.arms:
             for images in data.values():
-                plan.config_of(name).check_images(len(images.train_labels))
+                plan.config_of(name).check_images(len(images.train_labels), ("train",))
         return data, {name: {"sha256": images.sha256} for name, images in data.items()}
 
     def selected() -> Any:

@@ -15,7 +15,6 @@ from unitnorm.run.config import parse
 from unitnorm.run.records import Records
 from unitnorm.study import figures, statistics
 from unitnorm.study.config import Plan
-from unitnorm.study.page import StudyFrames, build_page
 
 
 def plan_of(known: Records) -> Plan:
@@ -64,6 +63,8 @@ def build(known: Records) -> dict[str, bytes]:
 
 def build_index(studies: Mapping[str, Records]) -> bytes:
     """One page to explore several studies, by name."""
+    from unitnorm.study.page import StudyFrames, build_page  # which loads the charts' library
+
     frames = {
         name: StudyFrames(
             known["runs"], comparisons_of(known), plan_of(known).question, plan_of(known).margin

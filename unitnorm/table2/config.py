@@ -152,13 +152,13 @@ class Config(ExperimentConfig):
                 )
         return self
 
-    def check_images(self, available: int) -> None:
-        """Refuse more training and validation images than the data has.
+    def check_images(self, available: int, phases: tuple[str, ...] = ("sweep", "train")) -> None:
+        """Refuse more training and validation images, in these phases, than the data has.
 
         Raises:
           UserError: naming the section, the counts and the images available.
         """
-        for name in ("sweep", "train"):
+        for name in phases:
             part = getattr(self, name)
             wanted = part.train_images + part.validation_images
             if wanted > available:
