@@ -135,9 +135,9 @@ def no_update(learning_rate):
 def test_names_are_forgiving_and_errors_name_what_is_near():
     assert check_update_name("un_adam") == check_update_name("UN-Adam ") == "un-adam"
     assert find_update("b_sgd") is UPDATES["b-sgd"]
-    with pytest.raises(ValueError, match=r"'un-adams' \(did you mean un-adam"):
+    with pytest.raises(ValueError, match=r"'un-adams' is not an update \(did you mean un-adam"):
         check_update_name("un-adams")
-    with pytest.raises(ValueError, match=r"'zzz'; expected one of b-sgd, un, .*package.module"):
+    with pytest.raises(ValueError, match=r"'zzz' is not an update; expected one of b-sgd, un, .*package.module"):
         build("zzz", 0.1, True)
 
 

@@ -167,7 +167,7 @@ def check_update_name(name: str) -> str:
         near = difflib.get_close_matches(plain, known, 2, 0.7)
         meant = f" (did you mean {' or '.join(known[n] for n in near)}?)" if near else ""
         raise ValueError(
-            f"unknown update {name!r}{meant}; expected one of {', '.join(known.values())}, "
+            f"{name!r} is not an update{meant}; expected one of {', '.join(known.values())}, "
             "or package.module:function"
         )
     return known[plain]
