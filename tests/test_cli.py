@@ -18,6 +18,7 @@ from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 
 import unitnorm
+from tests import faults
 from unitnorm.cli import main
 from unitnorm.errors import UserError
 from unitnorm.run import records
@@ -46,8 +47,9 @@ def call(tmp_path_factory, idx_folder, small_toml):
         line = [sys.executable, "-W", "error::DeprecationWarning:unitnorm", "-c", start]
         done = subprocess.run(
             [*line, command, *(train if trains else []), *map(str, words)],
-            capture_output=True, text=True, timeout=240, cwd=cwd,
-            env={**os.environ, "UNITNORM_CACHE": str(cache), "COLUMNS": "100", "PYTHONPATH": root},
+            capture_output=True, text=True, timeout=faults.PATIENCE_S, cwd=cwd,
+            env={**os.environ, "UNITNORM_CACHE": str(cache), "COLUMNS": "100", "PYTHONPATH": root,
+                 "XLA_FLAGS": faults.QUICK},
         )  # fmt: skip
         assert done.returncode == code, done.stdout + done.stderr
         return done
@@ -193,17 +195,23 @@ def test_presets_are_printed_and_given_by_name_from_an_empty_folder(call, idx_fo
         assert len(line) > 40  # with what it is
     text = CliRunner().invoke(main, ["config", "quick"]).stdout
     assert tomllib.loads(text)["runs"] == 3
-    sizes = (
-        "train.train_images=400 train.validation_images=100 train.min_epochs=1 "
-        "train.max_epochs=2 sweep.train_images=100 sweep.validation_images=50 sweep.epochs=1"
-    )
-    words = [word for size in sizes.split() for word in ("--set", size)]
-    call("train", "--config", "quick", "--data-dir", idx_folder, "--update", "un_adam", *words,
-         trains=False, cwd=tmp_path)  # fmt: skip
+    sizes = ("train_images=100", "validation_images=50", "epochs=1", "rates=[0.1, 0.01]")
+    words = [word for size in sizes for word in ("--set", f"sweep.{size}")]
+    words += [
+        "--update",
+        "un_momentum",
+        "--data-dir",
+        idx_folder,
+        "--set",
+        "train.train_images=400",
+    ]
+    words += ["--set", "train.validation_images=100", "--set", "model.width=8"]
+    call("sweep", "--config", "quick", *words, trains=False, cwd=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
-    runs = pd.read_csv(tmp_path / "runs" / "table2" / "runs.csv")
-    assert list(runs["update"]) == ["un-adam"] * 3
-    assert list(runs["depth"]) == [2] * 3
+    sweep = pd.read_csv(tmp_path / "runs" / "table2" / "sweep.csv")
+    assert list(sweep["update"]) == ["un-momentum"] * 6
+    assert list(sweep["depth"]) == [2] * 6
+    assert list(sweep["run"]) == [0, 0, 1, 1, 2, 2]
 
 
 @pytest.mark.parametrize(
@@ -232,9 +240,9 @@ def test_published_records_are_read_or_their_command_is_named(folder, command):
         (["sweep", "--set", "sweep.rates=[]"], "sweep.rates = []"),
         (["sweep", "--set", "batch=1"], "unknown key batch; allowed"),
         (["train", "--set", "train.train_images=70000"], "has 60000 training images"),
-        (["train", "--set", 'updates=["sgd"]'], "'sgd' is not an update; expected one of b-sgd"),
-        (["train", "--update", "sgd"], "'sgd' is not an update; expected one of b-sgd, un"),
-        (["train", "--sed", "3"], "No such option: --sed"),
+        (["train", "--set", 'updates=["sgd"]'], "unknown update 'sgd'"),
+        (["train", "--update", "sgd"], "expected one of b-sgd, un"),
+        (["train", "--sed", "3"], "No such option"),
         (["train", "--data-dir", "/nowhere/at/all"], "/nowhere/at/all"),
         (["report", "--out", "/nowhere/at/all/there"], "no records"),
         (["report", "--out", str(ROOT / "results/segnet")], "`unitnorm segment report` reads"),
@@ -262,14 +270,15 @@ def test_help_fits_a_terminal_and_has_an_example(name):
     assert f"  {name}" in example or name.split()[-1] in example
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+def options_of(command):
+    return [p for p in command.params if isinstance(p, click.Option) and not p.hidden]
+
+
+@pytest.mark.parametrize("name", [n for n, c in COMMANDS.items() if len(options_of(c)) > 5])
 def test_options_stand_in_groups(name):
-    shown = [p for p in COMMANDS[name].params if isinstance(p, click.Option) and not p.hidden]
-    if len(shown) < 6:
-        return
     help_text = CliRunner().invoke(main, [*name.split()[1:], "--help"]).output
     groups = re.split(r"^(?=\S.*:$)", help_text, flags=re.MULTILINE)[1:]
-    assert len(groups) >= 3
+    assert len(groups) > 2
     assert max(len(re.findall(r"^  -", group, re.MULTILINE)) for group in groups) <= 10
 
 

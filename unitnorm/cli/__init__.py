@@ -15,7 +15,7 @@ import click
 
 import unitnorm
 from unitnorm.cli import bench, segment, study, symmetry, table2
-from unitnorm.cli.options import GroupedCommand
+from unitnorm.cli.options import ConfigName, GroupedCommand
 from unitnorm.errors import UserError
 
 INTERRUPTED = 130  # exit code after Ctrl-C or SIGTERM, everything saved
@@ -32,6 +32,12 @@ class MainGroup(click.Group):
             return super().invoke(ctx)
         except UserError as error:
             click.echo(f"error: {on_one_line(str(error))}", err=True)
+            ctx.exit(error.exit_code)
+        except click.UsageError as error:
+            if error.ctx is None or isinstance(error, click.exceptions.NoArgsIsHelpError):
+                raise
+            text = f"{error.format_message().rstrip('.')}; see `{error.ctx.command_path} --help`"
+            click.echo(f"error: {on_one_line(' '.join(text.split()))}", err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
             resume = shlex.join(["unitnorm", *(word for word in sys.argv[1:] if word != "--fresh")])
@@ -62,7 +68,7 @@ def main() -> None:
 
 
 @click.command(cls=GroupedCommand, short_help="Print a preset to edit, or list them.")
-@click.argument("name", required=False)
+@click.argument("name", metavar="[NAME]", required=False, type=ConfigName())
 def config(name: str | None) -> None:
     """Print a preset, to be edited and given with --config; without a name, list them.
 

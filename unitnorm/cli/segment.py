@@ -112,7 +112,7 @@ def evaluate(weights: Path, split: str, **scene_choice: Any) -> None:
 
     \b
     Example
-      unitnorm segment evaluate --data-dir CamVid --weights runs/segnet/un.safetensors
+      unitnorm segment evaluate --data-dir CamVid --weights un.safetensors
     """
     from unitnorm.run import devices
 
@@ -142,7 +142,7 @@ def evaluate(weights: Path, split: str, **scene_choice: Any) -> None:
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
 @weights_option
 @opt.option("--overlay", is_flag=True, help="NAME_overlay.png too: the photo under the colours.")
-@opt.out_option("predictions", "Folder of the PNGs.")
+@opt.out_option("runs/predictions", "Folder of the PNGs.")
 def predict(images: tuple[Path, ...], weights: Path, overlay: bool, out: Path) -> None:
     """Segment photos of any size, and write PNGs.
 

@@ -60,7 +60,7 @@ def study(
 
     \b
     Example
-      unitnorm study study/effective-rate --data fashion=/usr/share/dataset/fashion-mnist
+      unitnorm study study/effective-rate --data fashion=FOLDER
       unitnorm study study/effective-rate --set compare.count=20 --dry-run
     """
     from unitnorm.run.config import find_config, load
