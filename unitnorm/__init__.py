@@ -1,7 +1,14 @@
 """unitnorm: SGD on the unit-norm manifold for networks with batch normalisation, in JAX.
 
-    import optax, unitnorm
-    optimiser = unitnorm.build("un", 1e-2, filters=unitnorm.normalized_kernels(apply, params))
+    import jax, optax, unitnorm
+
+    x, y = jax.random.normal(jax.random.key(0), (2, 64, 8))
+    params = {"kernel": jax.numpy.eye(8), "scale": jax.numpy.ones(8)}
+    apply = lambda p: p["scale"] * jax.nn.standardize(x @ p["kernel"], axis=0)
+    tx = unitnorm.build("un", 1e-2, unitnorm.normalized_kernels(apply, params))  # was: optax.sgd
+    state = tx.init(params)
+    updates, state = tx.update(jax.grad(lambda p: abs(apply(p) - y).mean())(params), state, params)
+    params = optax.apply_updates(params, updates)  # every filter of the kernel has norm 1
 
 Every public name of the library is listed in `_HOME` with the module it lives in. They are imported
 on first use, so that `unitnorm --help` does not wait for JAX; type checkers read the imports below.

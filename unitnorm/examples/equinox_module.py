@@ -21,9 +21,7 @@ def network(key: jax.Array) -> nn.Sequential:
         layers.append(nn.Conv2d(before, after, 3, padding=1, key=key))
         layers.append(nn.BatchNorm(after, "batch", momentum=0.9, mode="batch"))
         layers.extend([nn.Lambda(jax.nn.relu), nn.MaxPool2d(2, 2)])
-    return nn.Sequential(
-        [*layers, nn.Lambda(jax.numpy.ravel), nn.Linear(16 * 7 * 7, 10, key=keys[2])]
-    )
+    return nn.Sequential([*layers, nn.Lambda(jax.numpy.ravel), nn.Linear(784, 10, key=keys[2])])
 
 
 @eqx.filter_jit

@@ -175,7 +175,8 @@ def examine_kernels(
 
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             return found(None, np.nan, f"not tried: {leaf.dtype}")
-        if spec is None and leaf.ndim < 2:
+        # Haiku's scales and offsets are (1, 1, 1, features).
+        if spec is None and sum(size > 1 for size in leaf.shape) < 2:
             return found(None, np.nan, "not tried: fewer than two axes")
         if spec is not None:
             try:

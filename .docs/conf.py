@@ -1,0 +1,146 @@
+"""Sphinx: pages in Markdown beside this file, the reference from docstrings, figures from results/.
+
+Whatever a command or the package can say is asked of it here, at each build, and put into the
+pages as a substitution: nothing of it is typed by hand.
+"""
+
+import inspect
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+
+import unitnorm  # noqa: E402
+
+project = "unitnorm"
+author = copyright = "The unitnorm developers"
+version = release = unitnorm.__version__
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+exclude_patterns: list[str] = []
+html_theme = "furo"
+html_title = f"unitnorm {version}"
+html_static_path = ["static"]
+html_css_files = ["wide.css"]
+myst_enable_extensions = ["substitution", "colon_fence"]
+myst_heading_anchors = 3
+default_role = "code"  # `name` in a docstring is code
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+python_maximum_signature_line_length = 60
+napoleon_custom_sections = [("Source", "returns_style")]
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [header, tuple("---" for _ in header), *rows]
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
+    )
+
+
+def _updates() -> str:
+    return _table(
+        ("name", "function", "filters", "all else", "what it is"),
+        [
+            (
+                f"`{update.name}`",
+                f"{{py:func}}`~unitnorm.{update.filters.__name__}`",
+                "unit norm" if update.constrained else "free",
+                f"`{_rest(update.rest)}`",
+                update.summary,
+            )
+            for update in unitnorm.UPDATES.values()
+        ],
+    )
+
+
+def _rest(rest: object) -> str:
+    options = getattr(rest, "keywords", {})
+    words = [f"{key}={value}" for key, value in options.items()]
+    name = getattr(rest, "func", rest).__name__  # type: ignore[attr-defined]
+    return f"optax.{name}" + (f"({', '.join(words)})" if words else "")
+
+
+def _quickstart() -> str:
+    block = re.search(r"(?:^    .*\n|^\n)+", inspect.getdoc(unitnorm) + "\n", re.M)
+    return f"```python\n{inspect.cleandoc(block[0])}\n```"
+
+
+def _kernels() -> str:
+    """What `examine_kernels` prints of a small network with every kind of leaf."""
+    x = jax.random.normal(jax.random.key(0), (64, 6))
+    shapes = {"hidden/kernel": (6, 5), "hidden/scale": (5,), "out/kernel": (5, 3), "out/bias": (3,)}
+    params = {name: jnp.ones(shape) for name, shape in shapes.items()}
+
+    def apply(p: dict[str, jax.Array]) -> jax.Array:
+        h = x @ p["hidden/kernel"]
+        h = jax.nn.relu(p["hidden/scale"] * (h - h.mean(0)) / h.std(0))
+        return h @ p["out/kernel"] + p["out/bias"]
+
+    return f"```text\n{unitnorm.examine_kernels(apply, params)}\n```"
+
+
+def _result(name: str, pattern: str = r"(.*)") -> str:
+    """What a file of results/ says, or the part of it that `pattern` finds."""
+    text = (ROOT / "results" / name).read_text()
+    return "\n".join(re.findall(pattern, text, re.DOTALL if pattern == r"(.*)" else re.M)).strip()
+
+
+def _study() -> str:
+    """The findings of each plan in results/study/, as its report wrote them."""
+    found = sorted((ROOT / "results" / "study").glob("*/*.md"))
+    if not found:
+        return (
+            "Nothing of the study is published yet. Until it is, this page has no advice on "
+            "momentum, Adam, weight decay or the rivals: no figure stands behind any."
+        )
+    return "\n\n".join(f"### {path.parent.name}\n\n{path.read_text()}" for path in found)
+
+
+_BULLETS = r"^(- .*)$"
+myst_substitutions = {
+    "quickstart": _quickstart(),
+    "updates": _updates(),
+    "kernels": _kernels(),
+    "ten_runs": _result("table2/table2.md", _BULLETS),
+    "fifty_runs": _result("50-runs/table2.md"),
+    "rates": _result("50-runs/runs.md"),
+    "costs": _result("bench/amd-epyc-2-cores.md", r"^(- An epoch .* instead of .*)$"),
+    "segnet": _result("segnet/table.md"),
+    "study": _study(),
+}
+
+
+def _as_rest(app: object, what: str, name: str, obj: object, options: object, lines: list) -> None:
+    """Docstrings are written to be read as they are: what reST would take for markup is not."""
+    for i, line in enumerate(lines):
+        nxt = next((later for later in lines[i + 1 :] if later.strip()), "")
+        deeper = len(nxt) - len(nxt.lstrip()) > len(line) - len(line.lstrip())
+        if line.endswith(":") and i + 1 < len(lines) and not lines[i + 1].strip() and deeper:
+            lines[i] = line + ":"  # code follows
+        elif not line.lstrip().startswith((">>>", "...")):
+            parts = line.split("`")
+            parts[::2] = [re.sub(r"([|\\]|(?<!\w)\*)", r"\\\1", part) for part in parts[::2]]
+            lines[i] = "`".join(parts)
+
+
+def _complete(app: object, env: object) -> None:
+    """A public function without its entry in the reference is a warning, and so an error."""
+    documented = env.domaindata["py"]["objects"]  # type: ignore[attr-defined]
+    for name in unitnorm.__all__:
+        if f"unitnorm.{name}" not in documented and name != "__version__":
+            _log.warning("unitnorm.%s has no entry in api.md", name)
+
+
+def setup(app: object) -> None:
+    app.connect("autodoc-process-docstring", _as_rest, priority=100)  # type: ignore[attr-defined]
+    app.connect("env-check-consistency", _complete)  # type: ignore[attr-defined]
+
+
+from sphinx.util import logging  # noqa: E402
+
+_log = logging.getLogger(__name__)
