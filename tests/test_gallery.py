@@ -1,4 +1,4 @@
-"""What people have: the gallery's trainings, networks that nobody here wrote, what the docs show."""
+"""What people have: the gallery's trainings, networks that nobody here wrote, the docs' examples."""
 
 import doctest
 import importlib

@@ -137,7 +137,9 @@ def test_names_are_forgiving_and_errors_name_what_is_near():
     assert find_update("b_sgd") is UPDATES["b-sgd"]
     with pytest.raises(ValueError, match=r"'un-adams' is not an update \(did you mean un-adam"):
         check_update_name("un-adams")
-    with pytest.raises(ValueError, match=r"'zzz' is not an update; expected one of b-sgd, un, .*package.module"):
+    with pytest.raises(
+        ValueError, match=r"'zzz' is not an update; expected one of b-sgd, un, .*package.module"
+    ):
         build("zzz", 0.1, True)
 
 

@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "CONTRIBUTING.md", "results/README.md", "configs/README.md")
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "results/README.md",
+    "results/symmetry/README.md",
+    "configs/README.md",
+)
 
 
 @pytest.fixture(params=PAGES)

@@ -16,7 +16,7 @@ from unitnorm.updates import build, normalized_kernels
 
 
 def network(key: jax.Array) -> nn.Sequential:
-    keys, layers = jax.random.split(key, 3), []
+    keys, layers = jax.random.split(key, 3), list[Any]()
     for before, after, key in ((1, 8, keys[0]), (8, 16, keys[1])):
         layers.append(nn.Conv2d(before, after, 3, padding=1, key=key))
         layers.append(nn.BatchNorm(after, "batch", momentum=0.9, mode="batch"))
