@@ -1,4 +1,4 @@
-"""What people have: the gallery's trainings, networks that nobody here wrote, the docs' examples."""
+"""The gallery's trainings, networks that nobody here wrote, and the examples of the docs."""
 
 import doctest
 import importlib

@@ -49,8 +49,8 @@ def main(steps: int = 600) -> float:
         step, state = update.update(gradients, state, params)
         return optax.apply_updates(params, step), running, state
 
-    for batch in draw_batches(images, labels, steps):
-        params, running, state = train(params, running, state, *batch)
+    for drawn in draw_batches(images, labels, steps):
+        params, running, state = train(params, running, state, *drawn)
     trained = nn.inference_mode(eqx.combine(params, static))
     return print_test_error(lambda x: apply(trained, running, x)[0], test_images, test_labels)
 
