@@ -4,7 +4,6 @@ import functools
 import inspect
 import itertools
 import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,6 @@ from flax import linen, nnx
 
 from tests import rivals
 from unitnorm import updates
-from unitnorm.examples import cnn
 from unitnorm.updates import (
     UPDATES,
     build,
@@ -121,6 +119,9 @@ def off_unit(params):
 
 
 # --- The contract -------------------------------------------------------------------------------
+# What optax's contrib/_common_test.py asks of an optimiser, but for two: its parabola and its
+# Rosenbrock function have their minima off the manifold, so a scale-invariant function stands for
+# them; and complex parameters, since a real normalisation layer gives no symmetry of phases.
 
 
 @every_update
@@ -898,10 +899,3 @@ def test_another_update_takes_the_lines_that_the_documentation_shows():
     assert update.constrained
     assert off_unit(moved) < 1e-6
     assert farthest(moved, kernels()) > 1e-2
-
-
-def test_the_example_learns_and_changes_one_line():
-    source = Path(cnn.__file__).read_text(encoding="utf-8")
-    assert len(source.splitlines()) < 60
-    assert source.count("optax.sgd") == source.count("build(") == 1
-    assert cnn.main(steps=30) < 0.4  # guessing: 0.9
