@@ -50,8 +50,10 @@ class Evaluator:
         found = []
         for images, labels in self._batches(scenes):
             # one after another: CPU devices that sum for several batches at once can wait for each
-            # other for ever, as each sum in waiting holds one of XLA's threads
-            found.append(np.asarray(self._count(weights, images, labels), np.int64))
+            # other for ever, as each sum in waiting holds one of XLA's threads. To read a result
+            # waits for the first device alone.
+            counted = jax.block_until_ready(self._count(weights, images, labels))
+            found.append(np.asarray(counted, np.int64))
         return np.concatenate(found)[: len(scenes.labels)]
 
     def renew_statistics(self, weights: Weights, scenes: Scenes) -> Weights:
