@@ -1,4 +1,4 @@
-"""What people have: the gallery's trainings, networks that nobody here wrote, what the docs show."""
+"""What people have: the gallery, networks that nobody here wrote, and what the docs show."""
 
 import doctest
 import importlib
