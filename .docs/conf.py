@@ -8,12 +8,14 @@ import inspect
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
+from sphinx.util import logging  # noqa: E402
 
 import unitnorm  # noqa: E402
 
@@ -29,6 +31,7 @@ html_css_files = ["wide.css"]
 myst_enable_extensions = ["substitution", "colon_fence"]
 myst_heading_anchors = 3
 default_role = "code"  # `name` in a docstring is code
+smartquotes = False  # an option is --update
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 python_maximum_signature_line_length = 60
@@ -44,12 +47,12 @@ def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 def _updates() -> str:
     return _table(
-        ("name", "function", "filters", "all else", "what it is"),
+        ("name", "function", "norms", "all else", "what it is"),
         [
             (
                 f"`{update.name}`",
                 f"{{py:func}}`~unitnorm.{update.filters.__name__}`",
-                "unit norm" if update.constrained else "free",
+                "unit" if update.constrained else "free",
                 f"`{_rest(update.rest)}`",
                 update.summary,
             )
@@ -58,10 +61,10 @@ def _updates() -> str:
     )
 
 
-def _rest(rest: object) -> str:
+def _rest(rest: Any) -> str:
     options = getattr(rest, "keywords", {})
     words = [f"{key}={value}" for key, value in options.items()]
-    name = getattr(rest, "func", rest).__name__  # type: ignore[attr-defined]
+    name = getattr(rest, "func", rest).__name__
     return f"optax.{name}" + (f"({', '.join(words)})" if words else "")
 
 
@@ -101,6 +104,7 @@ def _study() -> str:
     return "\n\n".join(f"### {path.parent.name}\n\n{path.read_text()}" for path in found)
 
 
+_log = logging.getLogger(__name__)
 _BULLETS = r"^(- .*)$"
 myst_substitutions = {
     "quickstart": _quickstart(),
@@ -115,32 +119,66 @@ myst_substitutions = {
 }
 
 
-def _as_rest(app: object, what: str, name: str, obj: object, options: object, lines: list) -> None:
-    """Docstrings are written to be read as they are: what reST would take for markup is not."""
-    for i, line in enumerate(lines):
-        nxt = next((later for later in lines[i + 1 :] if later.strip()), "")
-        deeper = len(nxt) - len(nxt.lstrip()) > len(line) - len(line.lstrip())
-        if line.endswith(":") and i + 1 < len(lines) and not lines[i + 1].strip() and deeper:
-            lines[i] = line + ":"  # code follows
-        elif not line.lstrip().startswith((">>>", "...")):
+# Unions that autodoc spells out, by the names that the source gives them.
+_ALIASES = (
+    ("Array | ndarray | bool | number | bool | int | float | complex", "ArrayLike"),
+    ("ArrayLike | Iterable[ArrayTree] | Mapping[Any, ArrayTree]", "Params"),
+    ("Any | Callable[[Params], Any]", "Selection"),
+    ("ArrayLike | Callable[[Any], Any]", "LearningRate"),
+    ("int | Sequence[int] | None | Any | Callable[[str], int | Sequence[int] | None]", "AxisSpec"),
+    ("Literal['normalize', 'raise', 'trust']", "OffManifold"),
+)
+
+
+def _short_types(*about: Any) -> tuple[str | None, str | None]:
+    *_, signature, returned = about
+
+    def shortened(text: str | None) -> str | None:
+        text = text and re.sub(r"~(?!unitnorm)(?:\w+\.)*(\w+)", r"\1", text)
+        for long, short in _ALIASES:
+            text = text and text.replace(long, short)
+        return text
+
+    return shortened(signature), shortened(returned)
+
+
+def _as_rest(*about: Any) -> None:
+    """Docstrings are written to be read as they are: what reST would take for markup is not.
+
+    A deeper block below a blank line is code; elsewhere | and \\ are themselves, as is a star that
+    emphasises nothing.
+    """
+    lines, rest, code, previous = about[-1], [], None, ""
+    for line in lines:
+        indent = len(line) - len(line.lstrip())
+        if code is not None and line.strip() and indent < code:
+            code = None
+        outer = len(previous) - len(previous.lstrip())
+        below_blank = line.strip() and rest and not rest[-1].strip()
+        if code is None and below_blank and indent > outer:
+            code = indent
+            rest[-1:] = ["", " " * outer + "::", ""]
+        if code is None and not line.lstrip().startswith((">>>", "...")):
             parts = line.split("`")
-            parts[::2] = [re.sub(r"([|\\]|(?<!\w)\*)", r"\\\1", part) for part in parts[::2]]
-            lines[i] = "`".join(parts)
+            parts[::2] = [
+                re.sub(r"\*\w[^*]*\w\*|[|\\*]", lambda m: m[0] if m[0][1:] else "\\" + m[0], part)
+                for part in parts[::2]
+            ]
+            line = "`".join(parts)
+        rest.append(line)
+        previous = line if line.strip() else previous
+    lines[:] = rest
 
 
-def _complete(app: object, env: object) -> None:
+def _complete(app: Any, env: Any) -> None:
     """A public function without its entry in the reference is a warning, and so an error."""
-    documented = env.domaindata["py"]["objects"]  # type: ignore[attr-defined]
+    documented = env.domaindata["py"]["objects"]
     for name in unitnorm.__all__:
         if f"unitnorm.{name}" not in documented and name != "__version__":
             _log.warning("unitnorm.%s has no entry in api.md", name)
 
 
-def setup(app: object) -> None:
-    app.connect("autodoc-process-docstring", _as_rest, priority=100)  # type: ignore[attr-defined]
-    app.connect("env-check-consistency", _complete)  # type: ignore[attr-defined]
-
-
-from sphinx.util import logging  # noqa: E402
-
-_log = logging.getLogger(__name__)
+def setup(app: Any) -> None:
+    app.connect("autodoc-process-docstring", _as_rest, priority=100)
+    app.connect("autodoc-process-signature", _short_types)
+    app.connect("env-check-consistency", _complete)

@@ -1,4 +1,4 @@
-"""The gallery's trainings, networks that nobody here wrote, and the examples of the docs."""
+"""What people have: the gallery, networks that nobody here wrote, and what the docs show."""
 
 import doctest
 import importlib
