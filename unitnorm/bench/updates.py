@@ -81,7 +81,8 @@ def updates(orders: Orders, shape: Sequence[int]) -> None:
     def repetition() -> dict[str, float]:
         found = {"bytes_per_s": memory_rate(SingleDeviceSharding(w.devices().pop()))}
         for name, update in made.items():
-            taken = jax.block_until_ready((jnp.copy(w), update.init(w)))
+            # copies, as some states hold the weights themselves, which would be used up
+            taken = jax.block_until_ready(jax.tree.map(jnp.copy, (w, update.init(w))))
             found[name] = seconds_of(partial(programs[name], taken, g)) / steps
         return found
 
