@@ -699,7 +699,7 @@ def test_the_real_camvid_has_its_counts_and_the_size_asked_for():
 
 def test_unknown_keys_and_updates_are_errors():
     for key, value, text in (
-        ("train.epoch", 1, "allowed: epochs, batch_size"),
+        ("train.epoch", 1, "allowed: epochs, stages, crop"),
         ("updates", ["sdg"], "'sdg' is not an update"),
         ("network.kernel_size", 4, "odd"),
     ):
