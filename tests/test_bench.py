@@ -343,7 +343,7 @@ def test_a_quick_look_says_each_step_and_leaves_out_what_takes_long(measured, tm
     done = CliRunner().invoke(cli.main, ["bench", "--quick", "--out", str(tmp_path)])
     assert done.exit_code == 0, done.output
     lines = done.output.splitlines()
-    assert lines[0] == "depth 2, starting 13 processes"
+    assert lines[0] == "depth 2, starting 12 processes"
     assert "depth 2, round 2 of 2: geoopt, runs 2, processes 2" in lines
     assert not any("depth 4" in line or "instead of B-SGD" in line for line in lines)
     facts = json.loads((tmp_path / "amd-epyc-2-cores.json").read_text())

@@ -84,7 +84,7 @@ def measure_speed(
     rounds: int,
     images: int = IMAGES,
     *,
-    with_costs: bool = True,
+    quick: bool = False,
     say: Say = lambda _: None,
 ) -> Measurement:
     """Measure everything, depth after depth.
@@ -93,7 +93,7 @@ def measure_speed(
       depths: of the network.
       rounds: repetitions of each, after those to warm up; at least 1.
       images: training images of an epoch.
-      with_costs: measure what UN and checkpoints cost, too, which takes as long again.
+      quick: leave out the study's row, which is long to compile, and what UN and checkpoints cost.
       say: told what is being done.
 
     Returns:
@@ -114,6 +114,8 @@ def measure_speed(
             say(f"depth {depth}, {text}")
 
         chosen = list_contestants(depth, images, count_cores())
+        if quick:
+            del chosen[STUDY]
         told(f"starting {sum(c.processes for c in chosen.values())} processes")
         with measure.started(chosen) as (workers, lacking):
             found = measure.take_turns(workers, rounds, told)
@@ -132,7 +134,7 @@ def measure_speed(
         for entry, values in rates.items():
             times = [ours / theirs for ours, theirs in zip(rates[OURS], values, strict=True)]
             rows.append([*entry, depth, *Spread.of(values), *Spread.of(times)])
-        if with_costs:
+        if not quick:
             costs += measure_costs(depth, rounds, images, told)
     speeds, cost_frame = pd.DataFrame(rows, columns=COLUMNS), pd.DataFrame(costs)
     machine = {name: Spread.of(values) for name, values in limits.items()}
@@ -152,7 +154,7 @@ def measure_speed(
     }
     return Measurement(
         measure.slug(device),
-        {"": speeds} | ({"-costs": cost_frame} if with_costs else {}),
+        {"": speeds} | ({} if quick else {"-costs": cost_frame}),
         make_cells(speeds, rounds, list_remarks(speeds, cost_frame, missing)),
         facts,
         {"-roofline": figures.draw_roofs(place_points(speeds, images), machine)},

@@ -84,4 +84,4 @@ def measure(
     if what == "startup":
         return startup.measure_startup(rounds, say=say)
     depth = depth or ((2,) if quick else (2, 4))
-    return compare.measure_speed(depth, rounds, images, with_costs=not quick, say=say)
+    return compare.measure_speed(depth, rounds, images, quick=quick, say=say)
