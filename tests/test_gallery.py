@@ -82,7 +82,7 @@ def test_kernels_of_a_resnet_in_haiku(version):
     def forward(images):
         net = hk.nets.ResNet(
             (1, 1, 1, 1), 10, resnet_v2=version == 2, bottleneck=False,
-            channels_per_group=(4, 4, 8, 8), initial_conv_config={"output_channels": 4},
+            channels_per_group=(8, 8, 16, 16), initial_conv_config={"output_channels": 8},
             strides=(1, 1, 2, 2),
         )  # fmt: skip
         return net(images, is_training=True)
