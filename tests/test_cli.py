@@ -149,7 +149,7 @@ def test_make_table2_then_make_test_changes_nothing_that_git_tracks(
     table = (out / "table2.md").read_text().strip()
     page = f"<!-- from results/table2/table2.md -->\n\n{table}\n\n<!-- end -->\n"
     (tmp_path / "README.md").write_text(page)
-    for folder in ("results", "configs"):
+    for folder in ("results", "configs", "results/symmetry"):
         (tmp_path / folder).mkdir(exist_ok=True)
         (tmp_path / folder / "README.md").write_text("")
     git("init", "-q")
@@ -240,7 +240,7 @@ def test_published_records_are_read_or_their_command_is_named(folder, command):
         (["sweep", "--set", "sweep.rates=[]"], "sweep.rates = []"),
         (["sweep", "--set", "batch=1"], "unknown key batch; allowed"),
         (["train", "--set", "train.train_images=70000"], "has 60000 training images"),
-        (["train", "--set", 'updates=["sgd"]'], "unknown update 'sgd'"),
+        (["train", "--set", 'updates=["sgd"]'], "'sgd' is not an update"),
         (["train", "--update", "sgd"], "expected one of b-sgd, un"),
         (["train", "--sed", "3"], "No such option"),
         (["train", "--data-dir", "/nowhere/at/all"], "/nowhere/at/all"),

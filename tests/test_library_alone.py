@@ -1,8 +1,10 @@
 """The updates as other programs use them: alone, typed, extended from outside."""
 
+import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,8 @@ import pytest
 import unitnorm
 from unitnorm import updates
 from unitnorm.updates import UPDATES, Update, build, check_update_name, find_update
+
+ROOT = Path(__file__).parent.parent
 
 ABSENT = (
     "array_record click etils grain matplotlib orbax pandas PIL pydantic pyarrow rich safetensors "
@@ -71,8 +75,9 @@ def test_a_type_checker_sees_the_signatures(tmp_path):
         words = ["-m", "mypy", "--follow-imports=silent", "--ignore-missing-imports", name]
         options = [f"--cache-dir={tmp_path}", "--config-file="]
         return subprocess.run(
-            [sys.executable, *words, *options], cwd=tmp_path, capture_output=True, text=True
-        )
+            [sys.executable, *words, *options], cwd=tmp_path, capture_output=True, text=True,
+            env={**os.environ, "MYPYPATH": str(ROOT)},
+        )  # fmt: skip
 
     right, wrong = check("right.py"), check("wrong.py")
     assert right.returncode == 0, right.stdout

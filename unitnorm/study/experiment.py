@@ -223,10 +223,11 @@ def lanes_of(batch: Batch) -> tuple[list[training.Arm], training.Lanes]:
     arms: list[training.Arm] = []
     for lane in batch.lanes:
         options = tuple(sorted(lane.plan.options.items()))
-        if arms and (arms[-1].update, arms[-1].options) == (lane.plan.update, options):
+        arm = training.Arm(lane.plan.update, 1, options, lane.plan.start != "balanced")
+        if arms and arms[-1]._replace(lanes=1) == arm:
             arms[-1] = arms[-1]._replace(lanes=arms[-1].lanes + 1)
         else:
-            arms.append(training.Arm(lane.plan.update, 1, options))
+            arms.append(arm)
     spread = np.zeros((len(batch.lanes), 3))
     for place, lane in enumerate(batch.lanes):
         if lane.plan.start != "balanced":

@@ -429,7 +429,9 @@ def _scale_log(
     values = values[np.isfinite(values) & (values > 0)]
     if not values.size:
         return
-    low, high = values.min(), min(values.max(), top)
+    low = values.min()
+    top = top if top > low else values.max()  # the lowest mean may be 0
+    high = min(values.max(), top)
     margin = (high / low) ** 0.05 if high > low else 1.5
     low, high = low / margin, high if high == top else high * margin
     if high / low < 4:

@@ -76,6 +76,7 @@ class Arm(NamedTuple):
     update: str
     lanes: int = 1
     options: tuple[tuple[str, Any], ...] = ()  # of the update of the filters, beside axis
+    unbalanced: bool = False  # some lane's start is spread
 
 
 class Lanes(NamedTuple):
@@ -184,13 +185,14 @@ def init_runs(
     """A seed's runs at their start, which depends on the seed and its spread, not on the update."""
     params, stats = network.init(stream(seed, INIT))
     key = stream(seed, START)
-    params = jax.vmap(lambda spread: protocol.unbalance(params, spread, key))(lanes.spread)
     count = len(lanes.rate)
-    stats = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), stats)
+    params, stats = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), (params, stats))
     states, parts = [], []
-    for arm, part in by_arm(arms, params):
-        if find_update(arm.update).constrained:  # "trust" looks at no norm afterwards
-            part = put_filters(part, [retraction(w, FILTER_AXIS) for w in filters(part)])
+    for arm, (part, spread) in by_arm(arms, (params, lanes.spread)):
+        if arm.unbalanced:
+            part = jax.vmap(lambda one, s: protocol.unbalance(one, s, key))(part, spread)
+            if find_update(arm.update).constrained:  # "trust" looks at no norm afterwards
+                part = put_filters(part, [retraction(w, FILTER_AXIS) for w in filters(part)])
         states.append(jax.vmap(transformation(arm, jnp.float32(0), part).init)(part))
         parts.append(part)
     nothing = jnp.full((count, phase.max_epochs), jnp.nan)
