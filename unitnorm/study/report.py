@@ -54,7 +54,9 @@ def build(known: Records) -> dict[str, bytes]:
     if (runs["purpose"] == "tune").any():
         files["rates.csv"] = to_csv(statistics.rate_means(runs)).encode()
         files["chosen_rates.csv"] = to_csv(statistics.choose_rates(runs)).encode()
-        drawn["rates"] = figures.draw_tuning(runs)
+        rates = runs[runs["purpose"] == "tune"].groupby("arm")[["filters_rate", "rest_rate"]]
+        if rates.nunique().to_numpy().max() > 2:  # two points are no curve
+            drawn["rates"] = figures.draw_tuning(runs)
     for name, figure in drawn.items():
         encoded = encode(figure, palette=True)
         files |= {f"figures/{name}.{ending}": content for ending, content in encoded.items()}
