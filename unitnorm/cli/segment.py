@@ -254,13 +254,15 @@ def open_segmentation(options: dict[str, Any], **given: Any) -> Iterator[tuple[S
                 )
         return data, about
 
-    def selected() -> Any:
+    def selected(_: Records) -> Any:
         from unitnorm.segment.experiment import list_cells
 
         return list_cells(config)
 
     def devices(asked: int | None) -> int:
         """A CPU device per core, as many as divide a mini-batch."""
+        from unitnorm.run.devices import count_cores
+
         return asked or math.gcd(count_cores(), config.train.batch_size)
 
     with open_job(SCHEMA, config, selected, load, chosen, devices) as job:
@@ -274,13 +276,6 @@ def do_sweep(config: SegmentConfig, job: Job) -> None:
     if not experiment.list_missing(experiment.list_cells(config, 1), job.records["sweep"]):
         job.session.say("sweep: every selected update has its learning rate; --fresh starts over")
     experiment.sweep_missing(config, job.data, job.records, job.session, job.store)
-
-
-def count_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _read_config(

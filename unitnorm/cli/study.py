@@ -15,6 +15,7 @@ from unitnorm.errors import UserError
 from unitnorm.run.job import Job, open_job
 
 if TYPE_CHECKING:
+    from unitnorm.run.records import Records
     from unitnorm.study.config import Plan
 
 RUNS = "runs/study"
@@ -88,13 +89,10 @@ def study(
                 plan.config_of(name).check_images(len(images.train_labels), ("train",))
         return data, {name: {"sha256": images.sha256} for name, images in data.items()}
 
-    def selected() -> Any:
-        from unitnorm.run.records import read
-        from unitnorm.study.schema import CELL, SCHEMA
+    def selected(known: Records) -> Any:
+        return known["runs"][list(CELL)]
 
-        return read(training.out, SCHEMA)["runs"][list(CELL)]
-
-    from unitnorm.study.schema import SCHEMA
+    from unitnorm.study.schema import CELL, SCHEMA
 
     with open_job(SCHEMA, plan, selected, load_all, training) as job:
         keep_plan(job, find_config(plan_name))
@@ -194,7 +192,8 @@ def do_study_report(out: Path, page: bool) -> None:
         known = records.read(out, SCHEMA)
         if known["runs"].empty:
             raise UserError(f"{out}: no runs of a study here; `unitnorm study` records some")
-        files = report.build(known)
+        compared = report.comparisons_of(known)
+        files = report.build(known, compared)
         records.write_files(out, files, replacing="figures/*")
     console = Console()
     if page:
@@ -207,7 +206,7 @@ def do_study_report(out: Path, page: bool) -> None:
         with records.locked(out.parent):
             records.write_files(out.parent, {"index.html": report.build_index(studies)})
         console.print(f"{out.parent / 'index.html'}: {', '.join(studies)}", highlight=False)
-    console.print(report.show(known))
+    console.print(report.show(known, compared))
     console.print(f"{len(files)} files in {out}{os.sep}", highlight=False)
 
 

@@ -16,6 +16,7 @@ from unitnorm.errors import UserError
 from unitnorm.run.job import Job, open_job
 
 if TYPE_CHECKING:
+    from unitnorm.run.records import Records
     from unitnorm.table2.config import Config
 
 OUT = "runs/table2"
@@ -66,7 +67,7 @@ def open_table2(options: dict[str, Any]) -> Iterator[tuple[Config, Job]]:
         config.check_images(len(data.train_labels))
         return data, describe_data(data)
 
-    def selected() -> Any:
+    def selected(_: Records) -> Any:
         from unitnorm.table2.experiment import list_cells
 
         return list_cells(config)

@@ -16,20 +16,7 @@ from pathlib import Path
 import jax
 
 from unitnorm.run.compiled import keep_compiled
-from unitnorm.run.processes import (  # noqa: F401  # for those that have not moved yet
-    AgreedError,
-    any_process,
-    check_same,
-    from_first,
-    in_all,
-    is_first_process,
-    join,
-    several,
-    text_from_first,
-    to_host,
-    together,
-    wait_for_all,
-)
+from unitnorm.run.processes import join
 
 
 def prepare(

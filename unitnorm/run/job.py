@@ -95,7 +95,7 @@ def command_line() -> str:
 def open_job(
     schema: Schema,
     config: ExperimentConfig,
-    selected: Callable[[], pd.DataFrame],
+    selected: Callable[[Records], pd.DataFrame],
     load: Callable[[], tuple[Any, dict[str, Any]]],
     options: TrainingOptions,
     devices: Callable[[int | None], int | None] = lambda asked: asked,
@@ -105,7 +105,7 @@ def open_job(
     Args:
       schema: of the records.
       config: of the experiment.
-      selected: the runs that --fresh starts over, as cells of the schema.
+      selected: of the folder's records, the runs that --fresh starts over, as cells of the schema.
       load: reads the data; the data, and what the provenance says of it.
       options: of the command line.
       devices: of the CPU devices asked for (None: nothing), how many to use.
@@ -116,12 +116,12 @@ def open_job(
         from rich.console import Console
 
         from unitnorm.run import devices as device_setup
-        from unitnorm.run import progress, provenance, records
+        from unitnorm.run import processes, progress, provenance, records
         from unitnorm.run.checkpoints import EVERY_S, Folder, Nowhere
         from unitnorm.run.loop import Interrupted, Session
 
         stack.enter_context(as_interruption(Interrupted))
-        stack.enter_context(device_setup.together((Interrupted,)))
+        stack.enter_context(processes.together((Interrupted,)))
         device_setup.prepare(
             devices(options.devices),
             options.coordinator,
@@ -129,17 +129,17 @@ def open_job(
             options.process,
             detect=options.distributed,
         )
-        is_first = device_setup.is_first_process()
+        is_first = processes.is_first_process()
         console = Console(stderr=False, quiet=not is_first)
 
         def say(text: str) -> None:
             console.print(text, highlight=False, soft_wrap=True)
 
-        data, about = device_setup.in_all(load)
+        data, about = processes.in_all(load)
         expected = provenance.describe(config, about)
         asked = config.model_dump_json(exclude={"data": {"data_dir"}})
-        sources = provenance.hash_sources() if device_setup.several() else ""
-        device_setup.check_same(
+        sources = provenance.hash_sources() if processes.several() else ""
+        processes.check_same(
             "config, data set or version of unitnorm", f"{asked} {about} {sources}"
         )
         checkpoints: Checkpoints = Nowhere()
@@ -150,25 +150,26 @@ def open_job(
                 return records.Records.empty(schema)
             stack.enter_context(records.locked(options.out))
             known = records.read(options.out, schema)
-            if options.fresh:
-                known = known.without(selected())
+            dropped = selected(known) if options.fresh else None
+            if dropped is not None:
+                known = known.without(dropped)
             known = check_matching(known, config, expected, options)
             every_s = options.checkpoint_every
             if every_s is None:  # one of several processes can die at any time, and take all along
-                every_s = 0.0 if device_setup.several() else EVERY_S
+                every_s = 0.0 if processes.several() else EVERY_S
             folder = Folder(options.out / CHECKPOINTS, every_s=every_s, say=say)
             stack.callback(folder.close)
             checkpoints = folder
             done = known.recorded()
-            if options.fresh:  # from the disk at once: the command goes on without --fresh
-                done |= {name for t in schema.tables for name in schema.names(t, selected())}
+            if dropped is not None:  # from the disk at once: the command goes on without --fresh
+                done |= {name for t in schema.tables for name in schema.names(t, dropped)}
                 if (options.out / records.PROVENANCE).exists():
                     known = records.write(options.out, known)
             checkpoints.drop(done)
             return known
 
-        known = device_setup.in_all(open_folder)
-        told = device_setup.text_from_first(records.to_text(known))
+        known = processes.in_all(open_folder)
+        told = processes.text_from_first(records.to_text(known))
         if not is_first:
             known = replace(records.from_text(told, schema), provenance=expected)
         reporter = stack.enter_context(progress.shown(console))

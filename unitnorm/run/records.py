@@ -74,7 +74,6 @@ class Schema:
       cell: the columns that name a run in every table.
       files: pattern of the names of further files, such as weights.
       about: the keys of provenance.json's `data`.
-      command: that reads such a folder, for errors.
       required: further files that are always there.
     """
 
@@ -83,7 +82,6 @@ class Schema:
     cell: tuple[str, ...]
     files: str = r"(?!)"
     about: type[About] = About
-    command: str = "unitnorm report"
     required: tuple[str, ...] = ()
 
     def file_of(self, table: str) -> str:

@@ -57,5 +57,4 @@ SCHEMA = Schema(
     cell=CELL,
     files=r"\w[\w.+:=@-]*\.safetensors",
     about=AboutScenes,
-    command="unitnorm segment report",
 )  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -60,14 +60,17 @@ class Batch:
         name = f"{self.purpose} {self.dataset} depth {self.depth}"
         return f"{name} {self.lanes[0].arm} seed {self.seeds[0]}"
 
-    def cells(self) -> pd.DataFrame:
-        """One row per run."""
-        rows = [
+    def cells_of(self, seed: int) -> list[tuple[Any, ...]]:
+        """What names each run of a seed, in the order of `CELL`."""
+        return [
             (self.dataset, self.depth, lane.arm, self.purpose, seed, lane.filters_rate,
              lane.rest_rate, lane.plan.start, lane.spread)
-            for seed in self.seeds
             for lane in self.lanes
         ]  # fmt: skip
+
+    def cells(self) -> pd.DataFrame:
+        """One row per run."""
+        rows = [cell for seed in self.seeds for cell in self.cells_of(seed)]
         return pd.DataFrame(rows, columns=list(CELL))
 
 
@@ -87,7 +90,7 @@ def list_batches(plan: Plan, runs: pd.DataFrame) -> Iterator[Batch]:
                     missing = [
                         seed
                         for seed in range(seeds.first, seeds.first + seeds.count)
-                        if any(cell not in have for cell in _cells_of(whole, seed))
+                        if any(cell not in have for cell in whole.cells_of(seed))
                     ]
                     for start in range(0, len(missing), SEEDS_AT_ONCE):
                         some = tuple(missing[start : start + SEEDS_AT_ONCE])
@@ -149,11 +152,6 @@ def _chosen_rates(
     }
 
 
-def _cells_of(batch: Batch, seed: int) -> list[tuple[Any, ...]]:
-    one = replace(batch, seeds=(seed,))
-    return list(one.cells().itertuples(index=False, name=None))
-
-
 def run_study(
     plan: Plan, data: Mapping[str, Dataset], records: Records, session: Session
 ) -> Iterator[Records]:
@@ -189,7 +187,7 @@ def recompute(
     for program in plan_programs(plan, runs, *place):
         batch = Batch(*place, *program, (chosen["seed"],))
         cell = tuple(chosen[name] for name in CELL)
-        if cell in _cells_of(batch, chosen["seed"]):
+        if cell in batch.cells_of(chosen["seed"]):
             rows = train_batch(batch, data, session)
             wanted = pd.DataFrame([cell], columns=list(CELL))
             return SCHEMA.rows_of(rows, wanted)

@@ -34,11 +34,14 @@ def comparisons_of(known: Records) -> pd.DataFrame:
     return statistics.compare(runs, planned, plan.margin, plan.alpha)
 
 
-def build(known: Records) -> dict[str, bytes]:
-    """Every file of a study's report: the same records give the same bytes."""
+def build(known: Records, compared: pd.DataFrame) -> dict[str, bytes]:
+    """Every file of a study's report: the same records give the same bytes.
+
+    Args:
+      compared: from `comparisons_of`.
+    """
     runs = known["runs"]
     files = {}
-    compared = comparisons_of(known)
     if len(compared):
         files["comparisons.csv"] = to_csv(compared).encode()
         files["comparisons.md"] = to_markdown(comparison_cells(known, compared)).encode() + b"\n"
@@ -76,9 +79,8 @@ def build_index(studies: Mapping[str, Records]) -> bytes:
     return build_page(frames)
 
 
-def show(known: Records) -> Group:
-    """What `unitnorm study` prints."""
-    compared = comparisons_of(known)
+def show(known: Records, compared: pd.DataFrame) -> Group:
+    """What `unitnorm study` prints; arguments as in `build`."""
     if compared.empty:
         return Group(Text("no comparison has runs of both of its arms yet"))
     return Group(Fitting(comparison_cells(known, compared)))

@@ -32,5 +32,4 @@ SCHEMA = Schema(
     },
     cell=CELL,
     files=r"plan\.toml",
-    command="unitnorm study",
 )  # fmt: skip
