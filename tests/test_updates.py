@@ -436,7 +436,9 @@ def reference_un_carried(W, gradient, rate, median=False):
 
 def reference_b_sgd_median(W, gradient, rate):
     while True:
-        W = W - rate * np.median(np.diag(W @ W.T)) * gradient(W)
+        norms = np.sqrt(np.diag(W @ W.T))
+        W = W - rate * np.median(norms) ** 2 * gradient(W)
+        W = W / np.median(np.sqrt(np.diag(W @ W.T)))
         yield W
 
 
@@ -569,6 +571,22 @@ def test_un_that_carries_the_norm_points_where_gradient_descent_does():
     assert sizes[-1].min() > 0.6  # they grow from 0.5 by far
     np.testing.assert_allclose(carried, free / sizes, rtol=0, atol=1e-12)
     assert np.abs(plain - carried).max() > 1e-2
+
+
+def test_b_sgd_that_keeps_its_median_norm_goes_where_the_rate_would_take_it():
+    """Norms that grow, at a rate that grows with them, turn the filters alike."""
+    with jax.enable_x64(True):
+        start, target = kernels(dtype=jnp.float64)["conv"], kernels(5, jnp.float64)["conv"]
+        gradient = jax.jit(jax.grad(lambda w: invariant_loss(w, target)))
+        found = np.asarray(train(updates.b_sgd_median(0.3), start, gradient, 20))
+        w, free = start, []
+        for _ in range(20):
+            w = w - 0.3 * np.median(norms(w)) ** 2 * gradient(w)
+            free.append(w)
+    free = np.stack(free)
+    sizes = np.sqrt(np.sum(free**2, (1, 2, 3), keepdims=True))
+    assert np.median(sizes[-1]) > 1.1
+    np.testing.assert_allclose(found, free / np.median(sizes, -1, keepdims=True), atol=1e-12)
 
 
 def test_un_that_carries_the_norm_may_share_its_median():

@@ -139,7 +139,7 @@ _UPDATES = (
     Update("rotational-sgd", rotational_sgd, _heavy_ball, True, "fixed angle (Kosson et al. 2023)"),
     Update("adam-srt", adam_srt, optax.adam, False, "Adam turned along (Roburin et al. 2022)"),
     Update("un-carried", un_carried, optax.sgd, True, "UN at B-SGD's effective rates"),
-    Update("b-sgd-median", b_sgd_median, optax.sgd, False, "B-SGD, rate times median ‖w‖²"),
+    Update("b-sgd-median", b_sgd_median, optax.sgd, False, "B-SGD, each layer's median norm held"),
 )
 UPDATES: Mapping[str, Update] = MappingProxyType({update.name: update for update in _UPDATES})
 

@@ -33,18 +33,27 @@ def b_sgd(learning_rate: LearningRate, *, axis: AxisSpec = None) -> optax.Gradie
 def b_sgd_median(
     learning_rate: LearningRate, *, axis: AxisSpec = None
 ) -> optax.GradientTransformation:
-    """Gradient descent at a rate that keeps up with the norms: w ← w − λ m ∇ℓ, m = median ‖w_i‖².
+    """B-SGD without the fall of its rate: w_i ← w_i − λ m² ∇ℓ, then W ← W/m, m = median ‖w_i‖.
 
-    The median runs over the filters i of a leaf. Before a normalisation layer the effective rate of
-    B-SGD falls as λ/‖w‖²; here the typical filter of each layer keeps λ, while the rates of filters
-    still differ by their norms: B-SGD without the fall of its rate, to set against UN.
+    The median runs over the filters i of a leaf, before the step and anew after it. Before a
+    normalisation layer the effective rate of B-SGD falls as λ/‖w‖²; here the typical filter of each
+    layer keeps λ, while the rates of its filters still differ by their norms: the rate of UN without
+    its constraint, to set against both. Dividing a whole layer changes nothing that the network
+    computes, nor where it goes; without that the norms would grow exponentially, and overflow.
     """
 
-    def leaf(axes: tuple[int, ...], w: jax.Array, g: jax.Array) -> jax.Array:
-        return jnp.median(geometry.filter_norms(w, axes) ** 2) * geometry.wide(g)
+    def ahead(axes: tuple[int, ...], w: jax.Array, g: jax.Array) -> jax.Array:
+        return _median_norm(axes, w) ** 2 * geometry.wide(g)
+
+    def divide(axes: tuple[int, ...], w: jax.Array, u: jax.Array) -> jax.Array:
+        moved = geometry.wide(w) + u
+        return moved / _median_norm(axes, moved) - geometry.wide(w)
 
     return optax.chain(
-        stateless(leaf, axis), optax.scale_by_learning_rate(learning_rate), in_dtype_of_params()
+        stateless(ahead, axis),
+        optax.scale_by_learning_rate(learning_rate),
+        stateless(divide, axis),
+        in_dtype_of_params(),
     )
 
 
@@ -150,3 +159,8 @@ def weight_norm(
 
 def _norms(axes: tuple[int, ...], w: jax.Array) -> jax.Array:
     return geometry.filter_norms(w, axes, keepdims=True)
+
+
+def _median_norm(axes: tuple[int, ...], w: jax.Array) -> jax.Array:
+    median = jnp.median(geometry.filter_norms(w, axes))
+    return jnp.where(median == 0, 1, median)
