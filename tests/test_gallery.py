@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import inspect
+import operator
 import re
 from pathlib import Path
 
@@ -102,21 +103,15 @@ def test_kernels_of_a_resnet_in_haiku(version):
 # --- What the documentation shows -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        "unitnorm.geometry",
-        "unitnorm.updates",
-        "unitnorm.updates.euclidean",
-        "unitnorm.updates.manifold",
-        "unitnorm.updates.parts",
-        "unitnorm.updates.rivals",
-        "unitnorm.updates.selection",
-    ],
-)
-def test_the_examples_in_docstrings_say_what_comes_out(module):
-    results = doctest.testmod(importlib.import_module(module))
-    assert results.failed == 0
+FUNCTIONS = [name for name in unitnorm.__all__ if inspect.isfunction(getattr(unitnorm, name))]
+
+
+@pytest.mark.parametrize("name", [*FUNCTIONS, "ArchBN", "geometry.filter_axes"])
+def test_every_public_function_has_an_example_and_it_says_what_comes_out(name):
+    thing = operator.attrgetter(name)(unitnorm)
+    (found,) = doctest.DocTestFinder(recurse=False).find(thing, name)
+    assert found.examples
+    assert doctest.DocTestRunner().run(found).failed == 0
 
 
 def quickstarts():

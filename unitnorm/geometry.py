@@ -32,6 +32,11 @@ def filter_axes(shape: Sequence[int], axis: Axis = None, name: str = "array") ->
     Raises:
         ValueError: no axis is given and the array has fewer than two; or an axis is out of range,
             named twice, or no integer.
+
+    >>> filter_axes((3, 3, 8, 16))  # a convolution kernel: sixteen filters
+    (0, 1, 2)
+    >>> filter_axes((64, 784), axis=-1)  # rows
+    (1,)
     """
     shape = tuple(shape)
     if axis is None:
@@ -68,6 +73,11 @@ def filter_norms(w: jax.Array, axis: Axis = None, *, keepdims: bool = False) -> 
 
     Raises:
         ValueError: see `filter_axes`.
+
+    >>> import jax.numpy as jnp
+    >>> kernel = jnp.array([[3.0, 0.0], [4.0, 2.0]])  # (in, out): two filters
+    >>> print(filter_norms(kernel), filter_norms(kernel, axis=-1))
+    [5. 2.] [3.       4.472136]
     """
     axes = filter_axes(jnp.shape(w), axis)
     norms = jnp.sqrt(_inner(wide(w), wide(w), axes))
@@ -90,6 +100,11 @@ def tangent_projection(w: jax.Array, z: jax.Array, axis: Axis = None) -> jax.Arr
 
     Raises:
         ValueError: see `filter_axes`.
+
+    >>> import jax.numpy as jnp
+    >>> w, z = jnp.array([[1.0], [0.0]]), jnp.array([[5.0], [7.0]])
+    >>> print(tangent_projection(w, z).ravel())
+    [0. 7.]
     """
     axes = filter_axes(jnp.shape(w), axis)
     wide_w, wide_z = wide(w), wide(z)
@@ -114,6 +129,11 @@ def retraction(w: jax.Array, axis: Axis = None) -> jax.Array:
 
     Raises:
         ValueError: see `filter_axes`.
+
+    >>> import jax.numpy as jnp
+    >>> print(retraction(jnp.array([[3.0, 0.0], [4.0, 0.0]])))
+    [[0.6 0. ]
+     [0.8 0. ]]
     """
     norms = filter_norms(w, axis, keepdims=True)
     return (wide(w) * inverse_norms(norms)).astype(jnp.result_type(w))

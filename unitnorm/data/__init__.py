@@ -69,6 +69,11 @@ def load_dataset(dataset: str = "mnist", data_dir: str | os.PathLike[str] | None
     Raises:
       UserError: if a source is missing, damaged or of another kind, naming the file, what was
         expected and what was found.
+
+    >>> from unitnorm import load_dataset
+    >>> mnist = load_dataset()
+    >>> mnist.train_images.shape, mnist.test_images.shape, mnist.classes
+    ((60000, 784), (10000, 784), 10)
     """
     if not dataset:
         raise UserError("dataset: expected a name or a path, found nothing")

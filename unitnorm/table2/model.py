@@ -80,6 +80,12 @@ class ArchBN(nnx.Module):
       pool_pairs: which two features are pooled, see `max_pool_pairs`.
       bn_momentum, bn_epsilon: of the running statistics and inside the square root.
       rngs: one key for all initial rows.
+
+    >>> import jax.numpy as jnp
+    >>> from flax import nnx
+    >>> model = ArchBN(784, depth=2, rngs=nnx.Rngs(0))
+    >>> model(jnp.ones((100, 784))).shape
+    (100, 10)
     """
 
     def __init__(

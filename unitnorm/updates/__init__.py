@@ -182,6 +182,10 @@ def find_update(name: str) -> Update:
     Raises:
         ValueError: as `check_update_name`; or what the name stands for cannot be imported, or is no
             update.
+
+    >>> import unitnorm
+    >>> unitnorm.find_update("un_adam").summary
+    'Riemannian Adam (Bécigneul and Ganea 2019)'
     """
     name = check_update_name(name)
     if name in UPDATES:

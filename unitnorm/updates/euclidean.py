@@ -25,6 +25,13 @@ def b_sgd(learning_rate: LearningRate, *, axis: AxisSpec = None) -> optax.Gradie
     "Balanced" is the start, filters and class vectors of unit norm, not the step.
 
     Source: Badrinarayanan, Mishra and Cipolla (2015), section 4.
+
+    >>> import jax.numpy as jnp, unitnorm
+    >>> w, g = jnp.array([[1.0], [0.0]]), jnp.array([[0.0], [1.0]])
+    >>> tx = unitnorm.b_sgd(0.5)
+    >>> step, _ = tx.update(g, tx.init(w), w)
+    >>> print((w + step).ravel().round(3))
+    [ 1.  -0.5]
     """
     del axis
     return optax.sgd(learning_rate)
@@ -37,9 +44,16 @@ def b_sgd_median(
 
     The median runs over the filters i of a leaf, before the step and anew after it. Before a
     normalisation layer the effective rate of B-SGD falls as λ/‖w‖²; here the typical filter of each
-    layer keeps λ, while the rates of its filters still differ by their norms: the rate of UN without
-    its constraint, to set against both. Dividing a whole layer changes nothing that the network
+    layer keeps λ, while the rates of its filters still differ by their norms: UN's rate without its
+    constraint, to set against both. Dividing a whole layer changes nothing that the network
     computes, nor where it goes; without that the norms would grow exponentially, and overflow.
+
+    >>> import jax.numpy as jnp, unitnorm
+    >>> w, g = jnp.eye(3), jnp.array([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    >>> tx = unitnorm.b_sgd_median(0.5)
+    >>> step, _ = tx.update(g, tx.init(w), w)
+    >>> print(unitnorm.filter_norms(w + step).round(3))  # only the first filter moved
+    [1.118 1.    1.   ]
     """
 
     def ahead(axes: tuple[int, ...], w: jax.Array, g: jax.Array) -> jax.Array:
@@ -72,6 +86,13 @@ def sgd_wd(
 
     Source: Krogh and Hertz (1991); for its effect here van Laarhoven (2017), L2 regularization
     versus batch and weight normalization.
+
+    >>> import jax.numpy as jnp, unitnorm
+    >>> w, g = jnp.array([[1.0], [0.0]]), jnp.zeros((2, 1))
+    >>> tx = unitnorm.sgd_wd(0.1, 5e-4, summed_over=100)
+    >>> step, _ = tx.update(g, tx.init(w), w)
+    >>> print((w + step).ravel())
+    [0.995 0.   ]
     """
     del axis  # the decay is the same for every entry
     return optax.chain(
@@ -89,6 +110,15 @@ def sm(learning_rate: LearningRate, *, axis: AxisSpec = None) -> optax.GradientT
 
     Source: Badrinarayanan, Mishra and Cipolla (2015), section 2: "a suitable non-Euclidean
     gradient which is invariant to reparameterizations".
+
+    >>> import jax.numpy as jnp, unitnorm
+    >>> w, g = jnp.array([[1.0], [0.0]]), jnp.array([[0.0], [1.0]])
+    >>> tx = unitnorm.sm(0.5)
+    >>> for scale in (1, 4):  # the gradient at 4 w is a fourth
+    ...     step, _ = tx.update(g / scale, tx.init(w), scale * w)
+    ...     print((scale * w + step).ravel())
+    [ 1.  -0.5]
+    [ 4. -2.]
     """
 
     def leaf(axes: tuple[int, ...], w: jax.Array, g: jax.Array) -> jax.Array:
@@ -118,6 +148,13 @@ def weight_norm(
     call `init` again. A zero filter stays zero.
 
     Source: Salimans and Kingma (2016), equations (2) and (3).
+
+    >>> import jax.numpy as jnp, unitnorm
+    >>> w, g = jnp.array([[2.0], [0.0]]), jnp.array([[1.0], [0.0]])
+    >>> tx = unitnorm.weight_norm(0.5)
+    >>> step, state = tx.update(g, tx.init(w), w)
+    >>> print((w + step).ravel(), state.g.ravel())
+    [1.5 0. ] [1.5]
     """
     sgd = optax.sgd(learning_rate)
 

@@ -133,6 +133,16 @@ def un_momentum(
 
     Source: optax.sgd(momentum=μ), with the projection as vector transport; Absil, Mahony and
     Sepulchre (2008), Optimization Algorithms on Matrix Manifolds, section 8.1.3.
+
+    >>> import jax.numpy as jnp, unitnorm
+    >>> w, g = jnp.array([[1.0], [0.0]]), jnp.array([[5.0], [1.0]])
+    >>> tx = unitnorm.un_momentum(0.1)
+    >>> state = tx.init(w)
+    >>> for _ in range(2):
+    ...     step, state = tx.update(g, state, w)
+    ...     w = w + step
+    >>> print(jnp.arctan2(w[1], w[0]).round(2))
+    [-0.32999998]
     """
     return optax.chain(
         riemannian_gradient(axis),
@@ -155,6 +165,16 @@ def un_nesterov(
     is 1 + μ times the plain one for the same reason.
 
     Source: Sutskever et al. (2013), in the form of optax.sgd; transport as in `un_momentum`.
+
+    >>> import jax.numpy as jnp, unitnorm
+    >>> w, g = jnp.array([[1.0], [0.0]]), jnp.array([[5.0], [1.0]])
+    >>> tx = unitnorm.un_nesterov(0.1)
+    >>> state = tx.init(w)
+    >>> for _ in range(2):
+    ...     step, state = tx.update(g, state, w)
+    ...     w = w + step
+    >>> print(jnp.arctan2(w[1], w[0]).round(2))
+    [-0.61]
     """
     return optax.chain(
         riemannian_gradient(axis),
@@ -182,6 +202,14 @@ def un_adam(
 
     Source: Bécigneul and Ganea (2019), Riemannian adaptive optimization methods, without the
     maximum of AMSGrad; each filter is one factor of the product manifold.
+
+    >>> import jax.numpy as jnp, unitnorm
+    >>> w, g = jnp.array([[1.0], [0.0]]), jnp.array([[5.0], [100.0]])
+    >>> tx = unitnorm.un_adam(0.1)  # radians, whatever the gradient
+    >>> step, _ = tx.update(g, tx.init(w), w)
+    >>> w = w + step
+    >>> print(jnp.arctan2(w[1], w[0]).round(3))
+    [-0.1]
     """
     return optax.chain(
         riemannian_gradient(axis),
@@ -204,6 +232,13 @@ def normalize(
 
     Source: Huang, Liu, Lang and Li (2017), Projection based weight normalization for deep neural
     networks.
+
+    >>> import jax.numpy as jnp, unitnorm
+    >>> w, g = jnp.array([[1.0], [0.0]]), jnp.array([[0.0], [1.0]])
+    >>> tx = unitnorm.normalize(0.75)
+    >>> step, _ = tx.update(g, tx.init(w), w)
+    >>> print((w + step).ravel().round(3))
+    [ 0.8 -0.6]
     """
     return optax.chain(
         normalized_gradient(axis),
@@ -240,6 +275,13 @@ def un_carried(
 
     Source: Arora, Li and Lyu (2019), Theoretical analysis of auto rate-tuning by batch
     normalization, Lemma 2.4, for n.
+
+    >>> import jax.numpy as jnp, unitnorm
+    >>> w, g = jnp.array([[1.0], [0.0]]), jnp.array([[0.0], [1.0]])
+    >>> tx = unitnorm.un_carried(0.75)
+    >>> _, state = tx.update(g, tx.init(w), w)
+    >>> print(state[2].squared_norms)  # that of (1, −0.75), where B-SGD would be
+    [[1.5625]]
     """
     return optax.chain(
         riemannian_gradient(axis),

@@ -37,6 +37,12 @@ def riemannian_gradient(axis: AxisSpec = None) -> optax.GradientTransformationEx
     """Turn the gradient g at w into ‖w‖ (g − ⟨w, g⟩ w / ‖w‖²): the Riemannian one at w/‖w‖.
 
     Equation (2) of the paper, first line, per filter. A zero filter gives zero.
+
+    >>> import jax.numpy as jnp, unitnorm
+    >>> w, g = jnp.array([[2.0], [0.0]]), jnp.array([[5.0], [7.0]])
+    >>> link = unitnorm.riemannian_gradient()
+    >>> print(link.update(g, link.init(w), w)[0].ravel())
+    [ 0. 14.]
     """
     return stateless(riemannian_gradient_of, axis)
 
@@ -68,6 +74,15 @@ def tangent_momentum(
 
     The buffer starts at zero and is moved by projection onto the tangent space at the current
     point, so each step is tangent, the first included.
+
+    >>> import jax.numpy as jnp, unitnorm
+    >>> w, r = jnp.array([[1.0], [0.0]]), jnp.array([[0.0], [2.0]])
+    >>> link = unitnorm.tangent_momentum(0.9)
+    >>> state = link.init(w)
+    >>> for _ in range(2):
+    ...     step, state = link.update(r, state, w)
+    >>> print(step.ravel())
+    [0.  3.8]
     """
 
     def init(params: optax.Params) -> TangentMomentumState:
@@ -111,6 +126,13 @@ def retract(
 
     Raises:
         ValueError: by `init`, for a leaf without filters or, with "raise", off the manifold.
+
+    >>> import jax.numpy as jnp, unitnorm
+    >>> w, u = jnp.array([[1.0], [0.0]]), jnp.array([[0.0], [0.75]])
+    >>> link = unitnorm.retract()
+    >>> step, _ = link.update(u, link.init(w), w)
+    >>> print((w + step).ravel())
+    [0.8 0.6]
     """
     if off_manifold not in get_args(OffManifold):
         names = ", ".join(get_args(OffManifold))

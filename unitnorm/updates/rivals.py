@@ -60,6 +60,13 @@ def sgdp(
     Source: Heo et al. (2021), AdamP: slowing down the slowdown for momentum optimizers on
     scale-invariant weights, Algorithm 1; the authors' SGDP (clovaai/AdamP). Their momentum default
     is 0, their experiments' 0.9.
+
+    >>> import jax.numpy as jnp, unitnorm
+    >>> w, g = jnp.array([[1.0], [0.0]]), jnp.array([[0.0], [1.0]])
+    >>> tx = unitnorm.sgdp(0.5)
+    >>> step, _ = tx.update(g, tx.init(w), w)
+    >>> print((w + step).ravel().round(3))
+    [ 1.  -0.5]
     """
 
     def step(
@@ -91,6 +98,13 @@ def adamp(
     w ← (1 − λη) w − λ p / (1−b1ᵗ).
 
     Source: Heo et al. (2021), as for `sgdp`, Algorithm 2; the authors' AdamP.
+
+    >>> import jax.numpy as jnp, unitnorm
+    >>> w, g = jnp.array([[1.0], [0.0]]), jnp.array([[0.0], [1.0]])
+    >>> tx = unitnorm.adamp(0.5)
+    >>> step, _ = tx.update(g, tx.init(w), w)
+    >>> print((w + step).ravel().round(3))
+    [ 1.  -0.5]
     """
 
     def step(
@@ -127,6 +141,14 @@ def sgd_g(
     paper adds to the loss is no part of it.
 
     Source: Cho and Lee (2017), Riemannian approach to batch normalization, Algorithm 2.
+
+    >>> import jax.numpy as jnp, unitnorm
+    >>> w, g = jnp.array([[1.0], [0.0]]), jnp.array([[5.0], [100.0]])
+    >>> tx = unitnorm.sgd_g(1.0)  # the gradient is cut to 0.1: an angle
+    >>> step, _ = tx.update(g, tx.init(w), w)
+    >>> w = w + step
+    >>> print(jnp.arctan2(w[1], w[0]).round(3))
+    [-0.1]
     """
 
     def step(
@@ -154,6 +176,14 @@ def adam_g(
     from `un_adam` by the geodesic, by the parallel transport and by the clipping.
 
     Source: Cho and Lee (2017), as for `sgd_g`, Algorithm 3.
+
+    >>> import jax.numpy as jnp, unitnorm
+    >>> w, g = jnp.array([[1.0], [0.0]]), jnp.array([[5.0], [100.0]])
+    >>> tx = unitnorm.adam_g(0.1)
+    >>> step, _ = tx.update(g, tx.init(w), w)
+    >>> w = w + step
+    >>> print(jnp.arctan2(w[1], w[0]).round(3))
+    [-0.1]
     """
 
     def step(
@@ -188,6 +218,13 @@ def nero(
 
     Source: Liu, Bernstein, Meister and Yue (2021), Learning by turning: neural architecture aware
     optimisation, Algorithm 1; the authors' code (jxbz/nero).
+
+    >>> import jax.numpy as jnp, unitnorm
+    >>> w, g = jnp.array([[3.0], [4.0], [8.0]]), jnp.array([[0.0], [1.0], [0.0]])
+    >>> tx = unitnorm.nero(0.1)
+    >>> step, _ = tx.update(g, tx.init(w), w)
+    >>> print(abs((w + step).mean().round(3)), unitnorm.filter_norms(w + step).round(3))
+    0.0 [1.]
     """
 
     def step(
@@ -216,6 +253,13 @@ def lars(
 
     Source: You, Gitman and Ginsburg (2017), Large batch training of convolutional networks,
     Algorithm 1, in the form of optax.lars; here computed in at least float32.
+
+    >>> import jax.numpy as jnp, unitnorm
+    >>> w, g = jnp.array([[2.0], [0.0]]), jnp.array([[0.0], [100.0]])
+    >>> tx = unitnorm.lars(0.5)
+    >>> step, _ = tx.update(g, tx.init(w), w)
+    >>> print((w + step).ravel().round(3))  # λ ‖w‖ far, whatever the gradient
+    [ 2. -1.]
     """
     del axis
 
@@ -251,6 +295,13 @@ def rotational_sgd(
     Source: Kosson, Messmer and Jaggi (2023), Rotational equilibrium: how weight decay balances
     learning across neural networks, Algorithm 1; the authors' RotationalSGD (epfml/REQ), whose
     `zero_mean` is True by default.
+
+    >>> import jax.numpy as jnp, unitnorm
+    >>> w, g = jnp.array([[1.0], [0.0]]), jnp.array([[5.0], [100.0]])
+    >>> tx = unitnorm.rotational_sgd(0.1, weight_decay=0.019)  # √(2 · 0.1 · 0.019 / 1.9)
+    >>> step, _ = tx.update(g, tx.init(w), w)
+    >>> print(((w + step)[1] / (w + step)[0]).round(4))
+    [-0.0447]
     """
 
     def step(
@@ -289,6 +340,13 @@ def adam_srt(
 
     Source: Roburin, de Mont-Marin, Bursuc, Marlet, Pérez and Aubry (2022), Spherical perspective on
     learning with normalization layers; the authors' AdamSRT (ymontmarin/adamsrt).
+
+    >>> import jax.numpy as jnp, unitnorm
+    >>> w, g = jnp.array([[1.0], [0.0]]), jnp.array([[0.0], [1.0]])
+    >>> tx = unitnorm.adam_srt(0.1)
+    >>> step, _ = tx.update(g, tx.init(w), w)
+    >>> print((w + step).ravel().round(3))
+    [ 1.    -0.141]
     """
 
     def step(

@@ -145,6 +145,16 @@ def examine_kernels(
 
     Raises:
         ValueError: the output is not finite, or no leaf passes the test.
+
+    >>> import jax.numpy as jnp, numpy as np, unitnorm
+    >>> x = jnp.asarray(np.random.default_rng(0).normal(size=(32, 5)))
+    >>> params = {"bias": jnp.ones(4), "kernel": jnp.ones((5, 4))}
+    >>> def apply(params):
+    ...     h = x @ params["kernel"] + params["bias"]
+    ...     return (h - h.mean(0)) / h.std(0)
+    >>> report = unitnorm.examine_kernels(apply, params)  # print(report) shows a table
+    >>> [(found.name, found.axes, found.reason) for found in report.findings]
+    [('bias', None, 'not tried: fewer than two axes'), ('kernel', (0,), 'normalised')]
     """
     named, treedef = jax.tree.flatten_with_path(params)
     # NumPy draws the numbers, for JAX would compile for every shape.
@@ -251,6 +261,15 @@ def normalized_kernels_nnx(model: Any, *inputs: Any, axis: AxisSpec = None, seed
 
     Raises:
         ValueError: see `normalized_kernels`.
+
+    >>> import jax.numpy as jnp, numpy as np, unitnorm
+    >>> from flax import nnx
+    >>> rngs = nnx.Rngs(0)
+    >>> model = nnx.Sequential(nnx.Linear(5, 4, rngs=rngs), nnx.BatchNorm(4, rngs=rngs))
+    >>> x = jnp.asarray(np.random.default_rng(0).normal(size=(32, 5)))
+    >>> found = unitnorm.normalized_kernels_nnx(model, x)
+    >>> nnx.to_pure_dict(found)
+    {'layers': {0: {'bias': False, 'kernel': True}, 1: {'bias': False, 'scale': False}}}
     """
     from flax import nnx  # half a second that no other update needs
 
@@ -275,6 +294,14 @@ def partition(
 
     Raises:
         ValueError: by `init` and `update`, for a selection that does not fit the parameters.
+
+    >>> import jax.numpy as jnp, optax, unitnorm
+    >>> params = {"bias": jnp.ones(2), "kernel": jnp.eye(2)}
+    >>> selection = {"bias": False, "kernel": True}
+    >>> tx = unitnorm.partition(unitnorm.un(0.1), optax.adamw(1e-3), selection)
+    >>> steps, _ = tx.update(params, tx.init(params), params)
+    >>> print(steps["kernel"].tolist())  # the gradient was along the filters
+    [[0.0, 0.0], [0.0, 0.0]]
     """
     return optax.partition(
         {"filters": filters, "rest": rest}, lambda params: _labels(params, selection)
@@ -304,6 +331,11 @@ def normalize_filters(
 
     Raises:
         ValueError: a selection or an axis does not fit the parameters.
+
+    >>> import jax.numpy as jnp, unitnorm
+    >>> params = {"bias": jnp.ones(2), "kernel": 3 * jnp.eye(2)}
+    >>> unitnorm.normalize_filters(params, {"bias": False, "kernel": True})["kernel"].tolist()
+    [[1.0, 0.0], [0.0, 1.0]]
     """
     axis = axes_of_selection(selection) if axis is None else axis
     named, treedef = jax.tree.flatten_with_path(params)
