@@ -12,7 +12,7 @@ import click
 
 from unitnorm.cli import options as opt
 from unitnorm.errors import UserError
-from unitnorm.run.job import Job, open_job
+from unitnorm.run.job import Job, open_job, open_recomputation
 
 if TYPE_CHECKING:
     from unitnorm.run.records import Records
@@ -217,12 +217,8 @@ def do_verify_study(
     from unitnorm.run import devices
 
     devices.prepare()
-    from rich.console import Console
-
     from unitnorm.data import load_dataset
-    from unitnorm.run import progress, records
-    from unitnorm.run.checkpoints import Nowhere
-    from unitnorm.run.loop import Session
+    from unitnorm.run import records
     from unitnorm.study.experiment import recompute
     from unitnorm.study.report import plan_of
     from unitnorm.study.schema import SCHEMA
@@ -239,8 +235,7 @@ def do_verify_study(
     recorded = known.provenance["data"][row["dataset"]]["sha256"]
     same = recorded == data.sha256
     click.echo(f"data: SHA-256 {data.sha256[:12]}…, {'as' if same else 'not as'} recorded")
-    with progress.shown(Console(stderr=True)) as report:
-        session = Session(report, click.echo, Nowhere(), lambda: False)
+    with open_recomputation() as session:
         again = recompute(plan_of(known), known["runs"], row, data, session)
     old, new = (SCHEMA.frame("runs", table.to_dict("records")).iloc[0] for table in (chosen, again))
     for column in SCHEMA.tables["runs"].columns:

@@ -13,7 +13,7 @@ import click
 
 from unitnorm.cli import options as opt
 from unitnorm.errors import UserError
-from unitnorm.run.job import Job, open_job
+from unitnorm.run.job import Job, open_job, open_recomputation
 
 if TYPE_CHECKING:
     from unitnorm.run.records import Records
@@ -206,12 +206,8 @@ def do_verify(
     from unitnorm.run import devices
 
     devices.prepare()
-    from rich.console import Console
-
     from unitnorm.data import load_dataset
-    from unitnorm.run import progress, records
-    from unitnorm.run.checkpoints import Nowhere
-    from unitnorm.run.loop import Session
+    from unitnorm.run import records
     from unitnorm.table2 import verify
     from unitnorm.table2.schema import SCHEMA
 
@@ -220,8 +216,7 @@ def do_verify(
     dataset = load_dataset(known.provenance["config"]["data"]["dataset"], data_dir)
     click.echo(f"records: {len(known.provenance['files'])} files with the SHA-256 recorded")
     same = True
-    with progress.shown(Console(stderr=True)) as report:
-        session = Session(report, click.echo, Nowhere(), lambda: False)
+    with open_recomputation() as session:
         for check in verify.verify(known, dataset, group, session):
             click.echo(f"{check.what}: {check.found}")
             same = same and check.matches

@@ -179,6 +179,19 @@ def open_job(
 
 
 @contextlib.contextmanager
+def open_recomputation() -> Iterator[Session]:
+    """A session on standard error that records nothing: for runs that are computed again."""
+    from rich.console import Console
+
+    from unitnorm.run import progress
+    from unitnorm.run.checkpoints import Nowhere
+    from unitnorm.run.loop import Session
+
+    with progress.shown(Console(stderr=True)) as report:
+        yield Session(report, click.echo, Nowhere(), lambda: False)
+
+
+@contextlib.contextmanager
 def as_interruption(stopped: type[Exception]) -> Iterator[None]:
     """Turn the end that was asked for into what the command ends with."""
     try:
