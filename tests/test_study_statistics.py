@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 from unitnorm.errors import UserError
+from unitnorm.report.statistics import summarise
 from unitnorm.study.statistics import (
     COMPARISONS,
     Comparison,
@@ -17,12 +18,9 @@ from unitnorm.study.statistics import (
     crossed_interval,
     factors_of,
     holm,
-    mean_interval,
     metric_values,
     pack_wrong,
-    paired_power,
     paired_tests,
-    pairs_needed,
     rank,
     rate_means,
     unpack_wrong,
@@ -206,7 +204,7 @@ def test_crossed_interval_is_that_of_the_runs_where_images_add_nothing():
     rng = np.random.default_rng(6)
     matrix = rng.standard_normal((8, 30))
     matrix -= matrix.mean(axis=0)  # no image differs from another
-    expected = mean_interval(matrix.mean(axis=1))[2:]
+    expected = summarise(matrix.mean(axis=1))[2:]
     assert crossed_interval(matrix) == pytest.approx(expected)
 
 
@@ -334,18 +332,3 @@ def test_rank_puts_the_lowest_mean_first_and_what_always_diverged_last():
     assert table["mean"].iloc[0] == pytest.approx(1.5)
     half = 12.706205 * math.sqrt(0.5) / math.sqrt(2)  # t table, one degree
     assert table["ci_high"].iloc[0] == pytest.approx(1.5 + half, abs=1e-6)
-
-
-def test_power_by_simulation_and_the_pairs_it_takes():
-    rng = np.random.default_rng(9)
-    difference, std, n = 0.12, 0.21, 10
-    samples = difference + std * rng.standard_normal((20_000, n))
-    t = samples.mean(axis=1) / (samples.std(axis=1, ddof=1) / math.sqrt(n))
-    found = (np.abs(t) > stats.t.ppf(0.975, n - 1)).mean()
-    assert paired_power(difference, std, n) == pytest.approx(found, abs=0.01)
-    needed = pairs_needed(difference, std)
-    assert paired_power(difference, std, needed) >= 0.9 > paired_power(difference, std, needed - 1)
-    assert pairs_needed(-difference, std) == needed
-    assert pairs_needed(100, std) == 2 + (paired_power(100, std, 2) < 0.9)
-    with pytest.raises(ValueError, match="never"):
-        pairs_needed(0.0, std)

@@ -14,7 +14,7 @@ CONFIDENCE = 0.95
 
 
 class Summary(NamedTuple):
-    """Mean, standard deviation (ddof 1) and the two ends of the 95 % t-interval of the mean."""
+    """Mean, standard deviation (ddof 1) and the two ends of the t-interval of the mean, of 95 %."""
 
     mean: float
     std: float
@@ -22,14 +22,18 @@ class Summary(NamedTuple):
     ci_high: float
 
 
-def summarise(values: np.ndarray) -> Summary:
-    """The summary of values, shape (n,); NaN where n is too small: 2 for all but the mean."""
+def summarise(values: np.ndarray, alpha: float = 1 - CONFIDENCE) -> Summary:
+    """The summary of values, shape (n,); NaN where n is too small: 2 for all but the mean.
+
+    Args:
+        alpha: one minus the confidence of the interval.
+    """
     n = len(values)
     mean = float(np.mean(values)) if n else math.nan
     if n < 2:
         return Summary(mean, math.nan, math.nan, math.nan)
     std = float(np.std(values, ddof=1))
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * std / math.sqrt(n)
+    half = float(stats.t.ppf(1 - alpha / 2, n - 1)) * std / math.sqrt(n)
     return Summary(mean, std, mean - half, mean + half)
 
 

@@ -19,11 +19,11 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
 from unitnorm.errors import UserError
+from unitnorm.report.statistics import summarise
 from unitnorm.report.style import WIDTH, Style, assign_styles, label, settings
 from unitnorm.report.tables import format_points
 from unitnorm.study.statistics import (
     is_error,
-    mean_interval,
     metric_values,
     profile_rates,
     rate_means,
@@ -226,7 +226,7 @@ def draw_spreads(runs: pd.DataFrame, metric: str = "test_error") -> Figure:
         part = part[part["update"].isin(chosen.loc[chosen["start"] == kind, "update"])]
         for key, group in part.groupby(keys, sort=False):
             values = group["value"].dropna().to_numpy(float)
-            mean, _, low, high = mean_interval(values)
+            mean, _, low, high = summarise(values)
             rows.append((kind, *key, len(values), len(group) - len(values), mean, low, high))
     columns = ["kind", "dataset", "depth", "update", "spread", "n", "n_diverged"]
     table = pd.DataFrame(rows, columns=[*columns, "mean", "ci_low", "ci_high"])
@@ -283,7 +283,7 @@ def budget_means(runs: pd.DataFrame, metric: str = "test_error") -> pd.DataFrame
             name = metric if budget is None else f"{prefix}{budget}"
             values = metric_values(group, name).dropna().to_numpy(float)
             if len(values):
-                mean, _, low, high = mean_interval(values)
+                mean, _, low, high = summarise(values)
                 text = "end" if budget is None else str(budget)
                 rows.append((*key, text, len(values), mean, low, high))
     columns = ["dataset", "depth", "arm", "update", "budget", "n", "mean", "ci_low", "ci_high"]

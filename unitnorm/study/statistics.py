@@ -9,7 +9,6 @@ intervals `ci_images_low` to `ci_images_high` count the test images as random as
 
 import base64
 import binascii
-import bisect
 import math
 import re
 import zlib
@@ -18,9 +17,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy import special, stats
+from scipy import special
 
 from unitnorm.errors import UserError
+from unitnorm.report.statistics import summarise
 
 KEYS = ("dataset", "depth", "arm", "update", "purpose", "seed", "filters_rate", "rest_rate")
 RESULTS = ("epochs", "stop_reason", "diverged", "effective_rate", "wrong")
@@ -209,7 +209,7 @@ def _compare_pair(
     both = pair_runs(ours, theirs, metric)
     paired = both.dropna()
     difference = paired["difference"].to_numpy(float)
-    mean, std, low, high = mean_interval(difference, alpha)
+    mean, std, low, high = summarise(difference, alpha)
     images = (math.nan, math.nan)
     if metric == "test_error" and len(paired) > 1:
         wrong = [_wrong_images(part, paired.index) for part in (ours, theirs)]
@@ -255,22 +255,6 @@ def paired_tests(difference: np.ndarray, margin: float) -> tuple[float, float]:
     p = 2 * float(special.stdtr(n - 1, -abs(mean) / error))
     # max(P(t < (mean − margin)/error), P(t > (mean + margin)/error)); NaN stays NaN
     return p, float(special.stdtr(n - 1, (abs(mean) - margin) / error))
-
-
-def mean_interval(values: np.ndarray, alpha: float = 0.05) -> tuple[float, float, float, float]:
-    """Mean, standard deviation (ddof 1) and both ends of the t-interval of the mean.
-
-    Args:
-        values: shape (n,). Of one value only the mean is known, of none nothing: the rest is NaN.
-        alpha: one minus the confidence.
-    """
-    n = len(values)
-    mean = float(np.mean(values)) if n else math.nan
-    if n < 2:
-        return mean, math.nan, math.nan, math.nan
-    std = float(np.std(values, ddof=1))
-    half = float(special.stdtrit(n - 1, 1 - alpha / 2)) * std / math.sqrt(n)
-    return mean, std, mean - half, mean + half
 
 
 def crossed_interval(matrix: np.ndarray, alpha: float = 0.05) -> tuple[float, float]:
@@ -416,7 +400,7 @@ def rate_means(runs: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for key, group in runs.groupby([*cell, *rates], sort=True):
         healthy = group["healthy"].dropna().to_numpy(float)
-        mean, _, low, high = mean_interval(healthy)
+        mean, _, low, high = summarise(healthy)
         n, counted = len(group), round(float(group["counted"].mean()), 10)
         rows.append((*key, n, n - len(healthy), counted, mean, low, high))
     columns = [*cell, *rates, "n", "n_diverged", "val_error", "healthy_error", "ci_low", "ci_high"]
@@ -473,7 +457,7 @@ def rank(runs: pd.DataFrame, metric: str = "test_error", alpha: float = 0.05) ->
         for level, part, _ in _levels(group, group):
             values = metric_values(part, metric).dropna().to_numpy(float)
             update, left_out = part["update"].iloc[0], len(part) - len(values)
-            summary = mean_interval(values, alpha)
+            summary = summarise(values, alpha)
             rows.append((dataset, depth, arm, update, level, len(values), left_out, *summary))
     columns = ["dataset", "depth", "arm", "update", "level", "n", "n_diverged"]
     table = pd.DataFrame(rows, columns=[*columns, "mean", "std", "ci_low", "ci_high"])
@@ -481,33 +465,3 @@ def rank(runs: pd.DataFrame, metric: str = "test_error", alpha: float = 0.05) ->
     places = means.groupby([table["dataset"], table["depth"]]).rank(method="min").astype(int)
     table.insert(2, "rank", places)
     return table.sort_values(["dataset", "depth", "rank", "arm"], ignore_index=True)
-
-
-def paired_power(difference: float, std: float, n: int, alpha: float = 0.05) -> float:
-    """The chance that the two-sided paired t-test of n pairs finds this difference at level alpha.
-
-    Args:
-        difference, std: mean and standard deviation of the paired differences, in one unit; std
-            above 0.
-        n: pairs, at least 2.
-    """
-    shift = abs(difference) / std * math.sqrt(n)
-    limit = float(special.stdtrit(n - 1, 1 - alpha / 2))
-    found = stats.nct.sf(limit, n - 1, shift) + stats.nct.cdf(-limit, n - 1, shift)
-    return float(min(1.0, np.nan_to_num(found)))
-
-
-def pairs_needed(difference: float, std: float, power: float = 0.9, alpha: float = 0.05) -> int:
-    """The fewest pairs with which `paired_power` reaches `power`.
-
-    Raises:
-        ValueError: the difference is 0, which no number of pairs tells from 0.
-    """
-    if difference == 0:
-        raise ValueError("a difference of 0 is never found")
-    high = 2
-    while paired_power(difference, std, high, alpha) < power:
-        high *= 2
-    counts = range(2, high + 1)  # the power grows with the count
-    place = bisect.bisect_left(counts, power, key=lambda n: paired_power(difference, std, n, alpha))
-    return counts[place]
