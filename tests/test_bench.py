@@ -27,6 +27,7 @@ from unitnorm import build, cli, data
 from unitnorm.bench import (
     compare,
     contestants,
+    convolution,
     figures,
     measure,
     roofline,
@@ -78,11 +79,11 @@ def test_the_bound_is_the_lower_roof():
 
 
 def test_evaluation_counts_as_work_of_ours_alone():
-    flops, moved = compare.work_of(2, 50_000, lanes=2)
+    flops, moved = compare.work_of(2, lanes=2)
     assert flops == pytest.approx(214_912 + 105_088 / 5)
     assert moved == pytest.approx(392 + 4_224 + 784 / 5)
-    assert compare.work_of(2, 50_000, lanes=8) == (flops, pytest.approx(98 + 4_224 + 784 / 5))
-    assert compare.work_of(2, 50_000) == (214_912, 3_136 + 4_224)
+    assert compare.work_of(2, lanes=8) == (flops, pytest.approx(98 + 4_224 + 784 / 5))
+    assert compare.work_of(2) == (214_912, 3_136 + 4_224)
 
 
 # ---------------------------------------------------------------- the same work
@@ -366,7 +367,7 @@ def test_the_roofline_has_both_roofs_and_every_contestant(measured):
     for bars in axis.containers:
         marker = bars.lines[0].get_marker()
         found.setdefault(marker, []).append(tuple(bars.lines[0].get_xydata()[0]))
-    flops, moved = compare.work_of(2, 50_000, lanes=2)
+    flops, moved = compare.work_of(2, lanes=2)
     assert found["o"][0] == pytest.approx((flops / moved, 250_000 * flops / 1e9))
     peer = [(214_912 / 7_360, speed * 214_912 / 1e9) for speed in (100_000, 125_000)]
     np.testing.assert_allclose(found["s"], peer)
@@ -450,6 +451,36 @@ def test_a_quick_look_at_scaling_has_few_points():
     assert set(quick) < set(scaling.list_points(2))
     assert {point.lanes for point in quick if point.way == scaling.STUDY} == {1, 8, 64}
     assert len(quick) == 6
+
+
+# ---------------------------------------------------------------- the convolution
+
+
+def test_both_convolutions_are_measured_and_give_the_same(monkeypatch, tmp_path):
+    x, kernel = jax.random.normal(jax.random.key(0), (2, 9, 12, 2)), jnp.ones((7, 7, 2, 2))
+    ways = (convolution.convolve_directly, convolution.fourier_convolution)
+    for one, other in zip(
+        *(convolution.with_derivatives(way, x, kernel, x) for way in ways), strict=True
+    ):
+        np.testing.assert_allclose(one, other, atol=1e-3)
+    monkeypatch.setattr(convolution, "SIZES", ((9, 12), (10, 12)))
+    answers = [{"direct": seconds, "fourier": 1.0} for seconds in (3.0, 5.0)]
+
+    @contextlib.contextmanager
+    def started(chosen):
+        ((name, contestant),) = chosen.items()
+        assert contestant.options == {"height": 9, "width": 12}
+        yield {name: Fake(name, [], {"device": DEVICE}, answers)}, {}
+
+    monkeypatch.setattr(measure, "started", started)
+    arguments = ["bench", "--convolution", "--quick", "--out", str(tmp_path)]
+    done = CliRunner().invoke(cli.main, arguments)
+    assert done.exit_code == 0, done.output
+    (table,) = tmp_path.glob("*-convolution.csv")
+    row = pd.read_csv(table).iloc[0]
+    assert (row["direct_s"], row["fourier_s"], row["times"]) == (4.0, 1.0, 4.0)
+    assert (row["low"], row["high"]) == (3.0, 5.0)
+    assert re.search(r"9×12 +4.000 +1.000 +4.0 +3.0–5.0", done.output)
 
 
 # ---------------------------------------------------------------- each update

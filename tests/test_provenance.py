@@ -108,16 +108,27 @@ def test_two_hosts_have_the_same_sources_or_not(identity):
 
 def test_a_fingerprint_is_of_all_that_it_is_given():
     rates = np.array([[1e-2, 1e-3]])
-    base = provenance.fingerprint("unitnorm.geometry", "sweep", [0, 1], rates)
-    assert base == provenance.fingerprint("unitnorm.geometry", "sweep", [0, 1], rates.copy())
+
+    def of(module="unitnorm.geometry", updates=("un",), what="sweep", seeds=(0, 1), rates=rates):
+        return provenance.fingerprint(module, updates, what, seeds, rates)
+
+    assert of() == of(rates=rates.copy(), updates=["UN"])
     others = [
-        provenance.fingerprint("unitnorm.errors", "sweep", [0, 1], rates),
-        provenance.fingerprint("unitnorm.geometry", "train", [0, 1], rates),
-        provenance.fingerprint("unitnorm.geometry", "sweep", [0, 2], rates),
-        provenance.fingerprint("unitnorm.geometry", "sweep", [0, 1], rates * (1 + 1e-15)),
-        provenance.fingerprint("unitnorm.geometry", "sweep", [0, 1], rates.T),
-    ]
-    assert len({base, *others}) == 6
+        of("unitnorm.errors"), of(updates=("sm",)), of(what="train"), of(seeds=(0, 2)),
+        of(rates=rates * (1 + 1e-15)), of(rates=rates.T),
+    ]  # fmt: skip
+    assert len({of(), *others}) == 7
+
+
+def test_a_fingerprint_is_of_the_code_of_an_update_from_another_package(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    found = []
+    for rate in (1, 2):
+        (tmp_path / "elsewhere.py").write_text(
+            f"import unitnorm\ndef mine(rate, *, axis=None): return unitnorm.un({rate} * rate)\n"
+        )
+        found += 2 * [provenance.fingerprint("unitnorm.geometry", ["elsewhere:mine"])]
+    assert found[0] == found[1] != found[2] == found[3]
 
 
 def test_a_command_is_told_with_when_what_and_on_what():

@@ -35,7 +35,6 @@ from unitnorm.segment import (
 )
 from unitnorm.segment.augment import augment
 from unitnorm.segment.convolution import fourier_convolution
-from unitnorm.segment.measure_convolution import measure_convolution
 from unitnorm.segment.schema import SCHEMA
 
 CAMVID = Path(__file__).parents[2] / "shared" / "data" / "CamVid"
@@ -930,10 +929,3 @@ def test_the_published_results_are_read(tmp_path):
     best = tables.select_best(known)
     assert set(best["update"]) == {"b-sgd", "un"}
     assert all(name in known.files for name in ("un.safetensors", "b-sgd.safetensors"))
-
-
-def test_the_convolution_is_measured_beside_xlas():
-    frame = measure_convolution(rounds=1, sizes=[(9, 12)], batch=1, channels=2)
-    assert frame[["height", "width"]].values.tolist() == [[9, 12]]
-    row = frame.iloc[0]
-    assert row["ratio"] == pytest.approx(row["direct_s"] / row["fourier_s"])

@@ -212,6 +212,24 @@ def test_errors_and_losses_count_every_image_once(both):
         assert run.history.val_error[0] == pytest.approx((np.argmax(logits, 1) != y).mean())
 
 
+def test_statistics_computed_anew_are_those_of_the_training_images():
+    phase = training.train_phase(configured())._replace(statistics="anew")
+    runs = advanced(*program(seeds=1, updates=("un",), phase=phase), epochs=2)
+    found = as_numpy(jax.tree.map(lambda x: x[0, 0], runs.stats))["layers"][0]["norm"]
+    split = training.init_split(phase, jnp.uint32(0), 600)
+    w = np.asarray(training.filters(runs.params)[0][0, 0], float)
+    h = (DATA.train_images[np.asarray(split.train)] @ w.T)[:400].reshape(20, 20, -1)
+    np.testing.assert_allclose(found["mean"], h.mean((0, 1)), rtol=1e-4)
+    np.testing.assert_allclose(found["var"], h.var(1).mean(0), rtol=1e-4)
+    # and validation is measured with them
+    one = jax.tree.map(lambda x: x[0, 0], (runs.params, runs.stats))
+    network = training.archbn(configured(), 36, CLASSES, 2)
+    images = training.Images(DATA.train_images, DATA.train_labels)
+    error, loss = training.evaluate(network, *one, images, split.validation)
+    assert float(error) == runs.history.val_error[0, 0, 1]
+    np.testing.assert_allclose(loss, runs.history.val_loss[0, 0, 1], rtol=1e-5)
+
+
 def test_the_rate_follows_the_bold_driver_and_the_history_the_epochs(both):
     runs = both.start()
     runs = advanced(both, runs._replace(rate=jnp.full_like(runs.rate, 0.5)), 6)

@@ -119,9 +119,58 @@ def off_unit(params):
 
 
 # --- The contract -------------------------------------------------------------------------------
-# What optax's contrib/_common_test.py asks of an optimiser, but for two: its parabola and its
-# Rosenbrock function have their minima off the manifold, so a scale-invariant function stands for
-# them; and complex parameters, since a real normalisation layer gives no symmetry of phases.
+# It holds all that optax's contrib/_common_test.py (0.2.8) asks of an optimiser: convergence,
+# states that map_params walks, extra arguments, no second compilation, inject_hyperparams,
+# MultiSteps, schedules, dtypes kept and stable. But for the targets: optax's parameters are vectors
+# and their minima off the manifold, so that a scale-invariant function of kernels stands for them.
+
+
+@every_update
+def test_extra_arguments_are_taken_and_the_second_call_compiles_nothing(name):
+    tx, traces = UPDATES[name].filters(0.1), []
+
+    @jax.jit
+    def update(grads, state, params):
+        traces.append(name)
+        return tx.update(grads, state, params, value=1.0, unexpected=jnp.ones(3))
+
+    params, state = kernels(), jax.jit(tx.init)(kernels())
+    for _ in range(2):
+        displacement, state = update(arrays(1), state, params)
+        params = jax.tree.map(jnp.add, params, displacement)
+    assert len(traces) == 1
+    assert_close(params, last(train(tx, kernels(), lambda _: arrays(1), 2)))
+
+
+@every_update
+def test_a_state_tells_what_of_it_is_shaped_like_parameters(name):
+    tx = UPDATES[name].filters(0.1)
+    state = tx.init(kernels())
+    jax.tree.map(
+        np.testing.assert_array_equal, optax.tree.map_params(tx, lambda v: v, state), state
+    )
+    shapes = []
+    optax.tree.map_params(tx, lambda v: shapes.append(jnp.shape(v)), state)
+    assert set(shapes) <= {LAYERS["conv"], (1, 1, 1, LAYERS["conv"][-1])}
+    assert bool(shapes) == (name not in STATELESS)
+
+
+@every_update
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_states_are_stable_under_cond(name, dtype):
+    with jax.enable_x64(dtype == "float64"):
+        tx = UPDATES[name].filters(0.1)
+        params, grads = kernels(dtype=dtype), arrays(1, dtype)
+
+        @jax.jit
+        def maybe(go, state):
+            return jax.lax.cond(go, lambda: tx.update(grads, state, params), lambda: (grads, state))
+
+        state = tx.init(params)
+        for go in (True, False):
+            displacement, after = maybe(go, state)
+            assert dtypes(displacement) == [jnp.dtype(dtype)]
+            state = jax.lax.cond(go, lambda after=after: after, lambda state=state: state)
 
 
 @every_update
@@ -226,7 +275,10 @@ def test_inject_hyperparams(name):
     for rate in (0.1, 0.3):
         state.hyperparams["learning_rate"] = jnp.float32(rate)
         expected = one_update(UPDATES[name].filters(rate), arrays(1), kernels())
-        displacement, _ = injected.update(arrays(1), state, kernels())
+        displacement, after = injected.update(arrays(1), state, kernels())
+        alone = UPDATES[name].filters(rate)
+        _, inner = alone.update(arrays(1), alone.init(kernels()), kernels())
+        assert_close(after.inner_state, inner, atol=1e-5)
         # optax corrects the bias of Adam by 1 - b2, which in float32 has lost four digits.
         assert_close(displacement, expected, atol=1e-4 if name in ADAMS else 1e-6)
 

@@ -2,11 +2,12 @@
 
 Nothing here changes a result; `unitnorm bench` is its command. Whatever is measured runs in a
 process of its own, as a user would run it, and waits while another one is measured. Each of the
-first four ends in a `measure.Measurement`: its files, and what is printed.
+first five ends in a `measure.Measurement`: its files, and what is printed.
 
     compare      training samples per second of ours and of the peers, and what UN costs
     scaling      cost and memory against runs, depth, lanes, devices and processes
     updates      what a step of each update costs by itself
+    convolution  SegNet's, through Fourier transforms and by XLA
     startup      from typing a command to the first epoch
     contestants  what one repetition is, for everything written in JAX
     peers        the same for PyTorch and geoopt

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from unitnorm.bench import figures, measure, roofline
+from unitnorm.bench.contestants import VALIDATION_SHARE
 from unitnorm.bench.measure import Contestant, Measurement, Say, Spread
 from unitnorm.report.tables import Cells
 from unitnorm.run.devices import count_cores
@@ -21,9 +22,8 @@ UPDATES = ("b-sgd", "un")
 SEEDS = 10  # of each update, as in Table 2
 STUDY_LANES = 8  # of each seed: two updates at four rates
 IMAGES = 50_000  # training images of an epoch, as in Table 2
-VALIDATION_IMAGES = 10_000
 UN_COST, SAVE_COST = "UN instead of B-SGD", "a checkpoint after every epoch"
-COST_STARTS = 5  # where the memory of a process comes to lie makes a percent or two
+COST_STARTS = 2  # where the memory of a process comes to lie makes a percent or two
 PEERS = {"geoopt": "geoopt", "torch-sgd": "torch_sgd", "optax-loop": "optax_loop"}
 COLUMNS = [
     "name", "runs", "processes", "depth", "samples_per_s", "low", "high",
@@ -31,7 +31,7 @@ COLUMNS = [
 ]  # fmt: skip
 WHAT = {
     "unitnorm": "an epoch of `unitnorm train` for all runs of a depth, or for one, with its "
-    "evaluation on 10,000 images, its report and its checkpoint",
+    "evaluation on a fifth as many images (10,000 in Table 2), its report and its checkpoint",
     "unitnorm-study": "the same with 8 lanes of each seed side by side, as in `unitnorm study`",
     "geoopt": "PyTorch, geoopt.RiemannianSGD on Sphere",
     "torch-sgd": "PyTorch, torch.optim.SGD",
@@ -125,7 +125,7 @@ def measure_speed(
             entry: [workers[entry].samples / answer["seconds"] for answer in answers]
             for entry, answers in found.items()
         }
-        work = work_of(depth, images, LANES[BOUND])
+        work = work_of(depth, LANES[BOUND])
         rates[BOUND] = [
             roofline.bound(*work, *(answer[name] for name in limits)) for answer in found[BOUND]
         ]
@@ -147,7 +147,7 @@ def measure_speed(
         "missing": missing,
         "machine": {name: spread._asdict() for name, spread in machine.items()},
         "flops and bytes of a sample": {
-            f"{name}, depth {depth}": work_of(depth, images, lanes)
+            f"{name}, depth {depth}": work_of(depth, lanes)
             for name, lanes in {"peers": 0, **{str(k): v for k, v in LANES.items()}}.items()
             for depth in depths
         },
@@ -157,7 +157,7 @@ def measure_speed(
         {"": speeds} | ({} if quick else {"-costs": cost_frame}),
         make_cells(speeds, rounds, list_remarks(speeds, cost_frame, missing)),
         facts,
-        {"-roofline": figures.draw_roofs(place_points(speeds, images), machine)},
+        {"-roofline": figures.draw_roofs(place_points(speeds), machine)},
     )
 
 
@@ -194,7 +194,7 @@ def measure_costs(depth: int, rounds: int, images: int, say: Say) -> Iterator[di
         }
 
 
-def work_of(depth: int, images: int, lanes: int = 0) -> tuple[float, float]:
+def work_of(depth: int, lanes: int = 0) -> tuple[float, float]:
     """Floating-point operations and bytes of a training sample, as `roofline` counts them.
 
     Args:
@@ -204,8 +204,8 @@ def work_of(depth: int, images: int, lanes: int = 0) -> tuple[float, float]:
     flops: float = roofline.training_flops(shape)
     if not lanes:
         return flops, roofline.training_bytes(shape, pixel_bytes=4)
-    # every run is evaluated after the epoch: its logits alone, and of few images
-    share = VALIDATION_IMAGES / images
+    # every run is evaluated after the epoch: its logits alone
+    share = VALIDATION_SHARE
     moved = roofline.training_bytes(shape, pixel_bytes=1, sharing=lanes)
     return (
         flops + share * roofline.forward_flops(shape),
@@ -213,7 +213,7 @@ def work_of(depth: int, images: int, lanes: int = 0) -> tuple[float, float]:
     )
 
 
-def place_points(speeds: pd.DataFrame, images: int) -> pd.DataFrame:
+def place_points(speeds: pd.DataFrame) -> pd.DataFrame:
     """Every contestant's place under the roofs.
 
     Returns:
@@ -223,7 +223,7 @@ def place_points(speeds: pd.DataFrame, images: int) -> pd.DataFrame:
     for name, runs, processes, depth, *spread in speeds.to_numpy().tolist():
         if name != BOUND.name:
             lanes = LANES.get(Entry(name, runs, processes), 0)
-            flops, moved = work_of(depth, images, lanes)
+            flops, moved = work_of(depth, lanes)
             rows.append([name, runs, depth, flops / moved, *(flops * x for x in spread[:3])])
     columns = ["name", "runs", "depth", "intensity", "flops_per_s", "low", "high"]
     return pd.DataFrame(rows, columns=columns)

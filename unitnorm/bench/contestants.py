@@ -29,6 +29,7 @@ from unitnorm.run.provenance import device
 from unitnorm.table2 import training
 from unitnorm.table2.config import Config
 
+VALIDATION_SHARE = 0.2  # validation images over training images, as in Table 2
 MOST_EPOCHS = 60  # a program serves so many repetitions
 TRIES = 5  # the quickest of them: a limit is what can be reached
 
@@ -36,7 +37,9 @@ TRIES = 5  # the quickest of them: a limit is what can be reached
 def config_of(images: int, seeds: int) -> Config:
     """The paper's protocol, without an early stop and with so many training images."""
     epochs = {"min_epochs": MOST_EPOCHS, "max_epochs": MOST_EPOCHS}
-    values = {"runs": seeds, "train": {"train_images": images, **epochs}}
+    validation = max(1, round(VALIDATION_SHARE * images))
+    sizes = {"train_images": images, "validation_images": validation}
+    values = {"runs": seeds, "train": {**sizes, **epochs}}
     return parse(values, "bench", Config)
 
 

@@ -24,6 +24,7 @@ KINDS = {  # kind → the module whose function of that name serves it
     "torch_sgd": "unitnorm.bench.peers",
     "geoopt": "unitnorm.bench.peers",
     "updates": "unitnorm.bench.updates",
+    "convolution": "unitnorm.bench.convolution",
 }
 
 

@@ -17,6 +17,7 @@ from unitnorm.cli import options as opt
 MEASURES = {  # flag → what it says of itself; without any, the comparison
     "scaling": "Cost and memory against runs, depth, lanes and devices.",
     "updates": "What a step of each update costs by itself.",
+    "convolution": "What SegNet's Fourier convolution gains over XLA's.",
     "startup": "The time from typing a command to its first epoch.",
 }
 
@@ -73,7 +74,7 @@ def measure(
     what: str | None, depth: tuple[int, ...], rounds: int | None, quick: bool, say: Any
 ) -> Any:
     """The `Measurement` that is asked for; see `bench`."""
-    from unitnorm.bench import compare, scaling, startup, updates
+    from unitnorm.bench import compare, convolution, scaling, startup, updates
 
     images = compare.IMAGES // 10 if quick else compare.IMAGES
     rounds = rounds or (2 if quick else 3 if what else 7)
@@ -81,6 +82,8 @@ def measure(
         return scaling.measure_scaling(rounds, images, quick=quick, say=say)
     if what == "updates":
         return updates.measure_updates(rounds, quick=quick, say=say)
+    if what == "convolution":
+        return convolution.measure_convolution(rounds, quick=quick, say=say)
     if what == "startup":
         return startup.measure_startup(rounds, say=say)
     depth = depth or ((2,) if quick else (2, 4))

@@ -10,9 +10,11 @@ import datetime
 import functools
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import platform
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ import numpy as np
 import unitnorm
 from unitnorm.run import devices
 from unitnorm.run.config import ExperimentConfig
+from unitnorm.updates import UPDATES, check_update_name, find_update
 
 # What these do to the numbers is told by other parts of an identity: the data's hash, the config.
 APART = ("unitnorm.run", "unitnorm.data", "unitnorm.report", "unitnorm.errors")
@@ -80,14 +83,16 @@ def _git(folder: Path, *words: str) -> str:
     return done.stdout.strip()
 
 
-def fingerprint(module: str, *parts: Any) -> str:
+def fingerprint(module: str, updates: Iterable[str], *parts: Any) -> str:
     """SHA-256 of all that a program's numbers depend on, for its checkpoints.
 
     Args:
       module: the module that computes, such as `unitnorm.table2.training`; see `code_identity`.
+      updates: their names; the code of those from other packages counts as well.
       *parts: texts, numbers and arrays: the config, the data's hash, seeds, rates.
     """
-    told = [code_identity(module), *versions().values(), jax.devices()[0].platform, *parts]
+    code = [code_identity(module), *map(outside_code, updates)]
+    told = [*code, *versions().values(), jax.devices()[0].platform, *parts]
     text = json.dumps([p if isinstance(p, str) else np.asarray(p).tolist() for p in told])
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -101,6 +106,13 @@ def code_identity(module: str) -> str:
     """
     found = {name: ast.dump(tree) for name, tree in modules_of(module).items()}
     return hashlib.sha256(json.dumps(sorted(found.items())).encode()).hexdigest()
+
+
+def outside_code(update: str) -> str:
+    """An update's name, and the SHA-256 of the module that it lives in where that is not ours."""
+    name = check_update_name(update)
+    source = None if name in UPDATES else inspect.getsourcefile(find_update(name).filters)
+    return name if source is None else name + hashlib.sha256(Path(source).read_bytes()).hexdigest()
 
 
 def hash_sources() -> str:

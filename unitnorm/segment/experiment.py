@@ -170,7 +170,9 @@ def train_run(
     cell = pd.DataFrame([(update, run)], columns=CELL)
     part = Part(
         title,
-        fingerprint(training.__name__, table, told, data.sha256, config.seed + run, scales),
+        fingerprint(
+            training.__name__, [update], table, told, data.sha256, config.seed + run, scales
+        ),
         covers=tuple(SCHEMA.names("runs" if table == "train" else table, cell)),
     )
 

@@ -54,6 +54,10 @@ class ArmPlan(Section):
     stop_by: Literal["val_error", "val_loss"] = Field(
         "val_error", description="what the stopping rule calls validation error"
     )
+    statistics: Literal["running", "anew"] = Field(
+        "running",
+        description="of batch normalisation in evaluations; anew: those of the training images",
+    )
     training: dict[str, Any] = Field({}, description="keys of Table 2's config, for this arm alone")
 
     @field_validator("update")
@@ -62,6 +66,10 @@ class ArmPlan(Section):
         from unitnorm.updates import check_update_name
 
         return check_update_name(update)
+
+    def reading(self) -> tuple[str, str]:
+        """What all lanes of a program have in common, beside the config."""
+        return self.stop_by, self.statistics
 
     def rate_pairs(self) -> list[tuple[float, float]]:
         """(rate of the filters, rate of the rest), every combination."""
@@ -138,9 +146,10 @@ class Plan(ExperimentConfig):
                 old, new = (old or {}).get("first"), new["first"]
             if old != new:
                 return f" ({key}: {old} there, {new} here)"
+        defaults = ArmPlan(update="un", rates=[1.0]).model_dump()  # of keys newer than the records
         for name, arm in mine["arms"].items():
             there = recorded.get("arms", {}).get(name, arm)
-            if there != arm:
+            if {**defaults, **there} != arm:
                 return f" (arm {name} is another there)"
         return None
 

@@ -51,7 +51,6 @@ class Batch:
     depth: int
     purpose: str  # "tune" or "compare"
     config: Config
-    stop_by: str
     lanes: tuple[LanePlan, ...]
     seeds: tuple[int, ...]
 
@@ -100,13 +99,13 @@ def list_batches(plan: Plan, runs: pd.DataFrame) -> Iterator[Batch]:
 
 def plan_programs(
     plan: Plan, runs: pd.DataFrame, dataset: str, depth: int, purpose: str
-) -> list[tuple[Config, str, tuple[LanePlan, ...]]]:
-    """The programs of a purpose: configs, what stops, and the lanes that are trained so.
+) -> list[tuple[Config, tuple[LanePlan, ...]]]:
+    """The programs of a purpose: configs, and the lanes that are trained so, of one reading.
 
     For the comparison, the rates are those that tuning chose; an arm that is not tuned yet, where
     it has to be, has no lane.
     """
-    programs: dict[tuple[str, str], tuple[Config, list[LanePlan]]] = {}
+    programs: dict[tuple[str, ...], tuple[Config, list[LanePlan]]] = {}
     tuned = [name for name, arm in plan.arms.items() if len(arm.rate_pairs()) > 1]
     chosen = _chosen_rates(plan, runs, dataset, depth, tuned) if purpose == "compare" else {}
     for name, arm in plan.arms.items():
@@ -118,16 +117,16 @@ def plan_programs(
                 continue
             pairs = [chosen[name]]
         config = plan.config_of(name)
-        lanes = programs.setdefault((config.fingerprint(), arm.stop_by), (config, []))[1]
+        lanes = programs.setdefault((config.fingerprint(), *arm.reading()), (config, []))[1]
         spreads = arm.spreads if purpose == "compare" else [0.0]
         lanes += [LanePlan(name, arm, *pair, spread) for pair in pairs for spread in spreads]
     parts = []
-    for (_, stop_by), (config, lanes) in programs.items():
+    for config, lanes in programs.values():
         # lanes that follow the first one stay with it
         together = any(lane.plan.schedule == "follow" for lane in lanes)
         size = len(lanes) if together else LANES_AT_ONCE
         starts = range(0, len(lanes), size)
-        parts += [(config, stop_by, tuple(lanes[start : start + size])) for start in starts]
+        parts += [(config, tuple(lanes[start : start + size])) for start in starts]
     return parts
 
 
@@ -196,19 +195,21 @@ def recompute(
 
 def train_batch(batch: Batch, data: Dataset, session: Session) -> pd.DataFrame:
     """The runs of a batch, as rows of the table `runs`."""
-    config = batch.config
+    config, reading = batch.config, batch.lanes[0].plan
     phase = training.train_phase(config)._replace(
         budgets=BUDGETS if batch.purpose == "compare" else (),
         side_by_side=True,
-        stop_by=batch.stop_by,
+        stop_by=reading.stop_by,
+        statistics=reading.statistics,
     )
     arms, lanes = lanes_of(batch)
     program = training.Program(
         batch.title(), config, batch.depth, phase, arms, np.asarray(batch.seeds), lanes, data
     )
     identity = fingerprint(
-        training.__name__, config.fingerprint(), data.sha256, batch.depth, list(batch.seeds),
-        batch.stop_by, batch.purpose,
+        training.__name__, [arm.update for arm in arms], config.fingerprint(), data.sha256,
+        batch.depth, list(batch.seeds),
+        *reading.reading(), batch.purpose,
         json.dumps([arm._asdict() for arm in arms], default=str), *lanes,
     )  # fmt: skip
     covers = tuple(sorted(SCHEMA.names("runs", batch.cells())))
@@ -314,8 +315,8 @@ def time_run(plan: Plan, data: Dataset, images: int = 2000) -> float:
     name = next(iter(plan.arms))
     if not programs:  # all arms have to be tuned first
         lane = LanePlan(name, plan.arms[name], *plan.arms[name].rate_pairs()[0], 0.0)
-        programs = [(plan.config_of(name), "val_error", (lane,))]
-    config, _, mine = programs[0]
+        programs = [(plan.config_of(name), (lane,))]
+    config, mine = programs[0]
     seeds = tuple(range(4))
     batch = Batch(plan.datasets[0], plan.depths[0], "compare", *programs[0], seeds)
     phase = training.train_phase(config)._replace(

@@ -170,7 +170,7 @@ def train_program(
     part = Part(
         title,
         fingerprint(
-            training.__name__, table, config.fingerprint(), data.sha256, group.updates, seeds, rates
+            training.__name__, group.updates, table, config.fingerprint(), data.sha256, seeds, rates
         ),
         covers=tuple(sorted(SCHEMA.names(table, group.cells()))),
     )

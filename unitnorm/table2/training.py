@@ -132,6 +132,9 @@ class Phase(NamedTuple):
     split_stream: int
     order_stream: int
     stop_by: str = "val_error"  # or "val_loss": what the rules on validation look at
+    # "running", or "anew": computed before each evaluation, see `recompute_statistics`
+    statistics: str = "running"
+    bn_momentum: float = 0.99  # of the running statistics
     budgets: tuple[int, ...] = ()  # after so many epochs the test images are measured
     # The first layers of all lanes in one product: faster, but a lane's rounding depends then on
     # how many lanes there are. Without, a run's bits depend on its seed alone.
@@ -154,6 +157,7 @@ def train_phase(config: Config) -> Phase:
         part.train_images, part.validation_images, config.loss.batch_size, config.loss.reduction,
         part.min_epochs, part.max_epochs, driver.watch, driver.up, driver.down,
         stop.train_error, stop.lookback, stop.flat, TRAIN_SPLIT, TRAIN_ORDER,
+        bn_momentum=config.model.bn_momentum,
     )  # fmt: skip
 
 
@@ -361,6 +365,14 @@ def finish_epoch(
 ) -> Runs:
     """Measure, anneal, decide on stopping, write the history; leave an ended run untouched."""
     loss, train_error = end.loss / phase.train_images, end.wrong / phase.train_images
+    if phase.statistics == "anew":
+        stats = over_lanes(
+            lambda params, stats: recompute_statistics(
+                network, phase, params, stats, images, split.train
+            ),
+            phase.side_by_side, end.params, end.stats,
+        )  # fmt: skip
+        end = end._replace(stats=stats)
 
     def measure(images: Images, index: Array) -> tuple[Array, Array]:
         return over_lanes(
@@ -413,6 +425,31 @@ def finish_epoch(
         params, stats, opt_state, runs.base, rate, runs.ratio, runs.schedule, watched, epochs,
         reason, history,
     )  # fmt: skip
+
+
+def recompute_statistics(
+    network: Network, phase: Phase, params: Any, stats: Any, images: Images, train: Array
+) -> Any:
+    """The statistics of mini-batches, averaged over the training images, in place of running ones.
+
+    Every layer's are those behind the batch normalisation of the layers before it, as in training;
+    the images that fill no mini-batch are left out ("precise" statistics: Wu and Johnson 2021).
+
+    Args:
+      stats: shaped like the result.
+      train: int32 (train_images,), which images.
+    """
+    steps = len(train) // phase.batch_size
+    nothing = jax.tree.map(jnp.zeros_like, stats)
+
+    def body(total: Any, index: Array) -> tuple[Any, None]:
+        x, _ = gather(images, index)
+        moved = network.apply(params, nothing, x, True)[1]  # 1 − momentum of the batch's own
+        return jax.tree.map(jnp.add, total, moved), None
+
+    batches = train[: steps * phase.batch_size].reshape(steps, phase.batch_size)
+    total, _ = jax.lax.scan(body, nothing, batches)
+    return jax.tree.map(lambda x: x / (steps * (1 - phase.bn_momentum)), total)
 
 
 def select_lanes(arms: Sequence[Arm], chosen: Array, new: Any, old: Any) -> Any:
