@@ -222,7 +222,8 @@ def over_lanes(function: Callable[..., Any], side_by_side: bool, *trees: Any) ->
     if side_by_side:
         return jax.vmap(function)(*trees)
     count = len(jax.tree.leaves(trees)[0])
-    results = [function(*jax.tree.map(lambda x, i=i: x[i], trees)) for i in range(count)]
+    traced_once = jax.jit(function, inline=True)  # and put in once for each lane
+    results = [traced_once(*jax.tree.map(lambda x, i=i: x[i], trees)) for i in range(count)]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
 
 
