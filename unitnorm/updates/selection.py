@@ -30,7 +30,12 @@ _DOUBTFUL = 0.1  # below it, but not below the tolerance: partly normalised
 
 @dataclass(frozen=True)
 class FilterAxes:
-    """In a selection: a leaf of filters, each of which runs over `axes`, non-negative integers."""
+    """In a selection: a leaf of filters, each of which runs over `axes`, non-negative integers.
+
+    A selection with these is one tree that says which leaves hold filters and how they lie, as a
+    tree of `optax.contrib.MuonDimensionNumbers` does for Muon: `axes` is its `reduction_axis`, all
+    other axes count filters, and a leaf without filters is False, where Muon's is None.
+    """
 
     axes: tuple[int, ...]
 
