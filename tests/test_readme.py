@@ -6,6 +6,7 @@ import importlib.util
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -39,6 +40,33 @@ def test_the_tables_are_those_of_the_results(page):
 
 def test_the_readme_has_the_table():
     assert "<!-- from results/table2/table2.md -->" in (ROOT / "README.md").read_text()
+
+
+def test_the_answers_figures_are_those_of_the_records():
+    readme = " ".join((ROOT / "README.md").read_text().split()).replace("−", "-")
+    answer = readme[readme.index("**The answer.**") : readme.index("## Install")]
+    rows = pd.read_csv(ROOT / "results" / "study" / "effective-rate" / "comparisons.csv")
+    kind = rows["comparison"].str.extract(r"(each|constraint|rate)", expand=False)
+    constraint = rows[kind == "constraint"]
+    assert set(rows["n"]) == {50}
+    assert len(constraint) == 12
+    assert constraint["p_holm"].min() > 0.05
+    assert constraint[["ci_low", "ci_high"]].abs().to_numpy().max() < 0.25
+
+    def span(of, columns=("difference", "difference")):
+        low, high = columns
+        return f"{of[low].min():+.2f} to {of[high].max():+.2f}"
+
+    rate, own = rows[kind == "rate"], rows[(kind == "each") & (rows["dataset"] == "fashion")]
+    assert f"changes the test error by {span(constraint)} percentage" in answer
+    assert f"{span(rate[rate['dataset'] == 'mnist'])} on MNIST" in answer
+    assert f"{span(rate[rate['dataset'] == 'fashion'])} on Fashion-MNIST" in answer
+    assert rate["p_holm"].max() < 0.001
+    assert f"(25 epochs: {span(own)}, intervals from {span(own, ('ci_low', 'ci_high'))})" in answer
+    for row in pd.read_csv(ROOT / "results" / "50-runs" / "differences.csv").itertuples():
+        lower, low, high = (-100 * x for x in (row.mean, row.ci_high, row.ci_low))
+        assert f"{lower:.2f}" in answer
+        assert f"{low:.2f} to {high:.2f}" in answer
 
 
 def test_every_link_leads_somewhere(page):
