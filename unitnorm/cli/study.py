@@ -105,16 +105,20 @@ def find_folders(plan: Plan, places: tuple[str, ...]) -> dict[str, Path]:
     """Where the plan's data sets lie.
 
     Raises:
-      UserError: one is named that the plan does not have.
+      UserError: one is not NAME=FOLDER, or the plan does not have it.
     """
-    from unitnorm.study.config import parse_place
-
-    folders = dict(parse_place(text) for text in places)
-    for name in folders:
+    folders = {}
+    for text in places:
+        name, _, folder = text.partition("=")
+        if not name or not folder:
+            raise UserError(
+                f"--data {text}: expected NAME=FOLDER, for example fashion=datasets/fashion"
+            )
         if name not in plan.datasets:
             raise UserError(
                 f"--data {name}=…: the plan has no such data set, only {', '.join(plan.datasets)}"
             )
+        folders[name] = Path(folder).expanduser()
     return folders
 
 

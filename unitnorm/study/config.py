@@ -2,18 +2,20 @@
 
 The plan is a TOML file, written and committed before its results. To add a factor, give it a field
 here, a column in `schema` and its place in `experiment.lanes_of`. Nothing here touches JAX.
+
+An arm or comparison with `each = { key = [values], … }` stands for one of every combination of the
+values, the last key's fastest; `{key}` in its texts and its name is the value.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
-from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from unitnorm.errors import UserError
 from unitnorm.run.config import ExperimentConfig, Section, parse
 from unitnorm.table2.config import Config
 
@@ -105,6 +107,20 @@ class Plan(ExperimentConfig):
     arms: dict[Name, ArmPlan] = Field(min_length=1)
     comparisons: list[ComparisonPlan] = Field([], description="Holm's correction is over all")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _spelled_out(cls, values: Any) -> Any:
+        """With an arm or comparison for each that an `each` stands for; of one name, the later
+        changes what the earlier says."""
+        values = dict(values)
+        if isinstance(values.get("arms"), dict):
+            arms = [arm for pair in values["arms"].items() for arm in _spell_out(*pair)]
+            values["arms"] = functools.reduce(_merge, ({name: arm} for name, arm in arms), {})
+        if isinstance(values.get("comparisons"), list):
+            pairs = [pair for plan in values["comparisons"] for pair in _spell_out("", plan)]
+            values["comparisons"] = [plan for _, plan in pairs]
+        return values
+
     @model_validator(mode="after")
     def _fits(self) -> Plan:
         for comparison in self.comparisons:
@@ -162,22 +178,24 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-class Place(NamedTuple):
-    """Where a data set lies: `--data NAME=FOLDER`."""
+def _spell_out(name: str, plan: Any) -> list[Any]:
+    """[name, plan] for each that an arm or comparison stands for."""
+    if not isinstance(plan, dict) or "each" not in plan:
+        return [[name, plan]]
+    plan = dict(plan)
+    each = plan.pop("each")
+    if not isinstance(each, dict) or not all(isinstance(values, list) for values in each.values()):
+        raise ValueError(f"each = {each!r} of {name or 'a comparison'}: expected lists by name")
+    combinations = itertools.product(*each.values())
+    return [_fill([name, plan], dict(zip(each, chosen, strict=True))) for chosen in combinations]
 
-    name: str
-    folder: Path
 
-
-def parse_place(text: str) -> Place:
-    """Split NAME=FOLDER.
-
-    Raises:
-      UserError: it has another form.
-    """
-    name, sign, folder = text.partition("=")
-    if not sign or not name or not folder:
-        raise UserError(
-            f"--data {text}: expected NAME=FOLDER, for example fashion=datasets/fashion"
-        )
-    return Place(name, Path(folder).expanduser())
+def _fill(part: Any, chosen: dict[str, Any]) -> Any:
+    """A part of a plan with values for `{key}`; a text that is nothing else becomes the value."""
+    if isinstance(part, dict):
+        return {key: _fill(value, chosen) for key, value in part.items()}
+    if isinstance(part, list):
+        return [_fill(value, chosen) for value in part]
+    for key, value in chosen.items() if isinstance(part, str) else ():
+        part = value if part == f"{{{key}}}" else str(part).replace(f"{{{key}}}", str(value))
+    return part
