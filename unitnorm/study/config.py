@@ -9,7 +9,6 @@ values, the last key's fastest; `{key}` in its texts and its name is the value.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 from typing import Annotated, Any, Literal
@@ -114,8 +113,11 @@ class Plan(ExperimentConfig):
         changes what the earlier says."""
         values = dict(values)
         if isinstance(values.get("arms"), dict):
-            arms = [arm for pair in values["arms"].items() for arm in _spell_out(*pair)]
-            values["arms"] = functools.reduce(_merge, ({name: arm} for name, arm in arms), {})
+            arms: dict[str, Any] = {}
+            for pair in values["arms"].items():
+                for name, arm in _spell_out(*pair):
+                    arms = _merge(arms, {name: arm})
+            values["arms"] = arms
         if isinstance(values.get("comparisons"), list):
             pairs = [pair for plan in values["comparisons"] for pair in _spell_out("", plan)]
             values["comparisons"] = [plan for _, plan in pairs]
