@@ -97,6 +97,15 @@ def assign_styles(updates: Iterable[str]) -> dict[str, Style]:
     return {name: _STYLES[spare.get(name, name)] for name in updates}
 
 
+def tell_apart(updates: Iterable[str]) -> tuple[list[str], list[str]]:
+    """The updates to draw each in a style of its own, and those that are too many for it."""
+    updates = sort_updates(updates)
+    if len(updates) <= len(_STYLES):
+        return updates, []
+    own = [name for name in updates if name in _STYLES]
+    return own, [name for name in updates if name not in own]
+
+
 @contextmanager
 def settings() -> Iterator[None]:
     """The project's settings on top of matplotlib's own, for the time of one figure."""

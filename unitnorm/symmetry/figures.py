@@ -23,6 +23,7 @@ from unitnorm.report.style import (
     make_handles,
     set_log_scale,
     settings,
+    tell_apart,
 )
 from unitnorm.symmetry.measure import Case, Measured
 
@@ -121,13 +122,17 @@ def draw_trajectories(table: pd.DataFrame, cases: tuple[Case, Case]) -> Figure:
 
     Arguments as in `draw_scaling`, with `Measured.trajectories`.
     """
-    styles = assign_styles(table["update"])
+    distinct, others = tell_apart(table["update"])
+    styles = assign_styles(distinct)
     handles = make_handles(styles)
+    if others:
+        handles.append(make_handle("", ":", color=GREY, lw=1.2, label=f"{len(others)} others"))
     handles.append(make_handle("", "-", color=GREY, lw=0.8, label="rounding"))
     note = (
         "Thick: from W against from diag(α)W, each filter with an α of its own from 0.1 to 10. "
         "Thin grey: from W against from Orth(diag(α)W), the same point but for rounding, a line "
         "for each update. Δ logits: over a fixed batch of test images, in training mode."
+        + (f" Others: {', '.join(others)}." if others else "")
     )
     depths = table["depth"].unique()
     table = table[table["steps"] > 0]
@@ -136,6 +141,10 @@ def draw_trajectories(table: pd.DataFrame, cases: tuple[Case, Case]) -> Figure:
         for row, depth in zip(axes, depths, strict=True):
             for axis, case in zip(row, cases, strict=True):
                 part = select(table[table["depth"] == depth], case)
+                for update in others:
+                    walk = part[part["update"] == update]
+                    gap = np.maximum(walk["gap"].to_numpy(float), FLOOR)
+                    axis.plot(walk["steps"], gap, color=GREY, ls=":", lw=1.2, zorder=1)
                 for place, (update, drawn) in enumerate(styles.items()):
                     walk = part[part["update"] == update]
                     rounding = np.maximum(walk["rounding_gap"].to_numpy(float), FLOOR)
