@@ -173,18 +173,20 @@ def draw_tuning(runs: pd.DataFrame) -> Figure:
 def draw_budgets(runs: pd.DataFrame, metric: str = "test_error") -> Figure:
     """The error of the comparison runs after 5, 10, 25, … epochs and at the end: a line per arm.
 
-    A panel per data set and depth. A run that stopped earlier keeps its last value.
+    A panel per data set and depth. A run that stopped earlier keeps its last value. Of many starts
+    the balanced ones alone are drawn: `draw_spreads` shows the others.
 
     Raises:
         UserError: no comparison runs, or none that has not diverged.
     """
-    table = budget_means(runs, metric)
+    alone = (runs["spread"] != 0).any()
+    table = budget_means(runs[runs["spread"] == 0] if alone else runs, metric)
     _refuse_empty(table, "healthy comparison")
     cells, budgets = _cells(table), list(table["budget"].unique())
     column, drawn = _lines(table, ["dataset", "depth"])
     note = (
         f"Mean and 95 % interval over {_count(table['n'])} runs. A run that stopped earlier keeps "
-        "its last value; diverged runs are left out."
+        "its last value; diverged runs are left out." + (" Balanced starts alone." if alone else "")
     )
     with settings():
         figure, panels = _panels(cells, [""], drawn, note)
