@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -235,6 +236,7 @@ def report(out: Path, count: int, **scene_choice: Any) -> None:
 @contextmanager
 def open_segmentation(options: dict[str, Any], **given: Any) -> Iterator[tuple[SegmentConfig, Job]]:
     """The config and the opened folder of a command with `training_options`."""
+    from unitnorm.run.devices import count_cores
     from unitnorm.segment.schema import SCHEMA
 
     chosen = opt.take_training_options(options)
@@ -259,13 +261,9 @@ def open_segmentation(options: dict[str, Any], **given: Any) -> Iterator[tuple[S
 
         return list_cells(config)
 
-    def devices(asked: int | None) -> int:
-        """A CPU device per core, as many as divide a mini-batch."""
-        from unitnorm.run.devices import count_cores
-
-        return asked or math.gcd(count_cores(), config.train.batch_size)
-
-    with open_job(SCHEMA, config, selected, load, chosen, devices) as job:
+    # a CPU device per core, as many as divide a mini-batch
+    devices = chosen.devices or math.gcd(count_cores(), config.train.batch_size)
+    with open_job(SCHEMA, config, selected, load, replace(chosen, devices=devices)) as job:
         yield config, job
 
 

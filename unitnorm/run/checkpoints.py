@@ -53,24 +53,24 @@ class Part:
     covers: tuple[str, ...] = ()
 
 
-class Nowhere:
+class Checkpoints:
     """Keeps nothing: for programs that are not worth it and processes that do not write."""
 
     def restore(self, part: Part, like: Any) -> Any | None:
-        """Nothing was saved."""
+        """The saved state, a tree of NumPy arrays like `like`; None if none was saved."""
 
     def due(self) -> bool:
-        """It is never time to save."""
+        """It is time to save."""
         return False
 
     def save(self, part: Part, state: Any, *, wait: bool) -> None:
-        """Forget the state."""
+        """Keep the state; `wait`: it is on the disk before this returns."""
 
     def drop(self, covers: Iterable[str]) -> None:
-        """There is nothing to remove."""
+        """Remove what was saved of runs with these names (`records.Records.recorded`)."""
 
 
-class Folder:
+class Folder(Checkpoints):
     """The checkpoints in one folder, which one process uses at a time.
 
     Args:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from unitnorm.run.config import ExperimentConfig
-    from unitnorm.run.loop import Checkpoints, Session
+    from unitnorm.run.loop import Session
     from unitnorm.run.records import Records, Schema
 
 CHECKPOINTS = ".checkpoints"  # in a results folder
@@ -98,7 +98,6 @@ def open_job(
     selected: Callable[[Records], pd.DataFrame],
     load: Callable[[], tuple[Any, dict[str, Any]]],
     options: TrainingOptions,
-    devices: Callable[[int | None], int | None] = lambda asked: asked,
 ) -> Iterator[Job]:
     """Check everything, lock the results folder and show progress; the frame of every training.
 
@@ -108,7 +107,6 @@ def open_job(
       selected: of the folder's records, the runs that --fresh starts over, as cells of the schema.
       load: reads the data; the data, and what the provenance says of it.
       options: of the command line.
-      devices: of the CPU devices asked for (None: nothing), how many to use.
     """
     started = time.time()
     with contextlib.ExitStack() as stack:
@@ -117,18 +115,13 @@ def open_job(
 
         from unitnorm.run import devices as device_setup
         from unitnorm.run import processes, progress, provenance, records
-        from unitnorm.run.checkpoints import EVERY_S, Folder, Nowhere
-        from unitnorm.run.loop import Interrupted, Session
+        from unitnorm.run.checkpoints import EVERY_S, Checkpoints, Folder
+        from unitnorm.run.loop import Session
 
-        stack.enter_context(as_interruption(Interrupted))
-        stack.enter_context(processes.together((Interrupted,)))
-        device_setup.prepare(
-            devices(options.devices),
-            options.coordinator,
-            options.processes,
-            options.process,
-            detect=options.distributed,
-        )
+        stack.enter_context(processes.together())
+        device_setup.prepare(options.devices)
+        meet = options.coordinator, options.processes, options.process
+        processes.join(*meet, detect=options.distributed)
         is_first = processes.is_first_process()
         console = Console(stderr=False, quiet=not is_first)
 
@@ -142,7 +135,7 @@ def open_job(
         processes.check_same(
             "config, data set or version of unitnorm", f"{asked} {about} {sources}"
         )
-        checkpoints: Checkpoints = Nowhere()
+        checkpoints = Checkpoints()
 
         def open_folder() -> Records:
             nonlocal checkpoints
@@ -173,7 +166,7 @@ def open_job(
         if not is_first:
             known = replace(records.from_text(told, schema), provenance=expected)
         reporter = stack.enter_context(progress.shown(console))
-        session = Session(reporter, say, checkpoints, lambda: stopping.is_set, reporter.advanced)
+        session = Session(reporter, say, checkpoints, lambda: stopping.is_set)
         stopping.after_the_epoch = True
         yield Job(data, options.out, known, session, console, started, is_first)
 
@@ -184,20 +177,10 @@ def open_recomputation() -> Iterator[Session]:
     from rich.console import Console
 
     from unitnorm.run import progress
-    from unitnorm.run.checkpoints import Nowhere
     from unitnorm.run.loop import Session
 
     with progress.shown(Console(stderr=True)) as report:
-        yield Session(report, click.echo, Nowhere(), lambda: False)
-
-
-@contextlib.contextmanager
-def as_interruption(stopped: type[Exception]) -> Iterator[None]:
-    """Turn the end that was asked for into what the command ends with."""
-    try:
-        yield
-    except stopped:
-        raise KeyboardInterrupt from None
+        yield Session(report, click.echo)
 
 
 def check_matching(
