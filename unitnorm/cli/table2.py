@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ import click
 
 from unitnorm.cli import options as opt
 from unitnorm.errors import UserError
-from unitnorm.run.job import Job, open_job, open_recomputation
+from unitnorm.run.job import Job, open_job, open_recomputation, print_report
 
 if TYPE_CHECKING:
     from unitnorm.run.records import Records
@@ -23,7 +22,7 @@ OUT = "runs/table2"
 
 selection_options = opt.together(
     opt.config_option("table2, the paper's protocol"),
-    opt.option("--depth", group=opt.SELECTION, type=int, multiple=True,
+    opt.option("--depth", "depths", group=opt.SELECTION, type=int, multiple=True,
                help="Depth to run; may be repeated."),
     opt.update_option(),
     opt.seed_option,
@@ -32,32 +31,14 @@ selection_options = opt.together(
 shared_options = opt.together(selection_options, opt.runs_option, opt.training_options(OUT))
 
 
-def read_config(
-    config_path: str | None,
-    overrides: tuple[str, ...],
-    depth: tuple[int, ...],
-    update: tuple[str, ...],
-    seed: int | None,
-    dataset: str | None,
-    data_dir: str | None,
-    runs: int | None = None,
-) -> Config:
-    """The config file with the command line's options on top."""
-    from unitnorm.run.config import load
-    from unitnorm.table2.config import Config
-
-    values = opt.read_values(
-        overrides, depths=depth, updates=update, runs=runs, seed=seed,
-        data__dataset=dataset, data__data_dir=data_dir,
-    )  # fmt: skip
-    return load(config_path, values, Config)
-
-
 @contextmanager
 def open_table2(options: dict[str, Any]) -> Iterator[tuple[Config, Job]]:
     """The config and the opened folder of a command with `shared_options`."""
+    from unitnorm.table2.config import Config
+    from unitnorm.table2.schema import SCHEMA
+
     training = opt.take_training_options(options)
-    config = read_config(**options)
+    config = opt.read_config(Config, **options)
 
     def load() -> tuple[Any, dict[str, Any]]:
         from unitnorm.data import load_dataset
@@ -71,8 +52,6 @@ def open_table2(options: dict[str, Any]) -> Iterator[tuple[Config, Job]]:
         from unitnorm.table2.experiment import list_cells
 
         return list_cells(config)
-
-    from unitnorm.table2.schema import SCHEMA
 
     with open_job(SCHEMA, config, selected, load, training) as job:
         yield config, job
@@ -155,7 +134,7 @@ def reproduce(**options: Any) -> None:
 @opt.option("--data-dir", group=opt.DATA,
             help="Folder with the IDX files, if the records are of such.")  # fmt: skip
 @opt.out_option(OUT)
-def verify(out: Path, **run: Any) -> None:
+def verify(out: Path, data_dir: str | None, **wanted: Any) -> None:
     """Compute a recorded run again and say whether every bit matches.
 
     Hashes the records and the data as well. Exit code 0 if all match, 1 if not. In the folder of a
@@ -165,11 +144,32 @@ def verify(out: Path, **run: Any) -> None:
     Example
       unitnorm verify --out results/table2 --depth 4 --update un --run 0
     """
-    from unitnorm.cli.study import do_verify_study
-    from unitnorm.run.records import kind_of
+    from unitnorm.run import devices, records
 
-    verify_run = do_verify_study if kind_of(out) == "study" else do_verify
-    if not verify_run(out, **run):
+    devices.prepare()
+    from unitnorm.cli import study
+    from unitnorm.data import load_dataset
+    from unitnorm.study import schema as study_schema
+    from unitnorm.table2 import schema, verify
+
+    of_study = records.kind_of(out) == "study"
+    known = records.read_alone(out, (study_schema if of_study else schema).SCHEMA)
+    runs = known["runs"]
+    chosen = verify.choose(runs.assign(run=runs.index) if of_study else runs, **wanted)
+    images = chosen.iloc[0] if of_study else known.provenance["config"]["data"]
+    data = load_dataset(images["dataset"], data_dir)
+    click.echo(f"records: {len(known.provenance['files'])} files with the SHA-256 recorded")
+    same = True
+    with open_recomputation() as session:
+        for check in (study.verify if of_study else verify.verify)(known, data, chosen, session):
+            click.echo(f"{check.what}: {check.found}")
+            same = same and check.matches
+    named = ", ".join(f"{column} {chosen[column].item()}" for column in known.schema.cell)
+    click.echo(f"{named}: {'verified' if same else 'DOES NOT MATCH its record'}")
+    note = verify.elsewhere(known.provenance)
+    if note:
+        click.echo(f"note: recorded elsewhere, where other bits are to be expected: {note}")
+    if not same:
         sys.exit(1)
 
 
@@ -199,35 +199,6 @@ def do_train(config: Config, job: Job) -> None:
         job.store(records)
 
 
-def do_verify(
-    out: Path, depth: int | None, update: str | None, run: int | None, data_dir: str | None
-) -> bool:
-    """Print every check and whether all match."""
-    from unitnorm.run import devices
-
-    devices.prepare()
-    from unitnorm.data import load_dataset
-    from unitnorm.run import records
-    from unitnorm.table2 import verify
-    from unitnorm.table2.schema import SCHEMA
-
-    known = records.read_alone(out, SCHEMA)
-    group = verify.choose(known, depth, update, run)
-    dataset = load_dataset(known.provenance["config"]["data"]["dataset"], data_dir)
-    click.echo(f"records: {len(known.provenance['files'])} files with the SHA-256 recorded")
-    same = True
-    with open_recomputation() as session:
-        for check in verify.verify(known, dataset, group, session):
-            click.echo(f"{check.what}: {check.found}")
-            same = same and check.matches
-    named = f"depth {group.depth}, {group.updates[0]}, run {group.runs[0]}"
-    click.echo(f"{named}: {'verified' if same else 'DOES NOT MATCH its record'}")
-    note = verify.elsewhere(known.provenance)
-    if note:
-        click.echo(f"note: recorded elsewhere, where other bits are to be expected: {note}")
-    return same
-
-
 def is_the_papers(provenance: dict[str, Any]) -> bool:
     """Whether records may stand beside the paper's: its protocol, from any seed, on MNIST."""
     from unitnorm.table2.config import Config
@@ -238,8 +209,6 @@ def is_the_papers(provenance: dict[str, Any]) -> bool:
 
 def do_report(out: Path) -> None:
     """Print the report and write its files."""
-    from rich.console import Console
-
     from unitnorm.run import records
     from unitnorm.table2 import report
     from unitnorm.table2.experiment import unpack_filters
@@ -258,15 +227,11 @@ def do_report(out: Path) -> None:
             image_shape, paper,
         )  # fmt: skip
         records.write_files(out, files, replacing="figures/filters_depth*")
-    console = Console()
-    console.print(report.show(known["runs"], paper))
-    console.print(f"{len(files)} files in {out}{os.sep}", highlight=False)
+    print_report(report.show(known["runs"], paper), files, out)
 
 
 def do_compare(a: Path, b: Path, out: Path) -> None:
     """Print two folders' runs side by side and write the files."""
-    from rich.console import Console
-
     from unitnorm.run import records
     from unitnorm.table2 import report
     from unitnorm.table2.schema import SCHEMA
@@ -275,5 +240,4 @@ def do_compare(a: Path, b: Path, out: Path) -> None:
     files = report.build_comparison(first, second, (str(a), str(b)))
     with records.locked(out):
         records.write_files(out, files)
-    Console().print(report.show_comparison(first, second, (str(a), str(b))))
-    click.echo(f"{len(files)} files in {out}{os.sep}")
+    print_report(report.show_comparison(first, second, (str(a), str(b))), files, out)
