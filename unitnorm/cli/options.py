@@ -119,13 +119,10 @@ def config_option(default: str) -> Decorator:
     )  # fmt: skip
 
 
-def update_option(text: str = "Update to run; may be repeated: b-sgd, un, …") -> Decorator:
-    """--update."""
-    return option(
-        "--update", "updates", group=SELECTION, type=UpdateName(), multiple=True, help=text
-    )
-
-
+update_option = option(
+    "--update", "updates", group=SELECTION, type=UpdateName(), multiple=True,
+    help="Update to run; may be repeated: b-sgd, un, …",
+)  # fmt: skip
 seed_option = option("--seed", group=SELECTION, type=int, help="Seed of run 0; run k has seed + k.")
 runs_option = option("--runs", group=SELECTION, type=int, help="Runs of each update.")
 

@@ -55,7 +55,7 @@ weights_option = opt.option(
 )  # fmt: skip
 training_options = opt.together(
     opt.config_option("segnet_small"),
-    opt.update_option(),
+    opt.update_option,
     opt.runs_option,
     opt.seed_option,
     scene_options,
@@ -242,9 +242,9 @@ def open_segmentation(options: dict[str, Any]) -> Iterator[tuple[SegmentConfig, 
     chosen = opt.take_training_options(options)
     config = _read_config(**options)
 
-    def load() -> tuple[Any, dict[str, Any]]:
+    def load() -> tuple[Any, ...]:
         from unitnorm.segment.data import COUNTS, load_scenes
-        from unitnorm.segment.experiment import describe_data
+        from unitnorm.segment.experiment import describe_data, list_cells
 
         data = load_scenes(config.data)
         about = describe_data(data)
@@ -254,16 +254,11 @@ def open_segmentation(options: dict[str, Any]) -> Iterator[tuple[SegmentConfig, 
                     f"note: {about['images'][name]} images in {name}/; the whole of CamVid has "
                     f"{count}"
                 )
-        return data, about
-
-    def selected(_: Records) -> Any:
-        from unitnorm.segment.experiment import list_cells
-
-        return list_cells(config)
+        return data, about, list_cells(config)
 
     # a CPU device per core, as many as divide a mini-batch
     devices = chosen.devices or math.gcd(count_cores(), config.train.batch_size)
-    with open_job(SCHEMA, config, selected, load, replace(chosen, devices=devices)) as job:
+    with open_job(SCHEMA, config, load, replace(chosen, devices=devices)) as job:
         yield config, job
 
 

@@ -71,7 +71,7 @@ def study(
     """
     from unitnorm.run.config import find_config
     from unitnorm.study.config import Plan, parse_place
-    from unitnorm.study.schema import CELL, SCHEMA
+    from unitnorm.study.schema import SCHEMA
 
     plan = opt.read_config(Plan, plan_name, overrides)
     training = opt.take_training_options(options)
@@ -90,19 +90,16 @@ def study(
         do_dry_run(plan, training.out)
         return
 
-    def load_all() -> tuple[Any, dict[str, Any]]:
+    def load_all() -> tuple[Any, ...]:
         from unitnorm.data import load_dataset
 
         data = {name: load_dataset(name, folders.get(name)) for name in plan.datasets}
         for name in plan.arms:
             for images in data.values():
                 plan.config_of(name).check_images(len(images.train_labels), ("train",))
-        return data, {name: {"sha256": images.sha256} for name, images in data.items()}
+        return data, {name: {"sha256": images.sha256} for name, images in data.items()}, None
 
-    def selected(known: Records) -> Any:
-        return known["runs"][list(CELL)]
-
-    with open_job(SCHEMA, plan, selected, load_all, training) as job:
+    with open_job(SCHEMA, plan, load_all, training) as job:
         do_study(plan, find_config(plan_name), job)
     if job.writes:
         do_study_report(training.out, page)

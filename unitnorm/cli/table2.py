@@ -15,7 +15,6 @@ from unitnorm.errors import UserError
 from unitnorm.run.job import Job, open_job, open_recomputation, print_report
 
 if TYPE_CHECKING:
-    from unitnorm.run.records import Records
     from unitnorm.table2.config import Config
 
 OUT = "runs/table2"
@@ -24,7 +23,7 @@ selection_options = opt.together(
     opt.config_option("table2, the paper's protocol"),
     opt.option("--depth", "depths", group=opt.SELECTION, type=int, multiple=True,
                help="Depth to run; may be repeated."),
-    opt.update_option(),
+    opt.update_option,
     opt.seed_option,
     opt.image_options,
 )  # fmt: skip
@@ -40,20 +39,15 @@ def open_table2(options: dict[str, Any]) -> Iterator[tuple[Config, Job]]:
     training = opt.take_training_options(options)
     config = opt.read_config(Config, **options)
 
-    def load() -> tuple[Any, dict[str, Any]]:
+    def load() -> tuple[Any, ...]:
         from unitnorm.data import load_dataset
-        from unitnorm.table2.experiment import describe_data
+        from unitnorm.table2.experiment import describe_data, list_cells
 
         data = load_dataset(config.data.dataset, config.data.data_dir)
         config.check_images(len(data.train_labels))
-        return data, describe_data(data)
+        return data, describe_data(data), list_cells(config)
 
-    def selected(_: Records) -> Any:
-        from unitnorm.table2.experiment import list_cells
-
-        return list_cells(config)
-
-    with open_job(SCHEMA, config, selected, load, training) as job:
+    with open_job(SCHEMA, config, load, training) as job:
         yield config, job
 
 

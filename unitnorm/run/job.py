@@ -24,7 +24,6 @@ from unitnorm.errors import UserError
 
 if TYPE_CHECKING:
     import pandas as pd
-    from rich.console import Console
 
     from unitnorm.run.config import ExperimentConfig
     from unitnorm.run.loop import Session
@@ -55,20 +54,22 @@ class Job:
     out: Path
     records: Records
     session: Session
-    console: Console
     started: float
     writes: bool  # only process 0 touches the folder
     rows: int = 0  # added to the records so far
 
     def store(self, records: Records) -> None:
         """Write the records, with what this command did, and drop the checkpoints they replace."""
+        from unitnorm.run.provenance import command_entry
         from unitnorm.run.records import write
 
         self.rows += sum(len(records[name]) - len(self.records[name]) for name in records.tables)
         self.records = records
         if not self.writes:
             return
-        noted = note(records.provenance, self.started, self.rows)
+        entry = command_entry(command_line(), self.started, time.time() - self.started, self.rows)
+        others = [c for c in records.provenance["commands"] if c["started"] != entry["started"]]
+        noted = {**records.provenance, "commands": [*others, entry]}
         self.records = write(self.out, replace(records, provenance=noted))
         self.session.checkpoints.drop(records.recorded())
 
@@ -81,20 +82,6 @@ def print_report(shown: Any, files: Collection[str], out: Path) -> None:
     click.echo(f"{len(files)} files in {out}{os.sep}")
 
 
-def note(provenance: dict[str, Any], started: float, rows: int) -> dict[str, Any]:
-    """The provenance with this command among those it tells of, its entry brought up to date.
-
-    Args:
-      started: seconds since the epoch, by which its entry is known.
-      rows: that it has added to the records so far.
-    """
-    from unitnorm.run.provenance import command_entry
-
-    entry = command_entry(command_line(), started, time.time() - started, rows)
-    others = [c for c in provenance["commands"] if c["started"] != entry["started"]]
-    return {**provenance, "commands": [*others, entry]}
-
-
 def command_line() -> str:
     """The command as it was typed, with the name it can be repeated by."""
     return shlex.join(["unitnorm", *sys.argv[1:]])
@@ -104,8 +91,7 @@ def command_line() -> str:
 def open_job(
     schema: Schema,
     config: ExperimentConfig,
-    selected: Callable[[Records], pd.DataFrame],
-    load: Callable[[], tuple[Any, dict[str, Any]]],
+    load: Callable[[], tuple[Any, dict[str, Any], pd.DataFrame | None]],
     options: TrainingOptions,
 ) -> Iterator[Job]:
     """Check everything, lock the results folder and show progress; the frame of every training.
@@ -113,8 +99,8 @@ def open_job(
     Args:
       schema: of the records.
       config: of the experiment.
-      selected: of the folder's records, the runs that --fresh starts over, as cells of the schema.
-      load: reads the data; the data, and what the provenance says of it.
+      load: gives the data, what the provenance says of it, and the runs that --fresh starts over,
+        as cells of the schema; None: all.
       options: of the command line.
     """
     started = time.time()
@@ -137,7 +123,7 @@ def open_job(
         def say(text: str) -> None:
             console.print(text, highlight=False, soft_wrap=True)
 
-        data, about = processes.in_all(load)
+        data, about, selected = processes.in_all(load)
         expected = provenance.describe(config, about)
         asked = config.model_dump_json(exclude={"data": {"data_dir"}})
         sources = provenance.hash_sources() if processes.several() else ""
@@ -152,8 +138,8 @@ def open_job(
                 return records.Records.empty(schema)
             stack.enter_context(records.locked(options.out))
             known = records.read(options.out, schema)
-            dropped = selected(known) if options.fresh else None
-            if dropped is not None:
+            dropped = known.cells() if selected is None else selected
+            if options.fresh:
                 known = known.without(dropped)
             known = check_matching(known, config, expected, options)
             every_s = options.checkpoint_every
@@ -163,7 +149,7 @@ def open_job(
             stack.callback(folder.close)
             checkpoints = folder
             done = known.recorded()
-            if dropped is not None:  # from the disk at once: the command goes on without --fresh
+            if options.fresh:  # from the disk at once: the command goes on without --fresh
                 done |= {name for t in schema.tables for name in schema.names(t, dropped)}
                 if (options.out / records.PROVENANCE).exists():
                     known = records.write(options.out, known)
@@ -177,7 +163,7 @@ def open_job(
         reporter = stack.enter_context(progress.shown(console))
         session = Session(reporter, say, checkpoints, lambda: stopping.is_set)
         stopping.after_the_epoch = True
-        yield Job(data, options.out, known, session, console, started, is_first)
+        yield Job(data, options.out, known, session, started, is_first)
 
 
 @contextlib.contextmanager
@@ -203,8 +189,9 @@ def check_matching(
     if not known.provenance or known.is_empty():
         return replace(known, provenance=expected)
     found = known.provenance
-    differs = config.conflict(found["config"])
-    what = "config" if differs is not None else "data set" if _other_data(found, expected) else ""
+    differs, old, new = config.conflict(found["config"]), found["data"], expected["data"]
+    other_data = any(old[key] != new[key] for key in old.keys() & new.keys())
+    what = "config" if differs is not None else "data set" if other_data else ""
     if what:
         hint = "" if options.fresh else ", or start over with --fresh"
         raise UserError(
@@ -218,15 +205,9 @@ def check_matching(
             **found,
             "config": expected["config"],
             "config_sha256": expected["config_sha256"],
-            "data": {**found["data"], **expected["data"]},
+            "data": old | new,
         },
     )
-
-
-def _other_data(found: dict[str, Any], expected: dict[str, Any]) -> bool:
-    """Whether something that both say of the data differs."""
-    old, new = found["data"], expected["data"]
-    return any(old[key] != new[key] for key in old.keys() & new.keys())
 
 
 @dataclass

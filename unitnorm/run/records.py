@@ -160,6 +160,10 @@ class Records:
         }
         return replace(self, tables=tables)
 
+    def cells(self) -> pd.DataFrame:
+        """What names the recorded runs, a row each or more."""
+        return pd.concat([table[list(self.schema.cell)] for table in self.tables.values()])
+
     def recorded(self) -> set[str]:
         """The names of the recorded runs, table by table; see `Schema.names`."""
         return set().union(*(self.schema.names(name, t) for name, t in self.tables.items()))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -37,9 +38,9 @@ class Group:
     runs: tuple[int, ...]
 
     def cells(self) -> pd.DataFrame:
-        """One row per depth, update and run."""
+        """One row per update and run."""
         product = itertools.product([self.depth], self.updates, self.runs)
-        return pd.DataFrame(list(product), columns=list(CELL))
+        return pd.DataFrame(product, columns=list(CELL))
 
 
 def sweep_missing(
@@ -104,8 +105,7 @@ def sweep_group(config: Config, data: Dataset, group: Group, session: Session) -
     return SCHEMA.frame("sweep", rows)
 
 
-@dataclass(frozen=True)
-class Trained:
+class Trained(NamedTuple):
     """The records of one group's full training."""
 
     runs: pd.DataFrame
@@ -179,8 +179,7 @@ def train_program(
     return wrong, program.take(state)
 
 
-@dataclass(frozen=True)
-class End:
+class End(NamedTuple):
     """Where runs of one update ended, each of shape (runs,)."""
 
     train_loss: np.ndarray
@@ -218,19 +217,17 @@ def base_rates(sweep: pd.DataFrame, group: Group) -> np.ndarray:
     Raises:
       UserError: a run has not been swept.
     """
-    swept = set(sweep[list(CELL)].itertuples(index=False, name=None))
+    cells = group.cells()
+    unswept = cells[~SCHEMA.among(cells, sweep)]
+    if len(unswept):
+        depth, update, run = unswept.iloc[0]
+        raise UserError(
+            f"depth {depth}, {update}, run {run}: no base learning rate is recorded; "
+            "run `unitnorm sweep` first"
+        )
     chosen = sweep[sweep["chosen"]].set_index(list(CELL))["base_lr"]
-    rates = np.full((len(group.runs), len(group.updates)), np.nan)
-    for column, update in enumerate(group.updates):
-        for i, run in enumerate(group.runs):
-            cell = (group.depth, update, run)
-            if cell not in swept:
-                raise UserError(
-                    f"depth {group.depth}, {update}, run {run}: no base learning rate is recorded; "
-                    "run `unitnorm sweep` first"
-                )
-            rates[i, column] = chosen.get(cell, np.nan)
-    return rates
+    rates = chosen.reindex(pd.MultiIndex.from_frame(cells)).to_numpy(float)
+    return rates.reshape(len(group.updates), len(group.runs)).T
 
 
 def exact(errors: ArrayLike, images: int) -> np.ndarray:
@@ -241,7 +238,7 @@ def exact(errors: ArrayLike, images: int) -> np.ndarray:
 def list_cells(config: Config) -> pd.DataFrame:
     """The runs of a config's selection: one row per depth, update and run."""
     product = itertools.product(config.depths, config.updates, range(config.runs))
-    return pd.DataFrame(list(product), columns=list(CELL))
+    return pd.DataFrame(product, columns=list(CELL))
 
 
 def describe_data(data: Dataset) -> dict[str, object]:
@@ -265,8 +262,8 @@ def unpack_filters(records: Records) -> dict[tuple[int, str], np.ndarray]:
         return {}
     try:
         arrays = safetensors.numpy.load(records.files[FILTERS])
-        names = {name: name.partition("/") for name in arrays}
-        return {(int(names[name][0]), names[name][2]): arrays[name] for name in arrays}
+        split = {tuple(name.split("/", 1)): array for name, array in arrays.items()}
+        return {(int(depth), update): array for (depth, update), array in split.items()}
     except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         detail = " ".join(str(error).split())
         raise UserError(f"{FILTERS}: not the filters of runs: {detail}; {REPAIR}") from None
