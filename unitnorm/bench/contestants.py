@@ -80,7 +80,7 @@ def program(
         if is_first_process() and save_every_s is not None:
             place = Path(folder) / "checkpoints"
             kept = checkpoints.Folder(place, every_s=save_every_s, say=lambda _: None)
-            stack.callback(kept.close)
+            stack.callback(kept.finish)
             keep = kept
         epochs = 0
 

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from unitnorm.cli import options as opt
 from unitnorm.errors import UserError
 from unitnorm.run.job import Job, open_job, open_recomputation, print_report
-
-if TYPE_CHECKING:
-    from unitnorm.table2.config import Config
 
 OUT = "runs/table2"
 
@@ -30,9 +25,12 @@ selection_options = opt.together(
 shared_options = opt.together(selection_options, opt.runs_option, opt.training_options(OUT))
 
 
-@contextmanager
-def open_table2(options: dict[str, Any]) -> Iterator[tuple[Config, Job]]:
-    """The config and the opened folder of a command with `shared_options`."""
+def add_missing(step: str, options: dict[str, Any]) -> Job:
+    """Sweep or train what is missing in the folder of a command with `shared_options`.
+
+    Args:
+      step: the function of `table2.experiment` that does it.
+    """
     from unitnorm.table2.config import Config
     from unitnorm.table2.schema import SCHEMA
 
@@ -48,7 +46,11 @@ def open_table2(options: dict[str, Any]) -> Iterator[tuple[Config, Job]]:
         return data, describe_data(data), list_cells(config)
 
     with open_job(SCHEMA, config, load, training) as job:
-        yield config, job
+        from unitnorm.table2 import experiment
+
+        for records in getattr(experiment, step)(config, job.data, job.records, job.session):
+            job.store(records)
+    return job
 
 
 @click.command(cls=opt.GroupedCommand, short_help="Choose the base learning rate of every run.")
@@ -62,8 +64,7 @@ def sweep(**options: Any) -> None:
     Example
       unitnorm sweep --depth 4 --update un
     """
-    with open_table2(options) as (config, job):
-        do_sweep(config, job)
+    add_missing("sweep_missing", options)
 
 
 @click.command(cls=opt.GroupedCommand, short_help="Train every run in full.")
@@ -77,8 +78,7 @@ def train(**options: Any) -> None:
     Example
       unitnorm train --depth 4 --update un --runs 10 --seed 0
     """
-    with open_table2(options) as (config, job):
-        do_train(config, job)
+    add_missing("train_missing", options)
 
 
 @click.command(cls=opt.GroupedCommand, short_help="The table and figures, from the records.")
@@ -97,10 +97,18 @@ def report(folders: tuple[Path, ...], out: Path) -> None:
     """
     if len(folders) > 2:
         raise UserError(f"report: one or two folders, not {len(folders)}")
-    if len(folders) == 2:
-        do_compare(folders[0], folders[1], out)
-    else:
-        do_report(folders[0] if folders else out)
+    if len(folders) < 2:
+        do_report(*folders or [out])
+        return
+    from unitnorm.run import records
+    from unitnorm.table2.report import build_comparison
+    from unitnorm.table2.schema import SCHEMA
+
+    first, second = (records.read_alone(folder, SCHEMA)["runs"] for folder in folders)
+    files, shown = build_comparison(first, second, (str(folders[0]), str(folders[1])))
+    with records.locked(out):
+        records.write_files(out, files)
+    print_report(shown, files, out)
 
 
 @click.command(cls=opt.GroupedCommand, short_help="Sweep, train and report: all of Table 2.")
@@ -112,8 +120,7 @@ def reproduce(**options: Any) -> None:
     Example
       unitnorm reproduce --config quick --out runs/quick
     """
-    with open_table2(options) as (config, job):
-        do_train(config, job)
+    job = add_missing("train_missing", options)
     if job.writes:
         do_report(job.out)
 
@@ -167,44 +174,11 @@ def verify(out: Path, data_dir: str | None, **wanted: Any) -> None:
         sys.exit(1)
 
 
-def do_sweep(config: Config, job: Job) -> None:
-    """Sweep what has no rate yet, and record it."""
-    from unitnorm.table2 import experiment
-
-    if not experiment.missing(config, job.records["sweep"]):
-        job.session.say("sweep: every selected run has its base learning rate")
-    for records in experiment.sweep_missing(config, job.data, job.records, job.session):
-        job.store(records)
-
-
-def do_train(config: Config, job: Job) -> None:
-    """Train what is not recorded yet, sweeping first where a rate is missing."""
-    from unitnorm.table2 import experiment
-
-    if not experiment.missing(config, job.records["runs"]):
-        job.session.say("train: every selected run is recorded; --fresh starts over")
-        return
-    unswept = experiment.missing(config, job.records["sweep"])
-    if unswept:
-        count = sum(len(group.runs) * len(group.updates) for group in unswept)
-        job.session.say(f"train: {count} runs have no base learning rate yet, sweeping first")
-        do_sweep(config, job)
-    for records in experiment.train_missing(config, job.data, job.records, job.session):
-        job.store(records)
-
-
-def is_the_papers(provenance: dict[str, Any]) -> bool:
-    """Whether records may stand beside the paper's: its protocol, from any seed, on MNIST."""
-    from unitnorm.table2.config import Config
-
-    mine = provenance["config"] | {"seed": 0}
-    return provenance["data"]["name"] == "mnist" and mine == Config().protocol()
-
-
 def do_report(out: Path) -> None:
     """Print the report and write its files."""
     from unitnorm.run import records
     from unitnorm.table2 import report
+    from unitnorm.table2.config import Config
     from unitnorm.table2.experiment import unpack_filters
     from unitnorm.table2.schema import SCHEMA
 
@@ -215,23 +189,13 @@ def do_report(out: Path) -> None:
                 f"{out}: no records of trained runs here; run `unitnorm train --out {out}` first"
             )
         image_shape = tuple(known.provenance["data"]["image_shape"])
-        paper = report.PAPER if is_the_papers(known.provenance) else {}
+        # the paper's figures stand beside runs of its protocol alone, from any seed, on MNIST
+        protocol = known.provenance["config"] | {"seed": 0}
+        on_mnist = known.provenance["data"]["name"] == "mnist"
+        paper = report.PAPER if on_mnist and protocol == Config().protocol() else {}
         files = report.build(
             known["runs"], known["history"], known["sweep"], unpack_filters(known),
             image_shape, paper,
         )  # fmt: skip
         records.write_files(out, files, replacing="figures/filters_depth*")
     print_report(report.show(known["runs"], paper), files, out)
-
-
-def do_compare(a: Path, b: Path, out: Path) -> None:
-    """Print two folders' runs side by side and write the files."""
-    from unitnorm.run import records
-    from unitnorm.table2 import report
-    from unitnorm.table2.schema import SCHEMA
-
-    first, second = (records.read_alone(folder, SCHEMA)["runs"] for folder in (a, b))
-    files = report.build_comparison(first, second, (str(a), str(b)))
-    with records.locked(out):
-        records.write_files(out, files)
-    print_report(report.show_comparison(first, second, (str(a), str(b))), files, out)

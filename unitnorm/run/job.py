@@ -146,7 +146,7 @@ def open_job(
             if every_s is None:  # one of several processes can die at any time, and take all along
                 every_s = 0.0 if processes.several() else EVERY_S
             folder = Folder(options.out / CHECKPOINTS, every_s=every_s, say=say)
-            stack.callback(folder.close)
+            stack.callback(folder.finish)
             checkpoints = folder
             done = known.recorded()
             if options.fresh:  # from the disk at once: the command goes on without --fresh
@@ -198,16 +198,8 @@ def check_matching(
             f"{options.out}: holds records of {'other runs with ' if options.fresh else ''}"
             f"another {what}{differs or ''}; give another --out{hint}"
         )
-    return replace(
-        known,
-        provenance={
-            **expected,
-            **found,
-            "config": expected["config"],
-            "config_sha256": expected["config_sha256"],
-            "data": old | new,
-        },
-    )
+    grown = {"data": old | new, "commands": found["commands"]}
+    return replace(known, provenance={**expected, **found, **expected, **grown})
 
 
 @dataclass

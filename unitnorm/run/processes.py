@@ -243,7 +243,10 @@ def together() -> Iterator[None]:
     except BaseException as error:
         if jax.distributed.is_initialized() and not isinstance(error, AgreedError | Interrupted):
             codes = {KeyboardInterrupt: 130, UserError: UserError.exit_code}
-            _end_without_farewell(codes.get(type(error), 1))
+            # as soon as Python has told the user what it has to say; the last of these comes first
+            atexit.register(os._exit, codes.get(type(error), 1))
+            atexit.register(sys.stderr.flush)
+            atexit.register(sys.stdout.flush)
         raise
 
 
@@ -262,17 +265,6 @@ def _exchange() -> Iterator[None]:
             "another process has ended or cannot be reached; what is saved stays. Start all of "
             f"them again to go on ({detail[:200]})"
         ) from None
-
-
-def _end_without_farewell(code: int) -> None:
-    """Leave as soon as Python has told the user what it has to say."""
-
-    def leave() -> None:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-    atexit.register(leave)
 
 
 def _gather(array: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Sweep and train: from a config and the records so far to the records to come.
 
-`run_sweep` and `run_training` find out which runs are missing, train all that go together as one
-`training.Program`, and give the records back with the new rows. The only thing they ask of the
+`sweep_missing` and `train_missing` find out which runs are missing, train all that go together as
+one `training.Program`, and give the records back with the new rows. The only thing they ask of the
 outside is a `Session`: where to report progress, keep checkpoints and hear of an interruption.
 """
 
@@ -54,8 +54,11 @@ def sweep_missing(
     Raises:
       Interrupted: after saving a checkpoint.
     """
+    groups = missing(config, records["sweep"])
+    if not groups:
+        session.say("sweep: every selected run has its base learning rate")
     filters = pack_filters(unpack_filters(records))  # a folder has them from the first write on
-    for group in missing(config, records["sweep"]):
+    for group in groups:
         rows = sweep_group(config, data, group, session)
         records = records.with_rows("sweep", rows).with_files({FILTERS: filters})
         yield records
@@ -64,13 +67,24 @@ def sweep_missing(
 def train_missing(
     config: Config, data: Dataset, records: Records, session: Session
 ) -> Iterator[Records]:
-    """Train every run that is not recorded, at its base learning rate from the sweep.
+    """Train every run that is not recorded, at its base learning rate; those without are swept.
 
     Yields, raises:
-      As `sweep_missing`; and UserError: a run has no row in the sweep.
+      As `sweep_missing`.
     """
+    groups = missing(config, records["runs"])
+    if not groups:
+        session.say("train: every selected run is recorded; --fresh starts over")
+        return
+    unswept = missing(config, records["sweep"])
+    if unswept:
+        count = sum(len(group.runs) * len(group.updates) for group in unswept)
+        session.say(f"train: {count} runs have no base learning rate yet, sweeping first")
+        for swept in sweep_missing(config, data, records, session):
+            records = swept
+            yield records
     filters = unpack_filters(records)
-    for group in missing(config, records["runs"]):
+    for group in groups:
         trained = train_group(config, data, group, records["sweep"], session)
         filters |= trained.filters
         records = records.with_rows("runs", trained.runs).with_rows("history", trained.history)

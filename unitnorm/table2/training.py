@@ -163,18 +163,9 @@ def train_phase(config: Config) -> Phase:
 
 def archbn(config: Config, features: int, classes: int, depth: int) -> Network:
     """The config's ArchBN as pure functions."""
-    model = config.model
+    settings = config.model.model_dump()
     return split_network(
-        lambda rngs: ArchBN(
-            features,
-            depth,
-            model.width,
-            classes,
-            pool_pairs=model.pool_pairs,
-            bn_momentum=model.bn_momentum,
-            bn_epsilon=model.bn_epsilon,
-            rngs=rngs,
-        )
+        lambda rngs: ArchBN(features, depth, classes=classes, rngs=rngs, **settings)
     )
 
 
@@ -488,11 +479,8 @@ def evaluate(
 
     Every image counts once, whatever `EVALUATION_CHUNK`.
     """
-    count = len(index)
-    chunk = min(EVALUATION_CHUNK, count)
-    chunks = -(-count // chunk)
-    padded = jnp.pad(index, (0, chunks * chunk - count)).reshape(chunks, chunk)
-    valid = (jnp.arange(chunks * chunk) < count).reshape(chunks, chunk)
+    count, padded = len(index), chunked(index)
+    valid = (jnp.arange(padded.size) < count).reshape(padded.shape)
 
     def body(
         total: tuple[Array, Array], part: tuple[Array, Array]
@@ -508,19 +496,22 @@ def evaluate(
     return wrong / count, loss / count
 
 
+def chunked(index: Array) -> Array:
+    """Indices of images, (n,), for an evaluation: (chunks, `EVALUATION_CHUNK`), filled with 0."""
+    chunk = min(EVALUATION_CHUNK, len(index))
+    return jnp.pad(index, (0, -len(index) % chunk)).reshape(-1, chunk)
+
+
 def find_wrong(network: Network, params: Any, stats: Any, images: Images) -> tuple[Array, Array]:
     """Which images are misclassified, bool (images,), and the mean cross-entropy."""
     count = len(images.labels)
-    chunk = min(EVALUATION_CHUNK, count)
-    chunks = -(-count // chunk)
-    index = jnp.pad(jnp.arange(count, dtype=jnp.int32), (0, chunks * chunk - count))
 
     def body(_: None, part: Array) -> tuple[None, tuple[Array, Array]]:
         x, y = gather(images, part)
         logits, _ = network.apply(params, stats, x, False)
         return None, (jnp.argmax(logits, -1) != y, cross_entropy(logits, y))
 
-    _, (wrong, losses) = jax.lax.scan(body, None, index.reshape(chunks, chunk))
+    _, (wrong, losses) = jax.lax.scan(body, None, chunked(jnp.arange(count, dtype=jnp.int32)))
     return wrong.reshape(-1)[:count], losses.reshape(-1)[:count].mean()
 
 
