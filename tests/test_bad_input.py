@@ -171,6 +171,7 @@ def in_empty_folder(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("unitnorm.run.devices.prepare", lambda *_, **__: None)
+    monkeypatch.setattr("unitnorm.run.processes.join", lambda *_, **__: None)
     monkeypatch.setattr("unitnorm.data.load_dataset", accept)
     return tmp_path
 

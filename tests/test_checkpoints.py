@@ -65,13 +65,13 @@ def opened(tmp_path, said):
 
     yield start
     for folder in folders:
-        folder.close()
+        folder.finish()
 
 
 def saved(folder: Folder, *steps: int, part: Part = PART) -> None:
     for step in steps:
         folder.save(part, state(step), wait=False)
-    folder.close()
+    folder.finish()
 
 
 def test_the_newest_state_comes_back_bit_for_bit_and_two_are_kept(opened, tmp_path, said):
@@ -235,14 +235,14 @@ def test_a_failed_write_is_told_by_the_next_save_or_the_end_and_the_states_befor
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    for last in (lambda folder: folder.save(PART, state(3), wait=False), Folder.close):
+    for last in (lambda folder: folder.save(PART, state(3), wait=False), Folder.finish):
         folder = opened()
         with monkeypatch.context() as patch:
             patch.setattr("os.fsync", full)
             folder.save(PART, state(2), wait=False)
             with pytest.raises(UserError, match=r"No space left on device.*free some space"):
                 last(folder)
-        folder.close()  # says it once
+        folder.finish()  # says it once
         assert {path.name for path in (tmp_path / "kept").glob("*/*")} == {
             "about.json", "1.safetensors",
         }  # fmt: skip
@@ -344,7 +344,7 @@ def test_without_a_save_there_is_no_folder(opened, tmp_path):
     folder = opened()
     folder.drop(["x"])
     assert folder.restore(Part("a", "b"), {}) is None
-    folder.close()
+    folder.finish()
     assert not (tmp_path / "kept").exists()
 
 

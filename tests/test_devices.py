@@ -14,7 +14,6 @@ import pytest
 
 from unitnorm.data import load_dataset
 from unitnorm.run import devices
-from unitnorm.run.checkpoints import Nowhere
 from unitnorm.run.config import parse
 from unitnorm.run.loop import Session
 from unitnorm.table2 import experiment
@@ -115,7 +114,7 @@ def train_small(images: pathlib.Path) -> list[object]:
         load_dataset(data_dir=images),
         group,
         SCHEMA.frame("sweep", rows),
-        Session(lambda _: None, lambda _: None, Nowhere(), lambda: False),
+        Session(),
     )
     values = np.ravel(trained.history.to_numpy())
     return [value.hex() if isinstance(value, float) else value for value in values]

@@ -19,7 +19,7 @@ from click.testing import CliRunner
 
 from unitnorm import cli
 from unitnorm.errors import UserError
-from unitnorm.run import devices, records
+from unitnorm.run import processes, records
 from unitnorm.table2.experiment import pack_filters
 from unitnorm.table2.schema import FILTERS, SCHEMA
 
@@ -184,10 +184,11 @@ from unitnorm.run import devices, processes
 from unitnorm.errors import UserError
 import jax, numpy as np
 fails, detected = (word == "True" for word in sys.argv[1:3])
+devices.prepare(1)
 if detected:
-    devices.prepare(1, detect=True)
+    processes.join(None, None, None, detect=True)
 else:
-    devices.prepare(1, sys.argv[4], int(sys.argv[6]), int(sys.argv[8]))
+    processes.join(sys.argv[4], int(sys.argv[6]), int(sys.argv[8]))
 own = jax.process_index()
 
 def fault(of):
@@ -215,7 +216,7 @@ with processes.together():
         raise UserError("only here")
     if own == 0 and not fails:
         os.kill(os.getpid(), signal.SIGKILL)
-    processes.wait_for_all("never")
+    processes.any_process(True)
 """
 
 
@@ -267,12 +268,13 @@ def test_processes_with_different_numbers_of_devices_are_refused(alone, tmp_path
 
 @pytest.mark.parametrize("present", [0, 1])
 def test_a_process_that_waits_in_vain_says_so(present):
-    code = (
-        "from unitnorm.run import devices, processes; processes.MEETING_S = 1; devices.prepare(1, "
-    )
-    process = Process(f"{code} 'localhost:{free_port()}', 2, {present})")
+    code = "from unitnorm.run import processes; processes.MEETING_S = 1; processes.join("
+    process = Process(f"{code}'localhost:{free_port()}', 2, {present})")
     assert process.end() == UserError.exit_code
     assert re.match(r"error: not all processes came to localhost:\d+ in 1 s; ", process.errors)
+
+
+NOTHING = {"coordinator": None, "processes": None, "process": None}
 
 
 @pytest.mark.parametrize(
@@ -291,7 +293,7 @@ def test_options_that_do_not_fit_together_are_refused(options, says, monkeypatch
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
     monkeypatch.setattr(jax.distributed, "initialize", None)  # is never come to
     with pytest.raises(UserError, match=says):
-        devices.prepare(**options)
+        processes.join(**NOTHING | options)
 
 
 def test_a_port_that_is_taken_is_refused():
@@ -317,7 +319,7 @@ def test_jax_detects_the_other_processes_only_where_it_is_asked_to(detect, monke
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
     meet = (None, None, None) if detect else ("node1:1234", 3, 1)
     with pytest.raises(UserError, match=r"did not meet through .*coordinator_address should be"):
-        devices.prepare(1, *meet, detect=detect)
+        processes.join(*meet, detect=detect)
     assert asked["meet"] == meet
     # else a process that Slurm started would be given one GPU, whatever it was told
     assert asked["cluster_detection_method"] == (None if detect else "deactivate")

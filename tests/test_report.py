@@ -437,9 +437,9 @@ def test_two_folders_of_other_seeds_are_not_paired():
 def test_a_comparison_tells_both_folders_apart_in_table_terminal_and_figure():
     a = like_the_paper()
     b = a.assign(test_error=a["test_error"] - 0.001 * (a["update"] == "un") * (a["run"] % 2))
-    files = report.build_comparison(a, b, ("runs/a", "runs/b"))
+    files, both = report.build_comparison(a, b, ("runs/a", "runs/b"))
     assert set(files) == {f"comparison.{ending}" for ending in ("csv", "md", "png", "svg")}
-    shown = printed(report.show_comparison(a, b, ("runs/a", "runs/b")), 80)
+    shown = printed(both, 80)
     assert max(len(line.rstrip()) for line in shown.splitlines()) <= 80
     for text in (files["comparison.md"].decode(), shown):
         assert "A: runs/a. B: runs/b." in text

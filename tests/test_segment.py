@@ -326,7 +326,6 @@ def run(program, checkpoints=None, stop_after=None, said=None):
     """Trained to the end, or interrupted after so many mini-batches."""
     asked = iter(range(1000))
     session = loop.Session(
-        report=lambda report: None,
         say=(said if said is not None else []).append,
         checkpoints=checkpoints or Memory(),
         interrupted=lambda: next(asked) == stop_after,

@@ -13,7 +13,6 @@ from click.testing import CliRunner
 from unitnorm import cli
 from unitnorm.data import load_dataset
 from unitnorm.errors import UserError
-from unitnorm.run.checkpoints import Nowhere
 from unitnorm.run.config import load, presets
 from unitnorm.run.loop import Session
 from unitnorm.run.records import Records, read
@@ -57,7 +56,7 @@ name = "UN − B-SGD"
 arm = "un"
 baseline = "b-sgd"
 """
-SESSION = Session(lambda report: None, lambda text: None, Nowhere(), lambda: False)
+SESSION = Session()
 
 
 @pytest.fixture(scope="module")

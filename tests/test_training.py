@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -138,6 +140,23 @@ def test_a_runs_bits_depend_on_its_seed_alone(both, healthy):
     for seeds, updates in ((5, ("un",)), (1, ("sm", "un"))):
         p, runs = program(seeds, updates)
         assert_same(run_of(advanced(p, runs, 2), updates.index("un"), 0), run_of(healthy, 1, 0))
+
+
+def test_what_is_said_of_the_norms_does_not_depend_on_what_is_trained_along():
+    """At the size of Table 2, where a sum over several runs at once rounds in another order."""
+    images = np.random.default_rng(0).integers(0, 256, (600, 784)).astype(np.uint8)
+    data = dataclasses.replace(
+        DATA, train_images=images, test_images=images[:203], image_shape=(28, 28)
+    )
+    config, found = configured(model={"width": 64}), []
+    for seeds, updates in ((1, ("un",)), (4, ("b-sgd", "un"))):
+        arms = [training.Arm(update) for update in updates]
+        lanes = training.same_start(np.full((seeds, len(updates)), 1e-2))
+        phase = training.train_phase(config)
+        p = training.Program("train", config, 2, phase, arms, np.arange(seeds), lanes, data)
+        history = run_of(p.advance(p.start()), updates.index("un"), 0).history
+        found.append((history.norm_deviation, history.norm_mean, history.effective_rate))
+    assert_same(*found)
 
 
 def test_a_stopped_run_is_frozen_and_leaves_the_others_alone(both, healthy):

@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to see.
+"""The exceptions that a user is meant to see, each as one line.
 
 Raise `UserError` for anything the user can mend: the command line prints its message on one line
 and leaves with `exit_code`, without a traceback. Everything else is a defect of ours.
@@ -9,3 +9,7 @@ class UserError(Exception):
     """One clear line: what is wrong, where, what was expected, what to do."""
 
     exit_code = 2
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user or the system asked to stop, and everything up to there is saved."""

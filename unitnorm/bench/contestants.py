@@ -23,8 +23,8 @@ from unitnorm.bench.worker import RATE, Orders
 from unitnorm.data import Dataset, load_dataset
 from unitnorm.run import checkpoints, devices
 from unitnorm.run.config import parse
-from unitnorm.run.loop import Checkpoints, Interrupted, Session, train
-from unitnorm.run.processes import is_first_process
+from unitnorm.run.loop import Interrupted, Session, train
+from unitnorm.run.processes import is_first_process, join
 from unitnorm.run.provenance import device
 from unitnorm.table2 import training
 from unitnorm.table2.config import Config
@@ -64,7 +64,8 @@ def program(
       side_by_side: the lanes of a seed are one product, as in a study.
       save_every_s: of the checkpoints; None: there are none.
     """
-    devices.prepare(devices_used, coordinator, processes, process)
+    devices.prepare(devices_used)
+    join(coordinator, processes, process)
     config = config_of(images, seeds)
     phase = training.train_phase(config)._replace(side_by_side=side_by_side)
     task = training.Program(
@@ -75,11 +76,11 @@ def program(
     part = checkpoints.Part("bench", "bench")
     orders.ready(samples=task.samples, device=device())
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        keep: Checkpoints = checkpoints.Nowhere()
+        keep = checkpoints.Checkpoints()
         if is_first_process() and save_every_s is not None:
             place = Path(folder) / "checkpoints"
             kept = checkpoints.Folder(place, every_s=save_every_s, say=lambda _: None)
-            stack.callback(kept.close)
+            stack.callback(kept.finish)
             keep = kept
         epochs = 0
 
@@ -90,7 +91,7 @@ def program(
             epochs += 1
             return not orders.wait()
 
-        session = Session(lambda _: None, lambda _: None, keep, is_over)
+        session = Session(checkpoints=keep, interrupted=is_over)
         with contextlib.suppress(Interrupted):
             train(part, task, session)
 

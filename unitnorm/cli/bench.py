@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -55,7 +54,7 @@ def bench(
 
     from unitnorm.report.tables import Fitting
     from unitnorm.run import records
-    from unitnorm.run.job import command_line
+    from unitnorm.run.job import command_line, print_report
 
     console, started = Console(), time.time()
     show: Callable[[str], None] = partial(console.print, highlight=False, soft_wrap=True)
@@ -66,8 +65,7 @@ def bench(
             measured = measure(what, depth, rounds, quick, show)
         files = measured.files(command_line(), started, time.time() - started)
         records.write_files(out, files)
-    console.print(Fitting(measured.cells))
-    console.print(f"{len(files)} files in {out}{os.sep}", highlight=False)
+    print_report(Fitting(measured.cells), files, out)
 
 
 def measure(

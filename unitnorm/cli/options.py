@@ -1,18 +1,24 @@
 """The options that several commands share, each once, and how a command's help groups them.
 
+Options of a config are named after its keys, with __ for dots: `read_config` puts them there.
+
 To add an option for every training, add it to `training_options` and to `TrainingOptions`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.shell_completion import CompletionItem
 
 from unitnorm.run.job import TrainingOptions
+
+if TYPE_CHECKING:
+    from unitnorm.run.config import Schema
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 SELECTION, DATA, RECORDS, SEVERAL = "What is run", "Data", "Records", "Devices and processes"
@@ -44,10 +50,7 @@ class GroupedCommand(click.Command):
 class UpdateName(click.ParamType):
     """The name of an update: of the registry, with - or _, or of a function package.module:name."""
 
-    name = "update"
-
-    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
-        return "NAME"
+    name = "name"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         from unitnorm.updates import check_update_name
@@ -68,10 +71,7 @@ class UpdateName(click.ParamType):
 class ConfigName(click.ParamType):
     """A TOML file, or the name of a preset."""
 
-    name = "config"
-
-    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
-        return "NAME|FILE"
+    name = "name|file"
 
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
@@ -89,13 +89,7 @@ def option(*names: str, group: str = "", **settings: Any) -> Decorator:
 
 def together(*decorators: Decorator) -> Decorator:
     """Several options as one decorator, in this order in the help."""
-
-    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        for decorator in reversed(decorators):
-            command = decorator(command)
-        return command
-
-    return decorate
+    return lambda command: reduce(lambda done, add: add(done), reversed(decorators), command)
 
 
 def out_option(default: str, text: str = "Folder of the records and the report.") -> Decorator:
@@ -120,20 +114,20 @@ def config_option(default: str) -> Decorator:
     )  # fmt: skip
 
 
-def update_option(text: str = "Update to run; may be repeated: b-sgd, un, …") -> Decorator:
-    """--update."""
-    return option("--update", group=SELECTION, type=UpdateName(), multiple=True, help=text)
-
-
+update_option = option(
+    "--update", "updates", group=SELECTION, type=UpdateName(), multiple=True,
+    help="Update to run; may be repeated: b-sgd, un, …",
+)  # fmt: skip
 seed_option = option("--seed", group=SELECTION, type=int, help="Seed of run 0; run k has seed + k.")
 runs_option = option("--runs", group=SELECTION, type=int, help="Runs of each update.")
 
 image_options = together(
     option(
-        "--dataset", group=DATA,
+        "--dataset", "data__dataset", group=DATA,
         help="mnist, or a data set that TFDS knows, such as fashion_mnist.",
     ),
-    option("--data-dir", group=DATA, help="Folder with four IDX files of your own, raw or .gz."),
+    option("--data-dir", "data__data_dir", group=DATA,
+           help="Folder with four IDX files of your own, raw or .gz."),
 )  # fmt: skip
 
 
@@ -173,14 +167,19 @@ def take_training_options(options: dict[str, Any]) -> TrainingOptions:
     return TrainingOptions(**{name: options.pop(name) for name in names})
 
 
-def read_values(overrides: tuple[str, ...], **given: Any) -> dict[str, Any]:
-    """The keys of a config that the command line sets; `given` by dotted key, with __ for dots.
+def read_config(
+    schema: type[Schema], config_path: str | None, overrides: tuple[str, ...], **given: Any
+) -> Schema:
+    """The config file with the command line's options on top.
 
-    An option that was not given is None or empty, and sets nothing.
+    Args:
+      given: values by key of the config, with __ for dots; None and () are of options that were not
+        given, and set nothing.
     """
-    from unitnorm.run.config import parse_override
+    from unitnorm.run.config import load, parse_override
 
     values = dict(parse_override(text) for text in overrides)
-    named = {key.replace("__", "."): value for key, value in given.items()}
-    lists = {key: list(v) if isinstance(v, tuple) else v for key, v in named.items()}
-    return values | {key: value for key, value in lists.items() if value not in (None, [])}
+    for key, value in given.items():
+        if value not in (None, ()):
+            values[key.replace("__", ".")] = list(value) if isinstance(value, tuple) else value
+    return load(config_path, values, schema)

@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,18 +44,18 @@ def segment() -> None:
 
 
 scene_options = opt.together(
-    opt.option("--data-dir", group=opt.DATA, help="Folder of CamVid: train/, trainannot/, val/ …"),
-    opt.option(
-        "--synthetic", group=opt.DATA, is_flag=True, help="Invented scenes instead of CamVid."
-    ),
-)
+    opt.option("--data-dir", "data__data_dir", group=opt.DATA,
+               help="Folder of CamVid: train/, trainannot/, val/ …"),
+    opt.option("--synthetic", "data__dataset", group=opt.DATA, flag_value="synthetic",
+               help="Invented scenes instead of CamVid."),
+)  # fmt: skip
 weights_option = opt.option(
     "--weights", group=opt.RECORDS, type=click.Path(path_type=Path), default=PUBLISHED,
     help="File that train wrote.  [default: UN's, which are part of unitnorm]",
 )  # fmt: skip
 training_options = opt.together(
     opt.config_option("segnet_small"),
-    opt.update_option(),
+    opt.update_option,
     opt.runs_option,
     opt.seed_option,
     scene_options,
@@ -64,16 +65,16 @@ training_options = opt.together(
 
 @segment.command(cls=opt.GroupedCommand, short_help="Choose each update's learning rate.")
 @training_options
-@opt.option("--rate", "rates", group=opt.SELECTION, type=float, multiple=True,
+@opt.option("--rate", "sweep__rates", group=opt.SELECTION, type=float, multiple=True,
             help="Rate to try; may be repeated.  [default: the config's]")  # fmt: skip
-def sweep(rates: tuple[float, ...], **options: Any) -> None:
+def sweep(**options: Any) -> None:
     """Choose each update's base learning rate on a sequence of training images held out.
 
     \b
     Example
       unitnorm segment sweep --config segnet --data-dir CamVid --rate 0.3 --rate 1
     """
-    with open_segmentation(options, sweep__rates=rates) as (config, job):
+    with open_segmentation(options) as (config, job):
         do_sweep(config, job)
         _print_tables(job.records)
 
@@ -233,16 +234,17 @@ def report(out: Path, count: int, **scene_choice: Any) -> None:
 
 
 @contextmanager
-def open_segmentation(options: dict[str, Any], **given: Any) -> Iterator[tuple[SegmentConfig, Job]]:
+def open_segmentation(options: dict[str, Any]) -> Iterator[tuple[SegmentConfig, Job]]:
     """The config and the opened folder of a command with `training_options`."""
+    from unitnorm.run.devices import count_cores
     from unitnorm.segment.schema import SCHEMA
 
     chosen = opt.take_training_options(options)
-    config = _read_config(**options, **given)
+    config = _read_config(**options)
 
-    def load() -> tuple[Any, dict[str, Any]]:
+    def load() -> tuple[Any, ...]:
         from unitnorm.segment.data import COUNTS, load_scenes
-        from unitnorm.segment.experiment import describe_data
+        from unitnorm.segment.experiment import describe_data, list_cells
 
         data = load_scenes(config.data)
         about = describe_data(data)
@@ -252,20 +254,11 @@ def open_segmentation(options: dict[str, Any], **given: Any) -> Iterator[tuple[S
                     f"note: {about['images'][name]} images in {name}/; the whole of CamVid has "
                     f"{count}"
                 )
-        return data, about
+        return data, about, list_cells(config)
 
-    def selected(_: Records) -> Any:
-        from unitnorm.segment.experiment import list_cells
-
-        return list_cells(config)
-
-    def devices(asked: int | None) -> int:
-        """A CPU device per core, as many as divide a mini-batch."""
-        from unitnorm.run.devices import count_cores
-
-        return asked or math.gcd(count_cores(), config.train.batch_size)
-
-    with open_job(SCHEMA, config, selected, load, chosen, devices) as job:
+    # a CPU device per core, as many as divide a mini-batch
+    devices = chosen.devices or math.gcd(count_cores(), config.train.batch_size)
+    with open_job(SCHEMA, config, load, replace(chosen, devices=devices)) as job:
         yield config, job
 
 
@@ -279,33 +272,21 @@ def do_sweep(config: SegmentConfig, job: Job) -> None:
 
 
 def _read_config(
-    config_path: str | None,
-    overrides: tuple[str, ...],
-    data_dir: str | None,
-    synthetic: bool,
-    update: tuple[str, ...] = (),
-    runs: int | None = None,
-    seed: int | None = None,
-    **given: Any,
+    config_path: str | None = None, overrides: tuple[str, ...] = (), **given: Any
 ) -> SegmentConfig:
-    from unitnorm.run.config import load
     from unitnorm.segment.config import SegmentConfig
 
-    if data_dir is not None and synthetic:
+    if given["data__data_dir"] is not None and given["data__dataset"] is not None:
         raise UserError("--data-dir and --synthetic: give one of them")
-    values = opt.read_values(
-        overrides, updates=update, runs=runs, seed=seed, data__data_dir=data_dir,
-        data__dataset="synthetic" if synthetic else None, **given,
-    )  # fmt: skip
-    return load(config_path, values, SegmentConfig)
+    return opt.read_config(SegmentConfig, config_path, overrides, **given)
 
 
-def _scenes_for(trained: TrainedSegNet, data_dir: str | None, synthetic: bool) -> SceneData:
+def _scenes_for(trained: TrainedSegNet, **scene_choice: Any) -> SceneData:
     """The images at the size that the weights were trained on."""
     from unitnorm.segment.data import load_scenes
 
-    size = (f"data.height={trained.size[0]}", f"data.width={trained.size[1]}")
-    return load_scenes(_read_config(None, size, data_dir, synthetic).data)
+    height, width = trained.size
+    return load_scenes(_read_config(data__height=height, data__width=width, **scene_choice).data)
 
 
 def _draw_figure2(out: Path, known: Records, count: int, **scene_choice: Any) -> Any:
@@ -321,8 +302,8 @@ def _draw_figure2(out: Path, known: Records, count: int, **scene_choice: Any) ->
     about = known.provenance["data"]
     if data.size == (about["height"], about["width"]) and data.sha256 != about["sha256"]:
         raise UserError(
-            f"{scene_choice['data_dir'] or 'synthetic'}: not the images of these records; expected "
-            f"{about['name']} with SHA-256 {about['sha256'][:12]}…"
+            f"{scene_choice['data__data_dir'] or 'synthetic'}: not the images of these records; "
+            f"expected {about['name']} with SHA-256 {about['sha256'][:12]}…"
         )
     test = data.splits["test"]
     # evenly over the test set, whose images stand in the order of the drive

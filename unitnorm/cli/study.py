@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +12,16 @@ import click
 
 from unitnorm.cli import options as opt
 from unitnorm.errors import UserError
-from unitnorm.run.job import Job, open_job, open_recomputation
+from unitnorm.run.job import Job, open_job, print_report
 
 if TYPE_CHECKING:
+    import pandas as pd
+
+    from unitnorm.data import Dataset
+    from unitnorm.run.loop import Session
     from unitnorm.run.records import Records
     from unitnorm.study.config import Plan
+    from unitnorm.table2.verify import Check
 
 RUNS = "runs/study"
 
@@ -64,11 +69,11 @@ def study(
       unitnorm study study/effective-rate --data fashion=FOLDER
       unitnorm study study/effective-rate --set compare.count=20 --dry-run
     """
-    from unitnorm.run.config import find_config, load
+    from unitnorm.run.config import find_config
     from unitnorm.study.config import Plan
+    from unitnorm.study.schema import SCHEMA
 
-    values = opt.read_values(overrides)
-    plan = load(plan_name, values, Plan)
+    plan = opt.read_config(Plan, plan_name, overrides)
     training = opt.take_training_options(options)
     if training.out == Path(RUNS):
         training = replace(training, out=Path(RUNS) / Path(plan_name).stem)
@@ -80,23 +85,17 @@ def study(
         do_dry_run(plan, training.out)
         return
 
-    def load_all() -> tuple[Any, dict[str, Any]]:
+    def load_all() -> tuple[Any, ...]:
         from unitnorm.data import load_dataset
 
         data = {name: load_dataset(name, folders.get(name)) for name in plan.datasets}
         for name in plan.arms:
             for images in data.values():
                 plan.config_of(name).check_images(len(images.train_labels), ("train",))
-        return data, {name: {"sha256": images.sha256} for name, images in data.items()}
+        return data, {name: {"sha256": images.sha256} for name, images in data.items()}, None
 
-    def selected(known: Records) -> Any:
-        return known["runs"][list(CELL)]
-
-    from unitnorm.study.schema import CELL, SCHEMA
-
-    with open_job(SCHEMA, plan, selected, load_all, training) as job:
-        keep_plan(job, find_config(plan_name))
-        do_study(plan, job)
+    with open_job(SCHEMA, plan, load_all, training) as job:
+        do_study(plan, find_config(plan_name), job)
     if job.writes:
         do_study_report(training.out, page)
 
@@ -122,23 +121,16 @@ def find_folders(plan: Plan, places: tuple[str, ...]) -> dict[str, Path]:
     return folders
 
 
-def keep_plan(job: Job, path: Path) -> None:
-    """Put the plan, as it was declared, among the folder's files, with the date of its commit."""
-    from unitnorm.run.provenance import committed
-
-    text = path.read_bytes()
-    job.records = replace(
-        job.records.with_files({"plan.toml": text}),
-        provenance={**job.records.provenance, "plan_committed": committed(path)},
-    )
-
-
-def do_study(plan: Plan, job: Job) -> None:
-    """Train what is missing, and record it batch by batch."""
+def do_study(plan: Plan, path: Path, job: Job) -> None:
+    """Train what is missing, and record it batch by batch, with the plan as it was declared."""
     from unitnorm.run.progress import clock
+    from unitnorm.run.provenance import committed
     from unitnorm.study.experiment import count_runs, run_study
 
-    total, before = sum(count_runs(plan).values()), len(job.records["runs"])
+    records = job.records.with_files({"plan.toml": path.read_bytes()})
+    noted = {**records.provenance, "plan_committed": committed(path)}
+    job.records = replace(records, provenance=noted)
+    total, before = sum(count_runs(plan).values()), len(records["runs"])
     job.session.say(f"study: {before} of {total} runs are recorded")
     started = time.monotonic()
     for records in run_study(plan, job.data, job.records, job.session):
@@ -152,10 +144,10 @@ def do_study(plan: Plan, job: Job) -> None:
 
 
 def do_dry_run(plan: Plan, out: Path) -> None:
-    """Say what is missing, and for how long."""
+    """Say what is missing, and for how long: as recorded, or as a part of a run takes here."""
     from unitnorm.run.progress import clock
     from unitnorm.run.records import read
-    from unitnorm.study.experiment import count_runs
+    from unitnorm.study.experiment import count_runs, time_run
     from unitnorm.study.schema import SCHEMA
 
     known = read(out, SCHEMA)
@@ -166,28 +158,18 @@ def do_dry_run(plan: Plan, out: Path) -> None:
     commands = known.provenance.get("commands", [])
     rows = sum(command["rows"] for command in commands)
     if rows:
-        pace = sum(command["wall_s"] for command in commands) / rows
-        click.echo(f"about {clock(pace * missing)} at {pace:.2f} s a run, as recorded there")
+        pace, whence = sum(command["wall_s"] for command in commands) / rows, "as recorded there"
     else:
-        pace = measure_pace(plan)
-        click.echo(f"about {clock(pace * missing)} at {pace:.2f} s a run, measured on a few steps")
+        from unitnorm.data import load_dataset
+        from unitnorm.run import devices
 
-
-def measure_pace(plan: Plan) -> float:
-    """Seconds that a run takes here, from a small part of one."""
-    from unitnorm.run import devices
-
-    devices.prepare()
-    from unitnorm.data import load_dataset
-    from unitnorm.study.experiment import time_run
-
-    return time_run(plan, load_dataset())
+        devices.prepare()
+        pace, whence = time_run(plan, load_dataset()), "measured on a few steps"
+    click.echo(f"about {clock(pace * missing)} at {pace:.2f} s a run, {whence}")
 
 
 def do_study_report(out: Path, page: bool) -> None:
     """Write and print what the records show."""
-    from rich.console import Console
-
     from unitnorm.run import records
     from unitnorm.study import report
     from unitnorm.study.schema import SCHEMA
@@ -199,7 +181,6 @@ def do_study_report(out: Path, page: bool) -> None:
         compared = report.comparisons_of(known)
         files = report.build(known, compared)
         records.write_files(out, files, replacing="figures/*")
-    console = Console()
     if page:
         beside = sorted(p.parent for p in out.resolve().parent.glob("*/provenance.json"))
         studies = {
@@ -209,43 +190,19 @@ def do_study_report(out: Path, page: bool) -> None:
         }
         with records.locked(out.parent):
             records.write_files(out.parent, {"index.html": report.build_index(studies)})
-        console.print(f"{out.parent / 'index.html'}: {', '.join(studies)}", highlight=False)
-    console.print(report.show(known, compared))
-    console.print(f"{len(files)} files in {out}{os.sep}", highlight=False)
+        click.echo(f"{out.parent / 'index.html'}: {', '.join(studies)}")
+    print_report(report.show(known, compared), files, out)
 
 
-def do_verify_study(
-    out: Path, depth: int | None, update: str | None, run: int | None, data_dir: str | None
-) -> bool:
-    """Train a recorded run of a study again, print what differs, and whether nothing does."""
-    from unitnorm.run import devices
-
-    devices.prepare()
-    from unitnorm.data import load_dataset
-    from unitnorm.run import records
+def verify(
+    known: Records, data: Dataset, chosen: pd.DataFrame, session: Session
+) -> Iterator[Check]:
+    """Train a recorded run of a study again and compare; arguments as of `table2.verify.verify`."""
     from unitnorm.study.experiment import recompute
     from unitnorm.study.report import plan_of
-    from unitnorm.study.schema import SCHEMA
+    from unitnorm.table2.verify import compare, compare_hashes
 
-    known = records.read_alone(out, SCHEMA)
-    runs = known["runs"]
-    for column, wanted in (("depth", depth), ("update", update)):
-        runs = runs if wanted is None else runs[runs[column] == wanted]
-    if runs.empty or (run is not None and run not in runs.index):
-        raise UserError(f"{out}: no such run; there are {len(runs)} of that depth and update")
-    chosen = runs.iloc[[0]] if run is None else runs.loc[[run]]
     row = {str(key): value for key, value in chosen.iloc[0].items()}
-    data = load_dataset(row["dataset"], data_dir)
-    recorded = known.provenance["data"][row["dataset"]]["sha256"]
-    same = recorded == data.sha256
-    click.echo(f"data: SHA-256 {data.sha256[:12]}…, {'as' if same else 'not as'} recorded")
-    with open_recomputation() as session:
-        again = recompute(plan_of(known), known["runs"], row, data, session)
-    old, new = (SCHEMA.frame("runs", table.to_dict("records")).iloc[0] for table in (chosen, again))
-    for column in SCHEMA.tables["runs"].columns:
-        if str(old[column]) != str(new[column]):
-            same = False
-            click.echo(f"{column}: {str(old[column])[:40]} recorded, {str(new[column])[:40]} here")
-    named = f"{row['dataset']} depth {row['depth']}, {row['arm']}, seed {row['seed']}"
-    click.echo(f"{named}: {'verified' if same else 'DOES NOT MATCH its record'}")
-    return same
+    yield compare_hashes("data", known.provenance["data"][row["dataset"]]["sha256"], data.sha256)
+    again = recompute(plan_of(known), known["runs"], row, data, session)
+    yield compare("runs", known, again, chosen)

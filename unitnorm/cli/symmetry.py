@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import click
 
 from unitnorm.cli import options as opt
-from unitnorm.cli.table2 import read_config, selection_options
-from unitnorm.run.job import interruptible
+from unitnorm.cli.table2 import selection_options
+from unitnorm.run.job import interruptible, print_report
 
 
 @click.command(cls=opt.GroupedCommand, short_help="What scaling the filters does, made visible.")
@@ -35,7 +34,9 @@ def symmetry(out: Path, rate: float | None, steps: int, epochs: int, **options: 
       unitnorm symmetry --depth 2
     """
     with interruptible():
-        config = read_config(**options)
+        from unitnorm.table2.config import Config
+
+        config = opt.read_config(Config, **options)
         from unitnorm.run import devices
 
         devices.prepare()
@@ -51,12 +52,11 @@ def symmetry(out: Path, rate: float | None, steps: int, epochs: int, **options: 
         def say(text: str) -> None:
             console.print(f"measured: {text}", highlight=False)
 
-        updates = config.updates if options["update"] else list(UPDATES)
+        updates = config.updates if options["updates"] else list(UPDATES)
         dataset = load_dataset(config.data.dataset, config.data.data_dir)
         config.check_images(len(dataset.train_labels))
         with records.locked(out):
             with console.status("measuring"):
                 result = run(config, dataset, updates, rate, steps, epochs, say)
             records.write_files(out, result.files)
-    console.print(result.shown)
-    console.print(f"{len(result.files)} files in {out}{os.sep}", highlight=False)
+    print_report(result.shown, result.files, out)

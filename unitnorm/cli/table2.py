@@ -2,80 +2,55 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from unitnorm.cli import options as opt
 from unitnorm.errors import UserError
-from unitnorm.run.job import Job, open_job, open_recomputation
-
-if TYPE_CHECKING:
-    from unitnorm.run.records import Records
-    from unitnorm.table2.config import Config
+from unitnorm.run.job import Job, open_job, open_recomputation, print_report
 
 OUT = "runs/table2"
 
 selection_options = opt.together(
     opt.config_option("table2, the paper's protocol"),
-    opt.option("--depth", group=opt.SELECTION, type=int, multiple=True,
+    opt.option("--depth", "depths", group=opt.SELECTION, type=int, multiple=True,
                help="Depth to run; may be repeated."),
-    opt.update_option(),
+    opt.update_option,
     opt.seed_option,
     opt.image_options,
 )  # fmt: skip
 shared_options = opt.together(selection_options, opt.runs_option, opt.training_options(OUT))
 
 
-def read_config(
-    config_path: str | None,
-    overrides: tuple[str, ...],
-    depth: tuple[int, ...],
-    update: tuple[str, ...],
-    seed: int | None,
-    dataset: str | None,
-    data_dir: str | None,
-    runs: int | None = None,
-) -> Config:
-    """The config file with the command line's options on top."""
-    from unitnorm.run.config import load
+def add_missing(step: str, options: dict[str, Any]) -> Job:
+    """Sweep or train what is missing in the folder of a command with `shared_options`.
+
+    Args:
+      step: the function of `table2.experiment` that does it.
+    """
     from unitnorm.table2.config import Config
+    from unitnorm.table2.schema import SCHEMA
 
-    values = opt.read_values(
-        overrides, depths=depth, updates=update, runs=runs, seed=seed,
-        data__dataset=dataset, data__data_dir=data_dir,
-    )  # fmt: skip
-    return load(config_path, values, Config)
-
-
-@contextmanager
-def open_table2(options: dict[str, Any]) -> Iterator[tuple[Config, Job]]:
-    """The config and the opened folder of a command with `shared_options`."""
     training = opt.take_training_options(options)
-    config = read_config(**options)
+    config = opt.read_config(Config, **options)
 
-    def load() -> tuple[Any, dict[str, Any]]:
+    def load() -> tuple[Any, ...]:
         from unitnorm.data import load_dataset
-        from unitnorm.table2.experiment import describe_data
+        from unitnorm.table2.experiment import describe_data, list_cells
 
         data = load_dataset(config.data.dataset, config.data.data_dir)
         config.check_images(len(data.train_labels))
-        return data, describe_data(data)
+        return data, describe_data(data), list_cells(config)
 
-    def selected(_: Records) -> Any:
-        from unitnorm.table2.experiment import list_cells
+    with open_job(SCHEMA, config, load, training) as job:
+        from unitnorm.table2 import experiment
 
-        return list_cells(config)
-
-    from unitnorm.table2.schema import SCHEMA
-
-    with open_job(SCHEMA, config, selected, load, training) as job:
-        yield config, job
+        for records in getattr(experiment, step)(config, job.data, job.records, job.session):
+            job.store(records)
+    return job
 
 
 @click.command(cls=opt.GroupedCommand, short_help="Choose the base learning rate of every run.")
@@ -89,8 +64,7 @@ def sweep(**options: Any) -> None:
     Example
       unitnorm sweep --depth 4 --update un
     """
-    with open_table2(options) as (config, job):
-        do_sweep(config, job)
+    add_missing("sweep_missing", options)
 
 
 @click.command(cls=opt.GroupedCommand, short_help="Train every run in full.")
@@ -104,8 +78,7 @@ def train(**options: Any) -> None:
     Example
       unitnorm train --depth 4 --update un --runs 10 --seed 0
     """
-    with open_table2(options) as (config, job):
-        do_train(config, job)
+    add_missing("train_missing", options)
 
 
 @click.command(cls=opt.GroupedCommand, short_help="The table and figures, from the records.")
@@ -124,10 +97,18 @@ def report(folders: tuple[Path, ...], out: Path) -> None:
     """
     if len(folders) > 2:
         raise UserError(f"report: one or two folders, not {len(folders)}")
-    if len(folders) == 2:
-        do_compare(folders[0], folders[1], out)
-    else:
-        do_report(folders[0] if folders else out)
+    if len(folders) < 2:
+        do_report(*folders or [out])
+        return
+    from unitnorm.run import records
+    from unitnorm.table2.report import build_comparison
+    from unitnorm.table2.schema import SCHEMA
+
+    first, second = (records.read_alone(folder, SCHEMA)["runs"] for folder in folders)
+    files, shown = build_comparison(first, second, (str(folders[0]), str(folders[1])))
+    with records.locked(out):
+        records.write_files(out, files)
+    print_report(shown, files, out)
 
 
 @click.command(cls=opt.GroupedCommand, short_help="Sweep, train and report: all of Table 2.")
@@ -139,8 +120,7 @@ def reproduce(**options: Any) -> None:
     Example
       unitnorm reproduce --config quick --out runs/quick
     """
-    with open_table2(options) as (config, job):
-        do_train(config, job)
+    job = add_missing("train_missing", options)
     if job.writes:
         do_report(job.out)
 
@@ -155,7 +135,7 @@ def reproduce(**options: Any) -> None:
 @opt.option("--data-dir", group=opt.DATA,
             help="Folder with the IDX files, if the records are of such.")  # fmt: skip
 @opt.out_option(OUT)
-def verify(out: Path, **run: Any) -> None:
+def verify(out: Path, data_dir: str | None, **wanted: Any) -> None:
     """Compute a recorded run again and say whether every bit matches.
 
     Hashes the records and the data as well. Exit code 0 if all match, 1 if not. In the folder of a
@@ -165,83 +145,40 @@ def verify(out: Path, **run: Any) -> None:
     Example
       unitnorm verify --out results/table2 --depth 4 --update un --run 0
     """
-    from unitnorm.cli.study import do_verify_study
-    from unitnorm.run.records import kind_of
-
-    verify_run = do_verify_study if kind_of(out) == "study" else do_verify
-    if not verify_run(out, **run):
-        sys.exit(1)
-
-
-def do_sweep(config: Config, job: Job) -> None:
-    """Sweep what has no rate yet, and record it."""
-    from unitnorm.table2 import experiment
-
-    if not experiment.missing(config, job.records["sweep"]):
-        job.session.say("sweep: every selected run has its base learning rate")
-    for records in experiment.sweep_missing(config, job.data, job.records, job.session):
-        job.store(records)
-
-
-def do_train(config: Config, job: Job) -> None:
-    """Train what is not recorded yet, sweeping first where a rate is missing."""
-    from unitnorm.table2 import experiment
-
-    if not experiment.missing(config, job.records["runs"]):
-        job.session.say("train: every selected run is recorded; --fresh starts over")
-        return
-    unswept = experiment.missing(config, job.records["sweep"])
-    if unswept:
-        count = sum(len(group.runs) * len(group.updates) for group in unswept)
-        job.session.say(f"train: {count} runs have no base learning rate yet, sweeping first")
-        do_sweep(config, job)
-    for records in experiment.train_missing(config, job.data, job.records, job.session):
-        job.store(records)
-
-
-def do_verify(
-    out: Path, depth: int | None, update: str | None, run: int | None, data_dir: str | None
-) -> bool:
-    """Print every check and whether all match."""
-    from unitnorm.run import devices
+    from unitnorm.run import devices, records
 
     devices.prepare()
+    from unitnorm.cli import study
     from unitnorm.data import load_dataset
-    from unitnorm.run import records
-    from unitnorm.table2 import verify
-    from unitnorm.table2.schema import SCHEMA
+    from unitnorm.study import schema as study_schema
+    from unitnorm.table2 import schema, verify
 
-    known = records.read_alone(out, SCHEMA)
-    group = verify.choose(known, depth, update, run)
-    dataset = load_dataset(known.provenance["config"]["data"]["dataset"], data_dir)
+    of_study = records.kind_of(out) == "study"
+    known = records.read_alone(out, (study_schema if of_study else schema).SCHEMA)
+    runs = known["runs"]
+    chosen = verify.choose(runs.assign(run=runs.index) if of_study else runs, **wanted)
+    images = chosen.iloc[0] if of_study else known.provenance["config"]["data"]
+    data = load_dataset(images["dataset"], data_dir)
     click.echo(f"records: {len(known.provenance['files'])} files with the SHA-256 recorded")
     same = True
     with open_recomputation() as session:
-        for check in verify.verify(known, dataset, group, session):
+        for check in (study.verify if of_study else verify.verify)(known, data, chosen, session):
             click.echo(f"{check.what}: {check.found}")
             same = same and check.matches
-    named = f"depth {group.depth}, {group.updates[0]}, run {group.runs[0]}"
+    named = ", ".join(f"{column} {chosen[column].item()}" for column in known.schema.cell)
     click.echo(f"{named}: {'verified' if same else 'DOES NOT MATCH its record'}")
     note = verify.elsewhere(known.provenance)
     if note:
         click.echo(f"note: recorded elsewhere, where other bits are to be expected: {note}")
-    return same
-
-
-def is_the_papers(provenance: dict[str, Any]) -> bool:
-    """Whether records may stand beside the paper's: its protocol, from any seed, on MNIST."""
-    from unitnorm.table2.config import Config
-
-    mine = provenance["config"] | {"seed": 0}
-    return provenance["data"]["name"] == "mnist" and mine == Config().protocol()
+    if not same:
+        sys.exit(1)
 
 
 def do_report(out: Path) -> None:
     """Print the report and write its files."""
-    from rich.console import Console
-
     from unitnorm.run import records
     from unitnorm.table2 import report
+    from unitnorm.table2.config import Config
     from unitnorm.table2.experiment import unpack_filters
     from unitnorm.table2.schema import SCHEMA
 
@@ -252,28 +189,13 @@ def do_report(out: Path) -> None:
                 f"{out}: no records of trained runs here; run `unitnorm train --out {out}` first"
             )
         image_shape = tuple(known.provenance["data"]["image_shape"])
-        paper = report.PAPER if is_the_papers(known.provenance) else {}
+        # the paper's figures stand beside runs of its protocol alone, from any seed, on MNIST
+        protocol = known.provenance["config"] | {"seed": 0}
+        on_mnist = known.provenance["data"]["name"] == "mnist"
+        paper = report.PAPER if on_mnist and protocol == Config().protocol() else {}
         files = report.build(
             known["runs"], known["history"], known["sweep"], unpack_filters(known),
             image_shape, paper,
         )  # fmt: skip
         records.write_files(out, files, replacing="figures/filters_depth*")
-    console = Console()
-    console.print(report.show(known["runs"], paper))
-    console.print(f"{len(files)} files in {out}{os.sep}", highlight=False)
-
-
-def do_compare(a: Path, b: Path, out: Path) -> None:
-    """Print two folders' runs side by side and write the files."""
-    from rich.console import Console
-
-    from unitnorm.run import records
-    from unitnorm.table2 import report
-    from unitnorm.table2.schema import SCHEMA
-
-    first, second = (records.read_alone(folder, SCHEMA)["runs"] for folder in (a, b))
-    files = report.build_comparison(first, second, (str(a), str(b)))
-    with records.locked(out):
-        records.write_files(out, files)
-    Console().print(report.show_comparison(first, second, (str(a), str(b))))
-    click.echo(f"{len(files)} files in {out}{os.sep}")
+    print_report(report.show(known["runs"], paper), files, out)

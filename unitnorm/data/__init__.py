@@ -114,7 +114,7 @@ def _read(dataset: str, folder: Path | None) -> Arrays:
     return from_tfds.read(found or from_tfds.prepare(dataset, root))
 
 
-def _read_mnist() -> tuple[Arrays, tuple[str, ...]]:
+def _read_mnist() -> tuple[Arrays, list[str]]:
     try:
         files = idx.find_files(_MNIST)
         arrays = idx.read_all(files)

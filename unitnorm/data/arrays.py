@@ -1,7 +1,7 @@
 """The four arrays of a data set, the checks that every source must pass, and their hashes.
 
 Change here what counts as a sound data set. Where the arrays come from is the business of `idx.py`
-(IDX files) and `prepared.py` (TFDS); where copies are kept, of `cache.py`.
+(IDX files) and `from_tfds.py`.
 """
 
 import hashlib
@@ -71,21 +71,19 @@ def check(arrays: Arrays, names: Sequence[str]) -> Arrays:
     return arrays
 
 
-def hashes(arrays: Arrays) -> tuple[str, str, str, str]:
+def hashes(arrays: Arrays) -> list[str]:
     """SHA-256 of the four IDX files (not compressed) that hold these arrays, whatever their source.
 
     In the order train images, train labels, test images, test labels. For MNIST these are the
     well-known hashes of its files.
     """
-    train_images, train_labels, test_images, test_labels = map(_hash, arrays[:4])
-    return train_images, train_labels, test_images, test_labels
-
-
-def _hash(array: NDArray[np.uint8]) -> str:
-    digest = hashlib.sha256(bytes([0, 0, 8, array.ndim]))  # 8: unsigned bytes
-    digest.update(struct.pack(f">{array.ndim}I", *array.shape))
-    digest.update(np.ascontiguousarray(array).reshape(-1).data)
-    return digest.hexdigest()
+    found = []
+    for array in arrays[:4]:
+        digest = hashlib.sha256(bytes([0, 0, 8, array.ndim]))  # 8: unsigned bytes
+        digest.update(struct.pack(f">{array.ndim}I", *array.shape))
+        digest.update(np.ascontiguousarray(array).reshape(-1).data)
+        found.append(digest.hexdigest())
+    return found
 
 
 def _size(images: NDArray[Any]) -> str:

@@ -31,6 +31,7 @@ import safetensors
 import safetensors.numpy
 
 from unitnorm.errors import UserError
+from unitnorm.run.records import sync_folder, write_synced
 
 EVERY_S = 5.0  # a state is saved at most so often; see `Folder`
 KEEP = 2  # states of a program: the newest, and one to fall back on
@@ -53,24 +54,24 @@ class Part:
     covers: tuple[str, ...] = ()
 
 
-class Nowhere:
+class Checkpoints:
     """Keeps nothing: for programs that are not worth it and processes that do not write."""
 
     def restore(self, part: Part, like: Any) -> Any | None:
-        """Nothing was saved."""
+        """The saved state, a tree of NumPy arrays like `like`; None if none was saved."""
 
     def due(self) -> bool:
-        """It is never time to save."""
+        """It is time to save."""
         return False
 
     def save(self, part: Part, state: Any, *, wait: bool) -> None:
-        """Forget the state."""
+        """Keep the state; `wait`: it is on the disk before this returns."""
 
     def drop(self, covers: Iterable[str]) -> None:
-        """There is nothing to remove."""
+        """Remove what was saved of runs with these names (`records.Records.recorded`)."""
 
 
-class Folder:
+class Folder(Checkpoints):
     """The checkpoints in one folder, which one process uses at a time.
 
     Args:
@@ -99,7 +100,7 @@ class Folder:
         Raises:
           UserError: a state cannot be read although it is not damaged; everything stays as it is.
         """
-        self._finish()
+        self.finish()
         self._saved_at = time.monotonic()
         place = self._place(part)
         with _errors(self._folder, "read"):
@@ -118,8 +119,8 @@ class Folder:
                     f"{aside.name}; using the one before it, if there is one"
                 )
                 continue
-            wanted = _named(like)
-            others = [name for name in {**wanted, **arrays} if not _fit(name, arrays, wanted)]
+            wanted, found = _kinds(_named(like)), _kinds(arrays)
+            others = [name for name in wanted | found if wanted.get(name) != found.get(name)]
             if others:
                 raise UserError(
                     f"{states[step]}: its {others[0]} is not that of this program, although "
@@ -144,10 +145,10 @@ class Folder:
           UserError: the disk is full or the folder cannot be written, now or at the save before;
             the states saved before that stay.
         """
-        self._finish()
+        self.finish()
         self._writing = self._writer.submit(_write, self._place(part), part, _named(state))
         if wait:
-            self._finish()
+            self.finish()
         self._saved_at = time.monotonic()
 
     def drop(self, covers: Iterable[str]) -> None:
@@ -159,7 +160,7 @@ class Folder:
           UserError: as `save`.
         """
         gone = set(covers)
-        self._finish()
+        self.finish()
         with _errors(self._folder, "removed"):
             for place in self._places():
                 mine = _covers(place)
@@ -168,15 +169,12 @@ class Folder:
             with contextlib.suppress(OSError):  # not there, or not empty
                 self._folder.rmdir()
 
-    def close(self) -> None:
-        """Finish what is being written.
+    def finish(self) -> None:
+        """Return when the state that is being written is on the disk.
 
         Raises:
           UserError: as `save`.
         """
-        self._finish()
-
-    def _finish(self) -> None:
         if self._writing is not None:
             writing, self._writing = self._writing, None
             with _errors(self._folder, "written"):
@@ -226,20 +224,13 @@ def _write_whole(path: Path, content: bytes) -> None:
     """Make a file that is whole and on the disk before it has its name."""
     unfinished = path.with_name("unfinished.tmp")
     try:
-        with unfinished.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        write_synced(unfinished, content)
         os.replace(unfinished, path)
     except OSError:
         with contextlib.suppress(OSError):  # a full disk needs the space
             unfinished.unlink()
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the name, too
-    finally:
-        os.close(folder)
+    sync_folder(path.parent)
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
@@ -276,12 +267,9 @@ def _read(path: Path) -> dict[str, np.ndarray]:
         ) from problem
 
 
-def _fit(name: str, arrays: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    """Both have this array, of the same shape and dtype."""
-    if name not in arrays or name not in wanted:
-        return False
-    found, like = arrays[name], wanted[name]
-    return (found.shape, found.dtype) == (tuple(like.shape), np.dtype(like.dtype))
+def _kinds(arrays: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shape and dtype of each array."""
+    return {name: (tuple(a.shape), np.dtype(a.dtype)) for name, a in arrays.items()}
 
 
 def _named(tree: Any) -> dict[str, Any]:

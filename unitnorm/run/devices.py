@@ -1,6 +1,7 @@
 """This machine: which devices JAX computes on, how exactly, and what its processor is.
 
 `prepare` must run before anything asks JAX for a device; the command line calls it first thing.
+Several processes then meet in `processes.join`.
 Linux and macOS are supported; what only one of them has is asked for here.
 """
 
@@ -16,17 +17,9 @@ from pathlib import Path
 import jax
 
 from unitnorm.run.compiled import keep_compiled
-from unitnorm.run.processes import join
 
 
-def prepare(
-    cpu_devices: int | None = None,
-    coordinator: str | None = None,
-    processes: int | None = None,
-    process: int | None = None,
-    *,
-    detect: bool = False,
-) -> None:
+def prepare(cpu_devices: int | None = None) -> None:
     """Set up JAX for an experiment, with products of float32 in float32 on every device.
 
     On CPUs, XLA gains little from several threads inside one small program, so each core becomes a
@@ -35,20 +28,12 @@ def prepare(
     Args:
       cpu_devices: how many CPU devices; None: one per core this process may use. Without effect
         on GPUs and TPUs.
-      coordinator, processes, process, detect: of several processes; see `processes.join`. Without
-        any of them, this process is alone.
-
-    Raises:
-      UserError: options that do not fit together, or the processes do not meet.
     """
     jax.config.update("jax_num_cpu_devices", count_cores() if cpu_devices is None else cpu_devices)
     # By default JAX rounds the factors of float32 products, to TF32 on recent NVIDIA GPUs and to
     # bfloat16 on TPUs: figures of one device would then not be those of another.
     jax.config.update("jax_default_matmul_precision", "highest")
     keep_compiled()
-    options = (coordinator, processes, process)
-    if detect or any(option is not None for option in options):
-        join(*options, detect=detect)
 
 
 def count_cores() -> int:

@@ -8,11 +8,12 @@ the functions, so that --help stays quick.
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,10 +24,9 @@ from unitnorm.errors import UserError
 
 if TYPE_CHECKING:
     import pandas as pd
-    from rich.console import Console
 
     from unitnorm.run.config import ExperimentConfig
-    from unitnorm.run.loop import Checkpoints, Session
+    from unitnorm.run.loop import Session
     from unitnorm.run.records import Records, Schema
 
 CHECKPOINTS = ".checkpoints"  # in a results folder
@@ -54,36 +54,32 @@ class Job:
     out: Path
     records: Records
     session: Session
-    console: Console
     started: float
     writes: bool  # only process 0 touches the folder
     rows: int = 0  # added to the records so far
 
     def store(self, records: Records) -> None:
         """Write the records, with what this command did, and drop the checkpoints they replace."""
+        from unitnorm.run.provenance import command_entry
         from unitnorm.run.records import write
 
         self.rows += sum(len(records[name]) - len(self.records[name]) for name in records.tables)
         self.records = records
         if not self.writes:
             return
-        noted = note(records.provenance, self.started, self.rows)
+        entry = command_entry(command_line(), self.started, time.time() - self.started, self.rows)
+        others = [c for c in records.provenance["commands"] if c["started"] != entry["started"]]
+        noted = {**records.provenance, "commands": [*others, entry]}
         self.records = write(self.out, replace(records, provenance=noted))
         self.session.checkpoints.drop(records.recorded())
 
 
-def note(provenance: dict[str, Any], started: float, rows: int) -> dict[str, Any]:
-    """The provenance with this command among those it tells of, its entry brought up to date.
+def print_report(shown: Any, files: Collection[str], out: Path) -> None:
+    """Print what a report shows, and where its files are."""
+    from rich.console import Console
 
-    Args:
-      started: seconds since the epoch, by which its entry is known.
-      rows: that it has added to the records so far.
-    """
-    from unitnorm.run.provenance import command_entry
-
-    entry = command_entry(command_line(), started, time.time() - started, rows)
-    others = [c for c in provenance["commands"] if c["started"] != entry["started"]]
-    return {**provenance, "commands": [*others, entry]}
+    Console().print(shown)
+    click.echo(f"{len(files)} files in {out}{os.sep}")
 
 
 def command_line() -> str:
@@ -95,20 +91,17 @@ def command_line() -> str:
 def open_job(
     schema: Schema,
     config: ExperimentConfig,
-    selected: Callable[[Records], pd.DataFrame],
-    load: Callable[[], tuple[Any, dict[str, Any]]],
+    load: Callable[[], tuple[Any, dict[str, Any], pd.DataFrame | None]],
     options: TrainingOptions,
-    devices: Callable[[int | None], int | None] = lambda asked: asked,
 ) -> Iterator[Job]:
     """Check everything, lock the results folder and show progress; the frame of every training.
 
     Args:
       schema: of the records.
       config: of the experiment.
-      selected: of the folder's records, the runs that --fresh starts over, as cells of the schema.
-      load: reads the data; the data, and what the provenance says of it.
+      load: gives the data, what the provenance says of it, and the runs that --fresh starts over,
+        as cells of the schema; None: all.
       options: of the command line.
-      devices: of the CPU devices asked for (None: nothing), how many to use.
     """
     started = time.time()
     with contextlib.ExitStack() as stack:
@@ -117,32 +110,27 @@ def open_job(
 
         from unitnorm.run import devices as device_setup
         from unitnorm.run import processes, progress, provenance, records
-        from unitnorm.run.checkpoints import EVERY_S, Folder, Nowhere
-        from unitnorm.run.loop import Interrupted, Session
+        from unitnorm.run.checkpoints import EVERY_S, Checkpoints, Folder
+        from unitnorm.run.loop import Session
 
-        stack.enter_context(as_interruption(Interrupted))
-        stack.enter_context(processes.together((Interrupted,)))
-        device_setup.prepare(
-            devices(options.devices),
-            options.coordinator,
-            options.processes,
-            options.process,
-            detect=options.distributed,
-        )
+        stack.enter_context(processes.together())
+        device_setup.prepare(options.devices)
+        meet = options.coordinator, options.processes, options.process
+        processes.join(*meet, detect=options.distributed)
         is_first = processes.is_first_process()
         console = Console(stderr=False, quiet=not is_first)
 
         def say(text: str) -> None:
             console.print(text, highlight=False, soft_wrap=True)
 
-        data, about = processes.in_all(load)
+        data, about, selected = processes.in_all(load)
         expected = provenance.describe(config, about)
         asked = config.model_dump_json(exclude={"data": {"data_dir"}})
         sources = provenance.hash_sources() if processes.several() else ""
         processes.check_same(
             "config, data set or version of unitnorm", f"{asked} {about} {sources}"
         )
-        checkpoints: Checkpoints = Nowhere()
+        checkpoints = Checkpoints()
 
         def open_folder() -> Records:
             nonlocal checkpoints
@@ -150,18 +138,18 @@ def open_job(
                 return records.Records.empty(schema)
             stack.enter_context(records.locked(options.out))
             known = records.read(options.out, schema)
-            dropped = selected(known) if options.fresh else None
-            if dropped is not None:
+            dropped = known.cells() if selected is None else selected
+            if options.fresh:
                 known = known.without(dropped)
             known = check_matching(known, config, expected, options)
             every_s = options.checkpoint_every
             if every_s is None:  # one of several processes can die at any time, and take all along
                 every_s = 0.0 if processes.several() else EVERY_S
             folder = Folder(options.out / CHECKPOINTS, every_s=every_s, say=say)
-            stack.callback(folder.close)
+            stack.callback(folder.finish)
             checkpoints = folder
             done = known.recorded()
-            if dropped is not None:  # from the disk at once: the command goes on without --fresh
+            if options.fresh:  # from the disk at once: the command goes on without --fresh
                 done |= {name for t in schema.tables for name in schema.names(t, dropped)}
                 if (options.out / records.PROVENANCE).exists():
                     known = records.write(options.out, known)
@@ -173,9 +161,9 @@ def open_job(
         if not is_first:
             known = replace(records.from_text(told, schema), provenance=expected)
         reporter = stack.enter_context(progress.shown(console))
-        session = Session(reporter, say, checkpoints, lambda: stopping.is_set, reporter.advanced)
+        session = Session(reporter, say, checkpoints, lambda: stopping.is_set)
         stopping.after_the_epoch = True
-        yield Job(data, options.out, known, session, console, started, is_first)
+        yield Job(data, options.out, known, session, started, is_first)
 
 
 @contextlib.contextmanager
@@ -184,20 +172,10 @@ def open_recomputation() -> Iterator[Session]:
     from rich.console import Console
 
     from unitnorm.run import progress
-    from unitnorm.run.checkpoints import Nowhere
     from unitnorm.run.loop import Session
 
     with progress.shown(Console(stderr=True)) as report:
-        yield Session(report, click.echo, Nowhere(), lambda: False)
-
-
-@contextlib.contextmanager
-def as_interruption(stopped: type[Exception]) -> Iterator[None]:
-    """Turn the end that was asked for into what the command ends with."""
-    try:
-        yield
-    except stopped:
-        raise KeyboardInterrupt from None
+        yield Session(report, click.echo)
 
 
 def check_matching(
@@ -211,30 +189,17 @@ def check_matching(
     if not known.provenance or known.is_empty():
         return replace(known, provenance=expected)
     found = known.provenance
-    differs = config.conflict(found["config"])
-    what = "config" if differs is not None else "data set" if _other_data(found, expected) else ""
+    differs, old, new = config.conflict(found["config"]), found["data"], expected["data"]
+    other_data = any(old[key] != new[key] for key in old.keys() & new.keys())
+    what = "config" if differs is not None else "data set" if other_data else ""
     if what:
         hint = "" if options.fresh else ", or start over with --fresh"
         raise UserError(
             f"{options.out}: holds records of {'other runs with ' if options.fresh else ''}"
             f"another {what}{differs or ''}; give another --out{hint}"
         )
-    return replace(
-        known,
-        provenance={
-            **expected,
-            **found,
-            "config": expected["config"],
-            "config_sha256": expected["config_sha256"],
-            "data": {**found["data"], **expected["data"]},
-        },
-    )
-
-
-def _other_data(found: dict[str, Any], expected: dict[str, Any]) -> bool:
-    """Whether something that both say of the data differs."""
-    old, new = found["data"], expected["data"]
-    return any(old[key] != new[key] for key in old.keys() & new.keys())
+    grown = {"data": old | new, "commands": found["commands"]}
+    return replace(known, provenance={**expected, **found, **expected, **grown})
 
 
 @dataclass

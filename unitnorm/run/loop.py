@@ -8,16 +8,13 @@ trained, nor where the reports and states go: that is in the `Session`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+from unitnorm.errors import Interrupted
 from unitnorm.run import processes
-from unitnorm.run.checkpoints import Part
-
-
-class Interrupted(Exception):
-    """The user or the system asked to stop; everything up to here is saved."""
+from unitnorm.run.checkpoints import Checkpoints, Part
 
 
 class Status(NamedTuple):
@@ -53,51 +50,20 @@ class Trainable(Protocol):
 
 
 @dataclass(frozen=True)
-class EpochReport:
-    """What is known of a program after one of its epochs."""
-
-    title: str
-    epoch: int
-    epochs: int  # at most
-    active: bool
-    text: str
-    samples_per_second: float
-    seconds: float  # of this epoch
-
-
-class Checkpoints(Protocol):
-    """Keeps the state of a program from unit to unit; see `unitnorm.run.checkpoints`."""
-
-    def restore(self, part: Part, like: Any) -> Any | None:
-        """The saved state, a tree of NumPy arrays like `like`; None if none was saved."""
-
-    def due(self) -> bool:
-        """It is time to save."""
-
-    def save(self, part: Part, state: Any, *, wait: bool) -> None:
-        """Keep the state; `wait`: it is on the disk before this returns."""
-
-    def drop(self, covers: Iterable[str]) -> None:
-        """Remove what was saved of runs with these names (`records.Records.recorded`)."""
-
-
-@dataclass(frozen=True)
 class Session:
     """The outside world, as far as an experiment needs it.
 
     Attributes:
-      report: shows an epoch.
+      report: shows how far a program is, after a unit and so many seconds of its epoch.
       say: shows a line.
       checkpoints: keeps states.
       interrupted: whether somebody has asked to stop.
-      advanced: is told the place within an epoch, where an epoch has several units.
     """
 
-    report: Callable[[EpochReport], None]
-    say: Callable[[str], None]
-    checkpoints: Checkpoints
-    interrupted: Callable[[], bool]
-    advanced: Callable[[str], None] = lambda place: None
+    report: Callable[[Trainable, Status, float], None] = lambda program, status, seconds: None
+    say: Callable[[str], None] = lambda line: None
+    checkpoints: Checkpoints = field(default_factory=Checkpoints)
+    interrupted: Callable[[], bool] = lambda: False
 
 
 def train(
@@ -124,7 +90,7 @@ def train(
     if saved is not None:
         where = f"epoch {status.epoch}" + (f", {status.place}" if status.place else "")
         session.say(f"{part.title}: going on after {where}")
-    started, epoch_started_at = time.perf_counter(), status.epoch
+    started = time.perf_counter()
     (stopping,) = processes.any_process(session.interrupted())
     if stopping and status.active:
         raise Interrupted
@@ -134,22 +100,14 @@ def train(
         ended = status.epoch > before.epoch
         if ended:
             after_epoch(state, status)
-        elif status.place:
-            session.advanced(f"{part.title}: {status.place}")
         stopping, due = processes.any_process(session.interrupted(), session.checkpoints.due())
         # another process can take the last epoch along, too, until it is recorded
         if stopping or (due and (status.active or processes.several())):
             session.checkpoints.save(part, program.take(state), wait=stopping)
         # afterwards, so that what was reported is kept whatever happens to the other processes
+        session.report(program, status, time.perf_counter() - started)
         if ended:
-            seconds = (time.perf_counter() - started) / max(status.epoch - epoch_started_at, 1)
-            session.report(
-                EpochReport(
-                    part.title, status.epoch, program.epochs, status.active, status.text,
-                    program.samples / seconds, seconds,
-                )
-            )  # fmt: skip
-            started, epoch_started_at = time.perf_counter(), status.epoch
+            started = time.perf_counter()
         if stopping and status.active:
             raise Interrupted
     return state

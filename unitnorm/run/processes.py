@@ -13,13 +13,15 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
-from unitnorm.errors import UserError
+from unitnorm.errors import Interrupted, UserError
 
 Result = TypeVar("Result")
 
@@ -28,9 +30,9 @@ SILENCE_S = 60  # a process not heard of for so long is taken for dead
 
 
 def join(
-    coordinator: str | None, processes: int | None, process: int | None, *, detect: bool
+    coordinator: str | None, processes: int | None, process: int | None, *, detect: bool = False
 ) -> None:
-    """Meet the other processes; before anything asks JAX for a device.
+    """Meet the other processes, before anything asks JAX for a device; alone, without any option.
 
     Args:
       coordinator: host:port at which they meet, on the host of process 0.
@@ -41,7 +43,10 @@ def join(
     Raises:
       UserError: arguments that do not fit together, or the processes do not meet.
     """
-    if detect and any(option is not None for option in (coordinator, processes, process)):
+    given = [option for option in (coordinator, processes, process) if option is not None]
+    if not given and not detect:
+        return
+    if detect and given:
         raise UserError(
             "--distributed finds the other processes itself; leave out --coordinator, --processes "
             "and --process, or leave out --distributed"
@@ -86,15 +91,14 @@ def join(
             f"the processes did not meet through {where}: {detail[:300]}; {hint}"
         ) from None
     with _library_lines_as_errors():
-        counts = {device.process_index: 0 for device in jax.devices()}
-        for device in jax.devices():
-            counts[device.process_index] += 1
+        counts = Counter(device.process_index for device in jax.devices())
         if len(set(counts.values())) > 1:
+            listed = ", ".join(str(count) for _, count in sorted(counts.items()))
             raise UserError(
-                f"the processes have different numbers of devices ({_listed(counts.values())}); "
-                "give all of them the same number, on CPUs with --devices"
+                f"the processes have different numbers of devices ({listed}); give all of them the "
+                "same number, on CPUs with --devices"
             )
-        wait_for_all("joined")
+        any_process(True)  # all are there
 
 
 @contextlib.contextmanager
@@ -139,10 +143,6 @@ def _library_lines_as_errors() -> Iterator[None]:
         os.close(kept)
 
 
-def _listed(values: Iterable[object]) -> str:
-    return ", ".join(str(value) for value in values)
-
-
 def several() -> bool:
     """True where several processes train together."""
     return jax.process_count() > 1
@@ -153,24 +153,12 @@ def is_first_process() -> bool:
     return jax.process_index() == 0
 
 
-def wait_for_all(what: str) -> None:
-    """Return when every process has come here."""
-    if several():
-        from jax.experimental import multihost_utils
-
-        with _exchange():
-            multihost_utils.sync_global_devices(what)
-
-
 def any_process(*flags: bool) -> tuple[bool, ...]:
     """For each flag, whether it is set in any process: all decide alike, or some would wait."""
     if not several():
         return flags
-    from jax.experimental import multihost_utils
-
-    with _exchange():
-        everyone = np.asarray(multihost_utils.process_allgather(np.asarray(flags)))
-    return tuple(bool(column.any()) for column in everyone.reshape(-1, len(flags)).T)
+    everyone = _gather(np.asarray(flags)).reshape(-1, len(flags))
+    return tuple(bool(column.any()) for column in everyone.T)
 
 
 def from_first(tree: Any | None, like: Any) -> Any | None:
@@ -182,8 +170,6 @@ def from_first(tree: Any | None, like: Any) -> Any | None:
     """
     if not several():
         return tree
-    from jax.experimental import multihost_utils
-
     with _exchange():
         if not multihost_utils.broadcast_one_to_all(np.asarray(tree is not None)):
             return None
@@ -195,8 +181,6 @@ def from_first(tree: Any | None, like: Any) -> Any | None:
 def to_host(tree: Any) -> Any:
     """Arrays as NumPy copies, whole, also where other processes hold parts of them."""
     if several():
-        from jax.experimental import multihost_utils
-
         with _exchange():
             tree = multihost_utils.process_allgather(tree, tiled=True)
     return jax.tree.map(np.array, jax.device_get(tree))
@@ -204,8 +188,6 @@ def to_host(tree: Any) -> Any:
 
 def text_from_first(text: str) -> str:
     """The first process's text, in all processes."""
-    if not several():
-        return text
     return _texts_of_all(text if is_first_process() else "")[0]
 
 
@@ -235,14 +217,13 @@ def check_same(what: str, value: str) -> None:
     Raises:
       AgreedError: in all processes.
     """
-    if several():
-        values = _texts_of_all(value)
-        others = [number for number, found in enumerate(values) if found != values[0]]
-        if others:
-            raise AgreedError(
-                f"process {_listed(others)}: another {what} than process 0; start every process "
-                "with the same options and code"
-            )
+    values = _texts_of_all(value)
+    others = [str(number) for number, found in enumerate(values) if found != values[0]]
+    if others:
+        raise AgreedError(
+            f"process {', '.join(others)}: another {what} than process 0; start every process "
+            "with the same options and code"
+        )
 
 
 class AgreedError(UserError):
@@ -250,22 +231,22 @@ class AgreedError(UserError):
 
 
 @contextlib.contextmanager
-def together(agreed: tuple[type[BaseException], ...] = ()) -> Iterator[None]:
+def together() -> Iterator[None]:
     """Make sure that no process waits for one that has failed.
 
-    With several processes, one that leaves in here by an exception that not all of them raise ends
-    without a farewell, which would wait for the others. These then fail in their next exchange,
-    with a UserError.
-
-    Args:
-      agreed: exceptions that all processes raise.
+    With several processes, one that leaves in here by an exception that not all of them raise (all
+    but `AgreedError` and `Interrupted`) ends without a farewell, which would wait for the others.
+    These then fail in their next exchange, with a UserError.
     """
     try:
         yield
     except BaseException as error:
-        if jax.distributed.is_initialized() and not isinstance(error, (AgreedError, *agreed)):
+        if jax.distributed.is_initialized() and not isinstance(error, AgreedError | Interrupted):
             codes = {KeyboardInterrupt: 130, UserError: UserError.exit_code}
-            _end_without_farewell(codes.get(type(error), 1))
+            # as soon as Python has told the user what it has to say; the last of these comes first
+            atexit.register(os._exit, codes.get(type(error), 1))
+            atexit.register(sys.stderr.flush)
+            atexit.register(sys.stdout.flush)
         raise
 
 
@@ -286,25 +267,19 @@ def _exchange() -> Iterator[None]:
         ) from None
 
 
-def _end_without_farewell(code: int) -> None:
-    """Leave as soon as Python has told the user what it has to say."""
-
-    def leave() -> None:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-    atexit.register(leave)
+def _gather(array: np.ndarray) -> np.ndarray:
+    """Every process's array, all of one shape."""
+    with _exchange():
+        return np.asarray(multihost_utils.process_allgather(array))
 
 
 def _texts_of_all(text: str) -> list[str]:
     """Every process's text, in order."""
-    from jax.experimental import multihost_utils
-
+    if not several():
+        return [text]
     mine = np.frombuffer(text.encode(), np.uint8)
-    with _exchange():
-        sizes = np.asarray(multihost_utils.process_allgather(np.asarray([len(mine)]))).ravel()
-        padded = np.zeros(max(int(sizes.max()), 1), np.uint8)
-        padded[: len(mine)] = mine
-        texts = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(sizes), -1)
+    sizes = _gather(np.asarray([len(mine)])).ravel()
+    padded = np.zeros(max(int(sizes.max()), 1), np.uint8)
+    padded[: len(mine)] = mine
+    texts = _gather(padded).reshape(len(sizes), -1)
     return [row[:size].tobytes().decode() for row, size in zip(texts, sizes, strict=True)]

@@ -6,13 +6,14 @@ Only the terminal is touched here, through rich. To show another figure, add a c
 from __future__ import annotations
 
 import contextlib
+import datetime
 import time
 from collections.abc import Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from unitnorm.run.loop import EpochReport
+from unitnorm.run.loop import Status, Trainable
 
 PLAIN_EVERY_S = 5.0  # at most one plain line per program in so many seconds, beside the last
 
@@ -41,58 +42,50 @@ class Bars:
         self._progress = progress
         self._tasks: dict[str, TaskID] = {}
 
-    def __call__(self, report: EpochReport) -> None:
-        if report.title not in self._tasks:
-            self._tasks[report.title] = self._progress.add_task(
-                report.title, total=report.epochs, text=""
-            )
+    def __call__(self, program: Trainable, status: Status, seconds: float) -> None:
+        if program.title not in self._tasks:
+            self._tasks[program.title] = self._progress.add_task(program.title, text="")
         self._progress.update(
-            self._tasks[report.title],
-            completed=report.epoch,
+            self._tasks[program.title],
+            completed=status.epoch,
             # a program whose runs have all stopped early is done, not stuck
-            total=report.epochs if report.active else report.epoch,
-            text=describe(report),
+            total=program.epochs if status.active else status.epoch,
+            text=status.place or describe(program, status, seconds),
         )
-
-    def advanced(self, place: str) -> None:
-        """Show the place within an epoch."""
-        title, _, where = place.partition(": ")
-        if title in self._tasks:
-            self._progress.update(self._tasks[title], text=where)
 
 
 class Lines:
-    """Plain lines: the first epoch, then one every few seconds, and the last."""
+    """Plain lines: the first epoch, then one every few seconds, and the last; none within one."""
 
     def __init__(self, console: Console):
         self._console = console
         self._shown: dict[str, float] = {}
 
-    def __call__(self, report: EpochReport) -> None:
-        now = time.monotonic()
-        if report.active and now - self._shown.get(report.title, -PLAIN_EVERY_S) < PLAIN_EVERY_S:
+    def __call__(self, program: Trainable, status: Status, seconds: float) -> None:
+        now, title = time.monotonic(), program.title
+        soon = now - self._shown.get(title, -PLAIN_EVERY_S) < PLAIN_EVERY_S
+        if status.place or (status.active and soon):
             return
-        self._shown[report.title] = now
+        self._shown[title] = now
         self._console.print(
-            f"{report.title}: epoch {report.epoch}/{report.epochs}, {describe(report)}",
+            f"{title}: epoch {status.epoch}/{program.epochs}, {describe(program, status, seconds)}",
             soft_wrap=True,
             highlight=False,
         )
 
-    def advanced(self, place: str) -> None:
-        """Mini-batches are no lines."""
 
+def describe(program: Trainable, status: Status, seconds: float) -> str:
+    """What the program says of itself, its speed and the time left at most.
 
-def describe(report: EpochReport) -> str:
-    """What the program says of itself, its speed and the time left at most."""
-    left = (report.epochs - report.epoch) * report.seconds if report.active else 0
-    speed = report.samples_per_second
+    Args:
+      seconds: of an epoch.
+    """
+    left = (program.epochs - status.epoch) * seconds if status.active else 0
+    speed = program.samples / seconds
     shown = f"{speed / 1e3:,.0f}k" if speed >= 1e4 else f"{speed:,.1f}"
-    return f"{report.text}, {shown} samples/s, ≤ {clock(left)} left"
+    return f"{status.text}, {shown} samples/s, ≤ {clock(left)} left"
 
 
-def clock(seconds: float) -> str:
-    """Minutes and seconds, with hours where there are any."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+def clock(seconds: float) -> datetime.timedelta:
+    """Hours, minutes and seconds, as they are shown."""
+    return datetime.timedelta(seconds=round(seconds))

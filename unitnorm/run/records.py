@@ -160,6 +160,10 @@ class Records:
         }
         return replace(self, tables=tables)
 
+    def cells(self) -> pd.DataFrame:
+        """What names the recorded runs, a row each or more."""
+        return pd.concat([table[list(self.schema.cell)] for table in self.tables.values()])
+
     def recorded(self) -> set[str]:
         """The names of the recorded runs, table by table; see `Schema.names`."""
         return set().union(*(self.schema.names(name, t) for name, t in self.tables.items()))
@@ -354,12 +358,9 @@ def write_files(folder: Path, files: Mapping[str, bytes], replacing: str = "") -
         for name, content in files.items():
             path = staged / name
             path.parent.mkdir(exist_ok=True)
-            with open(path, "wb") as handle:
-                handle.write(content)
-                handle.flush()
-                os.fsync(handle.fileno())
+            write_synced(path, content)
         os.rename(staged, folder / _VALID)
-        _sync(folder)
+        sync_folder(folder)
         _publish(folder)
         for path in folder.glob(replacing) if replacing else ():
             if str(path.relative_to(folder)) not in files:
@@ -376,11 +377,20 @@ def _publish(folder: Path) -> None:
         target = folder / path.relative_to(valid)
         target.parent.mkdir(exist_ok=True)
         os.replace(path, target)
-    _sync(folder)
+    sync_folder(folder)
     shutil.rmtree(valid)
 
 
-def _sync(folder: Path) -> None:
+def write_synced(path: Path, content: bytes) -> None:
+    """Make a file; it is on the disk when this returns, though perhaps not its name."""
+    with open(path, "wb") as handle:
+        handle.write(content)
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names of a folder's files on the disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

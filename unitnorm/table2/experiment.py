@@ -1,7 +1,7 @@
 """Sweep and train: from a config and the records so far to the records to come.
 
-`run_sweep` and `run_training` find out which runs are missing, train all that go together as one
-`training.Program`, and give the records back with the new rows. The only thing they ask of the
+`sweep_missing` and `train_missing` find out which runs are missing, train all that go together as
+one `training.Program`, and give the records back with the new rows. The only thing they ask of the
 outside is a `Session`: where to report progress, keep checkpoints and hear of an interruption.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -37,9 +38,9 @@ class Group:
     runs: tuple[int, ...]
 
     def cells(self) -> pd.DataFrame:
-        """One row per depth, update and run."""
+        """One row per update and run."""
         product = itertools.product([self.depth], self.updates, self.runs)
-        return pd.DataFrame(list(product), columns=list(CELL))
+        return pd.DataFrame(product, columns=list(CELL))
 
 
 def sweep_missing(
@@ -53,8 +54,11 @@ def sweep_missing(
     Raises:
       Interrupted: after saving a checkpoint.
     """
+    groups = missing(config, records["sweep"])
+    if not groups:
+        session.say("sweep: every selected run has its base learning rate")
     filters = pack_filters(unpack_filters(records))  # a folder has them from the first write on
-    for group in missing(config, records["sweep"]):
+    for group in groups:
         rows = sweep_group(config, data, group, session)
         records = records.with_rows("sweep", rows).with_files({FILTERS: filters})
         yield records
@@ -63,13 +67,24 @@ def sweep_missing(
 def train_missing(
     config: Config, data: Dataset, records: Records, session: Session
 ) -> Iterator[Records]:
-    """Train every run that is not recorded, at its base learning rate from the sweep.
+    """Train every run that is not recorded, at its base learning rate; those without are swept.
 
     Yields, raises:
-      As `sweep_missing`; and UserError: a run has no row in the sweep.
+      As `sweep_missing`.
     """
+    groups = missing(config, records["runs"])
+    if not groups:
+        session.say("train: every selected run is recorded; --fresh starts over")
+        return
+    unswept = missing(config, records["sweep"])
+    if unswept:
+        count = sum(len(group.runs) * len(group.updates) for group in unswept)
+        session.say(f"train: {count} runs have no base learning rate yet, sweeping first")
+        for swept in sweep_missing(config, data, records, session):
+            records = swept
+            yield records
     filters = unpack_filters(records)
-    for group in missing(config, records["runs"]):
+    for group in groups:
         trained = train_group(config, data, group, records["sweep"], session)
         filters |= trained.filters
         records = records.with_rows("runs", trained.runs).with_rows("history", trained.history)
@@ -104,8 +119,7 @@ def sweep_group(config: Config, data: Dataset, group: Group, session: Session) -
     return SCHEMA.frame("sweep", rows)
 
 
-@dataclass(frozen=True)
-class Trained:
+class Trained(NamedTuple):
     """The records of one group's full training."""
 
     runs: pd.DataFrame
@@ -179,8 +193,7 @@ def train_program(
     return wrong, program.take(state)
 
 
-@dataclass(frozen=True)
-class End:
+class End(NamedTuple):
     """Where runs of one update ended, each of shape (runs,)."""
 
     train_loss: np.ndarray
@@ -218,19 +231,17 @@ def base_rates(sweep: pd.DataFrame, group: Group) -> np.ndarray:
     Raises:
       UserError: a run has not been swept.
     """
-    swept = set(sweep[list(CELL)].itertuples(index=False, name=None))
+    cells = group.cells()
+    unswept = cells[~SCHEMA.among(cells, sweep)]
+    if len(unswept):
+        depth, update, run = unswept.iloc[0]
+        raise UserError(
+            f"depth {depth}, {update}, run {run}: no base learning rate is recorded; "
+            "run `unitnorm sweep` first"
+        )
     chosen = sweep[sweep["chosen"]].set_index(list(CELL))["base_lr"]
-    rates = np.full((len(group.runs), len(group.updates)), np.nan)
-    for column, update in enumerate(group.updates):
-        for i, run in enumerate(group.runs):
-            cell = (group.depth, update, run)
-            if cell not in swept:
-                raise UserError(
-                    f"depth {group.depth}, {update}, run {run}: no base learning rate is recorded; "
-                    "run `unitnorm sweep` first"
-                )
-            rates[i, column] = chosen.get(cell, np.nan)
-    return rates
+    rates = chosen.reindex(pd.MultiIndex.from_frame(cells)).to_numpy(float)
+    return rates.reshape(len(group.updates), len(group.runs)).T
 
 
 def exact(errors: ArrayLike, images: int) -> np.ndarray:
@@ -241,7 +252,7 @@ def exact(errors: ArrayLike, images: int) -> np.ndarray:
 def list_cells(config: Config) -> pd.DataFrame:
     """The runs of a config's selection: one row per depth, update and run."""
     product = itertools.product(config.depths, config.updates, range(config.runs))
-    return pd.DataFrame(list(product), columns=list(CELL))
+    return pd.DataFrame(product, columns=list(CELL))
 
 
 def describe_data(data: Dataset) -> dict[str, object]:
@@ -265,8 +276,8 @@ def unpack_filters(records: Records) -> dict[tuple[int, str], np.ndarray]:
         return {}
     try:
         arrays = safetensors.numpy.load(records.files[FILTERS])
-        names = {name: name.partition("/") for name in arrays}
-        return {(int(names[name][0]), names[name][2]): arrays[name] for name in arrays}
+        split = {tuple(name.split("/", 1)): array for name, array in arrays.items()}
+        return {(int(depth), update): array for (depth, update), array in split.items()}
     except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         detail = " ".join(str(error).split())
         raise UserError(f"{FILTERS}: not the filters of runs: {detail}; {REPAIR}") from None

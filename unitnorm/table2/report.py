@@ -1,12 +1,12 @@
 """What is shown of Table 2's records: the table, the paired differences, how the runs went.
 
 Pure functions of data frames: `build` gives the content of every file by name, `show` what is
-printed, and the caller writes. `build_comparison` and `show_comparison` set two folders of records
-side by side. To add a file to the report, add it to `build`; the figures are in `figures`.
+printed, and the caller writes. `build_comparison` sets two folders of records side by side. To add
+a file to the report, add it to `build`; the figures are in `figures`.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -131,8 +131,8 @@ def show(runs: pd.DataFrame, paper: Paper = PAPER) -> Group:
 
 def build_comparison(
     first: pd.DataFrame, second: pd.DataFrame, names: tuple[str, str]
-) -> dict[str, bytes]:
-    """The files of `unitnorm report A B`: `comparison.csv`, `.md`, `.png` and `.svg`.
+) -> tuple[dict[str, bytes], Group]:
+    """What `unitnorm report A B` writes and prints: `comparison.csv`, `.md`, `.png` and `.svg`.
 
     Args:
         first, second: the runs of each folder, as recorded.
@@ -141,20 +141,23 @@ def build_comparison(
     Raises:
         UserError: the records contradict themselves, or share no depth and update.
     """
-    table, own = _compare_both(first, second, names)
+    both = [prepare_runs(runs) for runs in (first, second)]
+    table = compare_folders(*both)
+    if table.empty:
+        raise UserError(f"{names[0]} and {names[1]} share no depth and update with healthy runs")
+    parts = [
+        compare_updates(runs).assign(folder=name) for name, runs in zip(names, both, strict=True)
+    ]
+    own = pd.concat([part for part in parts if len(part)] or parts[:1])
+    own = own.sort_values(["depth", "update"], kind="stable", ignore_index=True)
     tables = _comparison_cells(table, own, names)
     encoded = encode(figures.draw_comparison(table, own, names), palette=True)
-    return {
+    files = {
         "comparison.csv": to_csv(table).encode(),
         "comparison.md": _join(map(to_markdown, tables)).encode(),
         **{f"comparison.{ending}": content for ending, content in encoded.items()},
     }
-
-
-def show_comparison(first: pd.DataFrame, second: pd.DataFrame, names: tuple[str, str]) -> Group:
-    """What `unitnorm report A B` prints; arguments as in `build_comparison`."""
-    tables = _comparison_cells(*_compare_both(first, second, names), names)
-    return Group(*_spaced([Fitting(cells) for cells in tables]))
+    return files, Group(*_spaced(map(Fitting, tables)))
 
 
 def compare_folders(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
@@ -187,21 +190,6 @@ def compare_folders(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
     sides_ = [f"{name}_{side}" for side in ("first", "second") for name in ("n", "mean", "std")]
     columns = ["depth", "update", *sides_, "test", "n", "difference", "ci_low", "ci_high", "p"]
     return pd.DataFrame(rows, columns=columns)
-
-
-def _compare_both(
-    first: pd.DataFrame, second: pd.DataFrame, names: tuple[str, str]
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """`compare_folders`, and `compare_updates` of each folder with its name in `folder`."""
-    both = [prepare_runs(runs) for runs in (first, second)]
-    table = compare_folders(*both)
-    if table.empty:
-        raise UserError(f"{names[0]} and {names[1]} share no depth and update with healthy runs")
-    own = [
-        compare_updates(runs).assign(folder=name) for runs, name in zip(both, names, strict=True)
-    ]
-    joined = pd.concat([part for part in own if len(part)] or own[:1])
-    return table, joined.sort_values(["depth", "update"], kind="stable", ignore_index=True)
 
 
 def _comparison_cells(
@@ -582,6 +570,6 @@ def _join(parts: Iterable[str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _spaced(parts: Sequence[RenderableType]) -> list[RenderableType]:
+def _spaced(parts: Iterable[RenderableType]) -> list[RenderableType]:
     """With an empty line between each and the next."""
     return [shown for part in parts for shown in (part, Text())][:-1]

@@ -163,18 +163,9 @@ def train_phase(config: Config) -> Phase:
 
 def archbn(config: Config, features: int, classes: int, depth: int) -> Network:
     """The config's ArchBN as pure functions."""
-    model = config.model
+    settings = config.model.model_dump()
     return split_network(
-        lambda rngs: ArchBN(
-            features,
-            depth,
-            model.width,
-            classes,
-            pool_pairs=model.pool_pairs,
-            bn_momentum=model.bn_momentum,
-            bn_epsilon=model.bn_epsilon,
-            rngs=rngs,
-        )
+        lambda rngs: ArchBN(features, depth, classes=classes, rngs=rngs, **settings)
     )
 
 
@@ -387,12 +378,12 @@ def finish_epoch(
     test_error, test_loss = jax.lax.cond(
         test_now, lambda: measure(test, everything), lambda: (nothing, nothing)
     )
-    norms = jnp.concatenate([filter_norms(w, FILTER_AXIS) for w in filters(end.params)], axis=1)
+    # lane by lane, for sums over several lanes at once would round with their number
+    deviation, mean, inverse = over_lanes(measure_norms, phase.side_by_side, end.params)
     filters_rate = runs.rate if runs.ratio is None else runs.rate * runs.ratio
     values = History(
-        runs.rate, loss, train_error, val_error, val_loss, jnp.abs(norms - 1).max(1),
-        norms.mean(1), filters_rate * jnp.median(1 / norms**2, axis=1),
-        test_error, test_loss,
+        runs.rate, loss, train_error, val_error, val_loss, deviation, mean,
+        filters_rate * inverse, test_error, test_loss,
     )  # fmt: skip
     lane = jnp.arange(len(runs.rate))
     history = jax.tree.map(lambda old, new: old.at[lane, runs.epoch].set(new), runs.history, values)
@@ -426,6 +417,12 @@ def finish_epoch(
         params, stats, opt_state, runs.base, rate, runs.ratio, runs.schedule, watched, epochs,
         reason, history,
     )  # fmt: skip
+
+
+def measure_norms(params: Any) -> tuple[Array, Array, Array]:
+    """Of one run's filters: max |‖w‖ − 1|, mean ‖w‖ and median 1/‖w‖²."""
+    norms = jnp.concatenate([filter_norms(w, FILTER_AXIS) for w in filters(params)])
+    return jnp.abs(norms - 1).max(), norms.mean(), jnp.median(1 / norms**2)
 
 
 def recompute_statistics(
@@ -488,11 +485,8 @@ def evaluate(
 
     Every image counts once, whatever `EVALUATION_CHUNK`.
     """
-    count = len(index)
-    chunk = min(EVALUATION_CHUNK, count)
-    chunks = -(-count // chunk)
-    padded = jnp.pad(index, (0, chunks * chunk - count)).reshape(chunks, chunk)
-    valid = (jnp.arange(chunks * chunk) < count).reshape(chunks, chunk)
+    count, padded = len(index), chunked(index)
+    valid = (jnp.arange(padded.size) < count).reshape(padded.shape)
 
     def body(
         total: tuple[Array, Array], part: tuple[Array, Array]
@@ -508,19 +502,22 @@ def evaluate(
     return wrong / count, loss / count
 
 
+def chunked(index: Array) -> Array:
+    """Indices of images, (n,), for an evaluation: (chunks, `EVALUATION_CHUNK`), filled with 0."""
+    chunk = min(EVALUATION_CHUNK, len(index))
+    return jnp.pad(index, (0, -len(index) % chunk)).reshape(-1, chunk)
+
+
 def find_wrong(network: Network, params: Any, stats: Any, images: Images) -> tuple[Array, Array]:
     """Which images are misclassified, bool (images,), and the mean cross-entropy."""
     count = len(images.labels)
-    chunk = min(EVALUATION_CHUNK, count)
-    chunks = -(-count // chunk)
-    index = jnp.pad(jnp.arange(count, dtype=jnp.int32), (0, chunks * chunk - count))
 
     def body(_: None, part: Array) -> tuple[None, tuple[Array, Array]]:
         x, y = gather(images, part)
         logits, _ = network.apply(params, stats, x, False)
         return None, (jnp.argmax(logits, -1) != y, cross_entropy(logits, y))
 
-    _, (wrong, losses) = jax.lax.scan(body, None, index.reshape(chunks, chunk))
+    _, (wrong, losses) = jax.lax.scan(body, None, chunked(jnp.arange(count, dtype=jnp.int32)))
     return wrong.reshape(-1)[:count], losses.reshape(-1)[:count].mean()
 
 
