@@ -14,6 +14,7 @@ from unitnorm.errors import Interrupted
 from unitnorm.run import checkpoints
 from unitnorm.run.checkpoints import Checkpoints, Part
 from unitnorm.run.loop import Session, Status, Trainable, train
+from unitnorm.run.progress import describe
 
 PART = Part("count", "0" * 64, ("counts/0",))
 
@@ -75,6 +76,7 @@ class Outside:
 
     def report(self, program: Trainable, status: Status, seconds: float) -> None:
         assert isinstance(program, Counter)
+        assert (program.title, program.epochs) == ("count", 3)
         assert seconds > 0
         self.told.append(status)
 
@@ -104,6 +106,15 @@ def test_every_epoch_is_reported_once_after_its_records():
         (1, True, "1 counted", "step 1"), ("epoch", 2, 4), (2, True, "2 counted", ""),
         (2, True, "2 counted", "step 1"), ("epoch", 3, 6), (3, False, "3 counted", ""),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("epoch", "says"),
+    [(1, "2.5 samples/s, ≤ 0:00:08 left"), (3, "2.5 samples/s, ≤ 0:00:00 left")],
+)
+def test_an_epoch_is_shown_with_its_speed_and_the_time_left(epoch, says):
+    status = Counter().status({"units": 2 * epoch})
+    assert describe(Counter(), status, seconds=4.0) == f"{epoch} counted, {says}"
 
 
 def test_a_state_is_saved_when_it_is_due_and_never_at_the_end():

@@ -213,7 +213,8 @@ spreads = ["{spread}"]
 def test_every_plan_of_the_package_can_be_read():
     plans = [name for name in presets() if name.startswith("study/")]
     assert len(plans) >= 5
+    fewer = {"study/effective-rate": 50, "study/starts": 20}  # so declared before their results
     for name in plans:
         plan = load(name, {}, Plan)
-        assert plan.compare.count >= 20
+        assert plan.compare.count >= fewer.get(name, 100)
         assert list(experiment.list_batches(plan, SCHEMA.frame("runs", [])))
