@@ -8,7 +8,6 @@ To add an option for every training, add it to `training_options` and to `Traini
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,7 +88,13 @@ def option(*names: str, group: str = "", **settings: Any) -> Decorator:
 
 def together(*decorators: Decorator) -> Decorator:
     """Several options as one decorator, in this order in the help."""
-    return lambda command: reduce(lambda done, add: add(done), reversed(decorators), command)
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
 
 
 def out_option(default: str, text: str = "Folder of the records and the report.") -> Decorator:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +14,7 @@ from unitnorm.errors import UserError
 from unitnorm.run.job import Job, open_job, print_report
 
 if TYPE_CHECKING:
-    import pandas as pd
-
-    from unitnorm.data import Dataset
-    from unitnorm.run.loop import Session
-    from unitnorm.run.records import Records
     from unitnorm.study.config import Plan
-    from unitnorm.table2.verify import Check
 
 RUNS = "runs/study"
 
@@ -192,17 +185,3 @@ def do_study_report(out: Path, page: bool) -> None:
             records.write_files(out.parent, {"index.html": report.build_index(studies)})
         click.echo(f"{out.parent / 'index.html'}: {', '.join(studies)}")
     print_report(report.show(known, compared), files, out)
-
-
-def verify(
-    known: Records, data: Dataset, chosen: pd.DataFrame, session: Session
-) -> Iterator[Check]:
-    """Train a recorded run of a study again and compare; arguments as of `table2.verify.verify`."""
-    from unitnorm.study.experiment import recompute
-    from unitnorm.study.report import plan_of
-    from unitnorm.table2.verify import compare, compare_hashes
-
-    row = {str(key): value for key, value in chosen.iloc[0].items()}
-    yield compare_hashes("data", known.provenance["data"][row["dataset"]]["sha256"], data.sha256)
-    again = recompute(plan_of(known), known["runs"], row, data, session)
-    yield compare("runs", known, again, chosen)

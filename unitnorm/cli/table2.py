@@ -25,12 +25,8 @@ selection_options = opt.together(
 shared_options = opt.together(selection_options, opt.runs_option, opt.training_options(OUT))
 
 
-def add_missing(step: str, options: dict[str, Any]) -> Job:
-    """Sweep or train what is missing in the folder of a command with `shared_options`.
-
-    Args:
-      step: the function of `table2.experiment` that does it.
-    """
+def add_missing(options: dict[str, Any], *, sweep_only: bool = False) -> Job:
+    """Sweep and train what is missing in the folder of a command with `shared_options`."""
     from unitnorm.table2.config import Config
     from unitnorm.table2.schema import SCHEMA
 
@@ -46,9 +42,10 @@ def add_missing(step: str, options: dict[str, Any]) -> Job:
         return data, describe_data(data), list_cells(config)
 
     with open_job(SCHEMA, config, load, training) as job:
-        from unitnorm.table2 import experiment
+        from unitnorm.table2.experiment import sweep_missing, train_missing
 
-        for records in getattr(experiment, step)(config, job.data, job.records, job.session):
+        add = sweep_missing if sweep_only else train_missing
+        for records in add(config, job.data, job.records, job.session):
             job.store(records)
     return job
 
@@ -64,7 +61,7 @@ def sweep(**options: Any) -> None:
     Example
       unitnorm sweep --depth 4 --update un
     """
-    add_missing("sweep_missing", options)
+    add_missing(options, sweep_only=True)
 
 
 @click.command(cls=opt.GroupedCommand, short_help="Train every run in full.")
@@ -78,7 +75,7 @@ def train(**options: Any) -> None:
     Example
       unitnorm train --depth 4 --update un --runs 10 --seed 0
     """
-    add_missing("train_missing", options)
+    add_missing(options)
 
 
 @click.command(cls=opt.GroupedCommand, short_help="The table and figures, from the records.")
@@ -120,7 +117,7 @@ def reproduce(**options: Any) -> None:
     Example
       unitnorm reproduce --config quick --out runs/quick
     """
-    job = add_missing("train_missing", options)
+    job = add_missing(options)
     if job.writes:
         do_report(job.out)
 
@@ -148,26 +145,30 @@ def verify(out: Path, data_dir: str | None, **wanted: Any) -> None:
     from unitnorm.run import devices, records
 
     devices.prepare()
-    from unitnorm.cli import study
     from unitnorm.data import load_dataset
-    from unitnorm.study import schema as study_schema
-    from unitnorm.table2 import schema, verify
+    from unitnorm.table2.verify import choose, elsewhere
 
     of_study = records.kind_of(out) == "study"
-    known = records.read_alone(out, (study_schema if of_study else schema).SCHEMA)
+    if of_study:
+        from unitnorm.study.schema import SCHEMA
+        from unitnorm.study.verify import verify as recompute
+    else:
+        from unitnorm.table2.schema import SCHEMA
+        from unitnorm.table2.verify import verify as recompute
+    known = records.read_alone(out, SCHEMA)
     runs = known["runs"]
-    chosen = verify.choose(runs.assign(run=runs.index) if of_study else runs, **wanted)
+    chosen = choose(runs.assign(run=runs.index) if of_study else runs, **wanted)
     images = chosen.iloc[0] if of_study else known.provenance["config"]["data"]
     data = load_dataset(images["dataset"], data_dir)
     click.echo(f"records: {len(known.provenance['files'])} files with the SHA-256 recorded")
     same = True
     with open_recomputation() as session:
-        for check in (study.verify if of_study else verify.verify)(known, data, chosen, session):
+        for check in recompute(known, data, chosen, session):
             click.echo(f"{check.what}: {check.found}")
             same = same and check.matches
     named = ", ".join(f"{column} {chosen[column].item()}" for column in known.schema.cell)
     click.echo(f"{named}: {'verified' if same else 'DOES NOT MATCH its record'}")
-    note = verify.elsewhere(known.provenance)
+    note = elsewhere(known.provenance)
     if note:
         click.echo(f"note: recorded elsewhere, where other bits are to be expected: {note}")
     if not same:

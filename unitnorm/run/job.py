@@ -138,8 +138,9 @@ def open_job(
                 return records.Records.empty(schema)
             stack.enter_context(records.locked(options.out))
             known = records.read(options.out, schema)
-            dropped = known.cells() if selected is None else selected
+            dropped = None
             if options.fresh:
+                dropped = known.cells() if selected is None else selected
                 known = known.without(dropped)
             known = check_matching(known, config, expected, options)
             every_s = options.checkpoint_every
@@ -149,7 +150,7 @@ def open_job(
             stack.callback(folder.finish)
             checkpoints = folder
             done = known.recorded()
-            if options.fresh:  # from the disk at once: the command goes on without --fresh
+            if dropped is not None:  # from the disk at once: the command goes on without --fresh
                 done |= {name for t in schema.tables for name in schema.names(t, dropped)}
                 if (options.out / records.PROVENANCE).exists():
                     known = records.write(options.out, known)
@@ -199,7 +200,7 @@ def check_matching(
             f"another {what}{differs or ''}; give another --out{hint}"
         )
     grown = {"data": old | new, "commands": found["commands"]}
-    return replace(known, provenance={**expected, **found, **expected, **grown})
+    return replace(known, provenance=found | expected | grown)
 
 
 @dataclass

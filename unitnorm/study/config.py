@@ -198,6 +198,10 @@ def _fill(part: Any, chosen: dict[str, Any]) -> Any:
         return {key: _fill(value, chosen) for key, value in part.items()}
     if isinstance(part, list):
         return [_fill(value, chosen) for value in part]
-    for key, value in chosen.items() if isinstance(part, str) else ():
-        part = value if part == f"{{{key}}}" else str(part).replace(f"{{{key}}}", str(value))
+    if isinstance(part, str):
+        marks = {f"{{{key}}}": value for key, value in chosen.items()}
+        if part in marks:
+            return marks[part]
+        for mark, value in marks.items():
+            part = part.replace(mark, str(value))
     return part
