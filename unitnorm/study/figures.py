@@ -65,7 +65,7 @@ def draw_forest(comparisons: pd.DataFrame, margin: float = 0.05) -> Figure:
     sizes = ends.abs().to_numpy(float)
     sizes = sizes[np.isfinite(sizes)]
     # One arm that fails badly must not press all others into a line: it is drawn at the frame.
-    limit = min(sizes.max(), 5 * np.quantile(sizes, 0.6)) if sizes.size else margin
+    limit = min(sizes.max(), 5 * np.quantile(sizes, 0.8)) if sizes.size else margin
     limit = 1.06 * max(limit, 2 * margin)
     groups = list(rows.groupby("name", sort=False))
     count = len(rows) + 0.9 * len(groups)
