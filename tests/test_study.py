@@ -156,6 +156,22 @@ def test_the_command_trains_reports_and_verifies(plan_file, idx_folder, tmp_path
     assert "verified" in result.output
 
 
+def test_the_time_of_a_run_is_that_of_one_that_goes_on(tmp_path, blobs, monkeypatch):
+    """The first rate of a grid may end every run at once, which takes no time."""
+    told = []
+    status = experiment.training.Program.status
+    monkeypatch.setattr(
+        experiment.training.Program,
+        "status",
+        lambda self, state: told.append(status(self, state)) or told[-1],
+    )
+    path = tmp_path / "plan.toml"
+    alone = PLAN.split("[arms.b-sgd]")[0] + "[arms.b-sgd]\nupdate = 'b-sgd'\nrates = [1e6, 0.01]\n"
+    path.write_text(alone.replace("depths = [2]", "depths = [2, 4]"))
+    assert experiment.time_run(load(path, {}, Plan), blobs, images=100) > 0
+    assert [one.active for one in told] == [True] * 4  # two epochs of each depth
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

@@ -8,6 +8,7 @@ trained together, so that its bits do not depend on which of them were missing.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -307,29 +308,32 @@ def time_run(plan: Plan, data: Dataset, images: int = 2000) -> float:
 
     Args:
       data: any data set; only its size matters.
-    """
-    import time
 
+    Returns:
+      The mean over the plan's depths.
+    """
+    return float(np.mean([_time_depth(plan, depth, data, images) for depth in plan.depths]))
+
+
+def _time_depth(plan: Plan, depth: int, data: Dataset, images: int) -> float:
     nothing = SCHEMA.frame("runs", [])
-    programs = plan_programs(plan, nothing, plan.datasets[0], plan.depths[0], "compare")
-    name = next(iter(plan.arms))
-    if not programs:  # all arms have to be tuned first
-        lane = LanePlan(name, plan.arms[name], *plan.arms[name].rate_pairs()[0], 0.0)
-        programs = [(plan.config_of(name), (lane,))]
+    programs = plan_programs(plan, nothing, plan.datasets[0], depth, "compare")
+    if not programs:  # all arms have to be tuned first; a large rate could end at once
+        name, arm = next(iter(plan.arms.items()))
+        programs = [(plan.config_of(name), (LanePlan(name, arm, *min(arm.rate_pairs()), 0.0),))]
     config, mine = programs[0]
-    seeds = tuple(range(4))
-    batch = Batch(plan.datasets[0], plan.depths[0], "compare", *programs[0], seeds)
+    batch = Batch(plan.datasets[0], depth, "compare", config, mine, tuple(range(SEEDS_AT_ONCE)))
     phase = training.train_phase(config)._replace(
         train_images=images, validation_images=500, side_by_side=True
     )
     arms, values = lanes_of(batch)
     program = training.Program(
-        "timing", config, batch.depth, phase, arms, np.asarray(seeds), values, data
+        "timing", config, depth, phase, arms, np.asarray(batch.seeds), values, data
     )
     state = program.advance(program.start())
     program.status(state)
     started = time.perf_counter()
     program.status(program.advance(state))
-    per_image = (time.perf_counter() - started) / (images * len(seeds) * len(mine))
+    per_image = (time.perf_counter() - started) / (images * len(batch.seeds) * len(mine))
     epochs = (config.train.min_epochs + config.train.max_epochs) / 2
     return per_image * epochs * (config.train.train_images + config.train.validation_images / 3)
