@@ -9,10 +9,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from tests.study_example import COMPARISONS, invent_runs, invent_spread_runs
+from tests.study_example import COMPARISONS, invent_runs, invent_spread_runs, plan_comparison
 from unitnorm.errors import UserError
+from unitnorm.study.config import ComparisonPlan
 from unitnorm.study.page import StudyFrames, build_charts, build_page
-from unitnorm.study.statistics import Comparison, compare, pair_runs, rank
+from unitnorm.study.statistics import compare, pair_runs, rank
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 NASTY = '</script><b id="injected">x & /*{DATA}*/'
@@ -23,7 +24,7 @@ def studies() -> dict[str, StudyFrames]:
     runs, starts = invent_runs(), invent_spread_runs()
     return {
         "best-rates": StudyFrames(runs, compare(runs, COMPARISONS), "At their best rates."),
-        "starts": StudyFrames(starts, compare(starts, [Comparison("starts", "un", "b-sgd")])),
+        "starts": StudyFrames(starts, compare(starts, [plan_comparison("starts", "un", "b-sgd")])),
     }
 
 
@@ -67,7 +68,7 @@ def test_no_two_arms_look_the_same():
     assert len({(look["colour"], look["shape"]) for look in arms.values()}) == 25
 
 
-def frames_of(runs: pd.DataFrame, comparisons: list[Comparison]) -> StudyFrames:
+def frames_of(runs: pd.DataFrame, comparisons: list[ComparisonPlan]) -> StudyFrames:
     return StudyFrames(runs, compare(runs, comparisons))
 
 
@@ -174,7 +175,7 @@ def test_another_study_and_an_update_are_chosen(browser, file):
 def test_names_are_text_whatever_they_hold(browser, tmp_path):
     runs = invent_runs(seeds=3, images=200, datasets=("mnist",))
     runs = runs[runs["arm"].isin(["un", "b-sgd"])].replace({"arm": {"un": NASTY}})
-    frames = frames_of(runs, [Comparison(NASTY, NASTY, "b-sgd")])
+    frames = frames_of(runs, [plan_comparison(NASTY, NASTY, "b-sgd")])
     file = tmp_path / "index.html"
     file.write_bytes(build_page({NASTY: frames}))
     tab = open_page(browser, file, 1280)

@@ -4,6 +4,7 @@ Every function is pure and takes arrays; tables and words are made elsewhere.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -35,6 +36,23 @@ def summarise(values: np.ndarray, alpha: float = 1 - CONFIDENCE) -> Summary:
     std = float(np.std(values, ddof=1))
     half = float(stats.t.ppf(1 - alpha / 2, n - 1)) * std / math.sqrt(n)
     return Summary(mean, std, mean - half, mean + half)
+
+
+def summarise_groups(table: pd.DataFrame, keys: Sequence[str], column: str) -> pd.DataFrame:
+    """The summary of a column in each group of rows.
+
+    Args:
+        table: a row per run; NaN in `column` where the run has diverged.
+
+    Returns:
+        A row per group, in the order of their first rows: `keys`, n and n_diverged, which add up to
+        the group's rows, and the fields of `Summary`.
+    """
+    rows = []
+    for key, group in table.groupby(list(keys), sort=False)[column]:
+        values = group.dropna().to_numpy(float)
+        rows.append((*key, len(values), len(group) - len(values), *summarise(values)))
+    return pd.DataFrame(rows, columns=[*keys, "n", "n_diverged", *Summary._fields])
 
 
 def compare_pairs(ours: np.ndarray, theirs: np.ndarray) -> tuple[Summary, float, float]:

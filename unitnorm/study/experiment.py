@@ -145,7 +145,7 @@ def _chosen_rates(
     ]
     if not done:
         return {}
-    best = choose_rates(mine, done)
+    best = choose_rates(mine[mine["arm"].isin(done)])
     return {
         row["arm"]: (float(row["filters_rate"]), float(row["rest_rate"]))
         for row in best.to_dict("records")

@@ -19,7 +19,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
 from unitnorm.errors import UserError
-from unitnorm.report.statistics import summarise
+from unitnorm.report.statistics import summarise_groups
 from unitnorm.report.style import WIDTH, Style, assign_styles, label, settings
 from unitnorm.report.tables import format_points
 from unitnorm.study.statistics import (
@@ -217,21 +217,16 @@ def draw_spreads(runs: pd.DataFrame, metric: str = "test_error") -> Figure:
     chosen = runs[runs["purpose"] == "compare"]
     chosen = chosen.assign(value=metric_values(chosen, metric))
     kinds = [kind for kind in chosen["start"].unique() if kind != "balanced"] or ["balanced"]
-    rows = []
+    keys = ["kind", "dataset", "depth", "update", "spread"]
+    parts = []
     for kind in kinds:
-        keys = ["dataset", "depth", "update", "spread"]
-        part = chosen[(chosen["start"] == kind) | (chosen["spread"] == 0)]
-        part = part.sort_values(
-            "start", key=lambda starts, kind=kind: starts != kind, kind="stable"
-        )
-        part = part.drop_duplicates([*keys, "seed"])  # where each kind has balanced runs of its own
-        part = part[part["update"].isin(chosen.loc[chosen["start"] == kind, "update"])]
-        for key, group in part.groupby(keys, sort=False):
-            values = group["value"].dropna().to_numpy(float)
-            mean, _, low, high = summarise(values)
-            rows.append((kind, *key, len(values), len(group) - len(values), mean, low, high))
-    columns = ["kind", "dataset", "depth", "update", "spread", "n", "n_diverged"]
-    table = pd.DataFrame(rows, columns=[*columns, "mean", "ci_low", "ci_high"])
+        own = chosen["start"] == kind
+        part = chosen[own | (chosen["spread"] == 0)].assign(kind=kind)
+        part = part[part["update"].isin(chosen.loc[own, "update"])]
+        # where each kind has balanced runs of its own, these come first and stay
+        part = part.iloc[np.argsort(part["start"] != kind, kind="stable")]
+        parts.append(part.drop_duplicates([*keys, "seed"]))
+    table = summarise_groups(pd.concat(parts), keys, "value")
     _refuse_empty(table[table["n"] > 0], "healthy comparison")
     cells, drawn = _cells(table), _styles(table["update"])
     note = (
@@ -279,17 +274,17 @@ def budget_means(runs: pd.DataFrame, metric: str = "test_error") -> pd.DataFrame
     chosen = runs[runs["purpose"] == "compare"]
     prefix = f"{metric}_"
     budgets = sorted(int(c[len(prefix) :]) for c in runs.columns if c.startswith(prefix))
-    rows = []
-    for key, group in chosen.groupby(["dataset", "depth", "arm", "update"], sort=False):
-        for budget in [*budgets, None]:
-            name = metric if budget is None else f"{prefix}{budget}"
-            values = metric_values(group, name).dropna().to_numpy(float)
-            if len(values):
-                mean, _, low, high = summarise(values)
-                text = "end" if budget is None else str(budget)
-                rows.append((*key, text, len(values), mean, low, high))
-    columns = ["dataset", "depth", "arm", "update", "budget", "n", "mean", "ci_low", "ci_high"]
-    return pd.DataFrame(rows, columns=columns)
+    keys = ["dataset", "depth", "arm", "update", "budget"]
+    parts = [
+        chosen.assign(
+            budget="end" if budget is None else str(budget),
+            value=metric_values(chosen, metric if budget is None else f"{prefix}{budget}"),
+        )
+        for budget in [*budgets, None]
+    ]
+    table = summarise_groups(pd.concat(parts), keys, "value")
+    table = table[table["n"] > 0].drop(columns=["n_diverged", "std"])
+    return table.reset_index(drop=True)
 
 
 def _draw_difference(axis: Axes, y: float, row: Mapping, limit: float) -> None:

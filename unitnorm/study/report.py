@@ -26,11 +26,7 @@ def comparisons_of(known: Records) -> pd.DataFrame:
     """The plan's comparisons, as far as there are runs of their arms."""
     plan, runs = plan_of(known), known["runs"]
     there = set(runs.loc[runs["purpose"] == "compare", "arm"])
-    planned = [
-        statistics.Comparison(c.name, c.arm, c.baseline, c.metric)
-        for c in plan.comparisons
-        if {c.arm, c.baseline} <= there
-    ]
+    planned = [one for one in plan.comparisons if {one.arm, one.baseline} <= there]
     return statistics.compare(runs, planned, plan.margin, plan.alpha)
 
 

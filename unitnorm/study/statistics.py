@@ -13,14 +13,14 @@ import math
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 from scipy import special
 
 from unitnorm.errors import UserError
-from unitnorm.report.statistics import summarise
+from unitnorm.report.statistics import summarise, summarise_groups
+from unitnorm.study.config import ComparisonPlan
 
 KEYS = ("dataset", "depth", "arm", "update", "purpose", "seed", "filters_rate", "rest_rate")
 RESULTS = ("epochs", "stop_reason", "diverged", "effective_rate", "wrong")
@@ -32,23 +32,6 @@ COMPARISONS = (
 )  # fmt: skip
 _METRIC = re.compile(r"(train_loss|val_error|val_loss|test_error|test_loss)(?:_(\d+))?")
 _WORST = 1.0  # the validation error that a diverged tuning run counts with
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A planned comparison: the difference arm − baseline of `metric`, in pairs by seed.
-
-    Attributes:
-        name: what the tables and figures call it.
-        arm, baseline: arms of the plan.
-        metric: an error or a loss, where lower is better: `test_error` (at the end of the run),
-            `test_error_10` (after epoch 10), `train_loss`, …
-    """
-
-    name: str
-    arm: str
-    baseline: str
-    metric: str = "test_error"
 
 
 def is_result(column: str) -> bool:
@@ -88,7 +71,7 @@ def is_error(metric: str) -> bool:
 
 def compare(
     runs: pd.DataFrame,
-    comparisons: Sequence[Comparison],
+    comparisons: Sequence[ComparisonPlan],
     margin: float = 0.05,
     alpha: float = 0.05,
 ) -> pd.DataFrame:
@@ -393,18 +376,17 @@ def rate_means(runs: pd.DataFrame) -> pd.DataFrame:
         edge).
     """
     runs = runs[runs["purpose"] == "tune"]
-    runs = runs.assign(healthy=metric_values(runs, "val_error"))
-    runs["counted"] = runs["healthy"].fillna(100 * _WORST).astype(float)
     cell = ["dataset", "depth", "arm", "update"]
     rates = ["filters_rate", "rest_rate"]
-    rows = []
-    for key, group in runs.groupby([*cell, *rates], sort=True):
-        healthy = group["healthy"].dropna().to_numpy(float)
-        mean, _, low, high = summarise(healthy)
-        n, counted = len(group), round(float(group["counted"].mean()), 10)
-        rows.append((*key, n, n - len(healthy), counted, mean, low, high))
-    columns = [*cell, *rates, "n", "n_diverged", "val_error", "healthy_error", "ci_low", "ci_high"]
-    table = pd.DataFrame(rows, columns=columns)
+    table = summarise_groups(
+        runs.assign(value=metric_values(runs, "val_error")).sort_values([*cell, *rates]),
+        [*cell, *rates], "value",
+    ).rename(columns={"mean": "healthy_error"})  # fmt: skip
+    lost = 100 * _WORST * table["n_diverged"]
+    runs_of_each = table["n"] + table["n_diverged"]
+    counted = (table["healthy_error"].fillna(0) * table["n"] + lost) / runs_of_each
+    table.insert(len(cell + rates) + 2, "val_error", counted.round(10))
+    table = table.assign(n=runs_of_each).drop(columns="std")
     order = table.sort_values(["val_error", *rates], ascending=[True, False, False])
     best = order.groupby(cell).head(1).index
     edge = pd.Series(False, index=table.index)
@@ -422,46 +404,33 @@ def profile_rates(table: pd.DataFrame) -> pd.DataFrame:
     return table.groupby(keys).head(1).sort_values(keys, ignore_index=True)
 
 
-def choose_rates(runs: pd.DataFrame, arms: Sequence[str] | None = None) -> pd.DataFrame:
+def choose_rates(runs: pd.DataFrame) -> pd.DataFrame:
     """The best rates of each data set, depth and arm by the tuning runs: the rule of `rate_means`.
-
-    Args:
-        runs: a row per run.
-        arms: those to choose for; all that have tuning runs if None.
 
     Returns:
         The columns of `rate_means` without `is_best`, a row per data set, depth and arm.
-
-    Raises:
-        UserError: an arm has no tuning runs.
     """
     table = rate_means(runs)
-    missing = [arm for arm in arms or () if arm not in set(table["arm"])]
-    if missing:
-        raise UserError(f"no tuning runs of arm {', '.join(missing)}; tune before the comparison")
-    chosen = table[table["is_best"] & (table["arm"].isin(arms) if arms is not None else True)]
-    return chosen.drop(columns="is_best").reset_index(drop=True)
+    return table[table["is_best"]].drop(columns="is_best").reset_index(drop=True)
 
 
-def rank(runs: pd.DataFrame, metric: str = "test_error", alpha: float = 0.05) -> pd.DataFrame:
-    """All arms of each data set and depth by their mean over the comparison runs, the best first.
+def rank(runs: pd.DataFrame) -> pd.DataFrame:
+    """All arms of each data set and depth by their mean test error, the best first.
 
     Returns:
         Columns dataset, depth, rank, arm, update, level (of the factors that vary within an arm),
-        n, n_diverged (not in the mean), mean, std (ddof 1), ci_low, ci_high (t-interval); errors in
+        n, n_diverged (not in the mean), mean, std (ddof 1), ci_low, ci_high (95 % t-interval); in
         percent. Equal means share the better rank; an arm that always diverged comes last.
     """
     runs = runs[runs["purpose"] == "compare"]
-    rows = []
-    for (dataset, depth, arm), group in runs.groupby(["dataset", "depth", "arm"], sort=True):
-        for level, part, _ in _levels(group, group):
-            values = metric_values(part, metric).dropna().to_numpy(float)
-            update, left_out = part["update"].iloc[0], len(part) - len(values)
-            summary = summarise(values, alpha)
-            rows.append((dataset, depth, arm, update, level, len(values), left_out, *summary))
-    columns = ["dataset", "depth", "arm", "update", "level", "n", "n_diverged"]
-    table = pd.DataFrame(rows, columns=[*columns, "mean", "std", "ci_low", "ci_high"])
+    cell = ["dataset", "depth"]
+    levels = [
+        part.assign(level=level, value=metric_values(part, "test_error"))
+        for _, group in runs.groupby([*cell, "arm"], sort=True)
+        for level, part, _ in _levels(group, group)
+    ]
+    table = summarise_groups(pd.concat(levels), [*cell, "arm", "update", "level"], "value")
     means = table["mean"].round(10).fillna(math.inf)
     places = means.groupby([table["dataset"], table["depth"]]).rank(method="min").astype(int)
     table.insert(2, "rank", places)
-    return table.sort_values(["dataset", "depth", "rank", "arm"], ignore_index=True)
+    return table.sort_values([*cell, "rank", "arm"], ignore_index=True)
