@@ -140,6 +140,15 @@ def test_a_runs_bits_depend_on_its_seed_alone(both, healthy):
         assert_same(run_of(advanced(p, runs, 2), updates.index("un"), 0), run_of(healthy, 1, 0))
 
 
+def test_a_measured_loss_does_not_depend_on_what_is_trained_along():
+    """Of a network wide enough that XLA would compute several lanes' losses together."""
+    found = []
+    for updates in (("un",), ("b-sgd", "un")):
+        p, runs = program(1, updates, model={"width": 32, "bn_momentum": 0.9})
+        found.append(run_of(advanced(p, runs, 3), updates.index("un"), 0).history)
+    assert_same(*found)
+
+
 def test_what_is_said_of_the_norms_does_not_depend_on_what_is_trained_along():
     """At the size of Table 2, where a sum over two lanes at once rounds in another order."""
     config, data, found = load("quick", {"train.train_images": 500}, Config), load_dataset(), []

@@ -503,8 +503,12 @@ def evaluate(
 
 
 def chunked(index: Array) -> Array:
-    """Indices of images, (n,), for an evaluation: (chunks, `EVALUATION_CHUNK`), filled with 0."""
-    chunk = min(EVALUATION_CHUNK, len(index))
+    """Indices of images, (n,), for an evaluation: (chunks, `EVALUATION_CHUNK`), filled with 0.
+
+    Two chunks at least: XLA takes a loop of one step apart and computes it together with those of
+    the other lanes, so that the loss would round with their number.
+    """
+    chunk = min(EVALUATION_CHUNK, -(-len(index) // 2))
     return jnp.pad(index, (0, -len(index) % chunk)).reshape(-1, chunk)
 
 
