@@ -144,7 +144,7 @@ def test_a_measured_loss_does_not_depend_on_what_is_trained_along():
     """Of a network wide enough that XLA would compute several lanes' losses together."""
     found = []
     for updates in (("un",), ("b-sgd", "un")):
-        p, runs = program(1, updates, model={"width": 32, "bn_momentum": 0.9})
+        p, runs = program(1, updates, depth=1, model={"width": 32, "bn_momentum": 0.9})
         found.append(run_of(advanced(p, runs, 3), updates.index("un"), 0).history)
     assert_same(*found)
 
