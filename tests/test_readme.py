@@ -63,6 +63,14 @@ def test_the_answers_figures_are_those_of_the_records():
     assert f"{span(rate[rate['dataset'] == 'fashion'])} on Fashion-MNIST" in answer
     assert rate["p_holm"].max() < 0.001
     assert f"(25 epochs: {span(own)}, intervals from {span(own, ('ci_low', 'ci_high'))})" in answer
+    best = pd.read_csv(ROOT / "results" / "study" / "best-rates" / "comparisons.csv")
+    driver, constant, cosine = best.sort_values("comparison")["difference"]
+    assert set(best["n"]) == {48}
+    assert best["p_holm"].max() < 0.001
+    assert (
+        f"lower by {-driver:.2f} under the bold driver and by {-cosine:.2f} under cosine" in answer
+    )
+    assert f"*higher* by {constant:.2f} at a constant rate" in answer
     for row in pd.read_csv(ROOT / "results" / "50-runs" / "differences.csv").itertuples():
         lower, low, high = (-100 * x for x in (row.mean, row.ci_high, row.ci_low))
         assert f"{lower:.2f}" in answer
