@@ -54,7 +54,7 @@ def test_operations_and_bytes_of_a_sample_are_those_counted_by_hand():
     assert roofline.forward_flops(shape) == 2 * (50_176 + 2_048 + 320) == 105_088
     # forwards, weights' gradients, and the gradients of what enters all layers but the first
     assert roofline.training_flops(shape) == 105_088 + 105_088 + 2 * (2_048 + 320)
-    assert roofline.training_bytes(shape, pixel_bytes=1, sharing=2) == 392 + 8 * 52_800 / 100
+    assert roofline.training_bytes(shape, pixel_bytes=1) == 784 + 8 * 52_800 / 100
     assert roofline.training_bytes(shape, pixel_bytes=4) == 3_136 + 8 * 52_800 / 100
 
 
@@ -79,11 +79,10 @@ def test_the_bound_is_the_lower_roof():
 
 
 def test_evaluation_counts_as_work_of_ours_alone():
-    flops, moved = compare.work_of(2, lanes=2)
+    flops, moved = compare.work_of(2, ours=True)
     assert flops == pytest.approx(214_912 + 105_088 / 5)
-    assert moved == pytest.approx(392 + 4_224 + 784 / 5)
-    assert compare.work_of(2, lanes=8) == (flops, pytest.approx(98 + 4_224 + 784 / 5))
-    assert compare.work_of(2) == (214_912, 3_136 + 4_224)
+    assert moved == pytest.approx(784 + 4_224 + 784 / 5)
+    assert compare.work_of(2, ours=False) == (214_912, 3_136 + 4_224)
 
 
 # ---------------------------------------------------------------- the same work
@@ -261,7 +260,6 @@ DEVICE = {"kind": "AMD EPYC", "platform": "cpu", "count": 2, "processes": 1, "ma
 SECONDS = {  # by name and runs
     ("unitnorm", 20): [2.0, 4.0, 5.0],
     ("unitnorm", 1): [0.5, 0.5, 0.5],
-    ("unitnorm-study", 80): [5.0, 5.0, 5.0],
     ("geoopt", 1): [1.0, 0.5, 0.4],
     ("geoopt", 2): [0.8, 0.8, 0.8],
     ("optax-loop", 1): [0.25, 0.25, 0.25],
@@ -303,7 +301,7 @@ def test_the_comparison_is_medians_and_ratios_round_by_round(measured, tmp_path)
     assert list(table.columns) == compare.COLUMNS
     rows = {tuple(row[:3]): row[3:] for row in table.to_numpy().tolist()}
     assert list(rows) == [
-        ("unitnorm", 20, 1), ("unitnorm", 1, 1), ("unitnorm-study", 80, 1), ("geoopt", 1, 1),
+        ("unitnorm", 20, 1), ("unitnorm", 1, 1), ("geoopt", 1, 1),
         ("geoopt", 2, 2), ("optax-loop", 1, 1), ("optax-loop", 2, 2), ("bound", 20, 1),
     ]  # fmt: skip
     assert rows["unitnorm", 20, 1] == [2, 250_000, 200_000, 500_000, 1, 1, 1]
@@ -367,7 +365,7 @@ def test_the_roofline_has_both_roofs_and_every_contestant(measured):
     for bars in axis.containers:
         marker = bars.lines[0].get_marker()
         found.setdefault(marker, []).append(tuple(bars.lines[0].get_xydata()[0]))
-    flops, moved = compare.work_of(2, lanes=2)
+    flops, moved = compare.work_of(2, ours=True)
     assert found["o"][0] == pytest.approx((flops / moved, 250_000 * flops / 1e9))
     peer = [(214_912 / 7_360, speed * 214_912 / 1e9) for speed in (100_000, 125_000)]
     np.testing.assert_allclose(found["s"], peer)
@@ -385,10 +383,10 @@ def test_scaling_measures_each_point_alone_and_tells_how_it_grows(monkeypatch, t
         ((name, contestant),) = chosen.items()
         asked.append(contestant)
         options = contestant.options
-        runs = options["seeds"] * options["lanes"] * len(options["updates"])
+        runs = options["seeds"] * options["variants"] * len(options["updates"])
         count = (options["devices_used"] or 2) * contestant.processes
         about = {"samples": runs * options["images"], "device": {**DEVICE, "count": count}}
-        seconds = runs * options["depth"] / count / (1 + options["side_by_side"])
+        seconds = runs * options["depth"] / count
         answer = {"seconds": seconds, "peak_memory_mb": 500.0 + runs}
         yield {name: Fake(name, [], about, [answer] * 2)}, {}
 
@@ -400,19 +398,18 @@ def test_scaling_measures_each_point_alone_and_tells_how_it_grows(monkeypatch, t
     frame = pd.read_csv(tmp_path / "scaling.csv")
     assert list(frame.columns) == scaling.COLUMNS
     assert set(frame["images"]) == {50_000}
-    places = frame[["runs", "lanes", "depth", "devices", "processes"]].to_numpy().tolist()
+    places = frame[["runs", "variants", "depth", "devices", "processes"]].to_numpy().tolist()
     assert places == [
         [10, 2, 2, 2, 1], [20, 2, 2, 2, 1], [50, 2, 2, 2, 1], [100, 2, 2, 2, 1],
         [200, 2, 2, 2, 1], [20, 2, 4, 2, 1], [20, 2, 8, 2, 1], [20, 2, 16, 2, 1],
-        *([4 * lanes, lanes, 2, 2, 1] for lanes in (1, 2, 4, 8, 16, 32, 64)),
+        *([4 * each, each, 2, 2, 1] for each in (1, 2, 4, 8, 16, 32, 64)),
         [20, 2, 2, 1, 1], [20, 2, 2, 2, 2],
     ]  # fmt: skip
     assert list(frame["way"]) == ["table 2"] * 8 + ["study"] * 7 + ["table 2"] * 2
     table2, alone, many, together = (asked[i] for i in (1, 8, 14, -1))
     assert table2.options["updates"] == ("b-sgd", "un")
-    assert not table2.options["side_by_side"]
-    assert (alone.options["updates"], alone.options["lanes"]) == (("un",), 1)
-    assert (many.options["lanes"], many.options["side_by_side"]) == (32, True)
+    assert (alone.options["updates"], alone.options["variants"]) == (("un",), 1)
+    assert (many.options["seeds"], many.options["variants"]) == (4, 32)
     assert (together.processes, together.joint) == (2, True)
     row = frame.iloc[3]
     assert (row["epoch_s"], row["samples_per_s"], row["peak_memory_mb"]) == (100.0, 50_000.0, 600.0)
@@ -426,17 +423,17 @@ def test_scaling_measures_each_point_alone_and_tells_how_it_grows(monkeypatch, t
         "Table 2's way: 144 runs an hour at depth 2, each of 25 epochs of 50,000 images.",
         "runs × 20: time × 20.0, memory × 1.4",
         "depth × 8: time × 8.0, memory × 1.0",
-        "lanes × 64: time × 64.0, memory × 1.5",
+        "variants × 64: time × 64.0, memory × 1.5",
     ):
         assert f"- {remark}" in text
-    assert re.search(r"- With the best number of lanes .*: 288 runs an hour", text)
+    assert re.search(r"- With the best number of variants .*: 144 runs an hour", text)
     axes = figures.draw_scaling(frame).axes
     assert [axis.get_title(loc="left") for axis in axes[:3]] == [
         "depth 2", "20 runs", "as in a study, depth 2"
     ]  # fmt: skip
     drawn = [[tuple(xy) for xy in line.get_xydata()] for line in axes[0].lines]
     assert [(10, 10), (20, 20), (50, 50), (100, 100), (200, 200)] in drawn
-    np.testing.assert_allclose(axes[2].lines[0].get_xydata()[:, 1], 288)
+    np.testing.assert_allclose(axes[2].lines[0].get_xydata()[:, 1], 144)
 
 
 def test_few_points_have_a_figure_too():
@@ -449,7 +446,7 @@ def test_few_points_have_a_figure_too():
 def test_a_quick_look_at_scaling_has_few_points():
     quick = scaling.list_points(2, quick=True)
     assert set(quick) < set(scaling.list_points(2))
-    assert {point.lanes for point in quick if point.way == scaling.STUDY} == {1, 8, 64}
+    assert {point.variants for point in quick if point.way == scaling.STUDY} == {1, 8, 64}
     assert len(quick) == 6
 
 

@@ -5,7 +5,7 @@ process of its own, as a user would run it, and waits while another one is measu
 first five ends in a `measure.Measurement`: its files, and what is printed.
 
     compare      training samples per second of ours and of the peers, and what UN costs
-    scaling      cost and memory against runs, depth, lanes, devices and processes
+    scaling      cost and memory against runs, depth, variants, devices and processes
     updates      what a step of each update costs by itself
     convolution  SegNet's, through Fourier transforms and by XLA
     startup      from typing a command to the first epoch

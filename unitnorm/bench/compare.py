@@ -20,7 +20,6 @@ from unitnorm.run.devices import count_cores
 
 UPDATES = ("b-sgd", "un")
 SEEDS = 10  # of each update, as in Table 2
-STUDY_LANES = 8  # of each seed: two updates at four rates
 IMAGES = 50_000  # training images of an epoch, as in Table 2
 UN_COST, SAVE_COST = "UN instead of B-SGD", "a checkpoint after every epoch"
 COST_STARTS = 2  # where the memory of a process comes to lie makes a percent or two
@@ -32,7 +31,6 @@ COLUMNS = [
 WHAT = {
     "unitnorm": "an epoch of `unitnorm train` for all runs of a depth, or for one, with its "
     "evaluation on a fifth as many images (10,000 in Table 2), its report and its checkpoint",
-    "unitnorm-study": "the same with 8 lanes of each seed side by side, as in `unitnorm study`",
     "geoopt": "PyTorch, geoopt.RiemannianSGD on Sphere",
     "torch-sgd": "PyTorch, torch.optim.SGD",
     "optax-loop": "Flax and optax, one jitted step per mini-batch",
@@ -55,15 +53,12 @@ class Entry(NamedTuple):
 
 OURS = Entry("unitnorm", SEEDS * len(UPDATES))
 SINGLE = Entry("unitnorm", 1)
-STUDY = Entry("unitnorm-study", SEEDS * STUDY_LANES)
 BOUND = Entry("bound", OURS.runs)
-LANES = {OURS: len(UPDATES), SINGLE: 1, STUDY: STUDY_LANES, BOUND: len(UPDATES)}
 
 
 def list_contestants(depth: int, images: int, cores: int) -> dict[Entry, Contestant]:
     """Everything that is compared at a depth; each of a peer's processes trains one run."""
     table2 = {"depth": depth, "seeds": SEEDS, "updates": UPDATES, "images": images}
-    study = {**table2, "lanes": STUDY_LANES // len(UPDATES), "side_by_side": True}
     loop = {"depth": depth, "images": images}
     peers = {
         Entry(name, count, count): Contestant(kind, loop, count)
@@ -73,7 +68,6 @@ def list_contestants(depth: int, images: int, cores: int) -> dict[Entry, Contest
     return {
         OURS: Contestant("program", table2),
         SINGLE: Contestant("program", {**table2, "seeds": 1, "updates": ["un"]}),
-        STUDY: Contestant("program", study),
         **peers,
         BOUND: Contestant("machine"),
     }
@@ -93,7 +87,7 @@ def measure_speed(
       depths: of the network.
       rounds: repetitions of each, after those to warm up; at least 1.
       images: training images of an epoch.
-      quick: leave out the study's row, which is long to compile, and what UN and checkpoints cost.
+      quick: leave out what UN and checkpoints cost.
       say: told what is being done.
 
     Returns:
@@ -114,8 +108,6 @@ def measure_speed(
             say(f"depth {depth}, {text}")
 
         chosen = list_contestants(depth, images, count_cores())
-        if quick:
-            del chosen[STUDY]
         told(f"starting {sum(c.processes for c in chosen.values())} processes")
         with measure.started(chosen) as (workers, lacking):
             found = measure.take_turns(workers, rounds, told)
@@ -125,7 +117,7 @@ def measure_speed(
             entry: [workers[entry].samples / answer["seconds"] for answer in answers]
             for entry, answers in found.items()
         }
-        work = work_of(depth, LANES[BOUND])
+        work = work_of(depth, ours=True)
         rates[BOUND] = [
             roofline.bound(*work, *(answer[name] for name in limits)) for answer in found[BOUND]
         ]
@@ -147,8 +139,8 @@ def measure_speed(
         "missing": missing,
         "machine": {name: spread._asdict() for name, spread in machine.items()},
         "flops and bytes of a sample": {
-            f"{name}, depth {depth}": work_of(depth, lanes)
-            for name, lanes in {"peers": 0, **{str(k): v for k, v in LANES.items()}}.items()
+            f"{name}, depth {depth}": work_of(depth, ours=name == OURS.name)
+            for name in ("peers", OURS.name)
             for depth in depths
         },
     }
@@ -194,19 +186,19 @@ def measure_costs(depth: int, rounds: int, images: int, say: Say) -> Iterator[di
         }
 
 
-def work_of(depth: int, lanes: int = 0) -> tuple[float, float]:
+def work_of(depth: int, *, ours: bool) -> tuple[float, float]:
     """Floating-point operations and bytes of a training sample, as `roofline` counts them.
 
     Args:
-      lanes: of ours, which share each mini-batch; 0: of a peer.
+      ours: which keeps images as bytes and is evaluated; or a peer.
     """
     shape = roofline.Shape(depth)
     flops: float = roofline.training_flops(shape)
-    if not lanes:
+    if not ours:
         return flops, roofline.training_bytes(shape, pixel_bytes=4)
     # every run is evaluated after the epoch: its logits alone
     share = VALIDATION_SHARE
-    moved = roofline.training_bytes(shape, pixel_bytes=1, sharing=lanes)
+    moved = roofline.training_bytes(shape, pixel_bytes=1)
     return (
         flops + share * roofline.forward_flops(shape),
         moved + share * shape.features,
@@ -220,10 +212,9 @@ def place_points(speeds: pd.DataFrame) -> pd.DataFrame:
       Columns name, runs, depth, intensity (operations per byte), flops_per_s, low, high.
     """
     rows = []
-    for name, runs, processes, depth, *spread in speeds.to_numpy().tolist():
+    for name, runs, _, depth, *spread in speeds.to_numpy().tolist():
         if name != BOUND.name:
-            lanes = LANES.get(Entry(name, runs, processes), 0)
-            flops, moved = work_of(depth, lanes)
+            flops, moved = work_of(depth, ours=name == OURS.name)
             rows.append([name, runs, depth, flops / moved, *(flops * x for x in spread[:3])])
     columns = ["name", "runs", "depth", "intensity", "flops_per_s", "low", "high"]
     return pd.DataFrame(rows, columns=columns)

@@ -49,8 +49,7 @@ def program(
     seeds: int,
     updates: Sequence[str],
     images: int,
-    lanes: int = 1,
-    side_by_side: bool = False,
+    variants: int = 1,
     devices_used: int | None = None,
     coordinator: str | None = None,
     processes: int | None = None,
@@ -60,19 +59,18 @@ def program(
     """An epoch of `unitnorm train`: every run, its evaluation, the report and the checkpoint.
 
     Args:
-      lanes: of each seed and update, as a study has them.
-      side_by_side: the lanes of a seed are one product, as in a study.
+      variants: of each seed and update, as a study has them.
       save_every_s: of the checkpoints; None: there are none.
     """
     devices.prepare(devices_used)
     join(coordinator, processes, process)
     config = config_of(images, seeds)
-    phase = training.train_phase(config)._replace(side_by_side=side_by_side)
+    runs = np.repeat(np.arange(seeds), variants)
+    settings = training.Settings(runs, np.full(len(runs), RATE))
+    arms = [(training.Arm(update), settings) for update in updates]
     task = training.Program(
-        "bench", config, depth, phase, [training.Arm(update, lanes) for update in updates],
-        np.arange(seeds), training.same_start(np.full((seeds, len(updates) * lanes), RATE)),
-        load_dataset(),
-    )  # fmt: skip
+        "bench", config, depth, training.train_phase(config), arms, load_dataset()
+    )
     part = checkpoints.Part("bench", "bench")
     orders.ready(samples=task.samples, device=device())
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:

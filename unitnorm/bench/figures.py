@@ -14,11 +14,10 @@ from unitnorm.bench.measure import Spread
 from unitnorm.report.style import GREY, lay_out, make_handle, set_log_scale, settings
 
 _BLUE, _ORANGE = "#0072B2", "#D55E00"
-_AXES = {"runs": "runs trained at once", "depth": "depth", "lanes": "lanes of each seed"}
+_AXES = {"runs": "runs trained at once", "depth": "depth", "variants": "variants of each seed"}
 # Okabe and Ito's colours, as in the report
 _STYLES = {
     "unitnorm": (_BLUE, "o"),
-    "unitnorm-study": ("#56B4E9", "p"),
     "geoopt": (_ORANGE, "s"),
     "torch-sgd": ("#E69F00", "D"),
     "optax-loop": ("#009E73", "^"),
@@ -81,7 +80,7 @@ def draw_roofs(points: pd.DataFrame, machine: Mapping[str, Spread]) -> Figure:
 
 
 def draw_scaling(frame: pd.DataFrame) -> Figure:
-    """Cost and memory over runs, over depth, and over the lanes of a seed.
+    """Cost and memory over runs, over depth, and over the variants of a seed.
 
     Args:
       frame: as `scaling.measure_points` gives it; points on fewer devices or in several processes
@@ -94,7 +93,7 @@ def draw_scaling(frame: pd.DataFrame) -> Figure:
     parts = {
         ("runs", f"depth {few}"): table2[table2["depth"] == few],
         ("depth", f"{usual:.0f} runs"): table2[table2["runs"] == usual],
-        ("lanes", f"as in a study, depth {few}"): study,
+        ("variants", f"as in a study, depth {few}"): study,
     }
     parts = {what: part.sort_values(what[0]) for what, part in parts.items() if len(part)}
     handles = [
@@ -118,7 +117,7 @@ def draw_scaling(frame: pd.DataFrame) -> Figure:
                 axis.set_xscale("log")
                 axis.set_xticks(x, [f"{value:.0f}" for value in x])
                 axis.xaxis.set_minor_locator(NullLocator())
-            if name == "lanes":
+            if name == "variants":
                 hourly = part["runs_per_hour"].to_numpy(float)
                 _plot(
                     top, x, hourly, hourly * seconds / part["high"], hourly * seconds / part["low"]

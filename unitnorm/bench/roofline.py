@@ -2,8 +2,8 @@
 
 Only matrix products are counted as floating-point operations, as in every roofline: the rest of the
 network is a few per cent of them. Bytes are the least that must cross the memory bus if nothing but
-the mini-batch at hand is kept in caches: its pixels once for all the runs that share it, which are
-the lanes of a seed, and every parameter of a run read and written once for each mini-batch.
+the mini-batch at hand is kept in caches: its pixels, and every parameter read and written once for
+each mini-batch.
 """
 
 from __future__ import annotations
@@ -48,14 +48,13 @@ def training_flops(shape: Shape) -> int:
     return 3 * forward_flops(shape) - 2 * features * width
 
 
-def training_bytes(shape: Shape, pixel_bytes: int, sharing: int = 1) -> float:
+def training_bytes(shape: Shape, pixel_bytes: int) -> float:
     """Bytes that one image's share of a step must move.
 
     Args:
       pixel_bytes: 1 where images are kept as uint8, 4 as float32.
-      sharing: how many runs use a mini-batch that was fetched once.
     """
-    return shape.features * pixel_bytes / sharing + 2 * FLOAT * shape.parameters() / shape.batch
+    return shape.features * pixel_bytes + 2 * FLOAT * shape.parameters() / shape.batch
 
 
 def bound(flops: float, bytes_moved: float, flops_per_s: float, bytes_per_s: float) -> float:

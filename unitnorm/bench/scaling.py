@@ -1,8 +1,8 @@
-"""Cost and memory of our program against runs, depth, lanes, devices and processes.
+"""Cost and memory of our program against runs, depth, variants, devices and processes.
 
 Each point is measured in a process of its own, so that its peak memory is its own. Runs are counted
-as networks that train at once: 20 are Table 2's of a depth, 10 of each update. In the way of a
-study, the lanes of a seed, which share its mini-batches, are computed side by side.
+as networks that train at once: 20 are Table 2's of a depth, 10 of each update. A study has few
+seeds and many variants of each: updates, rates, schedules.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from unitnorm.table2.training import CPU_BLOCK
 
 RUNS = (10, 20, 50, 100, 200)
 DEPTHS = (2, 4, 8, 16)
-LANES = (1, 2, 4, 8, 16, 32, 64)
+VARIANTS = (1, 2, 4, 8, 16, 32, 64)
 RUN_EPOCHS = 25  # of a run, for runs per hour
 TABLE2, STUDY = "table 2", "study"
 COLUMNS = [
-    "way", "runs", "lanes", "depth", "devices", "processes", "images", "epoch_s", "low", "high",
+    "way", "runs", "variants", "depth", "devices", "processes", "images", "epoch_s", "low", "high",
     "samples_per_s", "runs_per_hour", "peak_memory_mb", "device_memory_mb",
 ]  # fmt: skip
 
@@ -39,18 +39,17 @@ class Point:
     depth: int
     devices: int | None = None  # of each process, if they are CPUs; None: one per core
     processes: int = 1
-    lanes: int = len(UPDATES)  # of each seed
+    variants: int = len(UPDATES)  # of each seed
     way: str = TABLE2
 
     def contestant(self, images: int) -> Contestant:
-        """The program of this size; a single lane is UN's."""
-        updates = UPDATES if self.lanes > 1 else UPDATES[-1:]
+        """The program of this size; a single variant is UN's."""
+        updates = UPDATES if self.variants > 1 else UPDATES[-1:]
         options = {
             "depth": self.depth,
-            "seeds": self.runs // self.lanes,
+            "seeds": self.runs // self.variants,
             "updates": updates,
-            "lanes": self.lanes // len(updates),
-            "side_by_side": self.way == STUDY,
+            "variants": self.variants // len(updates),
             "images": images,
             "devices_used": self.devices,
         }
@@ -58,17 +57,17 @@ class Point:
 
 
 def list_points(cores: int, quick: bool = False) -> list[Point]:
-    """Runs and lanes at depth 2, depths at 20 runs, and 20 runs on fewer devices and as processes.
+    """Runs and variants at depth 2, depths at 20 runs, and 20 runs on fewer devices and processes.
 
     The cores are shared among devices and processes that divide them evenly. The points of a study
     have as many seeds as the cores compute at once. `quick`: a few of them.
     """
     seeds, table2 = CPU_BLOCK * cores, OURS.runs
-    runs, depths, lanes = (
-        (RUNS[:2], DEPTHS[1:2], LANES[::3]) if quick else (RUNS, DEPTHS[1:], LANES)
+    runs, depths, variants = (
+        (RUNS[:2], DEPTHS[1:2], VARIANTS[::3]) if quick else (RUNS, DEPTHS[1:], VARIANTS)
     )
     points = [Point(count, 2) for count in runs] + [Point(table2, depth) for depth in depths]
-    points += [Point(seeds * count, 2, lanes=count, way=STUDY) for count in lanes]
+    points += [Point(seeds * count, 2, variants=count, way=STUDY) for count in variants]
     if not quick:
         points += [Point(table2, 2, 2**i) for i in range(16) if 2**i < cores]
         points += [Point(table2, 2, cores // 2, 2)] if cores >= 2 and cores % 2 == 0 else []
@@ -102,7 +101,7 @@ def measure_points(
         if device.get("platform", "cpu") != "cpu" and (point.devices or point.processes > 1):
             continue
         say(
-            f"{point.way}: runs {point.runs}, lanes {point.lanes}, depth {point.depth}, "
+            f"{point.way}: runs {point.runs}, variants {point.variants}, depth {point.depth}, "
             f"processes {point.processes}"
         )
         with measure.started({"program": point.contestant(images)}) as (workers, _):
@@ -112,7 +111,7 @@ def measure_points(
         seconds = Spread.of([answer["seconds"] for answer in answers])
         speed = worker.samples / seconds.median
         rows.append(
-            [point.way, point.runs, point.lanes, point.depth, worker.about["device"]["count"],
+            [point.way, point.runs, point.variants, point.depth, worker.about["device"]["count"],
              point.processes, images, *seconds, speed, speed * 3600 / (RUN_EPOCHS * IMAGES),
              answers[-1]["peak_memory_mb"], answers[-1].get("device_memory_mb")]
         )  # fmt: skip
@@ -125,8 +124,8 @@ def measure_scaling(rounds: int, images: int, *, quick: bool, say: Say) -> Measu
     facts = {
         "device": device,
         "rounds": rounds,
-        "what": "epochs of `unitnorm train` (table 2), and with the lanes of each seed side by "
-        "side (study): runs are networks trained at once, images the training images of an epoch; "
+        "what": "epochs of `unitnorm train` (table 2), and with few seeds and many variants of "
+        "each (study): runs are networks trained at once, images the training images of an epoch; "
         "low and high the fastest and the slowest of the rounds; runs per hour those of "
         f"{RUN_EPOCHS} epochs of {IMAGES:,} images",
     }
@@ -139,7 +138,7 @@ def make_cells(frame: pd.DataFrame) -> Cells:
     rows = [
         {
             "way": row["way"],
-            **{name: str(row[name]) for name in ("runs", "lanes", "depth", "devices")},
+            **{name: str(row[name]) for name in ("runs", "variants", "depth", "devices")},
             "proc.": str(row["processes"]),
             "epoch s": f"{row['epoch_s']:.2f}",
             "samples/s": f"{row['samples_per_s']:,.0f}",
@@ -158,16 +157,16 @@ def list_remarks(frame: pd.DataFrame) -> Iterator[str]:
     parts = {
         "runs": common[(common["way"] == TABLE2) & (common["depth"] == 2)],
         "depth": common[(common["way"] == TABLE2) & (common["runs"] == OURS.runs)],
-        "lanes": common[common["way"] == STUDY],
+        "variants": common[common["way"] == STUDY],
     }
     usual = parts["runs"][parts["runs"]["runs"] == OURS.runs]
     told = f"runs an hour at depth 2, each of {RUN_EPOCHS} epochs of {IMAGES:,} images"
     for row in usual.to_dict("records"):
         yield f"Table 2's way: {row['runs_per_hour']:,.0f} {told}."
-    best = parts["lanes"].sort_values("samples_per_s", ascending=False).head(1)
+    best = parts["variants"].sort_values("samples_per_s", ascending=False).head(1)
     for row in best.to_dict("records"):
         yield (
-            f"With the best number of lanes of each seed side by side, {row['lanes']}: "
+            f"With the best number of variants of each of few seeds, {row['variants']}: "
             f"{row['runs_per_hour']:,.0f} {told}."
         )
     for column, part in parts.items():

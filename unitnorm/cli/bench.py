@@ -14,7 +14,7 @@ import click
 from unitnorm.cli import options as opt
 
 MEASURES = {  # flag → what it says of itself; without any, the comparison
-    "scaling": "Cost and memory against runs, depth, lanes and devices.",
+    "scaling": "Cost and memory against runs, depth, variants and devices.",
     "updates": "What a step of each update costs by itself.",
     "convolution": "What SegNet's Fourier convolution gains over XLA's.",
     "startup": "The time from typing a command to its first epoch.",

@@ -1,7 +1,7 @@
 """A study's plan: arms, how they are trained, seeds for tuning and for comparing, comparisons.
 
 The plan is a TOML file, written and committed before its results. To add a factor, give it a field
-here, a column in `schema` and its place in `experiment.lanes_of`. Nothing here touches JAX.
+here, a column in `schema` and its place in `experiment.settings_of`. Nothing here touches JAX.
 
 An arm or comparison with `each = { key = [values], … }` stands for one of every combination of the
 values, the last key's fastest; `{key}` in its texts and its name is the value.
@@ -69,7 +69,7 @@ class ArmPlan(Section):
         return check_update_name(update)
 
     def reading(self) -> tuple[str, str]:
-        """What all lanes of a program have in common, beside the config."""
+        """What all variants of a program have in common, beside the config."""
         return self.stop_by, self.statistics
 
     def rate_pairs(self) -> list[tuple[float, float]]:

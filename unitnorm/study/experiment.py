@@ -1,8 +1,7 @@
 """From a plan and the runs so far to the runs to come.
 
-Everything of one data set, depth and config is one program: its arms, rates and starts are the
-lanes of each seed, which share the seed's mini-batches and first product. A seed's lanes are always
-trained together, so that its bits do not depend on which of them were missing.
+Everything of one data set, depth and config is one program, in parts of `VARIANTS_AT_ONCE`: its
+arms, rates and starts are the variants of each seed.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,12 +29,12 @@ from unitnorm.table2.config import Config
 from unitnorm.table2.experiment import at_end, exact
 
 SEEDS_AT_ONCE = 4  # in a program; its runs are recorded together
-LANES_AT_ONCE = 32  # of a seed, in a program; more leave the caches and gain nothing
+VARIANTS_AT_ONCE = 32  # of a seed, in a program
 
 
 @dataclass(frozen=True)
-class LanePlan:
-    """One lane of a program."""
+class Variant:
+    """One variant of a program."""
 
     arm: str
     plan: ArmPlan
@@ -52,20 +51,20 @@ class Batch:
     depth: int
     purpose: str  # "tune" or "compare"
     config: Config
-    lanes: tuple[LanePlan, ...]
+    variants: tuple[Variant, ...]
     seeds: tuple[int, ...]
 
     def title(self) -> str:
         """What the user calls it."""
         name = f"{self.purpose} {self.dataset} depth {self.depth}"
-        return f"{name} {self.lanes[0].arm} seed {self.seeds[0]}"
+        return f"{name} {self.variants[0].arm} seed {self.seeds[0]}"
 
     def cells_of(self, seed: int) -> list[tuple[Any, ...]]:
         """What names each run of a seed, in the order of `CELL`."""
         return [
-            (self.dataset, self.depth, lane.arm, self.purpose, seed, lane.filters_rate,
-             lane.rest_rate, lane.plan.start, lane.spread)
-            for lane in self.lanes
+            (self.dataset, self.depth, variant.arm, self.purpose, seed, variant.filters_rate,
+             variant.rest_rate, variant.plan.start, variant.spread)
+            for variant in self.variants
         ]  # fmt: skip
 
     def cells(self) -> pd.DataFrame:
@@ -100,13 +99,13 @@ def list_batches(plan: Plan, runs: pd.DataFrame) -> Iterator[Batch]:
 
 def plan_programs(
     plan: Plan, runs: pd.DataFrame, dataset: str, depth: int, purpose: str
-) -> list[tuple[Config, tuple[LanePlan, ...]]]:
-    """The programs of a purpose: configs, and the lanes that are trained so, of one reading.
+) -> list[tuple[Config, tuple[Variant, ...]]]:
+    """The programs of a purpose: configs, and the variants that are trained so, of one reading.
 
     For the comparison, the rates are those that tuning chose; an arm that is not tuned yet, where
-    it has to be, has no lane.
+    it has to be, has no variant.
     """
-    programs: dict[tuple[str, ...], tuple[Config, list[LanePlan]]] = {}
+    programs: dict[tuple[str, ...], tuple[Config, list[Variant]]] = {}
     tuned = [name for name, arm in plan.arms.items() if len(arm.rate_pairs()) > 1]
     chosen = _chosen_rates(plan, runs, dataset, depth, tuned) if purpose == "compare" else {}
     for name, arm in plan.arms.items():
@@ -118,16 +117,16 @@ def plan_programs(
                 continue
             pairs = [chosen[name]]
         config = plan.config_of(name)
-        lanes = programs.setdefault((config.fingerprint(), *arm.reading()), (config, []))[1]
+        variants = programs.setdefault((config.fingerprint(), *arm.reading()), (config, []))[1]
         spreads = arm.spreads if purpose == "compare" else [0.0]
-        lanes += [LanePlan(name, arm, *pair, spread) for pair in pairs for spread in spreads]
+        variants += [Variant(name, arm, *pair, spread) for pair in pairs for spread in spreads]
     parts = []
-    for config, lanes in programs.values():
-        # lanes that follow the first one stay with it
-        together = any(lane.plan.schedule == "follow" for lane in lanes)
-        size = len(lanes) if together else LANES_AT_ONCE
-        starts = range(0, len(lanes), size)
-        parts += [(config, tuple(lanes[start : start + size])) for start in starts]
+    for config, variants in programs.values():
+        # variants that follow the first one stay with it
+        together = any(variant.plan.schedule == "follow" for variant in variants)
+        size = len(variants) if together else VARIANTS_AT_ONCE
+        starts = range(0, len(variants), size)
+        parts += [(config, tuple(variants[start : start + size])) for start in starts]
     return parts
 
 
@@ -175,7 +174,7 @@ def run_study(
 def recompute(
     plan: Plan, runs: pd.DataFrame, chosen: Mapping[str, Any], data: Dataset, session: Session
 ) -> pd.DataFrame:
-    """A recorded run trained again, with the lanes that it was trained beside, as a row of `runs`.
+    """A recorded run trained again, with the one that it may follow, as a row of `runs`.
 
     Args:
       chosen: the recorded row.
@@ -184,87 +183,97 @@ def recompute(
       UserError: the plan has no such run.
     """
     place = (chosen["dataset"], chosen["depth"], chosen["purpose"])
-    for program in plan_programs(plan, runs, *place):
-        batch = Batch(*place, *program, (chosen["seed"],))
-        cell = tuple(chosen[name] for name in CELL)
-        if cell in batch.cells_of(chosen["seed"]):
-            rows = train_batch(batch, data, session)
+    cell = tuple(chosen[name] for name in CELL)
+    for config, variants in plan_programs(plan, runs, *place):
+        batch = Batch(*place, config, variants, (chosen["seed"],))
+        cells = batch.cells_of(chosen["seed"])
+        if cell in cells:
+            variant = variants[cells.index(cell)]
+            leader = variants[:1] if variant.plan.schedule == "follow" else ()
+            alone = replace(batch, variants=(*leader, variant))
             wanted = pd.DataFrame([cell], columns=list(CELL))
-            return SCHEMA.rows_of(rows, wanted)
+            return SCHEMA.rows_of(train_batch(alone, data, session), wanted)
     raise UserError(f"{', '.join(map(str, place))}: the plan has no such run")
 
 
 def train_batch(batch: Batch, data: Dataset, session: Session) -> pd.DataFrame:
     """The runs of a batch, as rows of the table `runs`."""
-    config, reading = batch.config, batch.lanes[0].plan
+    config, reading = batch.config, batch.variants[0].plan
     phase = training.train_phase(config)._replace(
         budgets=BUDGETS if batch.purpose == "compare" else (),
-        side_by_side=True,
         stop_by=reading.stop_by,
         statistics=reading.statistics,
     )
-    arms, lanes = lanes_of(batch)
-    program = training.Program(
-        batch.title(), config, batch.depth, phase, arms, np.asarray(batch.seeds), lanes, data
-    )
+    arms = group_by_arm(batch.variants)
+    given = {arm: settings_of(variants, batch.seeds) for arm, variants in arms.items()}
+    program = training.Program(batch.title(), config, batch.depth, phase, list(given.items()), data)
     identity = fingerprint(
-        training.__name__, [arm.update for arm in arms], config.fingerprint(), data.sha256,
-        batch.depth, list(batch.seeds),
-        *reading.reading(), batch.purpose,
-        json.dumps([arm._asdict() for arm in arms], default=str), *lanes,
+        training.__name__, [arm.update for arm in given], config.fingerprint(), data.sha256,
+        batch.depth, *reading.reading(), batch.purpose,
+        json.dumps([arm._asdict() for arm in given], default=str),
+        *(values for settings in given.values() for values in settings),
     )  # fmt: skip
     covers = tuple(sorted(SCHEMA.names("runs", batch.cells())))
     state = train(Part(batch.title(), identity, covers), program, session)
-    return make_rows(batch, program.take(state), *program.find_wrong(state))
+    rows: list[dict[str, Any]] = []
+    ended = zip(arms.values(), program.take(state), program.find_wrong(state), strict=True)
+    for variants, runs, measured in ended:
+        rows += make_rows(batch, variants, runs, *measured)
+    return SCHEMA.frame("runs", rows)
 
 
-def lanes_of(batch: Batch) -> tuple[list[training.Arm], training.Lanes]:
-    """A batch's lanes as the training takes them; neighbours with one update are one arm."""
-    arms: list[training.Arm] = []
-    for lane in batch.lanes:
-        options = tuple(sorted(lane.plan.options.items()))
-        arm = training.Arm(lane.plan.update, 1, options, lane.plan.start != "balanced")
-        if arms and arms[-1]._replace(lanes=1) == arm:
-            arms[-1] = arms[-1]._replace(lanes=arms[-1].lanes + 1)
-        else:
-            arms.append(arm)
-    spread = np.zeros((len(batch.lanes), 3))
-    for place, lane in enumerate(batch.lanes):
-        if lane.plan.start != "balanced":
-            spread[place, protocol.START.index(lane.plan.start)] = lane.spread
-    one = training.Lanes(
-        rate=np.array([lane.rest_rate for lane in batch.lanes]),
-        ratio=np.array([lane.filters_rate / lane.rest_rate for lane in batch.lanes]),
-        schedule=np.array([protocol.SCHEDULES.index(lane.plan.schedule) for lane in batch.lanes]),
-        spread=spread,
-    )
-    count = len(batch.seeds)
-    return arms, training.Lanes(*(np.repeat(np.asarray(x)[None], count, 0) for x in one))
+def group_by_arm(variants: Sequence[Variant]) -> dict[training.Arm, list[Variant]]:
+    """The variants by what is compiled in, the first one's first."""
+    arms: dict[training.Arm, list[Variant]] = {}
+    for variant in variants:
+        options = tuple(sorted(variant.plan.options.items()))
+        arm = training.Arm(variant.plan.update, options, variant.plan.start != "balanced")
+        arms.setdefault(arm, []).append(variant)
+    return arms
+
+
+def settings_of(variants: Sequence[Variant], seeds: Sequence[int]) -> training.Settings:
+    """An arm's runs, variant after variant, each with all seeds."""
+    spread = np.zeros((len(variants), len(protocol.START)))
+    for place, variant in enumerate(variants):
+        if variant.plan.start != "balanced":
+            spread[place, protocol.START.index(variant.plan.start)] = variant.spread
+    each = {
+        "rate": [variant.rest_rate for variant in variants],
+        "ratio": [variant.filters_rate / variant.rest_rate for variant in variants],
+        "schedule": [protocol.SCHEDULES.index(variant.plan.schedule) for variant in variants],
+        "spread": spread,
+    }
+    repeated = {name: np.repeat(np.asarray(x), len(seeds), 0) for name, x in each.items()}
+    return training.Settings(np.tile(seeds, len(variants)), **repeated)
 
 
 def make_rows(
-    batch: Batch, runs: training.Runs, wrong: np.ndarray, test_loss: np.ndarray
-) -> pd.DataFrame:
-    """The rows of a trained batch.
+    batch: Batch,
+    variants: Sequence[Variant],
+    run: training.Run,
+    wrong: np.ndarray,
+    test_loss: np.ndarray,
+) -> list[dict[str, Any]]:
+    """The rows of a trained arm.
 
     Args:
-      runs: on the host.
+      run: the arm's runs on the host, in the order of `settings_of`.
       wrong, test_loss: see `training.Program.find_wrong`.
     """
     config, rows = batch.config, []
     phase = training.train_phase(config)
-    for place, lane in enumerate(batch.lanes):
-        run = training.lane_of(runs, place)
-        end, history = at_end(run, config, phase), run.history
-        val_error = exact(history.val_error, phase.validation_images)
-        for i, seed in enumerate(batch.seeds):
+    end, history = at_end(run, config, phase), run.history
+    val_error = exact(history.val_error, phase.validation_images)
+    for place, variant in enumerate(variants):
+        for i, seed in enumerate(batch.seeds, place * len(batch.seeds)):
             epochs = int(run.epoch[i])
             measured = {
                 "train_loss": end.train_loss[i],
                 "val_error": end.val_error[i],
                 "val_loss": history.val_loss[i, epochs - 1],
-                "test_error": wrong[i, place].mean(),
-                "test_loss": test_loss[i, place],
+                "test_error": wrong[i].mean(),
+                "test_loss": test_loss[i],
             }
             for epoch in BUDGETS:
                 values = [np.nan] * len(MEASURED)
@@ -277,19 +286,20 @@ def make_rows(
                 measured |= {f"{name}_{epoch}": x for name, x in zip(MEASURED, values, strict=True)}
             rows.append(
                 {
-                    "dataset": batch.dataset, "depth": batch.depth, "arm": lane.arm,
-                    "purpose": batch.purpose, "seed": seed, "filters_rate": lane.filters_rate,
-                    "rest_rate": lane.rest_rate, "start": lane.plan.start, "spread": lane.spread,
-                    "update": lane.plan.update, "schedule": lane.plan.schedule,
+                    "dataset": batch.dataset, "depth": batch.depth, "arm": variant.arm,
+                    "purpose": batch.purpose, "seed": seed, "filters_rate": variant.filters_rate,
+                    "rest_rate": variant.rest_rate, "start": variant.plan.start,
+                    "spread": variant.spread, "update": variant.plan.update,
+                    "schedule": variant.plan.schedule,
                     "batch_size": config.loss.batch_size, "reduction": config.loss.reduction,
                     "epochs": epochs, "stop_reason": protocol.STOP_REASONS[run.reason[i]],
                     "diverged": end.diverged[i],
                     "effective_rate": history.effective_rate[i, epochs - 1],
-                    "wrong": pack_wrong(wrong[i, place]) if batch.purpose == "compare" else "",
+                    "wrong": pack_wrong(wrong[i]) if batch.purpose == "compare" else "",
                     **measured,
                 }
             )  # fmt: skip
-    return SCHEMA.frame("runs", rows)
+    return rows
 
 
 def count_runs(plan: Plan) -> dict[str, int]:
@@ -320,16 +330,13 @@ def _time_depth(plan: Plan, depth: int, data: Dataset, images: int) -> float:
     programs = plan_programs(plan, nothing, plan.datasets[0], depth, "compare")
     if not programs:  # all arms have to be tuned first; a large rate could end at once
         name, arm = next(iter(plan.arms.items()))
-        programs = [(plan.config_of(name), (LanePlan(name, arm, *min(arm.rate_pairs()), 0.0),))]
+        programs = [(plan.config_of(name), (Variant(name, arm, *min(arm.rate_pairs()), 0.0),))]
     config, mine = programs[0]
     batch = Batch(plan.datasets[0], depth, "compare", config, mine, tuple(range(SEEDS_AT_ONCE)))
-    phase = training.train_phase(config)._replace(
-        train_images=images, validation_images=500, side_by_side=True
-    )
-    arms, values = lanes_of(batch)
-    program = training.Program(
-        "timing", config, depth, phase, arms, np.asarray(batch.seeds), values, data
-    )
+    phase = training.train_phase(config)._replace(train_images=images, validation_images=500)
+    arms = group_by_arm(batch.variants).items()
+    given = [(arm, settings_of(variants, batch.seeds)) for arm, variants in arms]
+    program = training.Program("timing", config, depth, phase, given, data)
     state = program.advance(program.start())
     program.status(state)
     started = time.perf_counter()

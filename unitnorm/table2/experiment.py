@@ -98,10 +98,10 @@ def sweep_group(config: Config, data: Dataset, group: Group, session: Session) -
     seeds = np.repeat([config.seed + run for run in group.runs], len(rates))
     grid = np.tile(rates[:, None], (len(group.runs), len(group.updates)))
     phase = training.sweep_phase(config)
-    _, runs = train_program("sweep", phase, config, data, group, seeds, grid, session)
+    _, trained = train_program("sweep", phase, config, data, group, seeds, grid, session)
     rows = []
-    for column, update in enumerate(group.updates):
-        end = at_end(training.lane_of(runs, column), config, phase)
+    for update, runs in zip(group.updates, trained, strict=True):
+        end = at_end(runs, config, phase)
         val_error, loss, diverged = (
             values.reshape(len(group.runs), len(rates))
             for values in (end.val_error, end.train_loss, end.diverged)
@@ -133,12 +133,11 @@ def train_group(
     """The full training of one group of runs, at their rates from `sweep`."""
     rates, phase = base_rates(sweep, group), training.train_phase(config)
     seeds = np.asarray([config.seed + run for run in group.runs])
-    wrong, runs = train_program("runs", phase, config, data, group, seeds, rates, session)
+    wrong, trained = train_program("runs", phase, config, data, group, seeds, rates, session)
     columns = SCHEMA.tables["history"].columns
     run_rows, history_rows, filters = [], [], {}
-    for column, update in enumerate(group.updates):
-        run = training.lane_of(runs, column)
-        end, test_error = at_end(run, config, phase), wrong[:, column].mean(axis=-1)
+    for column, (update, run) in enumerate(zip(group.updates, trained, strict=True)):
+        end, test_error = at_end(run, config, phase), wrong[column].mean(axis=-1)
         history = run.history._asdict() | {
             "train_error": exact(run.history.train_error, phase.train_images),
             "val_error": exact(run.history.val_error, phase.validation_images),
@@ -176,11 +175,21 @@ def train_program(
     seeds: np.ndarray,
     rates: np.ndarray,
     session: Session,
-) -> tuple[np.ndarray, training.Runs]:
-    """Train a group to its end: the test images that are wrong, and its runs on the host."""
+) -> tuple[list[np.ndarray], tuple[training.Run, ...]]:
+    """Train a group to its end.
+
+    Args:
+      rates: (seeds, updates).
+
+    Returns:
+      For each update, the test images that are wrong, and the runs on the host.
+    """
     title = f"{'train' if table == 'runs' else table} depth {group.depth}"
-    arms, lanes = [training.Arm(u) for u in group.updates], training.same_start(rates)
-    program = training.Program(title, config, group.depth, phase, arms, seeds, lanes, data)
+    arms = [
+        (training.Arm(update), training.Settings(seeds, rates[:, column]))
+        for column, update in enumerate(group.updates)
+    ]
+    program = training.Program(title, config, group.depth, phase, arms, data)
     part = Part(
         title,
         fingerprint(
@@ -189,7 +198,7 @@ def train_program(
         covers=tuple(sorted(SCHEMA.names(table, group.cells()))),
     )
     state = train(part, program, session)
-    wrong = program.find_wrong(state)[0] if table == "runs" else np.empty((0, 0, 0), bool)
+    wrong = [mine for mine, _ in program.find_wrong(state)] if table == "runs" else []
     return wrong, program.take(state)
 
 
@@ -201,7 +210,7 @@ class End(NamedTuple):
     diverged: np.ndarray
 
 
-def at_end(run: training.Runs, config: Config, phase: training.Phase) -> End:
+def at_end(run: training.Run, config: Config, phase: training.Phase) -> End:
     """The last epoch of runs, and whether they have diverged."""
     loss = training.last(run.history.train_loss, run.epoch)
     val_error = training.last(run.history.val_error, run.epoch)

@@ -33,7 +33,7 @@ SCHEDULES = (
     "bold-driver-back",  # the same, and the epoch of an increase is taken back (Battiti's)
     "constant",
     "cosine",  # from the base rate to zero after the last epoch, along half a cosine
-    "follow",  # that of the seed's first lane, so that both have one rate for all but the filters
+    "follow",  # that of the seed's first run, so that both have one rate for all but the filters
 )
 BOLD_DRIVER, BOLD_DRIVER_BACK, CONSTANT, COSINE, FOLLOW = range(5)
 
@@ -55,7 +55,7 @@ def next_rate(
     up: float,
     down: float,
 ) -> Array:
-    """Next epoch's learning rate of each lane of a seed, all arguments of shape (lanes,).
+    """Next epoch's learning rate of each run, whose leader is another's business.
 
     Args:
       schedule: index into `SCHEDULES`.
@@ -65,10 +65,9 @@ def next_rate(
     """
     driven = bold_driver(rate, watched, previous, up=up, down=down)
     cosine = base * 0.5 * (1 + jnp.cos(jnp.pi * epoch / epochs))
-    own = jnp.select(
+    return jnp.select(
         [schedule <= BOLD_DRIVER_BACK, schedule == COSINE], [driven, cosine], default=base
     )
-    return jnp.where(schedule == FOLLOW, own[0], own)
 
 
 def unbalance(params: Any, spread: Array, key: Array) -> Any:

@@ -1,16 +1,14 @@
 """The training program: one epoch of many runs under several updates, compiled as one.
 
-The runs of a seed are its *lanes*: they share its mini-batches, so that each batch is gathered once
-and meets the first layers of all lanes in one product, X times all W side by side; only the updates
-are the lanes' own. `epoch` is a pure function of one seed's `Split` and `Runs`. `Program` maps it
-over seeds, compiles it and shards the seed axis over the devices. Nothing moves between host and
+`epoch` is a pure function of one run: its `Split` and its `Run`. `Program` maps it over runs in
+small blocks, deals the blocks to the devices and compiles the whole. Nothing moves between host and
 device inside an epoch. What is trained (model, loss, protocol numbers) comes in as arguments; what
 may be changed here is how.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -31,8 +29,8 @@ from unitnorm.table2.config import Config
 from unitnorm.table2.model import FILTER_AXIS, ArchBN, Network, filter_mask, split_network
 from unitnorm.updates import find_update, partition
 
-# Seeds that a CPU device computes together: with more they leave its caches, with one XLA has no
-# batch to work on; either costs a fifth. A GPU or TPU computes all of its seeds together.
+# Runs that a CPU device computes together: with more they leave its caches, with one XLA has no
+# batch to work on; either costs a fifth. A GPU or TPU computes all of its runs together.
 CPU_BLOCK = 2
 EVALUATION_CHUNK = 500  # images per step of an evaluation; bounds its memory, not its result
 
@@ -48,7 +46,7 @@ class Images(NamedTuple):
 
 
 class Split(NamedTuple):
-    """What the runs of one seed share: the training and validation indices and the order's key."""
+    """What a run's seed decides of its data: the indices of its images and the order's key."""
 
     train: Array  # int32 (train_images,)
     validation: Array  # int32 (validation_images,)
@@ -58,7 +56,7 @@ class Split(NamedTuple):
 class History(NamedTuple):
     """One value per epoch, each of shape (max_epochs,); NaN where nothing was measured."""
 
-    lr: Array  # of all parameters but the filters, whose rate is `Runs.ratio` times this
+    lr: Array  # of all parameters but the filters, whose rate is `Run.ratio` times this
     train_loss: Array  # mean cross-entropy per image, nats, in training mode
     train_error: Array  # fraction, in training mode
     val_error: Array  # fraction, with running statistics
@@ -71,41 +69,41 @@ class History(NamedTuple):
 
 
 class Arm(NamedTuple):
-    """What some neighbouring lanes of every seed have in common; it is compiled in."""
+    """What some runs of a program have in common; it is compiled in."""
 
     update: str
-    lanes: int = 1
     options: tuple[tuple[str, Any], ...] = ()  # of the update of the filters, beside axis
-    unbalanced: bool = False  # some lane's start is spread
+    unbalanced: bool = False  # some run's start is spread
 
 
-class Lanes(NamedTuple):
-    """What distinguishes the lanes of a seed: arrays of shape (lanes,), on the host or traced."""
+class Settings(NamedTuple):
+    """What distinguishes the runs of an arm: arrays of shape (runs,), or of one run, traced."""
 
-    rate: Any  # base learning rate; a lane without a finite one has ended
-    ratio: Any  # rate of the filters over that of the rest; None: one rate for both
-    schedule: Any  # int32, index into protocol.SCHEDULES
-    spread: Any  # (lanes, 3), decades by which the start is unbalanced: see `protocol.START`
+    seed: Any
+    rate: Any  # base learning rate; a run without a finite one has ended
+    ratio: Any = None  # rate of the filters over that of the rest; None: one rate for both
+    schedule: Any = protocol.BOLD_DRIVER  # int32, index into protocol.SCHEDULES
+    spread: Any = (0.0, 0.0, 0.0)  # (runs, 3), decades: see `protocol.START`
 
 
-class Runs(NamedTuple):
-    """The runs of a seed, lane by lane: everything that they need to go on."""
+class Run(NamedTuple):
+    """One run: everything that it needs to go on."""
 
     params: Any
     stats: Any
-    opt_state: tuple[Any, ...]  # one per arm
-    base: Array  # float32 (lanes,), the first epoch's learning rate
-    rate: Array  # float32 (lanes,), the coming epoch's
+    opt_state: Any
+    base: Array  # the first epoch's learning rate
+    rate: Array  # the coming epoch's
     ratio: Array | None
     schedule: Array
     watched: Array  # the bold driver's value after the last epoch
-    epoch: Array  # int32 (lanes,), epochs finished
-    reason: Array  # int32 (lanes,), index into protocol.STOP_REASONS
-    history: History  # each (lanes, max_epochs)
+    epoch: Array  # int32, epochs finished
+    reason: Array  # int32, index into protocol.STOP_REASONS
+    history: History
 
 
 class Stepping(NamedTuple):
-    """What changes from one mini-batch to the next, of one run or of several lanes."""
+    """What changes from one mini-batch to the next."""
 
     params: Any
     stats: Any
@@ -136,9 +134,6 @@ class Phase(NamedTuple):
     statistics: str = "running"
     bn_momentum: float = 0.99  # of the running statistics
     budgets: tuple[int, ...] = ()  # after so many epochs the test images are measured
-    # The first layers of all lanes in one product: faster, but a lane's rounding depends then on
-    # how many lanes there are. Without, a run's bits depend on its seed alone.
-    side_by_side: bool = False
 
 
 def sweep_phase(config: Config) -> Phase:
@@ -174,57 +169,29 @@ def stream(seed: Array, use: int) -> Array:
     return jax.random.fold_in(jax.random.key(seed), use)
 
 
-def init_runs(
-    network: Network, phase: Phase, arms: Sequence[Arm], seed: Array, lanes: Lanes
-) -> Runs:
-    """A seed's runs at their start, which depends on the seed and its spread, not on the update."""
-    params, stats = network.init(stream(seed, INIT))
-    key = stream(seed, START)
-    count = len(lanes.rate)
-    params, stats = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), (params, stats))
-    states, parts = [], []
-    for arm, (part, spread) in by_arm(arms, (params, lanes.spread)):
-        if arm.unbalanced:
-            part = jax.vmap(lambda one, s: protocol.unbalance(one, s, key))(part, spread)
-            if find_update(arm.update).constrained:  # "trust" looks at no norm afterwards
-                part = put_filters(part, [retraction(w, FILTER_AXIS) for w in filters(part)])
-        states.append(jax.vmap(transformation(arm, jnp.float32(0), part).init)(part))
-        parts.append(part)
-    nothing = jnp.full((count, phase.max_epochs), jnp.nan)
-    return Runs(
-        jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts),
+def init_run(network: Network, phase: Phase, arm: Arm, settings: Settings) -> Run:
+    """A run at its start, which depends on its seed and its spread, not on its update."""
+    params, stats = network.init(stream(settings.seed, INIT))
+    if arm.unbalanced:
+        key = stream(settings.seed, START)
+        params = protocol.unbalance(params, jnp.asarray(settings.spread), key)
+        if find_update(arm.update).constrained:  # "trust" looks at no norm afterwards
+            params = put_filters(params, [retraction(w, FILTER_AXIS) for w in filters(params)])
+    nothing = jnp.full(phase.max_epochs, jnp.nan)
+    has_rate = jnp.isfinite(settings.rate)
+    return Run(
+        params,
         stats,
-        tuple(states),
-        base=lanes.rate,
-        rate=lanes.rate,
-        ratio=lanes.ratio,
-        schedule=lanes.schedule,
-        watched=jnp.full(count, jnp.inf),
-        epoch=jnp.zeros(count, jnp.int32),
-        reason=jnp.where(jnp.isfinite(lanes.rate), protocol.RUNNING, protocol.NO_RATE).astype(
-            jnp.int32
-        ),
+        transformation(arm, jnp.float32(0), params).init(params),
+        base=settings.rate,
+        rate=settings.rate,
+        ratio=settings.ratio,
+        schedule=settings.schedule,
+        watched=jnp.asarray(jnp.inf),
+        epoch=jnp.asarray(0),
+        reason=jnp.where(has_rate, protocol.RUNNING, protocol.NO_RATE).astype(jnp.int32),
         history=History(*(nothing for _ in History._fields)),
     )
-
-
-def over_lanes(function: Callable[..., Any], side_by_side: bool, *trees: Any) -> Any:
-    """A function of one run for the lanes of all: as one computation, or one after the other."""
-    if side_by_side:
-        return jax.vmap(function)(*trees)
-    count = len(jax.tree.leaves(trees)[0])
-    traced_once = jax.jit(function, inline=True)  # and put in once for each lane
-    results = [traced_once(*jax.tree.map(lambda x, i=i: x[i], trees)) for i in range(count)]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
-
-
-def by_arm(arms: Sequence[Arm], tree: Any) -> Iterator[tuple[Arm, Any]]:
-    """Each arm with its lanes of a tree whose leading axis is that of the lanes."""
-    start = 0
-    for arm in arms:
-        end = start + arm.lanes
-        yield arm, jax.tree.map(lambda x, start=start, end=end: x[start:end], tree)
-        start = end
 
 
 def init_split(phase: Phase, seed: Array, images: int) -> Split:
@@ -238,24 +205,24 @@ def init_split(phase: Phase, seed: Array, images: int) -> Split:
 def epoch(
     network: Network,
     phase: Phase,
-    arms: Sequence[Arm],
+    arm: Arm,
     split: Split,
-    runs: Runs,
+    run: Run,
+    number: Array,
     images: Images,
     test: Images,
-    test_now: Array,
-) -> Runs:
-    """One epoch of one seed's runs; a run that has ended stays as it is.
+) -> Run:
+    """One epoch of one run; a run that has ended stays as it is.
 
     Mini-batches are drawn without replacement in an order that is new in each epoch and the same
-    in every lane. Where the batch size does not divide the training images, the last batch is
-    smaller.
+    for all runs of a seed. Where the batch size does not divide the training images, the last batch
+    is smaller.
 
     Args:
-      test: measured after the epoch where `test_now` is true.
+      number: of the epoch, from 0, the same for all runs of a program.
+      test: measured after the epochs of `phase.budgets`.
     """
-    # Runs of a seed start together, but some may have ended: the running ones hold the epoch.
-    key = jax.random.fold_in(stream(split.order_seed, phase.order_stream), runs.epoch.max())
+    key = jax.random.fold_in(stream(split.order_seed, phase.order_stream), number)
     # one sort of random bits, where jax.random.permutation takes two to be safe from ties; with
     # 50,000 images about one epoch in four has a single tie, broken by the order of the split
     order = split.train[jnp.argsort(jax.random.bits(key, (phase.train_images,)))]
@@ -263,25 +230,14 @@ def epoch(
 
     def step(at: Stepping, index: Array) -> tuple[Stepping, None]:
         x, y = gather(images, index)
-        gradient, (total, wrong, stats) = over_lanes(
-            lambda params, stats: gradient_of(network, phase, params, stats, x, y),
-            phase.side_by_side, at.params, at.stats,
-        )  # fmt: skip
-        moved = []
-        lanes = (at.params, gradient, runs.rate, runs.ratio)
-        for (arm, mine), state in zip(by_arm(arms, lanes), at.opt_state, strict=True):
-            side_by_side = phase.side_by_side or arm.lanes > 1
-            moved.append(over_lanes(partial(apply_update, arm), side_by_side, *mine, state))
-        params, states = zip(*moved, strict=True)
-        params = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *params)
-        return Stepping(params, stats, states, at.loss + total, at.wrong + wrong), None
+        return train_step(network, phase, arm, run.rate, at, x, y, run.ratio), None
 
-    zero = jnp.zeros(len(runs.rate))
-    carry = Stepping(runs.params, runs.stats, runs.opt_state, zero, zero)
-    carry, _ = jax.lax.scan(step, carry, order[:full].reshape(-1, phase.batch_size))
+    zero = jnp.asarray(0.0)
+    at = Stepping(run.params, run.stats, run.opt_state, zero, zero)
+    at, _ = jax.lax.scan(step, at, order[:full].reshape(-1, phase.batch_size))
     if full < phase.train_images:
-        carry, _ = step(carry, order[full:])
-    return finish_epoch(network, phase, arms, runs, carry, split, images, test, test_now)
+        at, _ = step(at, order[full:])
+    return finish_epoch(network, phase, run, at, split, number, images, test)
 
 
 def gather(images: Images, index: Array) -> tuple[Array, Array]:
@@ -312,111 +268,92 @@ def transformation(
     return partition(update, known.rest(rate), filter_mask(params))
 
 
-def gradient_of(
-    network: Network, phase: Phase, params: Any, stats: Any, x: Array, y: Array
-) -> tuple[Any, tuple[Array, Array, Any]]:
-    """One run's gradient for a mini-batch, with its loss (a sum), errors and new statistics."""
+def train_step(
+    network: Network,
+    phase: Phase,
+    arm: Arm,
+    rate: Array,
+    at: Stepping,
+    x: Array,
+    y: Array,
+    ratio: Array | None = None,
+) -> Stepping:
+    """One mini-batch of one run: gradient, update, statistics, and the epoch's loss and errors."""
 
     def objective(params: Any) -> tuple[Array, tuple[Array, Array, Any]]:
-        logits, moved = network.apply(params, stats, x, True)
+        logits, moved = network.apply(params, at.stats, x, True)
         total = cross_entropy(logits, y).sum()
         wrong = jnp.sum(jnp.argmax(logits, -1) != y).astype(jnp.float32)
         return total if phase.reduction == "sum" else total / len(y), (total, wrong, moved)
 
-    return jax.grad(objective, has_aux=True)(params)
-
-
-def apply_update(
-    arm: Arm, params: Any, gradient: Any, rate: Array, ratio: Array | None, state: Any
-) -> tuple[Any, Any]:
-    """One run's parameters after the arm's update, and the update's state."""
-    optimiser = transformation(arm, rate, params, ratio)
-    displacement, state = optimiser.update(gradient, state, params)
-    return optax.apply_updates(params, displacement), state
-
-
-def train_step(
-    network: Network, phase: Phase, arm: Arm, rate: Array, at: Stepping, x: Array, y: Array
-) -> Stepping:
-    """One mini-batch of one run: gradient, update, statistics, and the epoch's loss and errors."""
-    gradient, (total, wrong, stats) = gradient_of(network, phase, at.params, at.stats, x, y)
-    params, opt_state = apply_update(arm, at.params, gradient, rate, None, at.opt_state)
+    gradient, (total, wrong, stats) = jax.grad(objective, has_aux=True)(at.params)
+    optimiser = transformation(arm, rate, at.params, ratio)
+    displacement, opt_state = optimiser.update(gradient, at.opt_state, at.params)
+    params = optax.apply_updates(at.params, displacement)
     return Stepping(params, stats, opt_state, at.loss + total, at.wrong + wrong)
 
 
 def finish_epoch(
     network: Network,
     phase: Phase,
-    arms: Sequence[Arm],
-    runs: Runs,
+    run: Run,
     end: Stepping,
     split: Split,
+    number: Array,
     images: Images,
     test: Images,
-    test_now: Array,
-) -> Runs:
+) -> Run:
     """Measure, anneal, decide on stopping, write the history; leave an ended run untouched."""
     loss, train_error = end.loss / phase.train_images, end.wrong / phase.train_images
+    stats = end.stats
     if phase.statistics == "anew":
-        stats = over_lanes(
-            lambda params, stats: recompute_statistics(
-                network, phase, params, stats, images, split.train
-            ),
-            phase.side_by_side, end.params, end.stats,
-        )  # fmt: skip
-        end = end._replace(stats=stats)
+        stats = recompute_statistics(network, phase, end.params, stats, images, split.train)
 
-    def measure(images: Images, index: Array) -> tuple[Array, Array]:
-        return over_lanes(
-            lambda params, stats: evaluate(network, params, stats, images, index),
-            phase.side_by_side, end.params, end.stats,
-        )  # fmt: skip
+    def measure_test() -> tuple[Array, Array]:
+        everything = jnp.arange(len(test.labels), dtype=jnp.int32)
+        return evaluate(network, end.params, stats, test, everything)
 
-    val_error, val_loss = measure(images, split.validation)
-    everything = jnp.arange(len(test.labels), dtype=jnp.int32)
-    nothing = jnp.full_like(val_loss, jnp.nan)
-    test_error, test_loss = jax.lax.cond(
-        test_now, lambda: measure(test, everything), lambda: (nothing, nothing)
-    )
-    # lane by lane, for sums over several lanes at once would round with their number
-    deviation, mean, inverse = over_lanes(measure_norms, phase.side_by_side, end.params)
-    filters_rate = runs.rate if runs.ratio is None else runs.rate * runs.ratio
+    val_error, val_loss = evaluate(network, end.params, stats, images, split.validation)
+    test_error = test_loss = jnp.asarray(jnp.nan)
+    if phase.budgets:
+        test_error, test_loss = jax.lax.cond(
+            jnp.isin(number + 1, jnp.asarray(phase.budgets)),
+            measure_test,
+            lambda: (test_error, test_loss),
+        )
+    deviation, mean, inverse = measure_norms(end.params)
+    filters_rate = run.rate if run.ratio is None else run.rate * run.ratio
     values = History(
-        runs.rate, loss, train_error, val_error, val_loss, deviation, mean,
+        run.rate, loss, train_error, val_error, val_loss, deviation, mean,
         filters_rate * inverse, test_error, test_loss,
     )  # fmt: skip
-    lane = jnp.arange(len(runs.rate))
-    history = jax.tree.map(lambda old, new: old.at[lane, runs.epoch].set(new), runs.history, values)
+    history = jax.tree.map(lambda old, new: old.at[run.epoch].set(new), run.history, values)
     watched = {"train_loss": loss, "val_error": val_error, "val_loss": val_loss}[phase.watch]
-    reason = jax.vmap(
-        partial(
-            protocol.stop_reason,
-            min_epochs=phase.min_epochs,
-            max_epochs=phase.max_epochs,
-            train_threshold=phase.train_threshold,
-            lookback=phase.lookback,
-            flat=phase.flat,
-        )
-    )(runs.epoch + 1, loss, train_error, getattr(history, phase.stop_by))
+    reason = protocol.stop_reason(
+        run.epoch + 1,
+        loss,
+        train_error,
+        getattr(history, phase.stop_by),
+        min_epochs=phase.min_epochs,
+        max_epochs=phase.max_epochs,
+        train_threshold=phase.train_threshold,
+        lookback=phase.lookback,
+        flat=phase.flat,
+    )
     rate = protocol.next_rate(
-        runs.schedule, runs.base, runs.rate, watched, runs.watched, runs.epoch + 1,
-        phase.max_epochs, up=phase.up, down=phase.down,
+        run.schedule, run.base, run.rate, watched, run.watched, run.epoch + 1, phase.max_epochs,
+        up=phase.up, down=phase.down,
     )  # fmt: skip
     # Battiti's bold driver takes back the step, here an epoch, after which the value rose
-    back = (runs.schedule == protocol.BOLD_DRIVER_BACK) & (watched > runs.watched)
-    active = runs.reason == protocol.RUNNING
-    states = (end.params, end.stats, end.opt_state)
-    params, stats, opt_state = select_lanes(
-        arms, active & ~back, states, (runs.params, runs.stats, runs.opt_state)
-    )
-    watched = jnp.where(back, runs.watched, watched)
-    told = (rate, watched, runs.epoch + 1, reason, history)
-    kept = (runs.rate, runs.watched, runs.epoch, runs.reason, runs.history)
-    rate, watched, epochs, reason, history = _where(active, told, kept)
-    return Runs(
-        params, stats, opt_state, runs.base, rate, runs.ratio, runs.schedule, watched, epochs,
-        reason, history,
+    back = (run.schedule == protocol.BOLD_DRIVER_BACK) & (watched > run.watched)
+    start = (run.params, run.stats, run.opt_state, run.watched)
+    moved = _where(back, start, (end.params, stats, end.opt_state, watched))
+    params, stats, opt_state, watched = moved
+    done = run._replace(
+        params=params, stats=stats, opt_state=opt_state, rate=rate, watched=watched,
+        epoch=run.epoch + 1, reason=reason, history=history,
     )  # fmt: skip
+    return _where(run.reason == protocol.RUNNING, done, run)
 
 
 def measure_norms(params: Any) -> tuple[Array, Array, Array]:
@@ -450,18 +387,9 @@ def recompute_statistics(
     return jax.tree.map(lambda x: x / (steps * (1 - phase.bn_momentum)), total)
 
 
-def select_lanes(arms: Sequence[Arm], chosen: Array, new: Any, old: Any) -> Any:
-    """Parameters, statistics and states of `new` where a lane is chosen, of `old` elsewhere."""
-    params, stats = _where(chosen, new[:2], old[:2])
-    states = zip(by_arm(arms, chosen), new[2], old[2], strict=True)
-    return params, stats, tuple(_where(mine, *pair) for (_, mine), *pair in states)
-
-
 def _where(chosen: Array, new: Any, old: Any) -> Any:
-    """Leaf by leaf `new` or `old`, by the leading axis."""
-    return jax.tree.map(
-        lambda a, b: jnp.where(chosen.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, old
-    )
+    """Leaf by leaf `new` or `old`."""
+    return jax.tree.map(partial(jnp.where, chosen), new, old)
 
 
 def filters(params: Any) -> list[Array]:
@@ -505,8 +433,8 @@ def evaluate(
 def chunked(index: Array) -> Array:
     """Indices of images, (n,), for an evaluation: (chunks, `EVALUATION_CHUNK`), filled with 0.
 
-    Two chunks at least: XLA takes a loop of one step apart and computes it together with those of
-    the other lanes, so that the loss would round with their number.
+    Two chunks at least: XLA takes a loop of one step apart and computes it together with what
+    stands around it, so that the loss would round with what is trained along.
     """
     chunk = min(EVALUATION_CHUNK, -(-len(index) // 2))
     return jnp.pad(index, (0, -len(index) % chunk)).reshape(-1, chunk)
@@ -525,51 +453,33 @@ def find_wrong(network: Network, params: Any, stats: Any, images: Images) -> tup
     return wrong.reshape(-1)[:count], losses.reshape(-1)[:count].mean()
 
 
-def over_seeds(
-    mesh: Mesh,
-    block: int,
-    function: Callable[..., Any],
-    *,
-    by_seed: int,
-    unless_idle: tuple[Callable[..., Array], int] | None = None,
-    donate: int | None = None,
+def in_blocks(block: int, function: Callable[..., Any], *trees: Any) -> Any:
+    """A function of `block` runs for many, leaves (runs, …), one block after the other.
+
+    XLA compiles batches of other sizes to code with other rounding, so it is the block alone that
+    decides a run's bits, and not how many runs there are.
+    """
+    blocks = jax.tree.map(lambda x: x.reshape(-1, block, *x.shape[1:]), trees)
+    done = jax.lax.map(lambda mine: function(*mine), blocks)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), done)
+
+
+def over_devices(
+    mesh: Mesh, function: Callable[..., Any], *, by_run: int, donate: int | None = None
 ) -> Callable[..., Any]:
-    """Compile a function of one seed for many: sharded over the devices, in blocks on each.
+    """Compile a function of many runs, each device computing its own.
 
     Args:
-      mesh: the devices, along the axis "seed".
-      block: seeds that are computed together (`vmap`); blocks follow one another. XLA compiles
-        batches of other sizes to code with other rounding, so it is the block alone that decides a
-        run's bits, and not how many runs or devices there are.
-      function: of one seed.
-      by_seed: how many of its arguments have seeds as their leading axis; the rest are shared.
-      unless_idle: a predicate of the arguments by seed, and which of them stands for the result
-        where the predicate is false for a whole block, which then costs nothing.
+      mesh: the devices, along the axis "run".
+      function: of trees whose leaves have runs as their leading axis, and of what they share.
+      by_run: how many of its arguments have runs; the result has them, too.
       donate: an argument whose memory may be reused.
     """
-
-    def local(*arguments: Any) -> Any:
-        mapped, shared = arguments[:by_seed], arguments[by_seed:]
-        blocks = jax.tree.map(lambda a: a.reshape(-1, block, *a.shape[1:]), mapped)
-
-        def compute(mine: tuple[Any, ...]) -> Any:
-            return jax.vmap(lambda *one: function(*one, *shared))(*mine)
-
-        def one_block(mine: tuple[Any, ...]) -> Any:
-            if unless_idle is None:
-                return compute(mine)
-            predicate, result = unless_idle
-            busy = jnp.any(jax.vmap(predicate)(*mine))
-            return jax.lax.cond(busy, compute, lambda mine: mine[result], mine)
-
-        done = jax.lax.map(one_block, blocks)
-        return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), done)
-
-    seeds, everywhere = PartitionSpec("seed"), PartitionSpec()
+    runs, everywhere = PartitionSpec("run"), PartitionSpec()
 
     def sharded(*arguments: Any) -> Any:
-        specs = (seeds,) * by_seed + (everywhere,) * (len(arguments) - by_seed)
-        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=seeds, check_vma=False)(
+        specs = (runs,) * by_run + (everywhere,) * (len(arguments) - by_run)
+        return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=runs, check_vma=False)(
             *arguments
         )
 
@@ -583,20 +493,40 @@ def over_seeds(
     return call
 
 
-class Program:
-    """The training of all runs of one depth and set of updates, in one phase: a `loop.Trainable`.
+def deal(counts: Sequence[int], blocks: Sequence[int], devices: int) -> list[np.ndarray]:
+    """Deal blocks of runs to devices like cards, arm after arm, so that all have as much to do.
 
-    Seeds are the leading axis of every array of `Split` and `Runs`, sharded over the devices; where
-    they do not divide evenly, seeds that have ended are added and never reported. A state is the
-    `Runs` of all seeds.
+    Args:
+      counts, blocks: of each arm, its runs, and how many are a block.
+
+    Returns:
+      For each arm the run at each place, device after device, int (places,); −1 where there is
+      none, since every device has as many places as the others.
+    """
+    found, dealt = [], 0
+    for count, block in zip(counts, blocks, strict=True):
+        number = -(-count // block)
+        places = np.full((devices, -(-number // devices), block), -1)
+        for card in range(number):
+            runs = np.arange(card * block, min((card + 1) * block, count))
+            places[(dealt + card) % devices, card // devices, : len(runs)] = runs
+        dealt += number
+        found.append(places.reshape(-1))
+    return found
+
+
+class Program:
+    """The training of runs of one depth, in one phase: a `loop.Trainable`.
+
+    The runs of an arm are the leading axis of every array of its `Run`, sharded over the devices;
+    where they do not divide evenly, runs that have ended are added and never reported. A state has
+    a `Run` for each arm.
 
     Args:
       title: what the user calls it.
       config, depth: what is trained.
       phase: `sweep_phase(config)`, `train_phase(config)`, or another.
-      arms: the lanes of every seed.
-      seeds: shape (n,).
-      lanes: what distinguishes the lanes, each with seeds in front, shape (n, lanes, …).
+      arms: each with its runs.
       data: its images.
     """
 
@@ -606,22 +536,24 @@ class Program:
         config: Config,
         depth: int,
         phase: Phase,
-        arms: Sequence[Arm],
-        seeds: np.ndarray,
-        lanes: Lanes,
+        arms: Sequence[tuple[Arm, Settings]],
         data: Dataset,
     ):
         network = archbn(config, data.train_images.shape[1], data.classes, depth)
         self.title, self.epochs, self.phase = title, phase.max_epochs, phase
-        self._count, self._seeds, self._lanes = len(seeds), seeds, lanes
-        self.samples = lanes.rate.size * phase.train_images
+        self._arms, settings = [arm for arm, _ in arms], [_fill(given) for _, given in arms]
+        counts = [len(given.seed) for given in settings]
+        self.samples = sum(counts) * phase.train_images
         devices = jax.devices()
         if jax.process_count() == 1:
-            devices = devices[: -(-len(seeds) // CPU_BLOCK)]
-        each = -(-len(seeds) // len(devices))
-        block = CPU_BLOCK if devices[0].platform == "cpu" else each
-        self._padded = -(-each // block) * block * len(devices)
-        mesh = Mesh(np.asarray(devices), ("seed",), axis_types=(AxisType.Auto,))
+            devices = devices[: sum(-(-count // CPU_BLOCK) for count in counts)]
+        on_cpu = devices[0].platform == "cpu"
+        blocks = [CPU_BLOCK if on_cpu else -(-count // len(devices)) for count in counts]
+        dealt = deal(counts, blocks, len(devices))
+        self._settings = tuple(map(_put_in_places, settings, dealt))
+        self._places = [_find_places(places) for places in dealt]
+        leaders = _find_leaders(settings, self._settings, self._places[0])
+        mesh = Mesh(np.asarray(devices), ("run",), axis_types=(AxisType.Auto,))
         everywhere = NamedSharding(mesh, PartitionSpec())
         self._images, self._test = jax.device_put(
             (
@@ -632,71 +564,87 @@ class Program:
         )
         total = len(data.train_labels)
 
-        def init_one(seed: Array, lanes: Lanes) -> tuple[Split, Runs]:
-            return init_split(phase, seed, total), init_runs(network, phase, arms, seed, lanes)
+        def for_each_arm(function: Callable[..., Any], *trees: Any) -> Any:
+            each = zip(self._arms, blocks, *trees, strict=True)
+            return tuple(
+                in_blocks(block, partial(function, arm), *mine) for arm, block, *mine in each
+            )
 
-        def is_running(_: Split, runs: Runs) -> Array:
-            return jnp.any(runs.reason == protocol.RUNNING)
+        def init(settings: tuple[Settings, ...]) -> Any:
+            def one(arm: Arm, given: Settings) -> tuple[Split, Run]:
+                return init_split(phase, given.seed, total), init_run(network, phase, arm, given)
 
-        def wrong_one(runs: Runs, test: Images) -> tuple[Array, Array]:
-            return jax.vmap(lambda p, s: find_wrong(network, p, s, test))(runs.params, runs.stats)
+            return for_each_arm(lambda arm, given: jax.vmap(partial(one, arm))(given), settings)
 
-        spread = partial(over_seeds, mesh, block)
-        self._init = spread(init_one, by_seed=2)
-        self._epoch = spread(
-            partial(epoch, network, phase, arms),
-            by_seed=2,
-            unless_idle=(is_running, 1),
-            donate=1,
+        def advance(splits: Any, state: Any, number: Array, images: Images, test: Images) -> Any:
+            def block(arm: Arm, splits: Split, runs: Run) -> Run:
+                compute = jax.vmap(
+                    lambda split, run: epoch(network, phase, arm, split, run, number, images, test)
+                )
+                # a block that has ended costs nothing
+                is_running = jnp.any(runs.reason == protocol.RUNNING)
+                return jax.lax.cond(is_running, compute, lambda _, runs: runs, splits, runs)
+
+            return for_each_arm(block, splits, state)
+
+        def find_wrong_of(state: Any, test: Images) -> Any:
+            def block(_: Arm, runs: Run) -> tuple[Array, Array]:
+                return jax.vmap(lambda p, s: find_wrong(network, p, s, test))(
+                    runs.params, runs.stats
+                )
+
+            return for_each_arm(block, state)
+
+        self._init = over_devices(mesh, init, by_run=1)
+        self._epoch = over_devices(mesh, advance, by_run=2, donate=1)
+        self._wrong = over_devices(mesh, find_wrong_of, by_run=1)
+        by_run = NamedSharding(mesh, PartitionSpec("run"))
+        self._follow = leaders and jax.jit(
+            partial(_follow, leaders), donate_argnums=0, out_shardings=by_run
         )
-        self._wrong = spread(wrong_one, by_seed=1)
-        self._split: Split | None = None
         self._epochs_done = 0
 
-    def start(self) -> Runs:
+    def start(self) -> tuple[Run, ...]:
         """The runs at their start."""
-        missing = self._padded - self._count
+        self._splits, state = zip(*self._init(self._settings), strict=True)
+        self._fresh, self._epochs_done = state, 0
+        return state
 
-        def pad(x: np.ndarray, value: float) -> np.ndarray:
-            x = np.asarray(x)
-            return np.concatenate([x, np.full((missing, *x.shape[1:]), value, x.dtype)])
+    def put(self, saved: Any) -> tuple[Run, ...]:
+        """Saved runs in place of the first fresh ones: their places depend on the devices."""
 
-        ratio = self._lanes.ratio
-        lanes = Lanes(
-            rate=pad(self._lanes.rate.astype(np.float32), np.nan),
-            ratio=None if ratio is None else pad(ratio.astype(np.float32), 1.0),
-            schedule=pad(self._lanes.schedule.astype(np.int32), 0),
-            spread=pad(self._lanes.spread.astype(np.float32), 0.0),
-        )
-        self._split, runs = self._init(pad(self._seeds.astype(np.uint32), 0), lanes)
-        self._fresh, self._epochs_done = runs, 0
-        return runs
+        def put_in_places(at: np.ndarray, fresh: Any, saved: Any) -> Any:
+            def put(fresh: np.ndarray, saved: np.ndarray) -> np.ndarray:
+                fresh = np.array(fresh)
+                fresh[at] = saved
+                return fresh
 
-    def put(self, saved: Any) -> Runs:
-        """Saved runs in place of the first fresh ones: the padding depends on the devices."""
-        fresh = to_host(self._fresh)
-        whole = jax.tree.map(lambda new, old: np.concatenate([new, old[len(new) :]]), saved, fresh)
-        self._epochs_done = int(np.max(saved.epoch))
+            return jax.tree.map(put, fresh, saved)
+
+        state = tuple(map(put_in_places, self._places, to_host(self._fresh), saved))
+        self._epochs_done = max(int(np.max(runs.epoch)) for runs in saved)
         return jax.tree.map(
             lambda x, on: jax.make_array_from_callback(x.shape, on.sharding, lambda i: x[i]),
-            whole,
+            state,
             self._fresh,
         )
 
-    def take(self, state: Runs) -> Runs:
-        """The runs without the padding, on the host."""
-        return jax.tree.map(lambda x: x[: self._count], to_host(state))
+    def take(self, state: Any) -> Any:
+        """The runs of a state, or what else there is of each, in their order and on the host."""
+        pairs = zip(self._places, to_host(state), strict=True)
+        return tuple(jax.tree.map(lambda x, at=at: x[at], mine) for at, mine in pairs)
 
-    def advance(self, state: Runs) -> Runs:
+    def advance(self, state: tuple[Run, ...]) -> tuple[Run, ...]:
         """An epoch. The state given is used up."""
+        number = np.int32(self._epochs_done)
         self._epochs_done += 1
-        test_now = np.asarray(self._epochs_done in self.phase.budgets)
-        return self._epoch(self._split, state, self._images, self._test, test_now)
+        state = self._epoch(self._splits, state, number, self._images, self._test)
+        return self._follow(state) if self._follow else state
 
-    def status(self, state: Runs) -> Status:
+    def status(self, state: tuple[Run, ...]) -> Status:
         """How far the runs are."""
-        told = (state.reason, state.epoch, state.history.val_error)
-        reasons, epochs, errors = (x[: self._count] for x in to_host(told))
+        told = self.take(tuple((r.reason, r.epoch, r.history.val_error) for r in state))
+        reasons, epochs, errors = map(np.concatenate, zip(*told, strict=True))
         now = last(errors, epochs)
         known = now[np.isfinite(now)]
         active = int((reasons == protocol.RUNNING).sum())
@@ -704,24 +652,64 @@ class Program:
         text = f"{active}/{reasons.size} runs active, val error {error}"
         return Status(int(epochs.max()), bool(active), text)
 
-    def find_wrong(self, state: Runs) -> tuple[np.ndarray, np.ndarray]:
-        """Which test images every run gets wrong, and its mean cross-entropy over all of them.
+    def find_wrong(self, state: tuple[Run, ...]) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+        """Which test images the runs of each arm get wrong, and the mean cross-entropy over all.
 
         Returns:
-          bool (seeds, lanes, test images); float32 (seeds, lanes).
+          For each arm bool (runs, test images), float32 (runs,).
         """
-        wrong, loss = to_host(self._wrong(state, self._test))
-        return wrong[: self._count], loss[: self._count]
+        return self.take(self._wrong(state, self._test))
 
 
-def lane_of(runs: Runs, lane: int) -> Runs:
-    """One lane of every seed, on the host, without the states of the updates."""
-    return jax.tree.map(lambda x: x[:, lane], runs._replace(opt_state=()))
+def _fill(given: Settings) -> Settings:
+    """Settings with every array as long as `seed`."""
+    count = len(given.seed)
+    return Settings(
+        seed=np.asarray(given.seed, np.uint32),
+        rate=np.asarray(given.rate, np.float32),
+        ratio=None if given.ratio is None else np.asarray(given.ratio, np.float32),
+        schedule=np.broadcast_to(np.asarray(given.schedule, np.int32), count),
+        spread=np.broadcast_to(np.asarray(given.spread, np.float32), (count, 3)),
+    )
 
 
-def same_start(rates: np.ndarray, schedule: int = protocol.BOLD_DRIVER) -> Lanes:
-    """Balanced lanes of one schedule, with one rate for all parameters: rates (seeds, lanes)."""
-    return Lanes(rates, None, np.full(rates.shape, schedule), np.zeros((*rates.shape, 3)))
+def _put_in_places(given: Settings, places: np.ndarray) -> Settings:
+    """The settings of the run at each place; where there is none, of one that has ended."""
+    found = jax.tree.map(lambda x: x[places], given)
+    return found._replace(rate=np.where(places < 0, np.float32(np.nan), found.rate))
+
+
+def _find_places(places: np.ndarray) -> np.ndarray:
+    """Where each run is."""
+    taken = np.flatnonzero(places >= 0)
+    return taken[np.argsort(places[taken])]
+
+
+def _find_leaders(
+    given: Sequence[Settings], placed: Sequence[Settings], first: np.ndarray
+) -> list[np.ndarray] | None:
+    """For each place of each arm, that of its seed's first run in the first arm.
+
+    Args:
+      given, placed: the settings of each run, and of each place.
+      first: where the first arm's runs are.
+
+    Returns:
+      None where no run follows another.
+    """
+    if not any(np.any(mine.schedule == protocol.FOLLOW) for mine in given):
+        return None
+    leader = dict(zip(given[0].seed[::-1].tolist(), first[::-1].tolist(), strict=True))
+    return [np.array([leader[seed] for seed in mine.seed.tolist()]) for mine in placed]
+
+
+def _follow(leaders: list[np.ndarray], state: tuple[Run, ...]) -> tuple[Run, ...]:
+    """The state with the rates of `protocol.FOLLOW` set to their leaders'."""
+    rates = state[0].rate
+    return tuple(
+        run._replace(rate=jnp.where(run.schedule == protocol.FOLLOW, rates[mine], run.rate))
+        for run, mine in zip(state, leaders, strict=True)
+    )
 
 
 def last(values: ArrayLike, epochs: ArrayLike) -> np.ndarray:
