@@ -571,10 +571,10 @@ class Program:
             )
 
         def init(settings: tuple[Settings, ...]) -> Any:
-            def one(arm: Arm, given: Settings) -> tuple[Split, Run]:
-                return init_split(phase, given.seed, total), init_run(network, phase, arm, given)
+            def block(arm: Arm, given: Settings) -> Run:
+                return jax.vmap(partial(init_run, network, phase, arm))(given)
 
-            return for_each_arm(lambda arm, given: jax.vmap(partial(one, arm))(given), settings)
+            return for_each_arm(block, settings)
 
         def advance(splits: Any, state: Any, number: Array, images: Images, test: Images) -> Any:
             def block(arm: Arm, splits: Split, runs: Run) -> Run:
@@ -598,17 +598,23 @@ class Program:
         self._init = over_devices(mesh, init, by_run=1)
         self._epoch = over_devices(mesh, advance, by_run=2, donate=1)
         self._wrong = over_devices(mesh, find_wrong_of, by_run=1)
-        by_run = NamedSharding(mesh, PartitionSpec("run"))
+        self._split = jax.jit(partial(jax.lax.map, partial(init_split, phase, images=total)))
+        self._by_run = NamedSharding(mesh, PartitionSpec("run"))
         self._follow = leaders and jax.jit(
-            partial(_follow, leaders), donate_argnums=0, out_shardings=by_run
+            partial(_follow, leaders), donate_argnums=0, out_shardings=self._by_run
         )
         self._epochs_done = 0
 
     def start(self) -> tuple[Run, ...]:
         """The runs at their start."""
-        self._splits, state = zip(*self._init(self._settings), strict=True)
-        self._fresh, self._epochs_done = state, 0
-        return state
+        # a seed's split is drawn once: for each run, it would be a third of the start
+        seeds = np.unique(np.concatenate([given.seed for given in self._settings]))
+        splits = jax.device_get(self._split(seeds))
+        index = [np.searchsorted(seeds, given.seed) for given in self._settings]
+        self._splits = self._shard([jax.tree.map(lambda x, i=i: x[i], splits) for i in index])
+        self._fresh: tuple[Run, ...] = self._init(self._settings)
+        self._epochs_done = 0
+        return self._fresh
 
     def put(self, saved: Any) -> tuple[Run, ...]:
         """Saved runs in place of the first fresh ones: their places depend on the devices."""
@@ -623,11 +629,15 @@ class Program:
 
         state = tuple(map(put_in_places, self._places, to_host(self._fresh), saved))
         self._epochs_done = max(int(np.max(runs.epoch)) for runs in saved)
-        return jax.tree.map(
-            lambda x, on: jax.make_array_from_callback(x.shape, on.sharding, lambda i: x[i]),
-            state,
-            self._fresh,
-        )
+        return self._shard(state)
+
+    def _shard(self, tree: Any) -> Any:
+        """What there is at each place, on the devices."""
+
+        def put(x: np.ndarray) -> Array:
+            return jax.make_array_from_callback(x.shape, self._by_run, lambda i: x[i])
+
+        return jax.tree.map(put, tree)
 
     def take(self, state: Any) -> Any:
         """The runs of a state, or what else there is of each, in their order and on the host."""
