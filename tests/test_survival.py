@@ -253,9 +253,15 @@ def test_verify_says_what_does_not_match(workshop, cache, once, tmp_path):
     provenance = json.loads((out / "provenance.json").read_text())
     provenance["files"]["history.csv"] = hashlib.sha256(path.read_bytes()).hexdigest()
     (out / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
-    said = run(workshop, cache, ["verify", "--out", out, "--data-dir", workshop.data], 1)
+    words = ["verify", "--out", out, "--data-dir", workshop.data]
+    said = run(workshop, cache, words, 1)
     assert "history.csv" in said
     assert "1 of 30 rows differ from epoch" in said
+    assert "recorded elsewhere" not in said
+    for command in provenance["commands"]:
+        command["commit"] = "an older one"
+    (out / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
+    assert "are to be expected: commit an older one, here" in run(workshop, cache, words, 1)
 
 
 def test_verify_says_that_the_data_are_others(workshop, cache, once, tmp_path):

@@ -168,10 +168,9 @@ def verify(out: Path, data_dir: str | None, **wanted: Any) -> None:
             same = same and check.matches
     named = ", ".join(f"{column} {chosen[column].item()}" for column in known.schema.cell)
     click.echo(f"{named}: {'verified' if same else 'DOES NOT MATCH its record'}")
-    note = elsewhere(known.provenance)
-    if note:
-        click.echo(f"note: recorded elsewhere, where other bits are to be expected: {note}")
     if not same:
+        if note := elsewhere(known.provenance):
+            click.echo(f"note: recorded elsewhere, where other bits are to be expected: {note}")
         sys.exit(1)
 
 

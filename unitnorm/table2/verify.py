@@ -109,8 +109,9 @@ def compare(table: str, known: Records, computed: pd.DataFrame, chosen: pd.DataF
 
 
 def elsewhere(recorded: dict[str, Any]) -> str:
-    """In what this machine and its versions differ from those recorded; "" where they do not."""
+    """In what machine, versions and commit differ from those recorded; "" where they do not."""
     here = {"versions": provenance.versions(), "device": provenance.device()}
+    commit = provenance.commit()
     notes: list[list[str]] = [
         [
             f"{key} {command[part].get(key)}, here {here[part][key]}"
@@ -118,6 +119,7 @@ def elsewhere(recorded: dict[str, Any]) -> str:
             for key in keys
             if command[part].get(key) != here[part][key]
         ]
+        + [f"commit {command['commit']}, here {commit}"] * (command.get("commit") != commit)
         for command in recorded["commands"]
     ]
     fewest: list[str] = min(notes, key=len, default=[])
@@ -138,5 +140,6 @@ def _rows(table: pd.DataFrame) -> str:
 def _apart(old: pd.Series, new: pd.Series) -> str:
     if old.dtype == np.float64:
         return f"by up to {np.nanmax(np.abs(old - new)):.3g}"
-    pair = pd.DataFrame({"old": old, "new": new}).query("old != new").iloc[0]
-    return f"{pair['old']!s:.40} there, {pair['new']!s:.40} here"
+    pair = pd.DataFrame({"old": old, "new": new}).query("old != new").iloc[0].astype(str)
+    # what is packed says nothing
+    return "{old} there, {new} here".format(**pair) if pair.str.len().max() <= 40 else "differs"
