@@ -78,6 +78,15 @@ def test_the_answers_figures_are_those_of_the_records():
     for update in ("un", "b-sgd"):  # cosine is the best schedule of both, on both
         first = ranks[ranks["update"] == update].groupby("dataset")["arm"].first()
         assert set(first) == {f"{update}@cosine"}
+    starts = pd.read_csv(ROOT / "results" / "study" / "starts" / "comparisons.csv")
+    assert set(starts["n"]) == {20}
+    starts = starts.set_index("comparison")
+    sgd, un = (starts.loc[[f"{u}, filters over 2 decades − balanced"]] for u in ("b-sgd", "un"))
+    ends = span(sgd, ENDS).replace("+", "")
+    assert f"higher by {sgd['difference'].item():.2f} points ({ends})" in answer
+    assert f"UN by {un['difference'].item():.2f} ({span(un, ENDS)})" in answer
+    less = starts[~starts.index.str.contains("over 2 decades")]
+    assert less["p_holm"].min() > 0.5
     for row in pd.read_csv(ROOT / "results" / "50-runs" / "differences.csv").itertuples():
         lower, low, high = (-100 * x for x in (row.mean, row.ci_high, row.ci_low))
         assert f"{lower:.2f}" in answer
