@@ -29,7 +29,7 @@ from unitnorm.table2.config import Config
 from unitnorm.table2.experiment import at_end, exact
 
 SEEDS_AT_ONCE = 4  # in a program; its runs are recorded together
-VARIANTS_AT_ONCE = 32  # of a seed, in a program
+VARIANTS_AT_ONCE = 32  # of a seed, in a program; all of a large grid would be recorded late
 
 
 @dataclass(frozen=True)

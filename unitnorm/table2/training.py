@@ -540,8 +540,8 @@ class Program:
         data: Dataset,
     ):
         network = archbn(config, data.train_images.shape[1], data.classes, depth)
-        self.title, self.epochs, self.phase = title, phase.max_epochs, phase
-        self._arms, settings = [arm for arm, _ in arms], [_fill(given) for _, given in arms]
+        self.title, self.epochs = title, phase.max_epochs
+        settings = [_fill(given) for _, given in arms]
         counts = [len(given.seed) for given in settings]
         self.samples = sum(counts) * phase.train_images
         devices = jax.devices()
@@ -549,9 +549,13 @@ class Program:
             devices = devices[: sum(-(-count // CPU_BLOCK) for count in counts)]
         on_cpu = devices[0].platform == "cpu"
         blocks = [CPU_BLOCK if on_cpu else -(-count // len(devices)) for count in counts]
-        dealt = deal(counts, blocks, len(devices))
-        self._settings = tuple(map(_put_in_places, settings, dealt))
-        self._places = [_find_places(places) for places in dealt]
+        self._dealt = deal(counts, blocks, len(devices))
+        self._places = [_find_places(dealt) for dealt in self._dealt]
+        self._settings = tuple(
+            # where there is no run, one that has ended
+            mine._replace(rate=np.where(dealt < 0, np.float32(np.nan), mine.rate))
+            for mine, dealt in zip(map(_rows, settings, self._dealt), self._dealt, strict=True)
+        )
         leaders = _find_leaders(settings, self._settings, self._places[0])
         mesh = Mesh(np.asarray(devices), ("run",), axis_types=(AxisType.Auto,))
         everywhere = NamedSharding(mesh, PartitionSpec())
@@ -565,9 +569,9 @@ class Program:
         total = len(data.train_labels)
 
         def for_each_arm(function: Callable[..., Any], *trees: Any) -> Any:
-            each = zip(self._arms, blocks, *trees, strict=True)
+            each = zip(arms, blocks, *trees, strict=True)
             return tuple(
-                in_blocks(block, partial(function, arm), *mine) for arm, block, *mine in each
+                in_blocks(block, partial(function, arm), *mine) for (arm, _), block, *mine in each
             )
 
         def init(settings: tuple[Settings, ...]) -> Any:
@@ -611,24 +615,19 @@ class Program:
         seeds = np.unique(np.concatenate([given.seed for given in self._settings]))
         splits = jax.device_get(self._split(seeds))
         index = [np.searchsorted(seeds, given.seed) for given in self._settings]
-        self._splits = self._shard([jax.tree.map(lambda x, i=i: x[i], splits) for i in index])
-        self._fresh: tuple[Run, ...] = self._init(self._settings)
+        self._splits = self._shard([_rows(splits, mine) for mine in index])
         self._epochs_done = 0
-        return self._fresh
+        state: tuple[Run, ...] = self._init(self._settings)
+        return state
 
     def put(self, saved: Any) -> tuple[Run, ...]:
-        """Saved runs in place of the first fresh ones: their places depend on the devices."""
-
-        def put_in_places(at: np.ndarray, fresh: Any, saved: Any) -> Any:
-            def put(fresh: np.ndarray, saved: np.ndarray) -> np.ndarray:
-                fresh = np.array(fresh)
-                fresh[at] = saved
-                return fresh
-
-            return jax.tree.map(put, fresh, saved)
-
-        state = tuple(map(put_in_places, self._places, to_host(self._fresh), saved))
+        """Saved runs at their places, which depend on the devices."""
         self._epochs_done = max(int(np.max(runs.epoch)) for runs in saved)
+        placed = zip(map(_rows, saved, self._dealt), self._dealt, strict=True)
+        ended = np.int32(protocol.NO_RATE)
+        state = tuple(
+            runs._replace(reason=np.where(dealt < 0, ended, runs.reason)) for runs, dealt in placed
+        )
         return self._shard(state)
 
     def _shard(self, tree: Any) -> Any:
@@ -641,8 +640,7 @@ class Program:
 
     def take(self, state: Any) -> Any:
         """The runs of a state, or what else there is of each, in their order and on the host."""
-        pairs = zip(self._places, to_host(state), strict=True)
-        return tuple(jax.tree.map(lambda x, at=at: x[at], mine) for at, mine in pairs)
+        return tuple(map(_rows, to_host(state), self._places))
 
     def advance(self, state: tuple[Run, ...]) -> tuple[Run, ...]:
         """An epoch. The state given is used up."""
@@ -683,16 +681,14 @@ def _fill(given: Settings) -> Settings:
     )
 
 
-def _put_in_places(given: Settings, places: np.ndarray) -> Settings:
-    """The settings of the run at each place; where there is none, of one that has ended."""
-    found = jax.tree.map(lambda x: x[places], given)
-    return found._replace(rate=np.where(places < 0, np.float32(np.nan), found.rate))
+def _rows(tree: Any, index: np.ndarray) -> Any:
+    """These rows of every array."""
+    return jax.tree.map(lambda x: x[index], tree)
 
 
-def _find_places(places: np.ndarray) -> np.ndarray:
+def _find_places(dealt: np.ndarray) -> np.ndarray:
     """Where each run is."""
-    taken = np.flatnonzero(places >= 0)
-    return taken[np.argsort(places[taken])]
+    return np.argsort(dealt)[np.sum(dealt < 0) :]
 
 
 def _find_leaders(
