@@ -165,12 +165,12 @@ def row_sums(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Arra
         width *= 2
     if size <= SHORT or size % width:
         return jnp.sum(function(*arrays), -1, keepdims=True)
-    pieces = [
-        function(*(jax.lax.slice_in_dim(array, i, i + width, axis=-1) for array in arrays))
-        for i in range(0, size, width)
-    ]
+    parts = (jax.lax.split(array, [width] * (size // width), -1) for array in arrays)
+    # traced once for all pieces, as `+` of JAX arrays would not be
+    function = jax.jit(function, inline=True)
+    pieces = [function(*part) for part in zip(*parts, strict=True)]
     while len(pieces) > 1:
-        pairs = [operator.add(*pieces[i : i + 2]) for i in range(0, len(pieces) - 1, 2)]
+        pairs = [jax.lax.add(*pieces[i : i + 2]) for i in range(0, len(pieces) - 1, 2)]
         pieces = pairs + pieces[2 * len(pairs) :]
     return jnp.sum(pieces[0], -1, keepdims=True)
 

@@ -232,7 +232,8 @@ def epoch(
         x, y = gather(images, index)
         return train_step(network, phase, arm, run.rate, at, x, y, run.ratio), None
 
-    zero = jnp.asarray(0.0)
+    # a constant would be found to differ from run to run, and the mini-batch traced once more
+    zero = 0 * run.rate
     at = Stepping(run.params, run.stats, run.opt_state, zero, zero)
     at, _ = jax.lax.scan(step, at, order[:full].reshape(-1, phase.batch_size))
     if full < phase.train_images:
@@ -409,25 +410,9 @@ def put_filters(params: Any, new: Sequence[Array]) -> Any:
 def evaluate(
     network: Network, params: Any, stats: Any, images: Images, index: Array
 ) -> tuple[Array, Array]:
-    """Fraction misclassified of the images at `index`, and mean cross-entropy, running statistics.
-
-    Every image counts once, whatever `EVALUATION_CHUNK`.
-    """
-    count, padded = len(index), chunked(index)
-    valid = (jnp.arange(padded.size) < count).reshape(padded.shape)
-
-    def body(
-        total: tuple[Array, Array], part: tuple[Array, Array]
-    ) -> tuple[tuple[Array, Array], None]:
-        x, y = gather(images, part[0])
-        logits, _ = network.apply(params, stats, x, False)
-        wrong = jnp.sum((jnp.argmax(logits, -1) != y) & part[1])
-        loss = jnp.sum(jnp.where(part[1], cross_entropy(logits, y), 0.0))
-        return (total[0] + wrong, total[1] + loss), None
-
-    start = jnp.asarray(0, jnp.int32), jnp.asarray(0.0)
-    (wrong, loss), _ = jax.lax.scan(body, start, (padded, valid))
-    return wrong / count, loss / count
+    """Fraction misclassified of the images at `index`, and mean cross-entropy in nats."""
+    wrong, losses = find_wrong(network, params, stats, images, index)
+    return wrong.mean(), losses.mean()
 
 
 def chunked(index: Array) -> Array:
@@ -440,17 +425,21 @@ def chunked(index: Array) -> Array:
     return jnp.pad(index, (0, -len(index) % chunk)).reshape(-1, chunk)
 
 
-def find_wrong(network: Network, params: Any, stats: Any, images: Images) -> tuple[Array, Array]:
-    """Which images are misclassified, bool (images,), and the mean cross-entropy."""
-    count = len(images.labels)
+def find_wrong(
+    network: Network, params: Any, stats: Any, images: Images, index: Array
+) -> tuple[Array, Array]:
+    """Which of the images at `index` are misclassified, bool (n,), and cross-entropy, float32 (n,).
+
+    Every image counts once, whatever `EVALUATION_CHUNK`.
+    """
 
     def body(_: None, part: Array) -> tuple[None, tuple[Array, Array]]:
         x, y = gather(images, part)
         logits, _ = network.apply(params, stats, x, False)
         return None, (jnp.argmax(logits, -1) != y, cross_entropy(logits, y))
 
-    _, (wrong, losses) = jax.lax.scan(body, None, chunked(jnp.arange(count, dtype=jnp.int32)))
-    return wrong.reshape(-1)[:count], losses.reshape(-1)[:count].mean()
+    _, (wrong, losses) = jax.lax.scan(body, None, chunked(index))
+    return wrong.reshape(-1)[: len(index)], losses.reshape(-1)[: len(index)]
 
 
 def in_blocks(block: int, function: Callable[..., Any], *trees: Any) -> Any:
@@ -593,9 +582,11 @@ class Program:
 
         def find_wrong_of(state: Any, test: Images) -> Any:
             def block(_: Arm, runs: Run) -> tuple[Array, Array]:
-                return jax.vmap(lambda p, s: find_wrong(network, p, s, test))(
+                everything = jnp.arange(len(test.labels), dtype=jnp.int32)
+                wrong, losses = jax.vmap(lambda p, s: find_wrong(network, p, s, test, everything))(
                     runs.params, runs.stats
                 )
+                return wrong, losses.mean(-1)
 
             return for_each_arm(block, state)
 
@@ -613,11 +604,11 @@ class Program:
         """The runs at their start."""
         # a seed's split is drawn once: for each run, it would be a third of the start
         seeds = np.unique(np.concatenate([given.seed for given in self._settings]))
-        splits = jax.device_get(self._split(seeds))
+        splits = self._split(seeds)
+        state: tuple[Run, ...] = self._init(self._settings)  # is traced while splits are drawn
         index = [np.searchsorted(seeds, given.seed) for given in self._settings]
-        self._splits = self._shard([_rows(splits, mine) for mine in index])
+        self._splits = self._shard([_rows(jax.device_get(splits), mine) for mine in index])
         self._epochs_done = 0
-        state: tuple[Run, ...] = self._init(self._settings)
         return state
 
     def put(self, saved: Any) -> tuple[Run, ...]:
