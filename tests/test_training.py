@@ -243,6 +243,15 @@ def test_errors_and_losses_count_every_image_once(both):
         assert run.history.val_error[0] == pytest.approx((np.argmax(logits, 1) != y).mean())
 
 
+def test_the_order_of_random_bits_is_that_of_a_stable_sort():
+    bits = np.random.default_rng(0).integers(0, 2**32, (2, 5000), dtype=np.uint32)
+    bits[:, ::3] = bits[:, :1]  # many ties
+    bits[0, 7], bits[1, 7] = 0, 2**32 - 1
+    found = jax.jit(jax.vmap(training.argsort))(bits)
+    assert found.dtype == np.int32
+    np.testing.assert_array_equal(found, np.argsort(bits, axis=-1, kind="stable"))
+
+
 def test_statistics_computed_anew_are_those_of_the_training_images():
     phase = training.train_phase(configured())._replace(statistics="anew")
     p, runs = program(seeds=1, updates=("un",), phase=phase)

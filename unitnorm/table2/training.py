@@ -225,7 +225,7 @@ def epoch(
     key = jax.random.fold_in(stream(split.order_seed, phase.order_stream), number)
     # one sort of random bits, where jax.random.permutation takes two to be safe from ties; with
     # 50,000 images about one epoch in four has a single tie, broken by the order of the split
-    order = split.train[jnp.argsort(jax.random.bits(key, (phase.train_images,)))]
+    order = split.train[argsort(jax.random.bits(key, (phase.train_images,)))]
     full = phase.train_images // phase.batch_size * phase.batch_size
 
     def step(at: Stepping, index: Array) -> tuple[Stepping, None]:
@@ -239,6 +239,17 @@ def epoch(
     if full < phase.train_images:
         at, _ = step(at, order[full:])
     return finish_epoch(network, phase, run, at, split, number, images, test)
+
+
+def argsort(bits: Array) -> Array:
+    """The order of uint32 (n,), int32 (n,): `jnp.argsort`, in a fifth of the time on a CPU.
+
+    XLA has a fast sort for one array of numbers, but not for two, so that the place is the lower
+    half of the number.
+    """
+    with jax.enable_x64(True):
+        places = jnp.arange(len(bits), dtype=jnp.uint64)
+        return jnp.sort((bits.astype(jnp.uint64) << 32) | places).astype(jnp.int32)
 
 
 def gather(images: Images, index: Array) -> tuple[Array, Array]:
