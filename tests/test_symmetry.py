@@ -36,7 +36,7 @@ BLIND = {
     "b-sgd", "sgd-wd", "weight-norm", "un-carried", "b-sgd-median", "sgdp", "adamp", "lars",
     "adam-srt",
 }  # fmt: skip
-SETTINGS = findings.Settings("blobs", 20, 0, RATE, STEPS, EPOCHS)
+SETTINGS = findings.Request("blobs", 20, 0, RATE, STEPS, EPOCHS)
 
 
 @pytest.fixture(scope="module")

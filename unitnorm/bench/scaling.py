@@ -32,7 +32,7 @@ COLUMNS = [
 
 
 @dataclass(frozen=True)
-class Point:
+class Setup:
     """What is measured in one process, or in several that work together."""
 
     runs: int
@@ -56,7 +56,7 @@ class Point:
         return Contestant("program", options, self.processes, joint=self.processes > 1)
 
 
-def list_points(cores: int, quick: bool = False) -> list[Point]:
+def list_points(cores: int, quick: bool = False) -> list[Setup]:
     """Runs and variants at depth 2, depths at 20 runs, and 20 runs on fewer devices and processes.
 
     The cores are shared among devices and processes that divide them evenly. The points of a study
@@ -66,16 +66,16 @@ def list_points(cores: int, quick: bool = False) -> list[Point]:
     runs, depths, variants = (
         (RUNS[:2], DEPTHS[1:2], VARIANTS[::3]) if quick else (RUNS, DEPTHS[1:], VARIANTS)
     )
-    points = [Point(count, 2) for count in runs] + [Point(table2, depth) for depth in depths]
-    points += [Point(seeds * count, 2, variants=count, way=STUDY) for count in variants]
+    points = [Setup(count, 2) for count in runs] + [Setup(table2, depth) for depth in depths]
+    points += [Setup(seeds * count, 2, variants=count, way=STUDY) for count in variants]
     if not quick:
-        points += [Point(table2, 2, 2**i) for i in range(16) if 2**i < cores]
-        points += [Point(table2, 2, cores // 2, 2)] if cores >= 2 and cores % 2 == 0 else []
+        points += [Setup(table2, 2, 2**i) for i in range(16) if 2**i < cores]
+        points += [Setup(table2, 2, cores // 2, 2)] if cores >= 2 and cores % 2 == 0 else []
     return points
 
 
 def measure_points(
-    points: Sequence[Point], rounds: int, images: int = IMAGES, *, say: Say = lambda _: None
+    points: Sequence[Setup], rounds: int, images: int = IMAGES, *, say: Say = lambda _: None
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Measure every point.
 

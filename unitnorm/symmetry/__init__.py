@@ -64,9 +64,7 @@ def run(
         raise UserError(f"--rate {rate}: expected a positive number, for example 0.01")
     measured = measure.measure_all(config, data, updates, rate, steps, epochs, say)
     cases = measure.list_cases(config)
-    settings = findings.Settings(
-        data.name, config.loss.batch_size, config.seed, rate, steps, epochs
-    )
+    settings = findings.Request(data.name, config.loss.batch_size, config.seed, rate, steps, epochs)
     found = findings.find(measured, cases)
     note = findings.explain(measured.trajectories, cases, settings)
     files = {f"{n}.csv": to_csv(table, 6).encode() for n, table in measured._asdict().items()}

@@ -28,7 +28,7 @@ STAYS, DRIFTS = "stays, to rounding", "drifts"
 Row = tuple[str, str, str]  # quantity, what was measured, finding
 
 
-class Settings(NamedTuple):
+class Request(NamedTuple):
     """What was asked for, for the text and the record."""
 
     data: str
@@ -69,7 +69,7 @@ def find(measured: Measured, cases: tuple[Case, Case]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["depth", "quantity", "measured", "finding"])
 
 
-def explain(walks: pd.DataFrame, cases: tuple[Case, Case], settings: Settings) -> str:
+def explain(walks: pd.DataFrame, cases: tuple[Case, Case], settings: Request) -> str:
     """How to read the table."""
     claim, trained = cases
     marks = ", ".join(map(str, choose_marks(walks)))
