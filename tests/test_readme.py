@@ -66,18 +66,23 @@ def test_the_answers_figures_are_those_of_the_records():
     assert f"(25 epochs: {span(own)}, intervals from {span(own, ENDS)})" in answer
     best = pd.read_csv(ROOT / "results" / "study" / "best-rates" / "comparisons.csv")
     best = best.sort_values(["comparison", "dataset"], ascending=[True, False])
-    driver, unsure, constant, lower, cosine, fashion = best["difference"]
     assert set(best["n"]) == {48}
-    one = best.iloc[1]
+    shallow, deep = (best[best["depth"] == depth] for depth in (2, 4))
+    driver, unsure, constant, lower, cosine, fashion = shallow["difference"]
+    one = shallow.iloc[1]
     assert one["verdict"] == "open"
     assert best["p_holm"].drop(one.name).max() < 0.001
     assert f"lower by {-cosine:.2f} on MNIST and by {-fashion:.2f} on Fashion-MNIST" in answer
-    assert f"by {-driver:.2f} and by {-unsure:.2f} (open: {span(best[1:2], ENDS)})" in answer
+    assert f"by {-driver:.2f} and by {-unsure:.2f} (open: {span(shallow[1:2], ENDS)})" in answer
     assert f"*higher* by {constant:.2f} on MNIST, lower by {-lower:.2f} on Fashion-MNIST" in answer
+    driver, constant, cosine = deep["difference"]
+    assert set(deep["dataset"]) == {"mnist"}
+    deeper = f"{-cosine:.2f} lower under cosine, {-driver:.2f} lower under the bold driver"
+    assert f"{deeper} and {constant:.2f} higher at a constant rate" in answer
     ranks = pd.read_csv(ROOT / "results" / "study" / "best-rates" / "ranking.csv")
-    for update in ("un", "b-sgd"):  # cosine is the best schedule of both, on both
-        first = ranks[ranks["update"] == update].groupby("dataset")["arm"].first()
-        assert set(first) == {f"{update}@cosine"}
+    for update in ("un", "b-sgd"):  # cosine is the best schedule of both, everywhere
+        mine = ranks[ranks["update"] == update]
+        assert set(mine.groupby(["dataset", "depth"])["arm"].first()) == {f"{update}@cosine"}
     starts = pd.read_csv(ROOT / "results" / "study" / "starts" / "comparisons.csv")
     assert set(starts["n"]) == {20}
     starts = starts.set_index("comparison")

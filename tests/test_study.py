@@ -17,7 +17,7 @@ from unitnorm.run.config import load, presets
 from unitnorm.run.loop import Session
 from unitnorm.run.records import Records, read
 from unitnorm.study import experiment
-from unitnorm.study.config import Plan
+from unitnorm.study.config import Plan, Seeds
 from unitnorm.study.schema import SCHEMA
 from unitnorm.study.statistics import unpack_wrong
 
@@ -92,7 +92,13 @@ def test_every_declared_run_is_there_and_no_other(done, plan_file):
         ("b-sgd", "compare"): 3, ("un", "tune"): 4, ("un", "compare"): 3,
         ("carried", "compare"): 3, ("constant", "compare"): 3, ("spread", "compare"): 6,
     }  # fmt: skip
-    assert experiment.count_runs(load(plan_file, {}, Plan)) == {"tune": 4, "compare": 18}
+    plan = load(plan_file, {}, Plan)
+    assert experiment.count_runs(plan) == {"tune": 4, "compare": 18}
+    assert experiment.count_recorded(plan, runs) == {"tune": 4, "compare": 18}
+    fewer = plan.model_copy(update={"compare": Seeds(first=plan.compare.first, count=1)})
+    assert experiment.count_recorded(fewer, runs) == {"tune": 4, "compare": 6}
+    elsewhere = plan.model_copy(update={"depths": [7]})
+    assert experiment.count_recorded(elsewhere, runs) == {"tune": 0, "compare": 0}
     assert set(runs.loc[runs["purpose"] == "tune", "seed"]) == {100, 101}
 
 

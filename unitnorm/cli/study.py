@@ -118,21 +118,22 @@ def do_study(plan: Plan, path: Path, job: Job) -> None:
     """Train what is missing, and record it batch by batch, with the plan as it was declared."""
     from unitnorm.run.progress import clock
     from unitnorm.run.provenance import committed
-    from unitnorm.study.experiment import count_runs, run_study
+    from unitnorm.study.experiment import count_recorded, count_runs, run_study
 
     records = job.records.with_files({"plan.toml": path.read_bytes()})
     noted = {**records.provenance, "plan_committed": committed(path)}
     job.records = replace(records, provenance=noted)
-    total, before = sum(count_runs(plan).values()), len(records["runs"])
+    total = sum(count_runs(plan).values())
+    before = sum(count_recorded(plan, records["runs"]).values())
     job.session.say(f"study: {before} of {total} runs are recorded")
     started = time.monotonic()
     for records in run_study(plan, job.data, job.records, job.session):
         job.store(records)
-        done = len(records["runs"])
+        done = sum(count_recorded(plan, records["runs"]).values())
         pace = (time.monotonic() - started) / max(done - before, 1)
         job.session.say(
             f"study: {done} of {total} runs, {3600 / pace:,.0f} an hour, about "
-            f"{clock(pace * max(total - done, 0))} left"
+            f"{clock(pace * (total - done))} left"
         )
 
 
@@ -140,14 +141,14 @@ def do_dry_run(plan: Plan, out: Path) -> None:
     """Say what is missing, and for how long: as recorded, or as a part of a run takes here."""
     from unitnorm.run.progress import clock
     from unitnorm.run.records import read
-    from unitnorm.study.experiment import count_runs, time_run
+    from unitnorm.study.experiment import count_recorded, count_runs, time_run
     from unitnorm.study.schema import SCHEMA
 
     known = read(out, SCHEMA)
-    for purpose, count in count_runs(plan).items():
-        done = int((known["runs"]["purpose"] == purpose).sum())
-        click.echo(f"{purpose}: {count} runs, {done} recorded")
-    missing = max(sum(count_runs(plan).values()) - len(known["runs"]), 0)
+    asked, done = count_runs(plan), count_recorded(plan, known["runs"])
+    for purpose, count in asked.items():
+        click.echo(f"{purpose}: {count} runs, {done[purpose]} recorded")
+    missing = sum(asked.values()) - sum(done.values())
     commands = known.provenance.get("commands", [])
     rows = sum(command["rows"] for command in commands)
     if rows:

@@ -30,6 +30,10 @@ class Seeds(Section):
     first: Annotated[int, Field(ge=0, le=2**30)] = 1000
     count: Annotated[int, Field(ge=0, le=100_000)] = 0
 
+    def all(self) -> range:
+        """Each of them."""
+        return range(self.first, self.first + self.count)
+
 
 class ArmPlan(Section):
     """One thing that is compared: an update with its options, rates, schedule and start."""

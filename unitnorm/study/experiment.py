@@ -88,7 +88,7 @@ def list_batches(plan: Plan, runs: pd.DataFrame) -> Iterator[Batch]:
                     whole = Batch(dataset, depth, purpose, *program, ())
                     missing = [
                         seed
-                        for seed in range(seeds.first, seeds.first + seeds.count)
+                        for seed in seeds.all()
                         if any(cell not in have for cell in whole.cells_of(seed))
                     ]
                     for start in range(0, len(missing), SEEDS_AT_ONCE):
@@ -310,6 +310,16 @@ def count_runs(plan: Plan) -> dict[str, int]:
     return {
         "tune": cells * plan.tune.count * sum(size for size in grids if size > 1),
         "compare": cells * plan.compare.count * levels,
+    }
+
+
+def count_recorded(plan: Plan, runs: pd.DataFrame) -> dict[str, int]:
+    """How many of `count_runs` are recorded; others may be, which the plan does not ask for."""
+    asked = runs["dataset"].isin(plan.datasets) & runs["depth"].isin(plan.depths)
+    asked &= runs["arm"].isin(plan.arms)
+    return {
+        purpose: int((asked & (runs["purpose"] == purpose) & runs["seed"].isin(seeds)).sum())
+        for purpose, seeds in (("tune", plan.tune.all()), ("compare", plan.compare.all()))
     }
 
 
