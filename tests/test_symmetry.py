@@ -36,7 +36,7 @@ BLIND = {
     "b-sgd", "sgd-wd", "weight-norm", "un-carried", "b-sgd-median", "sgdp", "adamp", "lars",
     "adam-srt",
 }  # fmt: skip
-SETTINGS = findings.Request("blobs", 20, 0, RATE, STEPS, EPOCHS)
+REQUEST = findings.Request("blobs", 20, 0, RATE, STEPS, EPOCHS)
 
 
 @pytest.fixture(scope="module")
@@ -362,7 +362,7 @@ def test_without_epsilon_both_cases_are_told_apart(measured):
 
     cases = (CLAIM, Case("float32", 0.0))
     found = findings.find(Measured(*map(without, measured)), cases)
-    note = findings.explain(measured.trajectories, cases, SETTINGS)
+    note = findings.explain(measured.trajectories, cases, REQUEST)
     text = findings.write_summary(found, note)
     assert "ε = 0, float64" in text
     assert "1e-5" not in text

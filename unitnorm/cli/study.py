@@ -133,7 +133,7 @@ def do_study(plan: Plan, path: Path, job: Job) -> None:
         pace = (time.monotonic() - started) / max(done - before, 1)
         job.session.say(
             f"study: {done} of {total} runs, {3600 / pace:,.0f} an hour, about "
-            f"{clock(pace * (total - done))} left"
+            f"{clock(pace * max(total - done, 0))} left"
         )
 
 
@@ -148,7 +148,7 @@ def do_dry_run(plan: Plan, out: Path) -> None:
     asked, done = count_runs(plan), count_recorded(plan, known["runs"])
     for purpose, count in asked.items():
         click.echo(f"{purpose}: {count} runs, {done[purpose]} recorded")
-    missing = sum(asked.values()) - sum(done.values())
+    missing = max(sum(asked.values()) - sum(done.values()), 0)
     commands = known.provenance.get("commands", [])
     rows = sum(command["rows"] for command in commands)
     if rows:

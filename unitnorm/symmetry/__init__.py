@@ -64,16 +64,16 @@ def run(
         raise UserError(f"--rate {rate}: expected a positive number, for example 0.01")
     measured = measure.measure_all(config, data, updates, rate, steps, epochs, say)
     cases = measure.list_cases(config)
-    settings = findings.Request(data.name, config.loss.batch_size, config.seed, rate, steps, epochs)
+    request = findings.Request(data.name, config.loss.batch_size, config.seed, rate, steps, epochs)
     found = findings.find(measured, cases)
-    note = findings.explain(measured.trajectories, cases, settings)
+    note = findings.explain(measured.trajectories, cases, request)
     files = {f"{n}.csv": to_csv(table, 6).encode() for n, table in measured._asdict().items()}
     files["summary.md"] = findings.write_summary(found, note).encode()
     record = {
         **provenance.describe(config, describe_data(data)),
         "depths": sorted(config.depths),
         "updates": list(updates),
-        **{key: getattr(settings, key) for key in ("rate", "steps", "epochs")},
+        **{key: getattr(request, key) for key in ("rate", "steps", "epochs")},
         "versions": provenance.versions(),
         "cpu": devices.cpu_model(),
         "commit": provenance.commit(),

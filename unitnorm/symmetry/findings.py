@@ -69,22 +69,22 @@ def find(measured: Measured, cases: tuple[Case, Case]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["depth", "quantity", "measured", "finding"])
 
 
-def explain(walks: pd.DataFrame, cases: tuple[Case, Case], settings: Request) -> str:
+def explain(walks: pd.DataFrame, cases: tuple[Case, Case], request: Request) -> str:
     """How to read the table."""
     claim, trained = cases
     marks = ", ".join(map(str, choose_marks(walks)))
     slow = [u for u in sort_updates(walks["update"]) if u in RATE_SHARE]
-    other = f" ({', '.join(slow)}: {shorten(settings.rate * RATE_SHARE[slow[0]])})" if slow else ""
+    other = f" ({', '.join(slow)}: {shorten(request.rate * RATE_SHARE[slow[0]])})" if slow else ""
     return (
-        f"Mini-batches of {settings.batch_size} images of {settings.data}, seed {settings.seed}; "
+        f"Mini-batches of {request.batch_size} images of {request.data}, seed {request.seed}; "
         f"{named(claim)} unless another ε stands there (then {trained.dtype}). loss: largest "
         "relative change over ten decades of |α|, or from → to for the trained network. gap: "
         f"‖Δ logits‖ / ‖logits‖ of the trainings from W and from diag(α)W after {marks} steps at "
-        f"learning rate {shorten(settings.rate)}{other}; rounding: the same from Orth(diag(α)W), "
+        f"learning rate {shorten(request.rate)}{other}; rounding: the same from Orth(diag(α)W), "
         "which is W but for rounding. α where ε = 1% of α²σ²: for some feature of the trained "
         "network. predictions: the largest share of test images on which the two trainings "
         "disagree at the end. ‖w‖ and λ/‖w‖²: median of the layers after "
-        f"{settings.epochs} epoch{'s' * (settings.epochs > 1)}."
+        f"{request.epochs} epoch{'s' * (request.epochs > 1)}."
     )
 
 

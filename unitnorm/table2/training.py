@@ -619,10 +619,11 @@ class Program:
         """The runs at their start."""
         # a seed's split is drawn once: for each run, it would be a third of the start
         seeds = np.unique(np.concatenate([given.seed for given in self._settings]))
-        splits = self._split(seeds)
+        drawn = self._split(seeds)
         state: tuple[Run, ...] = self._init(self._settings)  # is traced while splits are drawn
+        splits = jax.device_get(drawn)
         index = [np.searchsorted(seeds, given.seed) for given in self._settings]
-        self._splits = self._shard([_rows(jax.device_get(splits), mine) for mine in index])
+        self._splits = self._shard([_rows(splits, mine) for mine in index])
         self._epochs_done = 0
         return state
 
