@@ -14,6 +14,7 @@ from unitnorm.errors import UserError
 from unitnorm.run.job import Job, open_job, print_report
 
 if TYPE_CHECKING:
+    from unitnorm.run.records import Records
     from unitnorm.study.config import Plan
 
 RUNS = "runs/study"
@@ -120,9 +121,10 @@ def do_study(plan: Plan, path: Path, job: Job) -> None:
     from unitnorm.run.provenance import committed
     from unitnorm.study.experiment import count_recorded, count_runs, run_study
 
-    records = job.records.with_files({"plan.toml": path.read_bytes()})
-    noted = {**records.provenance, "plan_committed": committed(path)}
-    job.records = replace(records, provenance=noted)
+    plan_file = path.read_bytes()
+    declared = tell_when_declared(job.records, plan_file, committed(path))
+    records = job.records.with_files({"plan.toml": plan_file})
+    job.records = replace(records, provenance={**records.provenance, "plan_committed": declared})
     total = sum(count_runs(plan).values())
     before = sum(count_recorded(plan, records["runs"]).values())
     job.session.say(f"study: {before} of {total} runs are recorded")
@@ -135,6 +137,22 @@ def do_study(plan: Plan, path: Path, job: Job) -> None:
             f"study: {done} of {total} runs, {3600 / pace:,.0f} an hour, about "
             f"{clock(pace * max(total - done, 0))} left"
         )
+
+
+def tell_when_declared(known: Records, plan_file: bytes, committed: str | None) -> str | None:
+    """When a plan was committed that goes on from `known`; where it was changed since, both times.
+
+    Args:
+      known: the records so far.
+      plan_file: the plan as it is now.
+      committed: when it was, as far as git knows.
+    """
+    before = known.provenance.get("plan_committed")
+    if "plan.toml" not in known.files:
+        return committed
+    if known.files["plan.toml"] == plan_file:
+        return before
+    return f"{before or 'not committed'}, changed {committed or 'not committed'}"
 
 
 def do_dry_run(plan: Plan, out: Path) -> None:
