@@ -158,6 +158,7 @@ def test_the_command_trains_reports_and_verifies(plan_file, idx_folder, tmp_path
     compared = pd.read_csv(out / "comparisons.csv")
     assert list(compared["n"]) == [3]
     assert {"ci_low", "ci_high", "p", "p_holm", "verdict", "dataset"} <= set(compared.columns)
+    assert "| comparison   |   blobs, depth 2 |" in (out / "summary.md").read_text()
     words = ["verify", "--out", str(out), "--data-dir", str(idx_folder), "--run", "7"]
     result = CliRunner().invoke(cli.main, words, catch_exceptions=False)
     assert result.exit_code == 0, result.output

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from tests.study_example import COMPARISONS, RATES, invent_runs, invent_spread_runs
 from unitnorm.errors import UserError
 from unitnorm.report.style import encode
+from unitnorm.study.config import Plan
 from unitnorm.study.figures import (
     VERDICTS,
     budget_means,
@@ -18,6 +19,7 @@ from unitnorm.study.figures import (
     draw_spreads,
     draw_tuning,
 )
+from unitnorm.study.report import summary_cells
 from unitnorm.study.statistics import compare, rate_means
 
 
@@ -49,6 +51,24 @@ def test_forest_draws_each_comparison_of_errors_at_its_difference(runs):
     inside = errors["difference"].abs() <= limit
     np.testing.assert_allclose(drawn, errors.loc[inside, "difference"])
     assert len(errors) == 16
+
+
+def test_a_summary_has_every_comparison_of_errors_in_its_place(runs):
+    plan = Plan.model_construct(
+        question="?", datasets=["mnist", "fashion"], depths=[2, 4, 8], margin=0.05, alpha=0.05
+    )
+    table = compare(runs, COMPARISONS)
+    table.loc[0, ["difference", "ci_low", "ci_high"]] = math.nan
+    frame = summary_cells(plan, table).frame.set_index("comparison")
+    places = ["mnist, depth 2", "mnist, depth 4", "fashion, depth 2", "fashion, depth 4"]
+    assert list(frame.columns) == places
+    assert list(frame.index) == [one.name for one in COMPARISONS[:-1]]
+    for row in table[table["metric"] != "train_loss"].itertuples():
+        cell = frame.loc[row.comparison, f"{row.dataset}, depth {row.depth}"]
+        half = (row.ci_high - row.ci_low) / 2
+        told = cell.replace("−", "-").split()
+        assert told == ["–"] if row.Index == 0 else [*told[:2], f"{half:.2f}", row.verdict]
+        assert row.Index == 0 or float(told[0]) == round(row.difference, 2)
 
 
 def test_forest_keeps_one_failure_from_hiding_the_rest(runs):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from rich.console import Group
 from rich.text import Text
 
 from unitnorm.report.style import encode
-from unitnorm.report.tables import Cells, Fitting, to_csv, to_markdown
+from unitnorm.report.tables import Cells, Fitting, format_signed, to_csv, to_markdown
 from unitnorm.run.config import parse
 from unitnorm.run.records import Records
 from unitnorm.study import figures, statistics
@@ -41,6 +42,7 @@ def build(known: Records, compared: pd.DataFrame) -> dict[str, bytes]:
     if len(compared):
         files["comparisons.csv"] = to_csv(compared).encode()
         files["comparisons.md"] = to_markdown(comparison_cells(known, compared)).encode() + b"\n"
+        files["summary.md"] = to_markdown(summary_cells(plan_of(known), compared)).encode() + b"\n"
     if (runs["purpose"] == "compare").any():
         files["ranking.csv"] = to_csv(statistics.rank(runs)).encode()
     drawn = {}
@@ -90,13 +92,39 @@ def comparison_cells(known: Records, compared: pd.DataFrame) -> Cells:
     return Cells(plan.question, pd.DataFrame(rows, columns=[*columns, "verdict"]), _note(known))
 
 
+def summary_cells(plan: Plan, compared: pd.DataFrame) -> Cells:
+    """The comparisons of errors at a glance: a row each, a column for each data set and depth."""
+    errors = compared[compared["metric"].str.contains("error")]
+    places = [(dataset, depth) for dataset in plan.datasets for depth in plan.depths]
+    found: dict[str, dict[tuple[str, int], str]] = {}
+    for row in errors.to_dict("records"):
+        half = (row["ci_high"] - row["ci_low"]) / 2
+        text = f"{format_signed(row['difference'], 2)} ± {half:.2f} {row['verdict']}"
+        cells = found.setdefault(_name(row), {})
+        cells[row["dataset"], row["depth"]] = "–" if math.isnan(half) else text
+    there = [place for place in places if any(place in cells for cells in found.values())]
+    rows = [[name, *(cells.get(place, "–") for place in there)] for name, cells in found.items()]
+    columns = ["comparison", *(f"{dataset}, depth {depth}" for dataset, depth in there)]
+    least, most = errors["n"].min(), errors["n"].max()
+    pairs = f"{least}" if least == most else f"{least} to {most}"
+    note = (
+        f"Test error in percentage points, arm − baseline, ± half of the {100 * (1 - plan.alpha):g}"
+        f" % interval, in {pairs} pairs of runs by seed; verdicts by Holm over all; equivalent: "
+        f"within ±{plan.margin}."
+    )
+    return Cells(plan.question, pd.DataFrame(rows, columns=columns), note)
+
+
+def _name(row: dict[Any, Any]) -> str:
+    return ", ".join(part for part in (row["comparison"], str(row["level"])) if part)
+
+
 def _comparison_row(row: dict[Any, Any]) -> list[str]:
-    level = f", {row['level']}" if row["level"] else ""
     left_out = f" (−{row['n_left_out']})" if row["n_left_out"] else ""
     return [
         row["dataset"],
         str(row["depth"]),
-        row["comparison"] + level,
+        _name(row),
         f"{row['n']}{left_out}",
         f"{row['difference']:+.3f}",
         f"{row['ci_low']:+.3f} to {row['ci_high']:+.3f}",
