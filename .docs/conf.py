@@ -95,7 +95,7 @@ def _result(name: str, pattern: str = r"(.*)") -> str:
 
 def _study() -> str:
     """The findings of each plan in results/study/, as its report wrote them."""
-    found = sorted((ROOT / "results" / "study").glob("*/*.md"))
+    found = sorted((ROOT / "results" / "study").glob("*/summary.md"))
     if not found:
         return (
             "Nothing of the study is published yet. Until it is, this page has no advice on "
