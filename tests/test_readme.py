@@ -59,7 +59,7 @@ def test_the_answers_figures_are_those_of_the_records():
         return f"{of[low].min():+.2f} to {of[high].max():+.2f}"
 
     rate, own = rows[kind == "rate"], rows[(kind == "each") & (rows["dataset"] == "fashion")]
-    assert f"changes the test error by {span(constraint)} percentage" in answer
+    assert f"constraint changes it by {span(constraint)} (twelve comparisons" in answer
     assert f"{span(rate[rate['dataset'] == 'mnist'])} on MNIST" in answer
     assert f"{span(rate[rate['dataset'] == 'fashion'])} on Fashion-MNIST" in answer
     assert rate["p_holm"].max() < 0.001
@@ -80,6 +80,15 @@ def test_the_answers_figures_are_those_of_the_records():
     for update in ("un", "b-sgd"):  # cosine is the best schedule of both, everywhere
         mine = ranks[ranks["update"] == update]
         assert set(mine.groupby(["dataset", "depth"])["arm"].first()) == {f"{update}@cosine"}
+    rows = pd.read_csv(ROOT / "results" / "study" / "annealed" / "comparisons.csv")
+    kind = rows["comparison"].str.extract(r"^(constraint|rate)", expand=False)
+    constraint, rate = rows[kind == "constraint"], rows[kind == "rate"]
+    assert len(constraint) == 8
+    assert set(constraint["verdict"]) <= {"open", "equivalent"}
+    assert set(rate["verdict"]) == {"better"}
+    assert f"changes the test error by {span(constraint)} percentage points" in answer
+    assert f"eight comparisons of {constraint['n'].min()}" in answer
+    assert f"by {span(rate)}: the whole lead" in answer
     starts = pd.read_csv(ROOT / "results" / "study" / "starts" / "comparisons.csv")
     assert set(starts["n"]) == {20}
     starts = starts.set_index("comparison")
