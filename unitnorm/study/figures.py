@@ -25,6 +25,7 @@ from unitnorm.report.tables import format_points
 from unitnorm.study.statistics import (
     is_error,
     metric_values,
+    name_comparison,
     profile_rates,
     rate_means,
 )
@@ -317,10 +318,10 @@ def _forest_text(row: Mapping) -> str:
 def _titles(rows: pd.DataFrame) -> list[str]:
     names = []
     for row in rows.to_dict("records"):
-        parts = [row["comparison"], row["level"]]
+        name = name_comparison(row)
         if row["metric"] != "test_error":
-            parts.append(name_metric(row["metric"]).removesuffix(" [%]"))
-        names.append(", ".join(part for part in parts if part))
+            name += f", {name_metric(row['metric']).removesuffix(' [%]')}"
+        names.append(name)
     return names
 
 

@@ -37,17 +37,17 @@ def build(known: Records, compared: pd.DataFrame) -> dict[str, bytes]:
     Args:
       compared: from `comparisons_of`.
     """
-    runs = known["runs"]
+    plan, runs = plan_of(known), known["runs"]
     files = {}
     if len(compared):
         files["comparisons.csv"] = to_csv(compared).encode()
         files["comparisons.md"] = to_markdown(comparison_cells(known, compared)).encode() + b"\n"
-        files["summary.md"] = to_markdown(summary_cells(plan_of(known), compared)).encode() + b"\n"
+        files["summary.md"] = to_markdown(summary_cells(plan, compared)).encode() + b"\n"
     if (runs["purpose"] == "compare").any():
         files["ranking.csv"] = to_csv(statistics.rank(runs)).encode()
     drawn = {}
     if len(compared):
-        drawn["comparisons"] = figures.draw_forest(compared, plan_of(known).margin)
+        drawn["comparisons"] = figures.draw_forest(compared, plan.margin)
     if (runs["purpose"] == "compare").any():
         drawn["budgets"] = figures.draw_budgets(runs)
         if (runs["spread"] > 0).any():
@@ -94,13 +94,13 @@ def comparison_cells(known: Records, compared: pd.DataFrame) -> Cells:
 
 def summary_cells(plan: Plan, compared: pd.DataFrame) -> Cells:
     """The comparisons of errors at a glance: a row each, a column for each data set and depth."""
-    errors = compared[compared["metric"].str.contains("error")]
+    errors = compared[compared["metric"].map(statistics.is_error)]
     places = [(dataset, depth) for dataset in plan.datasets for depth in plan.depths]
     found: dict[str, dict[tuple[str, int], str]] = {}
     for row in errors.to_dict("records"):
         half = (row["ci_high"] - row["ci_low"]) / 2
         text = f"{format_signed(row['difference'], 2)} ± {half:.2f} {row['verdict']}"
-        cells = found.setdefault(_name(row), {})
+        cells = found.setdefault(statistics.name_comparison(row), {})
         cells[row["dataset"], row["depth"]] = "–" if math.isnan(half) else text
     there = [place for place in places if any(place in cells for cells in found.values())]
     rows = [[name, *(cells.get(place, "–") for place in there)] for name, cells in found.items()]
@@ -115,16 +115,12 @@ def summary_cells(plan: Plan, compared: pd.DataFrame) -> Cells:
     return Cells(plan.question, pd.DataFrame(rows, columns=columns), note)
 
 
-def _name(row: dict[Any, Any]) -> str:
-    return ", ".join(part for part in (row["comparison"], str(row["level"])) if part)
-
-
 def _comparison_row(row: dict[Any, Any]) -> list[str]:
     left_out = f" (−{row['n_left_out']})" if row["n_left_out"] else ""
     return [
         row["dataset"],
         str(row["depth"]),
-        _name(row),
+        statistics.name_comparison(row),
         f"{row['n']}{left_out}",
         f"{row['difference']:+.3f}",
         f"{row['ci_low']:+.3f} to {row['ci_high']:+.3f}",

@@ -69,6 +69,11 @@ def is_error(metric: str) -> bool:
     return "_error" in metric
 
 
+def name_comparison(row: Mapping) -> str:
+    """What a row of `compare` is called: its comparison, and the level where it has several."""
+    return ", ".join(part for part in (row["comparison"], row["level"]) if part)
+
+
 def compare(
     runs: pd.DataFrame,
     comparisons: Sequence[ComparisonPlan],
