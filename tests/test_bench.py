@@ -159,6 +159,7 @@ def test_a_spread_is_median_lowest_and_highest():
     ("device", "name"),
     [
         ({"kind": "AMD EPYC", "platform": "cpu", "count": 2}, "amd-epyc-2-cores"),
+        ({"kind": "AMD EPYC, AVX-512", "platform": "cpu", "count": 2}, "amd-epyc-avx-512-2-cores"),
         (
             {"kind": "Intel(R) Xeon(R) CPU @ 2.20GHz", "platform": "cpu", "count": 1},
             "intel-xeon-1-cores",

@@ -69,6 +69,20 @@ def test_on_macos_the_processor_is_asked_of_sysctl(tells, on_macos, monkeypatch)
     assert devices.cpu_model() == ("Apple M3 Pro" if tells else "arm")
 
 
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("fpu avx avx2 avx512f", "AMD EPYC, AVX-512"),
+        ("fpu avx avx2", "AMD EPYC, AVX2"),
+        ("fpu", "AMD EPYC"),
+    ],
+)
+def test_processors_of_one_name_are_told_apart_by_their_vectors(flags, told, monkeypatch):
+    text = f"processor\t: 0\nmodel name\t: AMD EPYC\nflags\t\t: {flags}\n\n" * 2
+    monkeypatch.setattr(pathlib.Path, "read_text", lambda *_, **__: text)
+    assert devices.cpu_model() == told
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system does not tell")
 def test_only_the_cores_that_this_process_may_use_are_counted():
     allowed = os.sched_getaffinity(0)
