@@ -98,14 +98,22 @@ def config():
     return parse({"loss": {"batch_size": 20}}, "test", Config)
 
 
-@pytest.mark.parametrize("riemannian", [False, True], ids=["torch-sgd", "geoopt"])
-def test_the_peers_loops_are_ours_step_by_step(images, config, riemannian, monkeypatch):
+@pytest.mark.parametrize(
+    ("optimiser", "package"),
+    [
+        ("SGD", "torch"),
+        ("RiemannianSGD", "geoopt"),
+        ("ObliqueSGD", "emerging_optimizers"),
+    ],
+)
+def test_the_peers_loops_are_ours_step_by_step(images, config, optimiser, package, monkeypatch):
     torch = pytest.importorskip("torch")
-    pytest.importorskip("geoopt")
+    pytest.importorskip(package)
+    riemannian = optimiser != "SGD"
     from unitnorm.bench import peers
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    theirs = peers.Loop(2, images, config, riemannian)
+    theirs = peers.Loop(2, images, config, optimiser)
 
     def un(params):
         filters = filter_mask(params)
@@ -266,12 +274,13 @@ SECONDS = {  # by name and runs
     ("optax-loop", 1): [0.25, 0.25, 0.25],
     ("optax-loop", 2): [1.0, 1.0, 1.0],
 }
+MISSING = {"torch_sgd": "torch", "oblique_sgd": "emerging_optimizers"}
 COSTS = {"without": [1.0, 2.0, 1.0], "with": [1.1, 2.0, 1.05]}  # in each of two starts
 
 
 @pytest.fixture
 def measured(monkeypatch):
-    """A comparison of numbers that we know, on two cores; PyTorch's SGD is not installed."""
+    """A comparison of numbers that we know, on two cores; two peers are not installed."""
 
     @contextlib.contextmanager
     def started(chosen):
@@ -280,8 +289,8 @@ def measured(monkeypatch):
             if contestant.kind == "machine":
                 answer = {"flops_per_s": 240e9, "bytes_per_s": 20e9, "seconds": 1.0}
                 workers[key] = Fake(key, [], {}, [answer] * 3)
-            elif contestant.kind == "torch_sgd":
-                missing[key] = "torch"
+            elif contestant.kind in MISSING:
+                missing[key] = MISSING[contestant.kind]
             else:
                 times = COSTS[key] if key in COSTS else SECONDS[key[:2]]
                 runs = 10 if key in COSTS else key.runs
@@ -312,7 +321,7 @@ def test_the_comparison_is_medians_and_ratios_round_by_round(measured, tmp_path)
     bound = 240e9 / (214_912 + 105_088 / 5)
     assert rows["bound", 20, 1][1:4] == pytest.approx([bound] * 3, rel=1e-6)
     facts = json.loads((tmp_path / "amd-epyc-2-cores.json").read_text())
-    assert facts["missing"] == {"torch-sgd": "torch"}
+    assert facts["missing"] == {"torch-sgd": "torch", "oblique-sgd": "emerging_optimizers"}
     assert facts["command"].startswith("unitnorm")
     assert facts["versions"]["jax"] == jax.__version__
     costs = pd.read_csv(tmp_path / "amd-epyc-2-cores-costs.csv")
@@ -330,7 +339,7 @@ def test_the_comparison_is_medians_and_ratios_round_by_round(measured, tmp_path)
         # the headline is against the better row of each
         "- Depth 2: 2.0 times as fast as geoopt in 2 processes, its best.",
         "- Depth 2: 1.2 times as fast as optax-loop in one process, its best.",
-        "Emerging-Optimizers is not compared",
+        "oblique-sgd is left out: emerging_optimizers is not installed (pip install 'git+https:",
     ):
         assert said in text
         assert said in " ".join(done.output.split())
@@ -343,7 +352,7 @@ def test_a_quick_look_says_each_step_and_leaves_out_what_takes_long(measured, tm
     done = CliRunner().invoke(cli.main, ["bench", "--quick", "--out", str(tmp_path)])
     assert done.exit_code == 0, done.output
     lines = done.output.splitlines()
-    assert lines[0] == "depth 2, starting 12 processes"
+    assert lines[0] == "depth 2, starting 15 processes"
     assert "depth 2, round 2 of 2: geoopt, runs 2, processes 2" in lines
     assert not any("depth 4" in line or "instead of B-SGD" in line for line in lines)
     facts = json.loads((tmp_path / "amd-epyc-2-cores.json").read_text())

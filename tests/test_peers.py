@@ -1,4 +1,4 @@
-"""Step by step agreement, in float64, with two libraries for optimisation on manifolds.
+"""Step by step agreement, in float64, with three libraries for optimisation on manifolds.
 
 The problem is a random dense layer (12 inputs, 5 filters) with a quadratic loss that is not
 invariant to scale, so that its gradient is far from tangent.
@@ -17,7 +17,7 @@ STEPS, RATE = 50, 0.05
 
 def peer(name):
     """A package of the extra `peers`, or a skip that says which."""
-    return pytest.importorskip(name, reason=f"needs {name}: pip install unitnorm[peers]")
+    return pytest.importorskip(name, reason=f"needs {name}: see CONTRIBUTING")
 
 
 def problem():
@@ -40,14 +40,24 @@ def ours(tx):
     return np.stack(path)
 
 
-def geoopts(make_optimizer, prepare=None):
-    """Its filters after each step. There a filter is a row, so everything is transposed."""
-    geoopt, torch = peer("geoopt"), peer("torch")
-    start, curvature, target = (torch.tensor(a) for a in problem())
-    w = geoopt.ManifoldParameter(start.T.contiguous(), manifold=geoopt.Sphere())
-    optimizer = make_optimizer(geoopt.optim, [w])
-    if prepare:
+def geoopts(make_optimizer, prepare=lambda state: None):
+    """geoopt's filters after each step."""
+    geoopt = peer("geoopt")
+
+    def make(rows):
+        w = geoopt.ManifoldParameter(rows, manifold=geoopt.Sphere())
+        optimizer = make_optimizer(geoopt.optim, [w])
         prepare(optimizer.state[w])
+        return w, optimizer
+
+    return torchs(make)
+
+
+def torchs(make):
+    """A PyTorch optimiser's filters after each step. There a filter is a row."""
+    torch = peer("torch")
+    start, curvature, target = (torch.tensor(a) for a in problem())
+    w, optimizer = make(start.T.contiguous())
     path = []
     for _ in range(STEPS):
         w.grad = (curvature @ w.detach().T - target).T.contiguous()
@@ -59,6 +69,16 @@ def geoopts(make_optimizer, prepare=None):
 def test_un_is_geoopts_riemannian_sgd():
     theirs = geoopts(lambda optim, w: optim.RiemannianSGD(w, lr=RATE))
     np.testing.assert_allclose(ours(updates.un(RATE)), theirs, rtol=0, atol=1e-12)
+
+
+def test_un_is_emerging_optimizers_oblique_sgd():
+    emerging = peer("emerging_optimizers.riemannian_optimizers")
+
+    def make(rows):
+        w = peer("torch").nn.Parameter(rows)
+        return w, emerging.ObliqueSGD([w], lr=RATE, momentum=0.0, dim=1)
+
+    np.testing.assert_allclose(ours(updates.un(RATE)), torchs(make), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,7 @@
 """Training samples per second of ours, of the peers and of the machine; and what UN costs.
 
 Every peer has two rows: one process, and an independent one for each core, as anybody would start
-them who has several runs to train. The better one is what we compare with. NVIDIA's
-Emerging-Optimizers (ObliqueSGD) would be a peer too, but is not on PyPI.
+them who has several runs to train. The better one is what we compare with.
 """
 
 from __future__ import annotations
@@ -23,7 +22,12 @@ SEEDS = 10  # of each update, as in Table 2
 IMAGES = 50_000  # training images of an epoch, as in Table 2
 UN_COST, SAVE_COST = "UN instead of B-SGD", "a checkpoint after every epoch"
 COST_STARTS = 2  # where the memory of a process comes to lie makes a percent or two
-PEERS = {"geoopt": "geoopt", "torch-sgd": "torch_sgd", "optax-loop": "optax_loop"}
+PEERS = {
+    "geoopt": "geoopt",
+    "oblique-sgd": "oblique_sgd",
+    "torch-sgd": "torch_sgd",
+    "optax-loop": "optax_loop",
+}
 COLUMNS = [
     "name", "runs", "processes", "depth", "samples_per_s", "low", "high",
     "times", "times_low", "times_high",
@@ -32,12 +36,17 @@ WHAT = {
     "unitnorm": "an epoch of `unitnorm train` for all runs of a depth, or for one, with its "
     "evaluation on a fifth as many images (10,000 in Table 2), its report and its checkpoint",
     "geoopt": "PyTorch, geoopt.RiemannianSGD on Sphere",
+    "oblique-sgd": "PyTorch, ObliqueSGD of NVIDIA's Emerging-Optimizers, torch.optim.SGD for the "
+    "rest",
     "torch-sgd": "PyTorch, torch.optim.SGD",
     "optax-loop": "Flax and optax, one jitted step per mini-batch",
     "bound": "the rate of float32 matrix products over the operations of a sample, or that of the "
     "memory over its bytes, whichever is lower",
 }
-ABSENT = "ObliqueSGD of NVIDIA's Emerging-Optimizers is not compared: it is not on PyPI."
+INSTALL = {  # what is not in `unitnorm[bench]`
+    "emerging_optimizers": "'git+https://github.com/NVIDIA-NeMo/Emerging-Optimizers'; not on PyPI, "
+    "Python 3.12 or later",
+}
 
 
 class Entry(NamedTuple):
@@ -267,7 +276,6 @@ def list_remarks(
         "Peers: one run in each process, an epoch without evaluation; several processes have data "
         "and one thread each, and count all their samples over the seconds of the slowest."
     )
-    yield ABSENT
     for cost in costs.to_dict("records"):
         yield (
             f"An epoch of {cost['runs']} runs at depth {cost['depth']} with {cost['what']} takes "
@@ -275,4 +283,5 @@ def list_remarks(
             f"{cost['low']:.3f}–{cost['high']:.3f})."
         )
     for name, package in missing.items():
-        yield f"{name} is left out: {package} is not installed (pip install 'unitnorm[bench]')."
+        what = INSTALL.get(package, "'unitnorm[bench]'")
+        yield f"{name} is left out: {package} is not installed (pip install {what})."

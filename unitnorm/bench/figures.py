@@ -19,6 +19,7 @@ _AXES = {"runs": "runs trained at once", "depth": "depth", "variants": "variants
 _STYLES = {
     "unitnorm": (_BLUE, "o"),
     "geoopt": (_ORANGE, "s"),
+    "oblique-sgd": ("#CC79A7", "v"),
     "torch-sgd": ("#E69F00", "D"),
     "optax-loop": ("#009E73", "^"),
 }

@@ -1,4 +1,4 @@
-"""The loop that a user of PyTorch or geoopt would write: one run, mini-batch after mini-batch.
+"""The loop that a user of PyTorch and its optimisers would write: one run, step after step.
 
 On a GPU where PyTorch has one, else on the CPU with as many threads as PyTorch takes. The data lie
 in memory as float32 and are shuffled each epoch by indexing, which is several times as fast as a
@@ -44,10 +44,12 @@ class Loop:
 
     Args:
       depth: of the network.
-      riemannian: geoopt's RiemannianSGD with the filters on its Sphere, else PyTorch's SGD.
+      optimiser: PyTorch's "SGD"; geoopt's "RiemannianSGD" with the filters on its Sphere; or
+        Emerging-Optimizers' "ObliqueSGD" for the filters, which takes matrices alone, with SGD for
+        the rest.
     """
 
-    def __init__(self, depth: int, mnist: Dataset, config: Config, riemannian: bool):
+    def __init__(self, depth: int, mnist: Dataset, config: Config, optimiser: str):
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.batch = config.loss.batch_size
         self.x = torch.tensor(mnist.train_images, dtype=torch.float32, device=self.device)
@@ -56,28 +58,40 @@ class Loop:
         features = mnist.train_images.shape[1]
         self.model = ArchBN(features, depth, config.model.width, mnist.classes, config)
         self.model.to(self.device)
-        self.optimiser: Any
-        if riemannian:
+        self.optimisers: list[Any] = []
+        filters = [linear.weight for linear in self.model.linear if isinstance(linear, nn.Linear)]
+        if optimiser != "SGD":
+            for weight in filters:
+                weight.data = nn.functional.normalize(weight.data)
+        if optimiser == "RiemannianSGD":
             import geoopt
 
             for linear in self.model.linear:
-                assert isinstance(linear, nn.Linear)
-                rows = nn.functional.normalize(linear.weight.data)
                 # the sphere is that of the last dimension: one for each filter
-                linear.weight = geoopt.ManifoldParameter(rows, manifold=geoopt.Sphere())
-            self.optimiser = geoopt.optim.RiemannianSGD(self.model.parameters(), lr=RATE)
+                linear.weight = geoopt.ManifoldParameter(linear.weight, manifold=geoopt.Sphere())
+            self.optimisers = [geoopt.optim.RiemannianSGD(self.model.parameters(), lr=RATE)]
+        elif optimiser == "ObliqueSGD":
+            from emerging_optimizers.riemannian_optimizers import ObliqueSGD
+
+            known = set(map(id, filters))
+            rest = [weight for weight in self.model.parameters() if id(weight) not in known]
+            self.optimisers = [
+                ObliqueSGD(filters, lr=RATE, momentum=0.0, dim=1),
+                torch.optim.SGD(rest, lr=RATE),
+            ]
         else:
-            self.optimiser = torch.optim.SGD(self.model.parameters(), lr=RATE)
+            self.optimisers = [torch.optim.SGD(self.model.parameters(), lr=RATE)]
 
     def train(self, order: torch.Tensor) -> None:
         """One step for each mini-batch of `order`, int64 (images,)."""
         self.model.train()
         for index in order.split(self.batch):
-            self.optimiser.zero_grad()
+            self.model.zero_grad()
             logits = self.model(self.x[index])
             loss = nn.functional.cross_entropy(logits, self.y[index], reduction="sum")
             loss.backward()
-            self.optimiser.step()
+            for optimiser in self.optimisers:
+                optimiser.step()
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -91,16 +105,21 @@ class Loop:
         return [linear.weight.detach().cpu().numpy() for linear in found]
 
 
-def _serve(orders: Orders, depth: int, images: int, riemannian: bool) -> None:
-    loop = Loop(depth, load_dataset(), Config(), riemannian)
+def _serve(orders: Orders, depth: int, images: int, optimiser: str) -> None:
+    loop = Loop(depth, load_dataset(), Config(), optimiser)
     orders.serve(lambda: loop.epoch(images), samples=images)
 
 
 def torch_sgd(orders: Orders, depth: int, images: int) -> None:
     """`Loop` with PyTorch's own SGD."""
-    _serve(orders, depth, images, riemannian=False)
+    _serve(orders, depth, images, "SGD")
 
 
 def geoopt(orders: Orders, depth: int, images: int) -> None:
     """`Loop` with geoopt's RiemannianSGD."""
-    _serve(orders, depth, images, riemannian=True)
+    _serve(orders, depth, images, "RiemannianSGD")
+
+
+def oblique_sgd(orders: Orders, depth: int, images: int) -> None:
+    """`Loop` with Emerging-Optimizers' ObliqueSGD."""
+    _serve(orders, depth, images, "ObliqueSGD")

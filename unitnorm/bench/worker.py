@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 RATE = 1e-3  # at which every update trains at every depth; speed does not depend on it
-OPTIONAL = ("torch", "geoopt")
+OPTIONAL = ("torch", "geoopt", "emerging_optimizers")
 KINDS = {  # kind → the module whose function of that name serves it
     "program": "unitnorm.bench.contestants",
     "optax_loop": "unitnorm.bench.contestants",
     "machine": "unitnorm.bench.contestants",
     "torch_sgd": "unitnorm.bench.peers",
     "geoopt": "unitnorm.bench.peers",
+    "oblique_sgd": "unitnorm.bench.peers",
     "updates": "unitnorm.bench.updates",
     "convolution": "unitnorm.bench.convolution",
 }
