@@ -60,7 +60,7 @@ def test_operations_and_bytes_of_a_sample_are_those_counted_by_hand():
 
 @pytest.mark.parametrize("depth", [1, 2, 4])
 def test_operations_are_those_that_xla_counts(depth):
-    network = training.archbn(Config(), 784, 10, depth)
+    network = training.archbn(Config().model, 784, 10, depth)
     params, stats = network.init(jax.random.key(0))
     x, y = np.ones((100, 784), np.float32), np.zeros(100, np.int32)
 

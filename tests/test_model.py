@@ -27,7 +27,7 @@ def as_numpy(params):
 
 @pytest.fixture(scope="module")
 def network():
-    return training.archbn(Config(), 784, 10, 2)
+    return training.archbn(Config().model, 784, 10, 2)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_the_papers_shapes_and_no_biases(network):
 
 @pytest.mark.parametrize("depth", [1, 4])
 def test_initial_rows_are_gaussian_directions_of_unit_norm(depth):
-    params, _ = training.archbn(Config(), 784, 10, depth).init(jax.random.key(3))
+    params, _ = training.archbn(Config().model, 784, 10, depth).init(jax.random.key(3))
     layers, theta = as_numpy(params)
     assert len(layers) == depth
     for rows in [W for W, *_ in layers] + [theta]:

@@ -227,7 +227,7 @@ def test_every_update_learns_and_keeps_to_its_manifold():
 def test_errors_and_losses_count_every_image_once(both):
     state = both.advance(both.start())
     found, runs = both.find_wrong(state), both.take(state)
-    network = training.archbn(configured(), 36, CLASSES, 2)
+    network = training.archbn(configured().model, 36, CLASSES, 2)
     split = training.init_split(training.train_phase(configured()), jnp.uint32(2), 600)
     for update in (0, 1):
         run = run_of(runs, update, 2)
@@ -264,7 +264,7 @@ def test_statistics_computed_anew_are_those_of_the_training_images():
     np.testing.assert_allclose(found["mean"], h.mean((0, 1)), rtol=1e-4)
     np.testing.assert_allclose(found["var"], h.var(1).mean(0), rtol=1e-4)
     # and validation is measured with them
-    network = training.archbn(configured(), 36, CLASSES, 2)
+    network = training.archbn(configured().model, 36, CLASSES, 2)
     images = training.Images(DATA.train_images, DATA.train_labels)
     error, loss = training.evaluate(network, run.params, run.stats, images, split.validation)
     assert float(error) == run.history.val_error[1]
@@ -304,7 +304,7 @@ def test_mean_and_sum_differ_by_the_batch_size_in_the_rate(both):
     state = training.transformation(arm, zero, run.params).init(run.params)
     at = training.Stepping(run.params, run.stats, state, zero, zero)
     network, phase = (
-        training.archbn(configured(), 36, CLASSES, 2),
+        training.archbn(configured().model, 36, CLASSES, 2),
         training.train_phase(configured()),
     )
     x, y = np.float32(DATA.train_images[:20]), DATA.train_labels[:20]

@@ -119,7 +119,7 @@ class OptaxLoop:
         config: Config,
         make: Callable[[Any], optax.GradientTransformation] = lambda _: optax.sgd(RATE),
     ):
-        network = training.archbn(config, mnist.train_images.shape[1], mnist.classes, depth)
+        network = training.archbn(config.model, mnist.train_images.shape[1], mnist.classes, depth)
         self.batch = config.loss.batch_size
         self.x = jnp.asarray(mnist.train_images, jnp.float32)
         self.y = jnp.asarray(mnist.train_labels, jnp.int32)

@@ -70,9 +70,7 @@ class Subject(NamedTuple):
         if momentum is not None:
             changed["bn_momentum"] = momentum
         model = self.config.model.model_copy(update=changed)
-        features = np.shape(self.train.pixels)[1]
-        config = self.config.model_copy(update={"model": model})
-        return training.archbn(config, features, self.classes, self.depth)
+        return training.archbn(model, np.shape(self.train.pixels)[1], self.classes, self.depth)
 
     def initial(self) -> Point:
         """The initial point of run 0."""

@@ -9,7 +9,7 @@ may be changed here is how.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +25,7 @@ from unitnorm.geometry import filter_norms, retraction
 from unitnorm.run.loop import Status
 from unitnorm.run.processes import to_host
 from unitnorm.table2 import protocol
-from unitnorm.table2.config import Config
+from unitnorm.table2.config import Config, Model
 from unitnorm.table2.model import FILTER_AXIS, ArchBN, Network, filter_mask, split_network
 from unitnorm.updates import find_update, partition
 
@@ -156,12 +156,15 @@ def train_phase(config: Config) -> Phase:
     )  # fmt: skip
 
 
-def archbn(config: Config, features: int, classes: int, depth: int) -> Network:
-    """The config's ArchBN as pure functions."""
-    settings = config.model.model_dump()
-    return split_network(
-        lambda rngs: ArchBN(features, depth, classes=classes, rngs=rngs, **settings)
-    )
+@lru_cache(maxsize=16)
+def archbn(settings: Model, features: int, classes: int, depth: int) -> Network:
+    """ArchBN as pure functions, the same ones for the same arguments.
+
+    Args:
+      settings: of a config, `config.model`.
+    """
+    named = settings.model_dump()
+    return split_network(lambda rngs: ArchBN(features, depth, classes=classes, rngs=rngs, **named))
 
 
 def stream(seed: Array, use: int) -> Array:
@@ -519,6 +522,58 @@ def deal(counts: Sequence[int], blocks: Sequence[int], devices: int) -> list[np.
     return found
 
 
+@lru_cache(maxsize=16)
+def compile_parts(
+    network: Network, phase: Phase, arms: tuple[Arm, ...], blocks: tuple[int, ...], mesh: Mesh
+) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
+    """What is compiled of a program: its start, an epoch, and what its runs get wrong.
+
+    A study trains program after program of other seeds: the same functions spare it the tracing,
+    a twentieth of its time.
+
+    Args:
+      arms, blocks: of each arm, how many of its runs are computed together.
+      mesh: the devices, along the axis "run".
+    """
+
+    def for_each_arm(function: Callable[..., Any], *trees: Any) -> Any:
+        each = zip(arms, blocks, *trees, strict=True)
+        return tuple(in_blocks(block, partial(function, arm), *mine) for arm, block, *mine in each)
+
+    def init(settings: tuple[Settings, ...]) -> Any:
+        def block(arm: Arm, given: Settings) -> Run:
+            return jax.vmap(partial(init_run, network, phase, arm))(given)
+
+        return for_each_arm(block, settings)
+
+    def advance(splits: Any, state: Any, number: Array, images: Images, test: Images) -> Any:
+        def block(arm: Arm, splits: Split, runs: Run) -> Run:
+            compute = jax.vmap(
+                lambda split, run: epoch(network, phase, arm, split, run, number, images, test)
+            )
+            # a block that has ended costs nothing
+            is_running = jnp.any(runs.reason == protocol.RUNNING)
+            return jax.lax.cond(is_running, compute, lambda _, runs: runs, splits, runs)
+
+        return for_each_arm(block, splits, state)
+
+    def find_wrong_of(state: Any, test: Images) -> Any:
+        def block(_: Arm, runs: Run) -> tuple[Array, Array]:
+            everything = jnp.arange(len(test.labels), dtype=jnp.int32)
+            wrong, losses = jax.vmap(lambda p, s: find_wrong(network, p, s, test, everything))(
+                runs.params, runs.stats
+            )
+            return wrong, losses.mean(-1)
+
+        return for_each_arm(block, state)
+
+    return (
+        over_devices(mesh, init, by_run=1),
+        over_devices(mesh, advance, by_run=2, donate=1),
+        over_devices(mesh, find_wrong_of, by_run=1),
+    )
+
+
 class Program:
     """The training of runs of one depth, in one phase: a `loop.Trainable`.
 
@@ -543,7 +598,7 @@ class Program:
         arms: Sequence[tuple[Arm, Settings]],
         data: Dataset,
     ):
-        network = archbn(config, data.train_images.shape[1], data.classes, depth)
+        network = archbn(config.model, data.train_images.shape[1], data.classes, depth)
         self.title, self.epochs = title, phase.max_epochs
         settings = [_fill(given) for _, given in arms]
         counts = [len(given.seed) for given in settings]
@@ -572,42 +627,8 @@ class Program:
         )
         total = len(data.train_labels)
 
-        def for_each_arm(function: Callable[..., Any], *trees: Any) -> Any:
-            each = zip(arms, blocks, *trees, strict=True)
-            return tuple(
-                in_blocks(block, partial(function, arm), *mine) for (arm, _), block, *mine in each
-            )
-
-        def init(settings: tuple[Settings, ...]) -> Any:
-            def block(arm: Arm, given: Settings) -> Run:
-                return jax.vmap(partial(init_run, network, phase, arm))(given)
-
-            return for_each_arm(block, settings)
-
-        def advance(splits: Any, state: Any, number: Array, images: Images, test: Images) -> Any:
-            def block(arm: Arm, splits: Split, runs: Run) -> Run:
-                compute = jax.vmap(
-                    lambda split, run: epoch(network, phase, arm, split, run, number, images, test)
-                )
-                # a block that has ended costs nothing
-                is_running = jnp.any(runs.reason == protocol.RUNNING)
-                return jax.lax.cond(is_running, compute, lambda _, runs: runs, splits, runs)
-
-            return for_each_arm(block, splits, state)
-
-        def find_wrong_of(state: Any, test: Images) -> Any:
-            def block(_: Arm, runs: Run) -> tuple[Array, Array]:
-                everything = jnp.arange(len(test.labels), dtype=jnp.int32)
-                wrong, losses = jax.vmap(lambda p, s: find_wrong(network, p, s, test, everything))(
-                    runs.params, runs.stats
-                )
-                return wrong, losses.mean(-1)
-
-            return for_each_arm(block, state)
-
-        self._init = over_devices(mesh, init, by_run=1)
-        self._epoch = over_devices(mesh, advance, by_run=2, donate=1)
-        self._wrong = over_devices(mesh, find_wrong_of, by_run=1)
+        parts = (tuple(arm for arm, _ in arms), tuple(blocks), mesh)
+        self._init, self._epoch, self._wrong = compile_parts(network, phase, *parts)
         self._split = jax.jit(partial(jax.lax.map, partial(init_split, phase, images=total)))
         self._by_run = NamedSharding(mesh, PartitionSpec("run"))
         self._follow = leaders and jax.jit(
