@@ -113,7 +113,7 @@ myst_substitutions = {
     "ten_runs": _result("table2/table2.md", _BULLETS),
     "fifty_runs": _result("50-runs/table2.md"),
     "rates": _result("50-runs/runs.md"),
-    "costs": _result("bench/amd-epyc-2-cores.md", r"^(- An epoch .* instead of .*)$"),
+    "costs": _result("bench/amd-epyc-avx-512-2-cores.md", r"^(- An epoch .* instead of .*)$"),
     "segnet": _result("segnet/table.md"),
     "study": _study(),
 }
