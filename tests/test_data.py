@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import jax
 import numpy as np
 import PIL.Image
 import pytest
@@ -82,6 +83,16 @@ def test_bundled_files_are_mnist():
     for name, expected in zip(NAMES, MNIST_HASHES, strict=True):
         content = gzip.decompress((folder / f"{name}.gz").read_bytes())
         assert hashlib.sha256(content).hexdigest() == expected
+
+
+def test_the_devices_of_a_cpu_share_the_images():
+    images = load_dataset().train_images
+    assert not images.flags.writeable
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices("cpu")), ("run",))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    shards = jax.device_put(images, everywhere).addressable_shards
+    assert len(shards) > 1
+    assert {shard.data.unsafe_buffer_pointer() for shard in shards} == {images.ctypes.data}
 
 
 def test_mnist_needs_neither_tfds_nor_network_nor_a_place_to_write(tmp_path):

