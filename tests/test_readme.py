@@ -65,7 +65,7 @@ def test_the_answers_figures_are_those_of_the_records():
     assert rate["p_holm"].max() < 0.001
     assert f"(25 epochs: {span(own)}, intervals from {span(own, ENDS)})" in answer
     best = pd.read_csv(ROOT / "results" / "study" / "best-rates" / "comparisons.csv")
-    assert set(best["n"]) == {60, 64}
+    assert set(best["n"]) == {100}
     assert len(best) == 12
     schedule = best["comparison"].str.extract(r"(bold|constant|cosine)", expand=False)
     cosine = best[schedule == "cosine"]
