@@ -21,8 +21,7 @@ test: lint
 # The updates and the benchmark's loops beside those of geoopt, pymanopt and PyTorch
 peers: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r .ci/peers.lock
-	$(BIN)/python -m pytest -rs tests/test_peers.py # in float64, which holds for a process
-	$(BIN)/python -m pytest -rs tests/test_bench.py
+	$(BIN)/python -m pytest -rs tests/test_peers.py tests/test_bench.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

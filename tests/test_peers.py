@@ -17,7 +17,11 @@ STEPS, RATE = 50, 0.05
 
 def peer(name):
     """A package of the extra `peers`, or a skip that says which."""
-    return pytest.importorskip(name, reason=f"needs {name}: see CONTRIBUTING")
+    before = jax.config.jax_enable_x64
+    try:
+        return pytest.importorskip(name, reason=f"needs {name}: see CONTRIBUTING")
+    finally:  # pymanopt sets float64 for the whole process, other tests' too
+        jax.config.update("jax_enable_x64", before)
 
 
 def problem():
