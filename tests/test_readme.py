@@ -49,10 +49,10 @@ def test_the_answers_figures_are_those_of_the_records():
     rows = pd.read_csv(ROOT / "results" / "study" / "effective-rate" / "comparisons.csv")
     kind = rows["comparison"].str.extract(r"(each|constraint|rate)", expand=False)
     constraint = rows[kind == "constraint"]
-    assert set(rows["n"]) == {50}
+    assert set(rows["n"]) == {100}
     assert len(constraint) == 12
     assert constraint["p_holm"].min() > 0.05
-    assert constraint[["ci_low", "ci_high"]].abs().to_numpy().max() < 0.25
+    assert constraint[["ci_low", "ci_high"]].abs().to_numpy().max() < 0.20
 
     def span(of, columns=("difference", "difference")):
         low, high = columns
