@@ -331,6 +331,7 @@ def test_a_program_computes_float32_products_in_float32(monkeypatch):
     def compute(*_: object) -> None:
         raise TracedError(jax.config.jax_default_matmul_precision)
 
+    training.compile_parts.cache_clear()  # what another test has traced would not be traced here
     p, runs = program(1, ("un",))
     for name, method in (("train_step", p.advance), ("find_wrong", p.find_wrong)):
         monkeypatch.setattr(training, name, compute)

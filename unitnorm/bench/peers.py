@@ -58,7 +58,6 @@ class Loop:
         features = mnist.train_images.shape[1]
         self.model = ArchBN(features, depth, config.model.width, mnist.classes, config)
         self.model.to(self.device)
-        self.optimisers: list[Any] = []
         filters = [linear.weight for linear in self.model.linear if isinstance(linear, nn.Linear)]
         if optimiser != "SGD":
             for weight in filters:
@@ -69,18 +68,18 @@ class Loop:
             for linear in self.model.linear:
                 # the sphere is that of the last dimension: one for each filter
                 linear.weight = geoopt.ManifoldParameter(linear.weight, manifold=geoopt.Sphere())
-            self.optimisers = [geoopt.optim.RiemannianSGD(self.model.parameters(), lr=RATE)]
+            optimisers = [geoopt.optim.RiemannianSGD(self.model.parameters(), lr=RATE)]
         elif optimiser == "ObliqueSGD":
             from emerging_optimizers.riemannian_optimizers import ObliqueSGD
 
-            known = set(map(id, filters))
-            rest = [weight for weight in self.model.parameters() if id(weight) not in known]
-            self.optimisers = [
+            rest = [*self.model.norm.parameters(), *self.model.theta.parameters()]
+            optimisers = [
                 ObliqueSGD(filters, lr=RATE, momentum=0.0, dim=1),
                 torch.optim.SGD(rest, lr=RATE),
             ]
         else:
-            self.optimisers = [torch.optim.SGD(self.model.parameters(), lr=RATE)]
+            optimisers = [torch.optim.SGD(self.model.parameters(), lr=RATE)]
+        self.optimisers: list[Any] = optimisers
 
     def train(self, order: torch.Tensor) -> None:
         """One step for each mini-batch of `order`, int64 (images,)."""

@@ -524,9 +524,14 @@ def deal(counts: Sequence[int], blocks: Sequence[int], devices: int) -> list[np.
 
 @lru_cache(maxsize=16)
 def compile_parts(
-    network: Network, phase: Phase, arms: tuple[Arm, ...], blocks: tuple[int, ...], mesh: Mesh
-) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
-    """What is compiled of a program: its start, an epoch, and what its runs get wrong.
+    network: Network,
+    phase: Phase,
+    arms: tuple[Arm, ...],
+    blocks: tuple[int, ...],
+    mesh: Mesh,
+    images: int,
+) -> tuple[Callable[..., Any], ...]:
+    """What is compiled of a program: its splits, its start, an epoch, what its runs get wrong.
 
     A study trains program after program of other seeds: the same functions spare it the tracing,
     a twentieth of its time.
@@ -534,6 +539,7 @@ def compile_parts(
     Args:
       arms, blocks: of each arm, how many of its runs are computed together.
       mesh: the devices, along the axis "run".
+      images: to split.
     """
 
     def for_each_arm(function: Callable[..., Any], *trees: Any) -> Any:
@@ -568,6 +574,7 @@ def compile_parts(
         return for_each_arm(block, state)
 
     return (
+        jax.jit(partial(jax.lax.map, partial(init_split, phase, images=images))),
         over_devices(mesh, init, by_run=1),
         over_devices(mesh, advance, by_run=2, donate=1),
         over_devices(mesh, find_wrong_of, by_run=1),
@@ -625,11 +632,14 @@ class Program:
             ),
             everywhere,
         )
-        total = len(data.train_labels)
-
-        parts = (tuple(arm for arm, _ in arms), tuple(blocks), mesh)
-        self._init, self._epoch, self._wrong = compile_parts(network, phase, *parts)
-        self._split = jax.jit(partial(jax.lax.map, partial(init_split, phase, images=total)))
+        self._split, self._init, self._epoch, self._wrong = compile_parts(
+            network,
+            phase,
+            tuple(arm for arm, _ in arms),
+            tuple(blocks),
+            mesh,
+            len(data.train_labels),
+        )
         self._by_run = NamedSharding(mesh, PartitionSpec("run"))
         self._follow = leaders and jax.jit(
             partial(_follow, leaders), donate_argnums=0, out_shardings=self._by_run
