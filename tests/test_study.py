@@ -147,6 +147,24 @@ def test_a_plan_goes_on_where_it_was_and_takes_more_seeds(plan_file, blobs, done
     assert more.conflict(json.loads(json.dumps(plan.protocol()))) is None
 
 
+def test_an_arm_may_have_more_seeds_than_the_others(plan_file, done):
+    plan = load(plan_file, {}, Plan)
+    more = load(plan_file, {"arms.un.count": 5}, Plan)
+    (batch,) = experiment.list_batches(more, done["runs"])
+    assert ([variant.arm for variant in batch.variants], batch.seeds) == (["un"], (203, 204))
+    assert experiment.count_runs(more) == {"tune": 4, "compare": 20}
+    assert experiment.count_recorded(more, done["runs"]) == {"tune": 4, "compare": 18}
+    assert more.conflict(json.loads(json.dumps(plan.protocol()))) is None
+    assert plan.conflict(json.loads(json.dumps(more.protocol()))) is None
+
+
+def test_only_runs_at_the_chosen_rate_count_as_recorded(plan_file, done):
+    plan, runs = load(plan_file, {}, Plan), done["runs"].copy()
+    other = (runs["purpose"] == "compare") & (runs["arm"] == "un") & (runs["seed"] == 200)
+    runs.loc[other, ["filters_rate", "rest_rate"]] = 7.0
+    assert experiment.count_recorded(plan, runs) == {"tune": 4, "compare": 17}
+
+
 def test_the_command_trains_reports_and_verifies(plan_file, idx_folder, tmp_path, done):
     out = tmp_path / "study"
     assert "compare: 18 runs, 0 recorded" in command(plan_file, idx_folder, out, "--dry-run")

@@ -64,6 +64,9 @@ class ArmPlan(Section):
         description="of batch normalisation in evaluations; anew: those of the training images",
     )
     training: dict[str, Any] = Field({}, description="keys of Table 2's config, for this arm alone")
+    count: Annotated[int, Field(ge=1, le=100_000)] | None = Field(
+        None, description="seeds of the comparison, if not the plan's compare.count"
+    )
 
     @field_validator("update")
     @classmethod
@@ -147,6 +150,14 @@ class Plan(ExperimentConfig):
             self.config_of(name)
         return self
 
+    def seeds_of(self, arm: str, purpose: str) -> range:
+        """The seeds that tune an arm, or compare it."""
+        if purpose == "tune":
+            return self.tune.all()
+        count = self.arms[arm].count
+        more = {} if count is None else {"count": count}
+        return self.compare.model_copy(update=more).all()
+
     def config_of(self, arm: str) -> Config:
         """How an arm is trained, as a config of Table 2."""
         values = _merge(self.training, self.arms[arm].training)
@@ -171,7 +182,7 @@ class Plan(ExperimentConfig):
         defaults = ArmPlan(update="un", rates=[1.0]).model_dump()  # of keys newer than the records
         for name, arm in mine["arms"].items():
             there = recorded.get("arms", {}).get(name, arm)
-            if {**defaults, **there} != arm:
+            if {**defaults, **there, "count": arm["count"]} != arm:
                 return f" (arm {name} is another there)"
         return None
 

@@ -81,31 +81,39 @@ def list_batches(plan: Plan, runs: pd.DataFrame) -> Iterator[Batch]:
     have = set(runs[list(CELL)].itertuples(index=False, name=None))
     for purpose in ("tune", "compare"):
         batches = []
-        for dataset in plan.datasets:
-            for depth in plan.depths:
-                for program in plan_programs(plan, runs, dataset, depth, purpose):
-                    seeds = plan.tune if purpose == "tune" else plan.compare
-                    whole = Batch(dataset, depth, purpose, *program, ())
-                    missing = [
-                        seed
-                        for seed in seeds.all()
-                        if any(cell not in have for cell in whole.cells_of(seed))
-                    ]
-                    for start in range(0, len(missing), SEEDS_AT_ONCE):
-                        some = tuple(missing[start : start + SEEDS_AT_ONCE])
-                        batches.append(Batch(dataset, depth, purpose, *program, some))
+        for whole in whole_batches(plan, runs, purpose):
+            missing = [
+                seed
+                for seed in whole.seeds
+                if any(cell not in have for cell in whole.cells_of(seed))
+            ]
+            for start in range(0, len(missing), SEEDS_AT_ONCE):
+                some = tuple(missing[start : start + SEEDS_AT_ONCE])
+                batches.append(replace(whole, seeds=some))
         yield from sorted(batches, key=lambda batch: batch.seeds[0])
+
+
+def whole_batches(plan: Plan, runs: pd.DataFrame, purpose: str) -> list[Batch]:
+    """Every program of a purpose with all of its seeds, recorded or not."""
+    return [
+        Batch(dataset, depth, purpose, *program, tuple(plan.seeds_of(program[1][0].arm, purpose)))
+        for dataset in plan.datasets
+        for depth in plan.depths
+        for program in plan_programs(plan, runs, dataset, depth, purpose)
+    ]
 
 
 def plan_programs(
     plan: Plan, runs: pd.DataFrame, dataset: str, depth: int, purpose: str
 ) -> list[tuple[Config, tuple[Variant, ...]]]:
-    """The programs of a purpose: configs, and the variants that are trained so, of one reading.
+    """The programs of a purpose: configs, and the variants that are trained so.
+
+    Those of a program have one reading and, where they are compared, the same seeds.
 
     For the comparison, the rates are those that tuning chose; an arm that is not tuned yet, where
     it has to be, has no variant.
     """
-    programs: dict[tuple[str, ...], tuple[Config, list[Variant]]] = {}
+    programs: dict[tuple[Any, ...], tuple[Config, list[Variant]]] = {}
     tuned = [name for name, arm in plan.arms.items() if len(arm.rate_pairs()) > 1]
     chosen = _chosen_rates(plan, runs, dataset, depth, tuned) if purpose == "compare" else {}
     for name, arm in plan.arms.items():
@@ -117,7 +125,8 @@ def plan_programs(
                 continue
             pairs = [chosen[name]]
         config = plan.config_of(name)
-        variants = programs.setdefault((config.fingerprint(), *arm.reading()), (config, []))[1]
+        alike = config.fingerprint(), *arm.reading(), plan.seeds_of(name, purpose)
+        variants = programs.setdefault(alike, (config, []))[1]
         spreads = arm.spreads if purpose == "compare" else [0.0]
         variants += [Variant(name, arm, *pair, spread) for pair in pairs for spread in spreads]
     parts = []
@@ -306,20 +315,26 @@ def count_runs(plan: Plan) -> dict[str, int]:
     """How many runs a whole plan has, by purpose."""
     cells = len(plan.datasets) * len(plan.depths)
     grids = [len(arm.rate_pairs()) for arm in plan.arms.values()]
-    levels = sum(len(arm.spreads) for arm in plan.arms.values())
+    levels = [
+        len(arm.spreads) * len(plan.seeds_of(name, "compare")) for name, arm in plan.arms.items()
+    ]
     return {
         "tune": cells * plan.tune.count * sum(size for size in grids if size > 1),
-        "compare": cells * plan.compare.count * levels,
+        "compare": cells * sum(levels),
     }
 
 
 def count_recorded(plan: Plan, runs: pd.DataFrame) -> dict[str, int]:
     """How many of `count_runs` are recorded; others may be, which the plan does not ask for."""
-    asked = runs["dataset"].isin(plan.datasets) & runs["depth"].isin(plan.depths)
-    asked &= runs["arm"].isin(plan.arms)
+    have = set(runs[list(CELL)].itertuples(index=False, name=None))
     return {
-        purpose: int((asked & (runs["purpose"] == purpose) & runs["seed"].isin(seeds)).sum())
-        for purpose, seeds in (("tune", plan.tune.all()), ("compare", plan.compare.all()))
+        purpose: sum(
+            cell in have
+            for batch in whole_batches(plan, runs, purpose)
+            for seed in batch.seeds
+            for cell in batch.cells_of(seed)
+        )
+        for purpose in ("tune", "compare")
     }
 
 
