@@ -187,7 +187,7 @@ def test_devices_that_share_a_convolution_by_fourier_transforms_add_its_gradient
     found = {}
     for way, over in (("direct", None), ("fourier", mesh)):
         network_config = config.SegNetConfig(convolution=way)
-        convolution = model._convolution(network_config, over)
+        convolution = model.choose_convolution(network_config, over)
 
         def compute(x, kernel, convolution=convolution):
             numbers = ("NHWC", "HWIO", "NHWC")

@@ -10,34 +10,45 @@ import jax
 import numpy as np
 import pandas as pd
 from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from unitnorm.bench import measure
 from unitnorm.bench.contestants import seconds_of
 from unitnorm.bench.measure import Contestant, Measurement, Say, Spread
 from unitnorm.bench.worker import Orders
 from unitnorm.report.tables import Cells
-from unitnorm.run.devices import count_cores
+from unitnorm.run.devices import prepare
 from unitnorm.run.provenance import device
-from unitnorm.segment.convolution import fourier_convolution
+from unitnorm.segment.config import SegNetConfig
+from unitnorm.segment.evaluation import make_mesh
+from unitnorm.segment.model import choose_convolution
 
 # rows and columns of pixels of layers with 64 channels in and out: of images of 90×120, of crops of
 # 180×240, and of whole images
 SIZES = ((45, 60), (90, 120), (180, 240))
-BATCH, CHANNELS = 4, 64
+BATCH, CHANNELS = 4, 64  # images on each device
 COLUMNS = ["height", "width", "direct_s", "fourier_s", "times", "low", "high"]
 
 
 def convolution(
     orders: Orders, height: int, width: int, batch: int = BATCH, channels: int = CHANNELS
 ) -> None:
-    """A layer's convolution of 7 × 7 with its two derivatives, both ways in each repetition."""
-    rng = np.random.default_rng(0)
+    """A layer's convolution of 7 × 7 with its two derivatives, both ways in each repetition.
+
+    As in training, the images are shared among the devices.
+    """
+    prepare()
+    rng, mesh = np.random.default_rng(0), make_mesh()
     kernel = rng.normal(size=(7, 7, channels, channels)).astype(np.float32)
-    x, back = rng.normal(size=(2, batch, height, width, channels)).astype(np.float32)
-    arguments = jax.device_put((x, kernel, back))
+    size = 2, batch * mesh.size, height, width, channels
+    x, back = rng.normal(size=size).astype(np.float32)
+    by_image = NamedSharding(mesh, PartitionSpec("image"))
+    arguments = jax.device_put(
+        (x, kernel, back), (by_image, NamedSharding(mesh, PartitionSpec()), by_image)
+    )
     programs = {
-        name: jax.jit(partial(with_derivatives, f)).lower(*arguments).compile()
-        for name, f in (("direct", convolve_directly), ("fourier", fourier_convolution))
+        way: jax.jit(partial(with_derivatives, layer(way, mesh))).lower(*arguments).compile()
+        for way in ("direct", "fourier")
     }
     orders.serve(
         lambda: {name: seconds_of(partial(f, *arguments)) for name, f in programs.items()},
@@ -45,10 +56,11 @@ def convolution(
     )
 
 
-def convolve_directly(x: Array, kernel: Array) -> Array:
-    """XLA's convolution, as the Fourier one: (N, H, W, in), (h, w, in, out) → (N, H, W, out)."""
+def layer(way: str, mesh: Mesh | None = None) -> Callable[[Array, Array], Array]:
+    """A layer's convolution in one of SegNet's ways: (N, H, W, in), (h, w, in, out) → as x."""
+    compute = choose_convolution(SegNetConfig.model_validate({"convolution": way}), mesh)
     numbers = ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers)
+    return partial(compute, window_strides=(1, 1), padding="SAME", dimension_numbers=numbers)
 
 
 def with_derivatives(
@@ -77,8 +89,6 @@ def measure_convolution(rounds: int, *, quick: bool, say: Say) -> Measurement:
         times = Spread.of([answer["direct"] / answer["fourier"] for answer in answers])
         rows.append([height, width, *seconds, *times])
     frame = pd.DataFrame(rows, columns=COLUMNS)
-    if about["platform"] == "cpu":  # one device of all cores
-        about = {**about, "count": count_cores()}
     facts = {"device": about, "rounds": rounds, "batch": BATCH, "channels": CHANNELS}
     return Measurement(f"{measure.slug(about)}-convolution", {"": frame}, make_cells(frame), facts)
 
@@ -92,8 +102,8 @@ def make_cells(frame: pd.DataFrame) -> Cells:
     ]  # fmt: skip
     header = ["pixels", "XLA s", "Fourier s", "times as fast", "(range)"]
     note = (
-        f"- A convolution of 7 × 7 with {CHANNELS} channels in and out for {BATCH} images, with "
-        "its two derivatives; medians of the rounds."
+        f"- A convolution of 7 × 7 with {CHANNELS} channels in and out for {BATCH} images on "
+        "each device (core), with its two derivatives; medians of the rounds."
     )
     title = "Seconds of a layer of SegNet, by XLA's convolution and by Fourier transforms"
     return Cells(title, pd.DataFrame(rows, columns=header), note)

@@ -13,7 +13,7 @@ m is a factor of ±1. Exact up to rounding, for every kernel of 2 × 2 and more.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,24 +64,92 @@ def fourier_convolution(x: Array, kernel: Array) -> Array:
     """
     n, h, w, c = x.shape
     k, _, _, d = kernel.shape
-    matrices, m, before = transforms(k), k - 1, (k - 1) // 2
+    m, before = k - 1, (k - 1) // 2
     rows, columns = -(-h // m), -(-w // m)  # of blocks of outputs
-
-    # blocks: (m², n, rows + 1, columns + 1, c)
     pads = [
         (before, (blocks + 1) * m - size - before) for blocks, size in [(rows, h), (columns, w)]
     ]
     x = jnp.pad(x.astype(jnp.float32), [(0, 0), *pads, (0, 0)])
-    x = x.reshape(n, rows + 1, m, columns + 1, m, c).transpose(2, 4, 0, 1, 3, 5)
-    x = _transformed(matrices.block, x.reshape(m * m, n, rows + 1, columns + 1, c))
-    x = x.reshape(-1, 2, n, rows + 1, columns + 1, c)
-
-    weights = _transformed(matrices.kernel, kernel.astype(jnp.float32).reshape(k * k, c, d))
-    y = _at_each_frequency(x, weights.reshape(-1, 2, c, d), matrices.down, matrices.right)
-
-    y = _transformed(matrices.inverse, y.reshape(-1, n, rows, columns, d))
-    y = y.reshape(m, m, n, rows, columns, d).transpose(2, 3, 0, 4, 1, 5)
+    x = x.reshape(n, rows + 1, m, columns + 1, m, c).transpose(1, 2, 4, 0, 3, 5)
+    x = x.reshape(rows + 1, m * m, n, columns + 1, c)
+    weights = _transformed(transforms(k).kernel, kernel.astype(jnp.float32).reshape(k * k, c, d))
+    w_re, w_im = weights[::2], weights[1::2]
+    y = _row_by_row(k, x, jnp.stack([w_re, w_im - w_re, w_re + w_im]))
+    y = y.reshape(rows, m, m, n, columns, d).transpose(3, 0, 1, 4, 2, 5)
     return y.reshape(n, rows * m, columns * m, d)[:, :h, :w]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _row_by_row(k: int, x: Array, weights: Array) -> Array:
+    """All rows of outputs, one after another: what belongs to one fits the cache.
+
+    Args:
+      x: blocks (rows + 1, m², n, columns + 1, c).
+      weights: the kernel's transform (3, f, c, d): real part, imaginary − real, real + imaginary.
+
+    Returns:
+      (rows, m², n, columns, d).
+    """
+    block = transforms(k).block
+
+    def step(upper: Array, row: Array) -> tuple[Array, Array]:
+        lower = jnp.tensordot(block, row, 1)
+        return lower, _one_row(k, upper, lower, weights)
+
+    return jax.lax.scan(step, jnp.tensordot(block, x[0], 1), x[1:])[1]
+
+
+def _forward(k: int, x: Array, weights: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _row_by_row(k, x, weights), (x, weights)
+
+
+def _backward(k: int, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    # JAX's own would keep the transforms for it: to make them again takes less time than the memory
+    x, weights = kept
+    block = transforms(k).block
+
+    def step(carry: tuple[Array, Array, Array], row: tuple[Array, Array]) -> Any:
+        upper, by_upper, by_weights = carry
+        lower = jnp.tensordot(block, row[0], 1)
+        _, transpose = jax.vjp(functools.partial(_one_row, k), upper, lower, weights)
+        more, by_lower, by_these = transpose(row[1])
+        by_row = jnp.tensordot(block.T, by_upper + more, 1)
+        return (lower, by_lower, by_weights + by_these), by_row
+
+    first = jnp.tensordot(block, x[0], 1)
+    start = first, jnp.zeros_like(first), jnp.zeros_like(weights)
+    (_, by_last, by_weights), by_rows = jax.lax.scan(step, start, (x[1:], gradient))
+    by_last = jnp.tensordot(block.T, by_last, 1)
+    return jnp.concatenate([by_rows, by_last[None]]), by_weights
+
+
+_row_by_row.defvjp(_forward, _backward)
+
+
+def _one_row(k: int, upper: Array, lower: Array, weights: Array) -> Array:
+    """A row of outputs.
+
+    Args:
+      upper, lower: the transforms of the two rows of blocks that it depends on,
+        (2f, n, columns + 1, c).
+      weights: the kernel's, (3, f, c, d).
+
+    Returns:
+      (m², n, columns, d).
+    """
+    matrices = transforms(k)
+    _, n, columns, c = upper.shape
+    down, right = (
+        np.repeat(sign, 2)[:, None, None, None] for sign in (matrices.down, matrices.right)
+    )
+    blocks = upper + down * lower
+    tiles = blocks[:, :, :-1] + right * blocks[:, :, 1:]
+    x = tiles.reshape(-1, 2, n * (columns - 1), c)
+    x_re, x_im = x[:, 0], x[:, 1]
+    # times the kernel's conjugate
+    common = (x_re + x_im) @ weights[0]
+    y = jnp.stack([common + x_im @ weights[1], common - x_re @ weights[2]], 1)
+    return _transformed(matrices.inverse, y.reshape(-1, n, columns - 1, weights.shape[-1]))
 
 
 def _transformed(matrix: np.ndarray, x: Array) -> Array:
@@ -103,29 +171,3 @@ def _transformed(matrix: np.ndarray, x: Array) -> Array:
 
     times.defvjp(forward, backward)
     return times(x)
-
-
-def _at_each_frequency(x: Array, w: Array, down: np.ndarray, right: np.ndarray) -> Array:
-    """Tiles made of blocks, times the conjugate of the kernel, at each of f frequencies.
-
-    Args:
-      x: blocks (f, 2, n, rows + 1, columns + 1, c), real and imaginary parts.
-      w: kernel (f, 2, c, d).
-      down, right: see `Transforms`.
-
-    Returns:
-      (f, 2, n · rows · columns, d).
-    """
-
-    # the derivative makes the tiles again: to keep them takes new memory, which costs more
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def at_one(operands: tuple[Array, Array, Array, Array]) -> Array:
-        blocks, (w_re, w_im), down, right = operands
-        x = blocks[:, :, :-1] + down * blocks[:, :, 1:]
-        x = x[:, :, :, :-1] + right * x[:, :, :, 1:]
-        x_re, x_im = x.reshape(2, -1, x.shape[-1])
-        common = (x_re + x_im) @ w_re
-        return jnp.stack([common + x_im @ (w_im - w_re), common - x_re @ (w_re + w_im)])
-
-    # one after another: what belongs to one fits the cache
-    return jax.lax.map(at_one, (x, w, jnp.asarray(down), jnp.asarray(right)))

@@ -101,7 +101,7 @@ class Convolution(nnx.Module):
             use_bias=False,
             dtype=dtype,
             kernel_init=_unit_filters,
-            conv_general_dilated=_convolution(config, mesh),
+            conv_general_dilated=choose_convolution(config, mesh),
             rngs=rngs,
         )
         self.norm = nnx.BatchNorm(
@@ -155,8 +155,8 @@ def segnet(config: SegNetConfig, classes: int, mesh: Mesh | None = None) -> Netw
     return split_network(lambda rngs: SegNetBasic(config, classes, mesh, rngs=rngs))
 
 
-def _convolution(config: SegNetConfig, mesh: Mesh | None) -> Callable[..., Array]:
-    """What computes a layer's convolution, for `nnx.Conv(conv_general_dilated=…)`."""
+def choose_convolution(config: SegNetConfig, mesh: Mesh | None) -> Callable[..., Array]:
+    """What computes a layer's convolution, called like `jax.lax.conv_general_dilated`."""
     direct = jax.lax.conv_general_dilated
     if config.convolution == "direct" or config.kernel_size == 1:
         return direct
