@@ -91,13 +91,26 @@ def test_the_answers_figures_are_those_of_the_records():
     assert f"by {span(rate)}: the whole lead" in answer
     starts = pd.read_csv(ROOT / "results" / "study" / "starts" / "comparisons.csv")
     assert set(starts["n"]) == {20}
-    starts = starts.set_index("comparison")
-    sgd, un = (starts.loc[[f"{u}, filters over 2 decades − balanced"]] for u in ("b-sgd", "un"))
-    ends = span(sgd, ENDS).replace("+", "")
-    assert f"higher by {sgd['difference'].item():.2f} points ({ends})" in answer
-    assert f"UN by {un['difference'].item():.2f} ({span(un, ENDS)})" in answer
-    less = starts[~starts.index.str.contains("over 2 decades")]
+    name = "filters over 2 decades − balanced"
+    for update, text in (
+        ("b-sgd", "B-SGD ends higher by {} points at depth 2 ({}) and {} at depth 4 ({})"),
+        ("un", "UN by {} ({}) and {} ({})"),
+    ):
+        mine = starts[
+            (starts["comparison"] == f"{update}, {name}") & (starts["dataset"] == "mnist")
+        ]
+        found = []
+        for depth in (2, 4):
+            row = mine[mine["depth"] == depth]
+            ends = span(row, ENDS)
+            found += [
+                f"{row['difference'].item():.2f}",
+                ends.replace("+", "") if update == "b-sgd" else ends,
+            ]
+        assert text.format(*found) in answer
+    less = starts[~starts["comparison"].str.contains("over 2 decades")]
     assert less["p_holm"].min() > 0.5
+    assert set(starts.loc[starts["dataset"] == "fashion", "verdict"]) == {"open"}
     for row in pd.read_csv(ROOT / "results" / "50-runs" / "differences.csv").itertuples():
         lower, low, high = (-100 * x for x in (row.mean, row.ci_high, row.ci_low))
         assert f"{lower:.2f}" in answer
