@@ -219,6 +219,8 @@ def test_the_time_of_a_run_is_that_of_one_that_goes_on(tmp_path, blobs, monkeypa
     [
         ({"arms.un.update": "nothing"}, "nothing"),
         ({"compare.first": 100}, "share seeds"),
+        ({"compare.first": 50, "arms.un.count": 51}, "share seeds"),
+        ({"arms.carried.count": 5}, "carried follows the first arm, but has another"),
         ({"tune.count": 0}, "several rates"),
         ({"training.loss.batch": 3}, "unknown key loss.batch"),
         ({"arms.un.schedule": "linear"}, "schedule"),

@@ -143,12 +143,19 @@ class Plan(ExperimentConfig):
             for name, arm in self.arms.items():
                 if len(arm.rate_pairs()) > 1:
                     raise ValueError(f"arm {name} has several rates, but tune.count = 0")
-        low, high = sorted((self.tune, self.compare), key=lambda seeds: seeds.first)
-        if low.first + low.count > high.first:
-            raise ValueError("tune and compare share seeds; fresh ones are needed to compare")
-        for name in self.arms:
-            self.config_of(name)
+        first = self.alike(next(iter(self.arms)))
+        for name, arm in self.arms.items():
+            if set(self.tune.all()) & set(self.seeds_of(name, "compare")):
+                raise ValueError("tune and compare share seeds; fresh ones are needed to compare")
+            if self.alike(name) != first and arm.schedule == "follow":
+                raise ValueError(
+                    f"arm {name} follows the first arm, but has another training, reading or count"
+                )
         return self
+
+    def alike(self, arm: str) -> tuple[Any, ...]:
+        """What the arms of one program have in common: training, reading and count."""
+        return self.config_of(arm).fingerprint(), *self.arms[arm].reading(), self.arms[arm].count
 
     def seeds_of(self, arm: str, purpose: str) -> range:
         """The seeds that tune an arm, or compare it."""

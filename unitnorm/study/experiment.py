@@ -106,9 +106,7 @@ def whole_batches(plan: Plan, runs: pd.DataFrame, purpose: str) -> list[Batch]:
 def plan_programs(
     plan: Plan, runs: pd.DataFrame, dataset: str, depth: int, purpose: str
 ) -> list[tuple[Config, tuple[Variant, ...]]]:
-    """The programs of a purpose: configs, and the variants that are trained so.
-
-    Those of a program have one reading and, where they are compared, the same seeds.
+    """The programs of a purpose: configs, and the variants that are trained so, all `Plan.alike`.
 
     For the comparison, the rates are those that tuning chose; an arm that is not tuned yet, where
     it has to be, has no variant.
@@ -125,8 +123,7 @@ def plan_programs(
                 continue
             pairs = [chosen[name]]
         config = plan.config_of(name)
-        alike = config.fingerprint(), *arm.reading(), plan.seeds_of(name, purpose)
-        variants = programs.setdefault(alike, (config, []))[1]
+        variants = programs.setdefault(plan.alike(name), (config, []))[1]
         spreads = arm.spreads if purpose == "compare" else [0.0]
         variants += [Variant(name, arm, *pair, spread) for pair in pairs for spread in spreads]
     parts = []
