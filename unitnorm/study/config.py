@@ -147,7 +147,8 @@ class Plan(ExperimentConfig):
         for name, arm in self.arms.items():
             if set(self.tune.all()) & set(self.seeds_of(name, "compare")):
                 raise ValueError("tune and compare share seeds; fresh ones are needed to compare")
-            if self.alike(name) != first and arm.schedule == "follow":
+            alike = self.alike(name) == first  # looks at its training, too
+            if arm.schedule == "follow" and not alike:
                 raise ValueError(
                     f"arm {name} follows the first arm, but has another training, reading or count"
                 )
