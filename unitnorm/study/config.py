@@ -143,12 +143,15 @@ class Plan(ExperimentConfig):
             for name, arm in self.arms.items():
                 if len(arm.rate_pairs()) > 1:
                     raise ValueError(f"arm {name} has several rates, but tune.count = 0")
-        first = self.alike(next(iter(self.arms)))
+        most = max([self.compare.count, *(arm.count or 0 for arm in self.arms.values())])
+        compare = Seeds(first=self.compare.first, count=most)
+        low, high = sorted((self.tune, compare), key=lambda seeds: seeds.first)
+        if low.first + low.count > high.first:
+            raise ValueError("tune and compare share seeds; fresh ones are needed to compare")
+        alike = {name: self.alike(name) for name in self.arms}  # refuses what is no training
+        first = next(iter(alike.values()))
         for name, arm in self.arms.items():
-            if set(self.tune.all()) & set(self.seeds_of(name, "compare")):
-                raise ValueError("tune and compare share seeds; fresh ones are needed to compare")
-            alike = self.alike(name) == first  # looks at its training, too
-            if arm.schedule == "follow" and not alike:
+            if arm.schedule == "follow" and alike[name] != first:
                 raise ValueError(
                     f"arm {name} follows the first arm, but has another training, reading or count"
                 )
