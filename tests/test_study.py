@@ -158,6 +158,19 @@ def test_an_arm_may_have_more_seeds_than_the_others(plan_file, done):
     assert plan.conflict(json.loads(json.dumps(more.protocol()))) is None
 
 
+def test_of_a_seed_what_is_missing_is_trained_and_the_arm_that_it_follows(plan_file, done):
+    plan = load(plan_file, {}, Plan)
+    runs = done["runs"]
+    for missing, trained in (
+        (["constant"], ["constant"]),
+        (["carried"], ["b-sgd", "carried"]),
+        (["b-sgd", "carried"], ["b-sgd", "carried"]),
+    ):
+        kept = runs[~(runs["arm"].isin(missing) & (runs["seed"] == 201))]
+        (batch,) = experiment.list_batches(plan, kept)
+        assert ([variant.arm for variant in batch.variants], batch.seeds) == (trained, (201,))
+
+
 def test_only_runs_at_the_chosen_rate_count_as_recorded(plan_file, done):
     plan, runs = load(plan_file, {}, Plan), done["runs"].copy()
     other = (runs["purpose"] == "compare") & (runs["arm"] == "un") & (runs["seed"] == 200)

@@ -82,14 +82,16 @@ def list_batches(plan: Plan, runs: pd.DataFrame) -> Iterator[Batch]:
     for purpose in ("tune", "compare"):
         batches = []
         for whole in whole_batches(plan, runs, purpose):
-            missing = [
-                seed
-                for seed in whole.seeds
-                if any(cell not in have for cell in whole.cells_of(seed))
-            ]
-            for start in range(0, len(missing), SEEDS_AT_ONCE):
-                some = tuple(missing[start : start + SEEDS_AT_ONCE])
-                batches.append(replace(whole, seeds=some))
+            missing: dict[tuple[int, ...], list[int]] = {}  # seeds, by the variants they lack
+            for seed in whole.seeds:
+                lacks = [k for k, cell in enumerate(whole.cells_of(seed)) if cell not in have]
+                if lacks:
+                    missing.setdefault(tuple(lacks), []).append(seed)
+            for lacks, seeds in missing.items():
+                variants = with_leader([whole.variants[k] for k in lacks], whole.variants)
+                for start in range(0, len(seeds), SEEDS_AT_ONCE):
+                    some = tuple(seeds[start : start + SEEDS_AT_ONCE])
+                    batches.append(replace(whole, variants=variants, seeds=some))
         yield from sorted(batches, key=lambda batch: batch.seeds[0])
 
 
@@ -101,6 +103,12 @@ def whole_batches(plan: Plan, runs: pd.DataFrame, purpose: str) -> list[Batch]:
         for depth in plan.depths
         for program in plan_programs(plan, runs, dataset, depth, purpose)
     ]
+
+
+def with_leader(some: Sequence[Variant], variants: Sequence[Variant]) -> tuple[Variant, ...]:
+    """Some of a program's variants, and the first one where any of them follows it."""
+    follows = any(variant.plan.schedule == "follow" for variant in some)
+    return (*(variants[:1] if follows and variants[0] not in some else ()), *some)
 
 
 def plan_programs(
@@ -195,8 +203,7 @@ def recompute(
         cells = batch.cells_of(chosen["seed"])
         if cell in cells:
             variant = variants[cells.index(cell)]
-            leader = variants[:1] if variant.plan.schedule == "follow" else ()
-            alone = replace(batch, variants=(*leader, variant))
+            alone = replace(batch, variants=with_leader([variant], variants))
             wanted = pd.DataFrame([cell], columns=list(CELL))
             return SCHEMA.rows_of(train_batch(alone, data, session), wanted)
     raise UserError(f"{', '.join(map(str, place))}: the plan has no such run")

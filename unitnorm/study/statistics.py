@@ -101,10 +101,11 @@ def compare(
         alpha: the intervals have the confidence 1 − alpha, the verdicts the familywise level alpha.
 
     Returns:
-        Columns `COMPARISONS`. `n` pairs; `n_left_out` seeds of either arm without a pair, as a run
-        of them is missing, not finite or diverged (`n_diverged`, `n_diverged_baseline` of the two
-        arms). `difference`, std (ddof 1) and intervals in percentage points for errors. NaN where a
-        figure is not defined: n < 2, and `ci_images_*` where the runs keep no images.
+        Columns `COMPARISONS`. `n` pairs; `n_left_out` seeds of both arms that are no pair, as a run
+        of them is not finite or diverged (`n_diverged`, `n_diverged_baseline` of the two arms). A
+        seed that one arm alone has, as it has more of them, is neither. `difference`, std (ddof 1)
+        and intervals in percentage points for errors. NaN where a figure is not defined: n < 2, and
+        `ci_images_*` where the runs keep no images.
 
     Raises:
         UserError: an unknown metric, an arm without any runs, or two runs of one seed.
@@ -207,7 +208,7 @@ def _compare_pair(
     p, p_equivalence = paired_tests(difference, margin if is_error(metric) else math.nan)
     return {
         "n": len(paired),
-        "n_left_out": len(both) - len(paired),
+        "n_left_out": len({*ours["seed"]} & {*theirs["seed"]}) - len(paired),
         "n_diverged": int(ours["diverged"].sum()),
         "n_diverged_baseline": int(theirs["diverged"].sum()),
         "difference": mean,
