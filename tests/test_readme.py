@@ -90,7 +90,9 @@ def test_the_answers_figures_are_those_of_the_records():
     assert f"eight comparisons of {constraint['n'].min()}" in answer
     assert f"by {span(rate)}: the whole lead" in answer
     starts = pd.read_csv(ROOT / "results" / "study" / "starts" / "comparisons.csv")
-    assert set(starts["n"]) == {20}
+    ends = starts["comparison"].str.contains("^(?:b-sgd|un), .*over 2 decades")
+    assert set(starts.loc[ends, "n"]) == {100}
+    assert set(starts.loc[~ends, "n"]) == {20}
     name = "filters over 2 decades − balanced"
     for update, text in (
         ("b-sgd", "B-SGD ends higher by {} points at depth 2 ({}) and {} at depth 4 ({})"),
@@ -102,15 +104,22 @@ def test_the_answers_figures_are_those_of_the_records():
         found = []
         for depth in (2, 4):
             row = mine[mine["depth"] == depth]
-            ends = span(row, ENDS)
+            interval = span(row, ENDS).replace("-0.00", "0.00")
             found += [
                 f"{row['difference'].item():.2f}",
-                ends.replace("+", "") if update == "b-sgd" else ends,
+                interval.replace("+", "") if update == "b-sgd" else interval,
             ]
         assert text.format(*found) in answer
     less = starts[~starts["comparison"].str.contains("over 2 decades")]
     assert less["p_holm"].min() > 0.5
-    assert set(starts.loc[starts["dataset"] == "fashion", "verdict"]) == {"open"}
+    filters = starts[ends & starts["comparison"].str.contains("filters")]
+    fashion = filters[filters["dataset"] == "fashion"]
+    assert set(fashion["verdict"]) == {"open"}
+    half = (fashion["ci_high"] - fashion["ci_low"]) / 2
+    assert f"over two (±{half.min():.2f} to ±{half.max():.2f})" in answer
+    left = starts[ends & starts["comparison"].str.contains("^un, (?:pairs|theta)")]
+    low, high = left["difference"].min(), left["difference"].max()
+    assert f"over two decades by {low:.2f} to {high:.2f} points" in answer
     for row in pd.read_csv(ROOT / "results" / "50-runs" / "differences.csv").itertuples():
         lower, low, high = (-100 * x for x in (row.mean, row.ci_high, row.ci_low))
         assert f"{lower:.2f}" in answer
