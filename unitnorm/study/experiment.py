@@ -84,9 +84,10 @@ def list_batches(plan: Plan, runs: pd.DataFrame) -> Iterator[Batch]:
         for whole in whole_batches(plan, runs, purpose):
             missing: dict[tuple[int, ...], list[int]] = {}  # seeds, by the variants they lack
             for seed in whole.seeds:
-                lacks = [k for k, cell in enumerate(whole.cells_of(seed)) if cell not in have]
+                cells = whole.cells_of(seed)
+                lacks = tuple(k for k, cell in enumerate(cells) if cell not in have)
                 if lacks:
-                    missing.setdefault(tuple(lacks), []).append(seed)
+                    missing.setdefault(lacks, []).append(seed)
             for lacks, seeds in missing.items():
                 variants = with_leader([whole.variants[k] for k in lacks], whole.variants)
                 for start in range(0, len(seeds), SEEDS_AT_ONCE):
