@@ -59,7 +59,7 @@ def test_the_answers_figures_are_those_of_the_records():
         return f"{of[low].min():+.2f} to {of[high].max():+.2f}"
 
     rate, own = rows[kind == "rate"], rows[(kind == "each") & (rows["dataset"] == "fashion")]
-    assert f"constraint changes it by {span(constraint)} (twelve comparisons" in answer
+    assert f"constraint changes the error by {span(constraint)} (twelve comparisons" in answer
     assert f"{span(rate[rate['dataset'] == 'mnist'])} on MNIST" in answer
     assert f"{span(rate[rate['dataset'] == 'fashion'])} on Fashion-MNIST" in answer
     assert rate["p_holm"].max() < 0.001
