@@ -90,9 +90,10 @@ def list_batches(plan: Plan, runs: pd.DataFrame) -> Iterator[Batch]:
                     missing.setdefault(lacks, []).append(seed)
             for lacks, seeds in missing.items():
                 variants = with_leader([whole.variants[k] for k in lacks], whole.variants)
-                for start in range(0, len(seeds), SEEDS_AT_ONCE):
-                    some = tuple(seeds[start : start + SEEDS_AT_ONCE])
-                    batches.append(replace(whole, variants=variants, seeds=some))
+                batches += [
+                    replace(whole, variants=variants, seeds=tuple(seeds[k : k + SEEDS_AT_ONCE]))
+                    for k in range(0, len(seeds), SEEDS_AT_ONCE)
+                ]
         yield from sorted(batches, key=lambda batch: batch.seeds[0])
 
 
@@ -109,7 +110,8 @@ def whole_batches(plan: Plan, runs: pd.DataFrame, purpose: str) -> list[Batch]:
 def with_leader(some: Sequence[Variant], variants: Sequence[Variant]) -> tuple[Variant, ...]:
     """Some of a program's variants, and the first one where any of them follows it."""
     follows = any(variant.plan.schedule == "follow" for variant in some)
-    return (*(variants[:1] if follows and variants[0] not in some else ()), *some)
+    leader = variants[:1] if follows and variants[0] not in some else ()
+    return (*leader, *some)
 
 
 def plan_programs(
