@@ -113,13 +113,15 @@ def test_the_answers_figures_are_those_of_the_records():
     less = starts[~starts["comparison"].str.contains("over 2 decades")]
     assert less["p_holm"].min() > 0.5
     filters = starts[ends & starts["comparison"].str.contains("filters")]
+    assert set(filters.loc[filters["arm"] == "un@2", "verdict"]) == {"open"}  # none significant
     fashion = filters[filters["dataset"] == "fashion"]
     assert set(fashion["verdict"]) == {"open"}
     half = (fashion["ci_high"] - fashion["ci_low"]) / 2
     assert f"over two (±{half.min():.2f} to ±{half.max():.2f})" in answer
     left = starts[ends & starts["comparison"].str.contains("^un, (?:pairs|theta)")]
     low, high = left["difference"].min(), left["difference"].max()
-    assert f"over two decades by {low:.2f} to {high:.2f} points" in answer
+    assert f"over two decades by {low:.2f} to {high:.2f} points, seven of these eight" in answer
+    assert sorted(left["verdict"]) == ["open", *["worse"] * 7]
     for row in pd.read_csv(ROOT / "results" / "50-runs" / "differences.csv").itertuples():
         lower, low, high = (-100 * x for x in (row.mean, row.ci_high, row.ci_low))
         assert f"{lower:.2f}" in answer
