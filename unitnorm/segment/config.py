@@ -1,7 +1,7 @@
 """The configuration of a segmentation: every number that its results depend on, with its range.
 
-The defaults are those of `configs/segnet_small.toml`. To add a key, add a field here. Nothing here
-reads data or touches JAX.
+The defaults are a plain training, nothing changed at random but flips; what gave the results is in
+`configs/`. To add a key, add a field here. Nothing here reads data or touches JAX.
 """
 
 from __future__ import annotations
