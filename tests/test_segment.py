@@ -178,6 +178,32 @@ def test_a_network_by_fourier_transforms_gives_the_logits_of_a_direct_one():
     np.testing.assert_allclose(logits["direct"], logits["fourier"], atol=1e-4)
 
 
+def test_a_network_left_to_choose_takes_the_way_that_suits_the_device(monkeypatch):
+    for backend, way in (("cpu", "fourier"), ("gpu", "direct"), ("tpu", "direct")):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        chosen = model.choose_convolution(config.SegNetConfig(), None)
+        assert (chosen is jax.lax.conv_general_dilated) == (way == "direct"), backend
+
+
+def test_rounded_factors_are_asked_of_the_convolutions_and_of_nothing_else():
+    def text(dtype):
+        chosen = config.SegNetConfig(features=4, kernel_size=3, stages=1, dtype=dtype)
+        network = model.segnet(chosen, 11)
+        params, stats = network.init(jax.random.key(0))
+        assert {x.dtype for x in jax.tree.leaves((params, stats))} == {jnp.dtype("float32")}
+
+        def total(params, images):
+            return network.apply(params, stats, images, True)[0].sum()
+
+        return str(jax.make_jaxpr(jax.grad(total))(params, jnp.ones((2, 8, 8, 3))))
+
+    # two convolutions of 3 × 3 forward; backward the gradients of both kernels and of one's input
+    assert text("tensorfloat32").count("precision=(Precision.HIGH, Precision.HIGH)") == 5
+    assert "Precision.HIGH," not in text("float32")
+    assert "bf16" in text("bfloat16")
+    assert "bf16" not in text("tensorfloat32")
+
+
 def test_devices_that_share_a_convolution_by_fourier_transforms_add_its_gradients():
     rng = np.random.default_rng(0)
     x = rng.standard_normal((4, 45, 46, 16), dtype=np.float32)

@@ -35,10 +35,10 @@ class SegNetConfig(Section):
 
     features: Annotated[int, Field(ge=1, le=4096)] = Field(64, description="filters per layer")
     kernel_size: Annotated[int, Field(ge=1, le=31)] = Field(7, description="odd")
-    convolution: Literal["direct", "fourier"] = Field(
-        "fourier",
+    convolution: Literal["auto", "direct", "fourier"] = Field(
+        "auto",
         description="the same up to rounding: XLA's own, or, in large layers, through Fourier "
-        "transforms of tiles, which is faster on a CPU",
+        "transforms of tiles, which is faster on a CPU; auto: these there, XLA's elsewhere",
     )
     stages: Annotated[int, Field(ge=1, le=8)] = Field(4, description="encoders, and decoders")
     bn_momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
@@ -47,8 +47,10 @@ class SegNetConfig(Section):
     bn_epsilon: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
         1e-5, description="added to the variance inside batch normalisation"
     )
-    dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="of the convolutions; parameters and statistics are float32"
+    dtype: Literal["float32", "tensorfloat32", "bfloat16"] = Field(
+        "float32",
+        description="of the convolutions; parameters and statistics are float32. tensorfloat32: "
+        "float32, whose factors a device that is faster at it may round to 10 bits",
     )
 
     @field_validator("kernel_size")

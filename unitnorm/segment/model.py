@@ -93,13 +93,15 @@ class Convolution(nnx.Module):
     def __init__(
         self, inputs: int, config: SegNetConfig, mesh: Mesh | None = None, *, rngs: nnx.Rngs
     ):
-        dtype = jnp.dtype(config.dtype)
+        rounded = config.dtype == "tensorfloat32"
+        dtype = jnp.dtype("float32" if rounded else config.dtype)
         self.conv = nnx.Conv(
             inputs,
             config.features,
             (config.kernel_size, config.kernel_size),
             use_bias=False,
             dtype=dtype,
+            precision=jax.lax.Precision.HIGH if rounded else None,  # None: as the process has it
             kernel_init=_unit_filters,
             conv_general_dilated=choose_convolution(config, mesh),
             rngs=rngs,
@@ -158,7 +160,10 @@ def segnet(config: SegNetConfig, classes: int, mesh: Mesh | None = None) -> Netw
 def choose_convolution(config: SegNetConfig, mesh: Mesh | None) -> Callable[..., Array]:
     """What computes a layer's convolution, called like `jax.lax.conv_general_dilated`."""
     direct = jax.lax.conv_general_dilated
-    if config.convolution == "direct" or config.kernel_size == 1:
+    way = config.convolution
+    if way == "auto":
+        way = "fourier" if jax.default_backend() == "cpu" else "direct"
+    if way == "direct" or config.kernel_size == 1:
         return direct
     fourier = fourier_convolution
     if mesh is not None:  # so that devices add their kernels' gradients once, at the end
