@@ -549,26 +549,28 @@ def test_flips_turn_image_and_label_alike():
     assert 0 < flipped < 20
 
 
-def test_zoom_scales_image_and_label_alike_and_leaves_void_outside():
-    labels = np.zeros((40, 50), np.uint8)
-    labels[:20] = 5  # the upper half, brighter
-    image = np.where(labels[..., None] == 5, 200, 50).repeat(3, -1)
+@pytest.mark.parametrize("part", [(40, 50), (40, 30), (10, 25)])
+def test_zoom_scales_image_and_label_alike_and_shows_nothing_but_the_image(part):
+    labels = np.repeat(np.arange(10, dtype=np.uint8), 4)[:, None].repeat(50, 1)  # of the row
+    rows = np.arange(40.0)[:, None].repeat(50, 1)
+    image = 20 + np.stack([4 * rows, 4 * rows, 4 * np.arange(50.0) * np.ones((40, 1))], -1)
     options = config.Augmentation(flip=False, zoom=2.0)
-    sizes = set()
-    for seed in range(12):
-        picture, found = map(
-            np.asarray, augment(jax.random.key(seed), image, labels, (40, 50), options)
-        )
-        known = found < 11
-        assert set(np.unique(found)) <= {0, 5, 11}
-        assert (picture[~known] < 110).all()
-        inner = known & (np.abs(picture[..., 0] - np.where(found == 5, 200, 50)) < 1)
-        assert inner.sum() > 0.8 * known.sum()  # all but the borders
-        sizes.add(int(known.sum()))
-        if not known.all():  # shrunk: the whole image is there, in its proportions
-            rows, columns = known.any(1).sum(), known.any(0).sum()
-            assert abs(rows / columns - 0.8) < 0.1
-    assert min(sizes) < 1000 < 2000 == max(sizes)
+    change = jax.jit(lambda key: augment(key, image, labels, part, options))
+    zooms = []
+    for seed in range(60):
+        picture, found = map(np.asarray, change(jax.random.key(seed)))
+        assert picture.shape == (*part, 3)
+        assert found.max() < 10  # no pixel without a label
+        assert picture.min() > 19.9  # none that is black
+        slopes = [np.diff(picture[3:-3, 3:-3, c], axis=c // 2).mean() for c in (0, 2)]
+        assert slopes[0] == pytest.approx(slopes[1], rel=0.06)  # in its proportions
+        source = (picture[..., 0] - 20) / 4  # a pixel's row, but at the edges
+        assert np.abs(np.clip(source, 1, 38) // 4 - found).max() <= 1
+        assert (source // 4 == found).mean() > 0.6
+        zooms.append(4 / slopes[0])
+    least = max(0.5, part[0] / 40, part[1] / 50)
+    assert least * 0.97 < min(zooms) < least * 1.1
+    assert 1.9 < max(zooms) < 2.05
 
 
 def test_light_and_colour_change_the_image_alone():

@@ -66,7 +66,9 @@ class Augmentation(Section):
 
     flip: bool = Field(True, description="left to right, half of the images")
     zoom: Annotated[float, Field(ge=1.0, le=8.0)] = Field(
-        1.0, description="scaled by 1/zoom to zoom, uniform in the logarithm"
+        1.0,
+        description="scaled by 1/zoom to zoom, uniform in the logarithm; never to less than the "
+        "part that is trained on",
     )
     brightness: Annotated[float, Field(ge=0.0, le=2.0)] = Field(
         0.0, description="times e^x, x uniform within ± this"
