@@ -318,6 +318,39 @@ def test_median_frequency_weights_by_hand():
     np.testing.assert_allclose(metrics.median_frequency_weights(labels, 3), expected, rtol=1e-6)
 
 
+def test_weights_divided_out_leave_the_frequencies_of_the_labels():
+    rng = np.random.default_rng(0)
+    labels, w = rng.choice(4, 500, p=[0.7, 0.2, 0.06, 0.04]), np.array([0.2, 0.7, 3.0, 5.0])
+
+    def loss(bias):
+        return training.weighted_cross_entropy(jnp.tile(bias, (500, 1)), jnp.asarray(labels), w)
+
+    bias = jnp.zeros(4)
+    for _ in range(2000):  # the best constant answer to the weighted loss
+        bias = bias - 0.3 * jax.grad(loss)(bias)
+    params = {"classifier": {"bias": bias, "kernel": jnp.ones(3)}, "encoders": jnp.ones(2)}
+    found = training.divide_out(weights.Weights(params, None), w)
+    frequencies = np.bincount(labels) / 500
+    tilted = frequencies * w / (frequencies * w).sum()
+    np.testing.assert_allclose(jax.nn.softmax(bias), tilted, atol=1e-4)
+    np.testing.assert_allclose(
+        jax.nn.softmax(found.params["classifier"]["bias"]), frequencies, atol=1e-4
+    )
+    assert found.params["classifier"]["kernel"] is params["classifier"]["kernel"]
+    assert found.params["encoders"] is params["encoders"]
+
+
+def test_what_is_measured_has_the_frequencies_that_the_config_asks_for(small, scenes, trained):
+    for prior, factor in (("weights", 0.0), ("labels", 1.0)):
+        program = make_program(small, scenes, class_prior=prior)
+        found = program.measured(trained.now, 1).params["classifier"]["bias"]
+        known = metrics.median_frequency_weights(scenes.splits["train"].labels, 11)
+        expected = factor * np.log(np.where(known > 0, known, 1))
+        before = trained.now.params["classifier"]["bias"]
+        np.testing.assert_allclose(before - found, expected, atol=1e-6)
+        assert np.isfinite(found).all()
+
+
 # ---------------------------------------------------------------- training
 
 

@@ -103,6 +103,11 @@ class SegmentTraining(Section):
         "median",
         description="in the loss: by median frequency, the SegNet authors' own numbers, or 1",
     )
+    class_prior: Literal["weights", "labels"] = Field(
+        "weights",
+        description="where it is measured: the classes as frequent as the loss weighs them, or, "
+        "with its weights divided out of the probabilities, as the labels have them",
+    )
     weight_decay: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
         0.0, description="of all parameters but the filters (the authors: 5e-4, of all)"
     )

@@ -160,6 +160,8 @@ class SegNetProgram:
 
     def measured(self, weights: Weights, epoch: int) -> Weights:
         """Weights as they are measured after an epoch, counted from 1."""
+        if self._config.train.class_prior == "labels":
+            weights = divide_out(weights, self._class_weights)
         if self._config.train.statistics == "running":
             return weights
         return self.evaluator.renew_statistics(weights, self._at(self.scales[epoch - 1])[0])
@@ -280,6 +282,22 @@ def weighted_cross_entropy(logits: Array, labels: Array, weights: np.ndarray | A
     # a sum over a mask, since its gradient is a subtraction where an index's is a scatter
     weighted = jnp.where(picked, weights * jax.nn.log_softmax(logits), 0.0)
     return -weighted.sum() / jnp.maximum(picked.sum(), 1)
+
+
+def divide_out(weights: Weights, class_weights: np.ndarray) -> Weights:
+    """The network whose class probabilities are those of the one given, each over its class weight.
+
+    A loss weighted by w is least where a class c has the probability p(c|x) w(c) / Σ p(k|x) w(k):
+    rare classes are taken too often. To take log w off the bias gives p(c|x) again. Menon et al.
+    (2021), "Long-tail learning via logit adjustment", move the bias for the same reason.
+
+    Args:
+      class_weights: (classes,); a class of weight 0, which is never trained, stays as it is.
+    """
+    classifier = weights.params["classifier"]
+    factors = np.where(class_weights > 0, class_weights, 1)
+    corrected = {**classifier, "bias": classifier["bias"] - jnp.log(factors)}
+    return weights._replace(params={**weights.params, "classifier": corrected})
 
 
 def norm_deviation(params: Any) -> Array:
