@@ -41,7 +41,7 @@ def test_the_protocol_is_the_papers():
 
 
 def test_every_preset_is_valid():
-    assert {"table2", "quick", "segnet", "segnet_small", "segnet_gpu"} <= set(presets())
+    assert {"table2", "quick", "segnet", "segnet_small"} <= set(presets())
     for name in presets():
         if "/" not in name:
             load(name, None, SegmentConfig if name.startswith("segnet") else Config)
