@@ -434,22 +434,46 @@ def test_confusion_is_that_of_each_image_also_of_fewer_than_a_batch(small, scene
     assert np.array_equal(few, whole[13:])
 
 
+def first_statistics(params, batches):
+    """Mean and variance of the first convolution's channels, averaged over mini-batches."""
+    means, variances = [], []
+    for images in batches:
+        x = model.local_response_normalisation(jnp.asarray(images, jnp.float32))
+        numbers = ("NHWC", "HWIO", "NHWC")
+        kernel = params["encoders"][0]["conv"]["kernel"]
+        y = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers)
+        means.append(np.mean(y, (0, 1, 2)))
+        variances.append(np.var(y, (0, 1, 2)))
+    return np.mean(means, 0), np.mean(variances, 0)
+
+
 def test_statistics_anew_are_the_means_over_mini_batches(small, scenes, trained):
     """The first normalisation's, from the definition; 20 images make 3 batches of 8."""
     few = scenes.splits["train"].only(np.arange(20))
     evaluator = evaluation.Evaluator(small.network, 8)
-    found = evaluator.renew_statistics(trained.now, few).stats["encoders"][0]["norm"]
-    kernel = trained.now.params["encoders"][0]["conv"]["kernel"]
-    means, variances = [], []
-    for index in (range(8), range(8, 16), [*range(16, 20), *range(4)]):
-        x = jnp.asarray(few.images[np.asarray(index)], jnp.float32)
-        x = model.local_response_normalisation(x)
-        numbers = ("NHWC", "HWIO", "NHWC")
-        y = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers)
-        means.append(np.mean(y, (0, 1, 2)))
-        variances.append(np.var(y, (0, 1, 2)))
-    np.testing.assert_allclose(found["mean"], np.mean(means, 0), rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(found["var"], np.mean(variances, 0), rtol=1e-3)
+    renewed = evaluator.renew_statistics(trained.now, evaluator.whole_images(few))
+    found = renewed.stats["encoders"][0]["norm"]
+    parts = (range(8), range(8, 16), [*range(16, 20), *range(4)])
+    mean, var = first_statistics(trained.now.params, (few.images[list(part)] for part in parts))
+    np.testing.assert_allclose(found["mean"], mean, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found["var"], var, rtol=1e-3)
+
+
+def test_statistics_of_batches_are_those_of_what_the_next_epoch_would_train_on(
+    small, scenes, trained
+):
+    program = make_program(small, scenes, statistics="batches", crop=[8, 10])
+    found = program.measured(trained.now, 2).stats["encoders"][0]["norm"]
+    train, seed = scenes.splits["train"], program._run[0]
+    arrays = tuple(map(jnp.asarray, train[:2]))
+    batches = [
+        program._batch(jnp.int32(2 * program.steps + step), *arrays, seed)[0]
+        for step in range(program.steps)
+    ]
+    assert {images.shape for images in batches} == {(small.train.batch_size, 8, 10, 3)}
+    mean, var = first_statistics(trained.now.params, batches)
+    np.testing.assert_allclose(found["mean"], mean, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found["var"], var, rtol=1e-3)
 
 
 @pytest.mark.parametrize("stop_after", [1, 4])  # inside the first epoch, and inside the second

@@ -112,10 +112,11 @@ class SegmentTraining(Section):
         0.0, description="of all parameters but the filters (the authors: 5e-4, of all)"
     )
     measure_every: Epochs = Field(1, description="epochs between measurements on val")
-    statistics: Literal["anew", "running"] = Field(
+    statistics: Literal["batches", "anew", "running"] = Field(
         "running",
-        description="of batch normalisation where it is measured: averaged anew over the training "
-        "images, as the authors' code does, or the running ones",
+        description="of batch normalisation where it is measured: averaged anew over an epoch's "
+        "mini-batches, cut out and changed as in training, or (anew) over whole training images, "
+        "as the authors' code does; or the running ones",
     )
 
     def scale_of(self, epoch: int) -> float:

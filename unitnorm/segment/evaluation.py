@@ -5,7 +5,7 @@ Images go through the network a few at a time, shared among all devices.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -56,19 +56,25 @@ class Evaluator:
             found.append(np.asarray(counted, np.int64))
         return np.concatenate(found)[: len(scenes.labels)]
 
-    def renew_statistics(self, weights: Weights, scenes: Scenes) -> Weights:
-        """With batch statistics that are the mean over mini-batches of these images.
+    def renew_statistics(self, weights: Weights, batches: Iterable[Array]) -> Weights:
+        """With batch statistics that are the mean over mini-batches of images.
 
         The mean of the batches' means and variances, as in the SegNet authors' code.
+
+        Args:
+          batches: of images (n, height, width, 3), of one size.
         """
         total = jax.tree.map(jnp.zeros_like, weights.stats)
         count = 0
-        # the last mini-batch is filled up with the first images
-        whole = np.arange(-(-len(scenes.labels) // self._batch) * self._batch)
-        for images, _ in self._batches(scenes.only(whole % len(scenes.labels))):
+        for images in batches:
             total = jax.block_until_ready(self._add(total, weights.params, images))
             count += 1
         return Weights(weights.params, jax.tree.map(lambda x: x / count, total))
+
+    def whole_images(self, scenes: Scenes) -> Iterator[Array]:
+        """Mini-batches of whole images; the last is filled up with the first images."""
+        whole = np.arange(-(-len(scenes.labels) // self._batch) * self._batch)
+        return (images for images, _ in self._batches(scenes.only(whole % len(scenes.labels))))
 
     def _batches(self, scenes: Scenes) -> Iterator[tuple[Array, Array]]:
         for start in range(0, len(scenes.labels), self._batch):

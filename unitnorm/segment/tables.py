@@ -36,21 +36,24 @@ def list_tables(records: Records, columns: Sequence[str] = COLUMNS) -> list[Cell
     tables = []
     about = records.provenance["data"]
     size = f"{about['height']}×{about['width']}"
-    best = select_best(records)
-    if not best.empty:
-        note = (
-            "mean over the runs, ± their standard deviation where there are several; by class the "
-            "IoU. The epoch is that with the highest mean IoU on val."
-        )
-        title = f"SegNet-Basic on {about['name']}, images of {size}: test, %"
-        tables.append(Cells(title, _by_update(best, columns), note))
-    differences = _differences(best)
+    note = (
+        "mean over the runs, ± their standard deviation (n − 1) where there are several; by class "
+        "the IoU. The epoch is that with the highest mean IoU on val."
+    )
+    splits = {split: select_best(records, split) for split in ("test", "val")}
+    for split, best in splits.items():
+        if not best.empty:
+            title = f"SegNet-Basic on {about['name']}, images of {size}: {split}, %"
+            tables.append(Cells(title, _by_update(best, columns), note))
+    differences = pd.concat(
+        [_differences(best).assign(on=split) for split, best in splits.items()], ignore_index=True
+    )
     if not differences.empty:
         tables.append(
             Cells(
                 "Paired differences, percentage points", differences,
-                "n: pairs of runs with the same start, order and changes of the images; p of the "
-                "paired t-test, two-sided.",
+                "n: pairs of runs with the same start, order and changes of the images; t-interval "
+                "of the mean, p of the paired t-test, two-sided.",
             )
         )  # fmt: skip
     if not records["sweep"].empty:
@@ -86,6 +89,7 @@ def _differences(best: pd.DataFrame) -> pd.DataFrame:
             rows.append(
                 {
                     "difference": f"{label(update)} − {label(BASELINE)}",
+                    "on": "",
                     "of": TITLES[column],
                     "n": str(len(common)),
                     "mean": format_points(found.mean),

@@ -114,6 +114,7 @@ class SegNetProgram:
         )
         self._step = jax.jit(self._train_step, donate_argnums=0, out_shardings=self._everywhere)
         self._init = jax.jit(self._start, out_shardings=self._everywhere)
+        self._draw = jax.jit(self._batch)
         self._deviation = jax.jit(norm_deviation)
 
     # ------------------------------------------------------------ what the loop calls
@@ -162,9 +163,15 @@ class SegNetProgram:
         """Weights as they are measured after an epoch, counted from 1."""
         if self._config.train.class_prior == "labels":
             weights = divide_out(weights, self._class_weights)
-        if self._config.train.statistics == "running":
+        way = self._config.train.statistics
+        if way == "running":
             return weights
-        return self.evaluator.renew_statistics(weights, self._at(self.scales[epoch - 1])[0])
+        train, _, on_devices = self._at(self.scales[epoch - 1])
+        if way == "anew":
+            return self.evaluator.renew_statistics(weights, self.evaluator.whole_images(train))
+        steps = range(epoch * self.steps, (epoch + 1) * self.steps)  # those of the next epoch
+        drawn = (self._draw(jnp.int32(step), *on_devices, self._run[0])[0] for step in steps)
+        return self.evaluator.renew_statistics(weights, drawn)
 
     def _at(self, scale: float) -> tuple[Scenes, Scenes, tuple[Array, Array]]:
         """Both sets of images at a part of their size, and the first on the devices."""
