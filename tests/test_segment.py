@@ -947,6 +947,32 @@ def test_evaluate_gives_the_recorded_numbers(folder):
         assert f"{100 * row[column]:.1f}" in line.split()
 
 
+def test_renew_writes_the_weights_with_statistics_averaged_anew(folder, tmp_path):
+    old, new = folder / "un.safetensors", tmp_path / "new" / "un.safetensors"
+    options = ("--weights", old, "--synthetic", "--out", new, "--set", "train.batch_size=4")
+    text = call("renew", *options, "--set", "train.statistics=anew")
+    assert str(new) in text
+    before, after = weights.read_weights(old), weights.read_weights(new)
+    assert (after.network, after.update, after.size) == (
+        before.network,
+        before.update,
+        before.size,
+    )
+    jax.tree.map(np.testing.assert_array_equal, before.weights.params, after.weights.params)
+    evaluator = evaluation.Evaluator(before.network, 4)
+    train = data.load_scenes(
+        config.ScenesConfig(dataset="synthetic", height=before.size[0], width=before.size[1])
+    ).splits["train"]
+    expected = evaluator.renew_statistics(before.weights, evaluator.whole_images(train))
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4),
+        expected.stats,
+        after.weights.stats,
+    )
+    refused = call("renew", *options, "--set", "train.statistics=running", code=2)
+    assert "nothing to average" in refused
+
+
 def test_report_makes_table_curves_and_figure_2(folder):
     call("report", "--out", folder, "--synthetic")
     text = (folder / "table.md").read_text()

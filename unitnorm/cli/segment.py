@@ -139,6 +139,58 @@ def evaluate(weights: Path, split: str, **scene_choice: Any) -> None:
     Console().print(Fitting(tables.tabulate(title, columns)))
 
 
+@segment.command(cls=opt.GroupedCommand, short_help="Average batch statistics anew.")
+@opt.config_option("segnet_small")
+@weights_option
+@scene_options
+@opt.option(
+    "--out",
+    group=opt.RECORDS,
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=Path("runs/renewed.safetensors"),
+    show_default=True,
+    help="File to write.",
+)
+def renew(
+    config_path: str | None,
+    overrides: tuple[str, ...],
+    weights: Path,
+    out: Path,
+    **scene_choice: Any,
+) -> None:
+    """Average the batch statistics of trained weights anew, as the config's train.statistics says.
+
+    Over the training images of the data given, at the size that the weights were trained for.
+
+    \b
+    Example
+      unitnorm segment renew --config segnet --data-dir CamVid --weights un.safetensors
+    """
+    from unitnorm.run import devices
+
+    devices.prepare(1)
+    from unitnorm.run import records
+    from unitnorm.segment.training import SegNetProgram
+    from unitnorm.segment.weights import pack_weights, read_weights
+
+    config = _read_config(config_path, overrides, **scene_choice)
+    if config.train.statistics == "running":
+        raise UserError(
+            'train.statistics = "running": nothing to average; expected "batches", "anew"'
+        )
+    trained = read_weights(weights)
+    data = _scenes_for(trained, **scene_choice)
+    program = SegNetProgram(
+        "renew", config.model_copy(update={"network": trained.network}), trained.update,
+        config.seed, 1.0, [1.0], data.splits["train"], data.splits["val"],
+    )  # fmt: skip
+    found = program.renewed(trained.weights, 1)
+    packed = pack_weights(found, trained.network, trained.update, trained.size)
+    with records.locked(out.parent):
+        records.write_files(out.parent, {out.name: packed})
+    click.echo(f"{weights}: statistics of {len(data.splits['train'].labels)} images in {out}")
+
+
 @segment.command(cls=opt.GroupedCommand, short_help="Segment photos.")
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
 @weights_option

@@ -163,6 +163,10 @@ class SegNetProgram:
         """Weights as they are measured after an epoch, counted from 1."""
         if self._config.train.class_prior == "labels":
             weights = divide_out(weights, self._class_weights)
+        return self.renewed(weights, epoch)
+
+    def renewed(self, weights: Weights, epoch: int) -> Weights:
+        """Weights with the batch statistics that the config asks for after an epoch."""
         way = self._config.train.statistics
         if way == "running":
             return weights
