@@ -947,6 +947,18 @@ def test_evaluate_gives_the_recorded_numbers(folder):
         assert f"{100 * row[column]:.1f}" in line.split()
 
 
+def test_evaluate_sets_files_side_by_side_and_saves_the_table(folder, tmp_path):
+    one, other = folder / "un.safetensors", tmp_path / "copy" / "un.safetensors"
+    other.parent.mkdir()
+    other.write_bytes(one.read_bytes())
+    saved = tmp_path / "tables" / "test.md"
+    text = call("evaluate", "--weights", one, "--weights", other, "--synthetic", "--save", saved)
+    assert f"{folder.name}/un" in text
+    (row,) = [line for line in saved.read_text().splitlines() if line.startswith("| mean IoU")]
+    _, first, second = row.strip("| ").split("|")
+    assert first.strip() == second.strip()
+
+
 def test_renew_writes_the_weights_with_statistics_averaged_anew(folder, tmp_path):
     old, new = folder / "un.safetensors", tmp_path / "new" / "un.safetensors"
     options = ("--weights", old, "--synthetic", "--out", new, "--set", "train.batch_size=4")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-WEIGHTS = "results/segnet/un.safetensors"
+WEIGHTS = "results/segnet/renewed/un.safetensors"
 
 
 @pytest.fixture(scope="module")

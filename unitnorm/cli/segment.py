@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from unitnorm.segment.weights import TrainedSegNet
 
 OUT = "runs/segnet"
-# a link to results/segnet/un.safetensors
+# a link to results/segnet/renewed/un.safetensors
 PUBLISHED = Path(__file__).parents[1] / "segment" / "un.safetensors"
 
 
@@ -104,12 +104,17 @@ def train(**options: Any) -> None:
 
 
 @segment.command(cls=opt.GroupedCommand, short_help="Measure trained weights on a split.")
-@weights_option
+@opt.option("--weights", group=opt.RECORDS, type=click.Path(path_type=Path), multiple=True,
+            default=[PUBLISHED],
+            help="File that train wrote; may be repeated.  [default: UN's, which are part of "
+            "unitnorm]")  # fmt: skip
+@opt.option("--save", group=opt.RECORDS, type=click.Path(path_type=Path, dir_okay=False),
+            help="Markdown file to write the table to, too.")  # fmt: skip
 @opt.option("--split", group=opt.DATA, type=click.Choice(["train", "val", "test"]),
             default="test", show_default=True, help="Which images.")  # fmt: skip
 @scene_options
-def evaluate(weights: Path, split: str, **scene_choice: Any) -> None:
-    """Measure trained weights on a split of CamVid, whole and by sequence.
+def evaluate(weights: tuple[Path, ...], save: Path | None, split: str, **scene_choice: Any) -> None:
+    """Measure trained weights on a split of CamVid; one file by sequence, too.
 
     \b
     Example
@@ -121,22 +126,32 @@ def evaluate(weights: Path, split: str, **scene_choice: Any) -> None:
     import numpy as np
     from rich.console import Console
 
-    from unitnorm.report.tables import Fitting
+    from unitnorm.report.tables import Fitting, to_markdown
+    from unitnorm.run import records
     from unitnorm.segment import tables
     from unitnorm.segment.evaluation import Evaluator
     from unitnorm.segment.metrics import measure
     from unitnorm.segment.weights import read_weights
 
-    trained = read_weights(weights)
-    data = _scenes_for(trained, **scene_choice)
-    scenes, (height, width) = data.splits[split], trained.size
-    matrices = Evaluator(trained.network).confusion(trained.weights, scenes)
-    columns = {trained.update: measure(matrices.sum(0))}
-    names = np.unique(scenes.sequences)
-    for name in names if len(names) > 1 else ():
-        columns[str(name)] = measure(matrices[scenes.sequences == name].sum(0))
+    loaded = {path: read_weights(path) for path in weights}
+    if len({trained.size for trained in loaded.values()}) > 1:
+        raise UserError("--weights: trained on images of different sizes; measure them one by one")
+    data = _scenes_for(next(iter(loaded.values())), **scene_choice)
+    scenes, (height, width) = data.splits[split], data.size
+    columns = {}
+    for path, trained in loaded.items():
+        matrices = Evaluator(trained.network).confusion(trained.weights, scenes)
+        name = trained.update if len(loaded) == 1 else f"{path.parent.name}/{path.stem}"
+        columns[name] = measure(matrices.sum(0))
+        names = np.unique(scenes.sequences)
+        for drive in names if len(names) > 1 and len(loaded) == 1 else ():
+            columns[str(drive)] = measure(matrices[scenes.sequences == drive].sum(0))
     title = f"{data.name} {split}, {len(scenes.labels)} images of {height}×{width}"
-    Console().print(Fitting(tables.tabulate(title, columns)))
+    table = tables.tabulate(title, columns)
+    if save is not None:
+        with records.locked(save.parent):
+            records.write_files(save.parent, {save.name: to_markdown(table).encode() + b"\n"})
+    Console().print(Fitting(table))
 
 
 @segment.command(cls=opt.GroupedCommand, short_help="Average batch statistics anew.")
