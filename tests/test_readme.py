@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from scipy import stats
 
 ROOT = Path(__file__).parent.parent
 ENDS = ("ci_low", "ci_high")
@@ -18,6 +19,11 @@ PAGES = (
     "results/symmetry/README.md",
     "configs/README.md",
 )
+
+
+def words(page):
+    """A page on one line, with plain minus signs."""
+    return " ".join((ROOT / page).read_text().split()).replace("−", "-")
 
 
 @pytest.fixture(params=PAGES)
@@ -44,7 +50,7 @@ def test_the_readme_has_the_table():
 
 
 def test_the_answers_figures_are_those_of_the_records():
-    readme = " ".join((ROOT / "README.md").read_text().split()).replace("−", "-")
+    readme = words("README.md")
     answer = readme[readme.index("**The answer.**") : readme.index("## Install")]
     rows = pd.read_csv(ROOT / "results" / "study" / "effective-rate" / "comparisons.csv")
     kind = rows["comparison"].str.extract(r"(each|constraint|rate)", expand=False)
@@ -127,6 +133,78 @@ def test_the_answers_figures_are_those_of_the_records():
         lower, low, high = (-100 * x for x in (row.mean, row.ci_high, row.ci_low))
         assert f"{lower:.2f}" in answer
         assert f"{low:.2f} to {high:.2f}" in answer
+
+
+def test_what_is_said_of_segnet_is_in_its_records():
+    folder = ROOT / "results" / "segnet"
+    rows = pd.read_csv(folder / "metrics.csv")
+    runs = pd.read_csv(folder / "runs.csv").rename(columns={"best_epoch": "epoch"})
+    best = rows.merge(runs[["update", "run", "epoch"]])
+    best = best[best["sequence"] == "all"]
+    for page in ("README.md", "results/README.md"):
+        text = words(page)
+        for split, wanted in (
+            ("test", "ahead by {} points of mean IoU on test (95 % interval {} to {})"),
+            ("val", "by {} on val ({} to {})"),
+        ):
+            of = best[best["split"] == split].pivot(
+                index="run", columns="update", values="mean_iou"
+            )
+            gap = 100 * (of["un"] - of["b-sgd"])
+            assert len(gap) == 3
+            half = stats.t.ppf(0.975, 2) * gap.std() / 3**0.5
+            ends = (f"{gap.mean() + sign * half:+.1f}" for sign in (-1, 1))
+            assert wanted.format(f"{gap.mean():.2f}", *ends) in text
+    (row,) = re.findall(r"^\| mean IoU.*$", (folder / "renewed" / "test.md").read_text(), re.M)
+    (head,) = re.findall(r"^\| %.*$", (folder / "renewed" / "test.md").read_text(), re.M)
+    found = dict(zip(*([x.strip() for x in y.split("|")] for y in (head, row)), strict=True))
+    assert f"{found['renewed/un']} % mean IoU on CamVid's test images" in words("README.md")
+    recorded = 100 * best.set_index(["update", "run", "split"]).loc[("un", 0, "test"), "mean_iou"]
+    assert float(found["segnet/un"]) == pytest.approx(recorded, abs=0.3)  # on another device
+
+
+def test_what_is_said_of_segnets_trials_is_in_their_records():
+    text, trials = words("results/README.md"), ROOT / "results" / "segnet-trials"
+
+    def held_out(name):
+        (row,) = pd.read_csv(trials / name / "sweep.csv").itertuples()
+        assert (row.update, row.base_lr) == ("un", 0.3)
+        return row
+
+    weights = [f"{100 * held_out(f'weights-{w}-prior-labels').mean_iou:.1f}" for w in
+               ("median", "published", "none")]  # fmt: skip
+    told = "median frequency {} % mean IoU, the authors' numbers {}, none {}"
+    assert told.format(*weights) in text
+    as_weighted, right = (
+        held_out("weights-median-prior-weights"),
+        held_out("weights-median-prior-labels"),
+    )
+    told = "mean IoU from {:.1f} to {:.1f} % and global accuracy from {:.1f} to {:.1f}"
+    pairs = (
+        (getattr(before, f) * 100, getattr(after, f) * 100)
+        for before, after in [(as_weighted, right)]
+        for f in ("mean_iou", "global_accuracy")
+    )
+    assert told.format(*(x for pair in pairs for x in pair)) in text
+    black = held_out("black-weights-median")
+    told = "with black pixels {:.1f} % mean IoU, without {:.1f}"
+    assert told.format(100 * black.mean_iou, 100 * as_weighted.mean_iou) in text
+    for name, told in (
+        ("black-whole", "{} % mean IoU on test for both updates"),
+        ("black-whole-unweighted", "without class weights {}, and {} global accuracy"),
+        ("black-whole-stronger", "with stronger changes of the images, {}."),
+    ):
+        rows = pd.read_csv(trials / name / "metrics.csv")
+        runs = pd.read_csv(trials / name / "runs.csv").rename(columns={"best_epoch": "epoch"})
+        rows = rows.merge(runs[["update", "run", "epoch"]])
+        rows = rows[(rows["split"] == "test") & (rows["sequence"] == "all")]
+        (iou,) = {f"{100 * x:.1f}" for x in rows["mean_iou"]}
+        assert told.format(iou, f"{100 * rows['global_accuracy'].iloc[0]:.1f}") in text
+    rates = pd.read_csv(trials / "rates" / "sweep.csv")
+    assert set(rates[rates["chosen"]]["base_lr"]) == {0.3}
+    assert sorted(rates["base_lr"].unique()) == [0.1, 0.3, 1, 3]
+    longer = pd.read_csv(trials / "rates-30-epochs" / "sweep.csv")
+    assert longer.set_index("base_lr")["chosen"].idxmax() == 0.3
 
 
 def test_every_link_leads_somewhere(page):
