@@ -957,6 +957,11 @@ def test_evaluate_sets_files_side_by_side_and_saves_the_table(folder, tmp_path):
     (row,) = [line for line in saved.read_text().splitlines() if line.startswith("| mean IoU")]
     _, first, second = row.strip("| ").split("|")
     assert first.strip() == second.strip()
+    twin = tmp_path / folder.name / "un.safetensors"  # of the same folder's name: paths tell them
+    twin.parent.mkdir()
+    twin.write_bytes(one.read_bytes())
+    call("evaluate", "--weights", one, "--weights", twin, "--synthetic", "--save", saved)
+    assert all(f" {path} |" in saved.read_text() for path in (one, twin))
 
 
 def test_renew_writes_the_weights_with_statistics_averaged_anew(folder, tmp_path):

@@ -138,11 +138,12 @@ def evaluate(weights: tuple[Path, ...], save: Path | None, split: str, **scene_c
         raise UserError("--weights: trained on images of different sizes; measure them one by one")
     data = _scenes_for(next(iter(loaded.values())), **scene_choice)
     scenes, (height, width) = data.splits[split], data.size
+    short = [f"{path.parent.name}/{path.stem}" for path in loaded]
+    titles = short if len(set(short)) == len(short) else [str(path) for path in loaded]
     columns = {}
-    for path, trained in loaded.items():
+    for title, trained in zip(titles, loaded.values(), strict=True):
         matrices = Evaluator(trained.network).confusion(trained.weights, scenes)
-        name = trained.update if len(loaded) == 1 else f"{path.parent.name}/{path.stem}"
-        columns[name] = measure(matrices.sum(0))
+        columns[trained.update if len(loaded) == 1 else title] = measure(matrices.sum(0))
         names = np.unique(scenes.sequences)
         for drive in names if len(names) > 1 and len(loaded) == 1 else ():
             columns[str(drive)] = measure(matrices[scenes.sequences == drive].sum(0))

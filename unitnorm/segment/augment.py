@@ -23,8 +23,7 @@ def augment(
 
     An image is never scaled to less than the part, so that all pixels are the image's: where whole
     images are trained on, they are only made larger. Black pixels around smaller ones would count
-    in the statistics of batch normalisation, which are those of images without any where it is
-    measured: SegNet trained with them lost four points of mean IoU on test by that alone.
+    in the statistics of batch normalisation, and no image that is measured has any.
 
     Args:
       key: of all draws.
