@@ -180,7 +180,7 @@ def renew(
 
     \b
     Example
-      unitnorm segment renew --config segnet --data-dir CamVid --weights un.safetensors
+      unitnorm segment renew --data-dir CamVid --weights un.safetensors
     """
     from unitnorm.run import devices
 
