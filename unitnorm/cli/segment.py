@@ -180,7 +180,7 @@ def renew(
 
     \b
     Example
-      unitnorm segment renew --data-dir CamVid --weights un.safetensors
+      unitnorm segment renew --config segnet --data-dir CamVid
     """
     from unitnorm.run import devices
 
