@@ -49,10 +49,18 @@ scene_options = opt.together(
     opt.option("--synthetic", "data__dataset", group=opt.DATA, flag_value="synthetic",
                help="Invented scenes instead of CamVid."),
 )  # fmt: skip
-weights_option = opt.option(
-    "--weights", group=opt.RECORDS, type=click.Path(path_type=Path), default=PUBLISHED,
-    help="File that train wrote.  [default: UN's, which are part of unitnorm]",
-)  # fmt: skip
+
+
+def weights_option(*, multiple: bool = False) -> opt.Decorator:
+    """--weights, once or several times."""
+    return opt.option(
+        "--weights", group=opt.RECORDS, type=click.Path(path_type=Path), multiple=multiple,
+        default=[PUBLISHED] if multiple else PUBLISHED,
+        help=f"File that train wrote{'; may be repeated' if multiple else ''}.  [default: UN's, "
+        "which are part of unitnorm]",
+    )  # fmt: skip
+
+
 training_options = opt.together(
     opt.config_option("segnet_small"),
     opt.update_option,
@@ -104,10 +112,7 @@ def train(**options: Any) -> None:
 
 
 @segment.command(cls=opt.GroupedCommand, short_help="Measure trained weights on a split.")
-@opt.option("--weights", group=opt.RECORDS, type=click.Path(path_type=Path), multiple=True,
-            default=[PUBLISHED],
-            help="File that train wrote; may be repeated.  [default: UN's, which are part of "
-            "unitnorm]")  # fmt: skip
+@weights_option(multiple=True)
 @opt.option("--save", group=opt.RECORDS, type=click.Path(path_type=Path, dir_okay=False),
             help="Markdown file to write the table to, too.")  # fmt: skip
 @opt.option("--split", group=opt.DATA, type=click.Choice(["train", "val", "test"]),
@@ -138,14 +143,17 @@ def evaluate(weights: tuple[Path, ...], save: Path | None, split: str, **scene_c
         raise UserError("--weights: trained on images of different sizes; measure them one by one")
     data = _scenes_for(next(iter(loaded.values())), **scene_choice)
     scenes, (height, width) = data.splits[split], data.size
-    short = [f"{path.parent.name}/{path.stem}" for path in loaded]
-    titles = short if len(set(short)) == len(short) else [str(path) for path in loaded]
+    names = [trained.update for trained in loaded.values()]
+    drives = np.unique(scenes.sequences)
+    if len(loaded) > 1:
+        names = [f"{path.parent.name}/{path.stem}" for path in loaded]
+        if len(set(names)) < len(names):
+            names = [str(path) for path in loaded]
     columns = {}
-    for title, trained in zip(titles, loaded.values(), strict=True):
+    for name, trained in zip(names, loaded.values(), strict=True):
         matrices = Evaluator(trained.network).confusion(trained.weights, scenes)
-        columns[trained.update if len(loaded) == 1 else title] = measure(matrices.sum(0))
-        names = np.unique(scenes.sequences)
-        for drive in names if len(names) > 1 and len(loaded) == 1 else ():
+        columns[name] = measure(matrices.sum(0))
+        for drive in drives if len(loaded) == 1 < len(drives) else ():
             columns[str(drive)] = measure(matrices[scenes.sequences == drive].sum(0))
     title = f"{data.name} {split}, {len(scenes.labels)} images of {height}×{width}"
     table = tables.tabulate(title, columns)
@@ -157,16 +165,11 @@ def evaluate(weights: tuple[Path, ...], save: Path | None, split: str, **scene_c
 
 @segment.command(cls=opt.GroupedCommand, short_help="Average batch statistics anew.")
 @opt.config_option("segnet_small")
-@weights_option
+@weights_option()
 @scene_options
-@opt.option(
-    "--out",
-    group=opt.RECORDS,
-    type=click.Path(path_type=Path, dir_okay=False),
-    default=Path("runs/renewed.safetensors"),
-    show_default=True,
-    help="File to write.",
-)
+@opt.option("--out", group=opt.RECORDS, type=click.Path(path_type=Path, dir_okay=False),
+            default=Path("runs/renewed.safetensors"), show_default=True,
+            help="File to write.")  # fmt: skip
 def renew(
     config_path: str | None,
     overrides: tuple[str, ...],
@@ -209,7 +212,7 @@ def renew(
 
 @segment.command(cls=opt.GroupedCommand, short_help="Segment photos.")
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
-@weights_option
+@weights_option()
 @opt.option("--overlay", is_flag=True, help="NAME_overlay.png too: the photo under the colours.")
 @opt.out_option("runs/predictions", "Folder of the PNGs.")
 def predict(images: tuple[Path, ...], weights: Path, overlay: bool, out: Path) -> None:

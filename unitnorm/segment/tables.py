@@ -46,7 +46,7 @@ def list_tables(records: Records, columns: Sequence[str] = COLUMNS) -> list[Cell
             title = f"SegNet-Basic on {about['name']}, images of {size}: {split}, %"
             tables.append(Cells(title, _by_update(best, columns), note))
     differences = pd.concat(
-        [_differences(best).assign(on=split) for split, best in splits.items()], ignore_index=True
+        [_differences(best, split) for split, best in splits.items()], ignore_index=True
     )
     if not differences.empty:
         tables.append(
@@ -74,7 +74,7 @@ def _by_update(best: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _differences(best: pd.DataFrame) -> pd.DataFrame:
+def _differences(best: pd.DataFrame, split: str) -> pd.DataFrame:
     rows = []
     whole = best[best["sequence"] == ALL].set_index("run")
     base = whole[whole["update"] == BASELINE]
@@ -89,7 +89,7 @@ def _differences(best: pd.DataFrame) -> pd.DataFrame:
             rows.append(
                 {
                     "difference": f"{label(update)} − {label(BASELINE)}",
-                    "on": "",
+                    "on": split,
                     "of": TITLES[column],
                     "n": str(len(common)),
                     "mean": format_points(found.mean),
