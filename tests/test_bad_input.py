@@ -21,11 +21,11 @@ from hypothesis import strategies as st
 
 from tests import faults
 from tests.idx import idx_of
+from unitnorm.archbn.config import Config
 from unitnorm.cli import main, on_one_line
 from unitnorm.data import idx, load_dataset
 from unitnorm.errors import UserError
 from unitnorm.run.config import load, parse
-from unitnorm.table2.config import Config
 from unitnorm.updates import UPDATES
 
 KEYS = sorted(

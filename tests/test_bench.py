@@ -24,6 +24,9 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from unitnorm import build, cli, data
+from unitnorm.archbn import training
+from unitnorm.archbn.config import Config
+from unitnorm.archbn.model import FILTER_AXIS, filter_mask
 from unitnorm.bench import (
     compare,
     contestants,
@@ -41,9 +44,6 @@ from unitnorm.errors import UserError
 from unitnorm.report.style import encode
 from unitnorm.report.tables import Fitting
 from unitnorm.run.config import parse
-from unitnorm.table2 import training
-from unitnorm.table2.config import Config
-from unitnorm.table2.model import FILTER_AXIS, filter_mask
 
 # ---------------------------------------------------------------- what a sample costs
 

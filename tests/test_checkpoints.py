@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from unitnorm.archbn import training
+from unitnorm.archbn.config import Config
 from unitnorm.data import load_dataset
 from unitnorm.errors import UserError
 from unitnorm.run import checkpoints, provenance
 from unitnorm.run.checkpoints import Folder, Part
 from unitnorm.run.config import load
-from unitnorm.table2 import experiment, training
-from unitnorm.table2.config import Config
+from unitnorm.table2 import experiment
 
 PART = Part("train depth 2", "f" * 64, ("runs/2/un/0", "runs/2/un/1"))
 

@@ -10,10 +10,10 @@ import tomllib
 
 import pytest
 
+from unitnorm.archbn.config import Config
 from unitnorm.errors import UserError
 from unitnorm.run.config import PRESETS, find_config, load, parse, parse_override, presets
 from unitnorm.segment.config import SegmentConfig
-from unitnorm.table2.config import Config
 
 
 def test_the_defaults_are_table2():
@@ -72,7 +72,8 @@ def test_configs_are_read_without_jax(tmp_path):
     code = (
         "import sys\n"
         "from unitnorm.run.config import load\n"
-        "from unitnorm.table2 import config, schema\n"
+        "from unitnorm.archbn import config\n"
+        "from unitnorm.table2 import schema\n"
         "import unitnorm.segment.config\n"
         "load('quick', {'seed': 3}, config.Config)\n"
         "from unitnorm.cli import main\n"

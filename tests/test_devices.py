@@ -12,12 +12,12 @@ import jax
 import numpy as np
 import pytest
 
+from unitnorm.archbn.config import Config
 from unitnorm.data import load_dataset
 from unitnorm.run import devices
 from unitnorm.run.config import parse
 from unitnorm.run.loop import Session
 from unitnorm.table2 import experiment
-from unitnorm.table2.config import Config
 from unitnorm.table2.schema import SCHEMA
 
 

@@ -9,9 +9,9 @@ import pytest
 from flax import nnx
 
 from tests import reference
-from unitnorm.table2 import training
-from unitnorm.table2.config import Config
-from unitnorm.table2.model import ArchBN, filter_mask, max_pool_pairs
+from unitnorm.archbn import training
+from unitnorm.archbn.config import Config
+from unitnorm.archbn.model import ArchBN, filter_mask, max_pool_pairs
 
 
 def as_numpy(params):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unitnorm.table2 import protocol
+from unitnorm.archbn import protocol
 
 INF, NAN = float("inf"), float("nan")
 

@@ -85,7 +85,7 @@ def test_what_runs_reads_and_shows_has_no_say(name, identity):
 
 def test_the_updates_are_a_part_of_a_training_and_the_figures_are_not():
     """Nor is what else stands in the package: one experiment does not discard another's states."""
-    needed = provenance.modules_of("unitnorm.table2.training")
+    needed = provenance.modules_of("unitnorm.archbn.training")
     for name in (
         "geometry",
         "updates.manifold",

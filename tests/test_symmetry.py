@@ -18,6 +18,8 @@ import pytest
 
 from tests import reference
 from unitnorm import symmetry
+from unitnorm.archbn import training
+from unitnorm.archbn.config import Config
 from unitnorm.data import load_dataset
 from unitnorm.errors import UserError
 from unitnorm.report.style import encode
@@ -25,8 +27,6 @@ from unitnorm.report.tables import to_csv
 from unitnorm.run.config import load
 from unitnorm.symmetry import figures, findings, measure
 from unitnorm.symmetry.measure import Case, Measured, Subject
-from unitnorm.table2 import training
-from unitnorm.table2.config import Config
 from unitnorm.updates import UPDATES
 
 DEPTH, WIDTH, STEPS, EPOCHS, RATE = 2, 8, 20, 2, 0.01

@@ -10,10 +10,10 @@ import pytest
 from tests import reference
 from tests.conftest import blobs
 from tests.test_model import as_numpy
+from unitnorm.archbn import protocol, training
+from unitnorm.archbn.config import Config
 from unitnorm.data import Dataset, load_dataset
 from unitnorm.run.config import load, parse
-from unitnorm.table2 import protocol, training
-from unitnorm.table2.config import Config
 from unitnorm.updates import UPDATES, rivals
 
 CLASSES = 4

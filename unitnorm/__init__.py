@@ -18,13 +18,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from unitnorm.archbn.model import ArchBN as ArchBN
     from unitnorm.data import Dataset as Dataset
     from unitnorm.data import load_dataset as load_dataset
     from unitnorm.errors import UserError as UserError
     from unitnorm.geometry import filter_norms as filter_norms
     from unitnorm.geometry import retraction as retraction
     from unitnorm.geometry import tangent_projection as tangent_projection
-    from unitnorm.table2.model import ArchBN as ArchBN
     from unitnorm.updates import UPDATES as UPDATES
     from unitnorm.updates import FilterAxes as FilterAxes
     from unitnorm.updates import KernelReport as KernelReport
@@ -67,7 +67,7 @@ _HOME = {
     "unitnorm.data": ["Dataset", "load_dataset"],
     "unitnorm.errors": ["UserError"],
     "unitnorm.geometry": ["filter_norms", "retraction", "tangent_projection"],
-    "unitnorm.table2.model": ["ArchBN"],
+    "unitnorm.archbn.model": ["ArchBN"],
     "unitnorm.updates": [
         "UPDATES", "FilterAxes", "KernelReport", "Update", "adam_g", "adam_srt", "adamp",
         "axes_of_selection", "b_sgd", "b_sgd_median", "build", "check_update_name",

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from unitnorm.archbn import training
+from unitnorm.archbn.config import Config
 from unitnorm.bench.worker import RATE, Orders
 from unitnorm.data import Dataset, load_dataset
 from unitnorm.run import checkpoints, devices
@@ -26,8 +28,6 @@ from unitnorm.run.config import parse
 from unitnorm.run.loop import Interrupted, Session, train
 from unitnorm.run.processes import is_first_process, join
 from unitnorm.run.provenance import device
-from unitnorm.table2 import training
-from unitnorm.table2.config import Config
 
 VALIDATION_SHARE = 0.2  # validation images over training images, as in Table 2
 MOST_EPOCHS = 60  # a program serves so many repetitions

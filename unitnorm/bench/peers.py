@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from unitnorm.archbn.config import Config
 from unitnorm.bench.worker import RATE, Orders
 from unitnorm.data import Dataset, load_dataset
-from unitnorm.table2.config import Config
 
 
 class ArchBN(nn.Module):
-    """The same network as `unitnorm.table2.model.ArchBN`."""
+    """The same network as `unitnorm.archbn.model.ArchBN`."""
 
     def __init__(self, features: int, depth: int, width: int, classes: int, config: Config):
         super().__init__()

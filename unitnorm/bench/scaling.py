@@ -13,12 +13,12 @@ from typing import Any
 
 import pandas as pd
 
+from unitnorm.archbn.training import CPU_BLOCK
 from unitnorm.bench import figures, measure
 from unitnorm.bench.compare import IMAGES, OURS, UPDATES
 from unitnorm.bench.measure import Contestant, Measurement, Say, Spread
 from unitnorm.report.tables import Cells
 from unitnorm.run.devices import count_cores
-from unitnorm.table2.training import CPU_BLOCK
 
 RUNS = (10, 20, 50, 100, 200)
 DEPTHS = (2, 4, 8, 16)

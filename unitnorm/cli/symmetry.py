@@ -34,7 +34,7 @@ def symmetry(out: Path, rate: float | None, steps: int, epochs: int, **options: 
       unitnorm symmetry --depth 2
     """
     with interruptible():
-        from unitnorm.table2.config import Config
+        from unitnorm.archbn.config import Config
 
         config = opt.read_config(Config, **options)
         from unitnorm.run import devices

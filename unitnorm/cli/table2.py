@@ -27,7 +27,7 @@ shared_options = opt.together(selection_options, opt.runs_option, opt.training_o
 
 def add_missing(options: dict[str, Any], *, sweep_only: bool = False) -> Job:
     """Sweep and train what is missing in the folder of a command with `shared_options`."""
-    from unitnorm.table2.config import Config
+    from unitnorm.archbn.config import Config
     from unitnorm.table2.schema import SCHEMA
 
     training = opt.take_training_options(options)
@@ -176,9 +176,9 @@ def verify(out: Path, data_dir: str | None, **wanted: Any) -> None:
 
 def do_report(out: Path) -> None:
     """Print the report and write its files."""
+    from unitnorm.archbn.config import Config
     from unitnorm.run import records
     from unitnorm.table2 import report
-    from unitnorm.table2.config import Config
     from unitnorm.table2.experiment import unpack_filters
     from unitnorm.table2.schema import SCHEMA
 

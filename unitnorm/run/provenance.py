@@ -87,7 +87,7 @@ def fingerprint(module: str, updates: Iterable[str], *parts: Any) -> str:
     """SHA-256 of all that a program's numbers depend on, for its checkpoints.
 
     Args:
-      module: the module that computes, such as `unitnorm.table2.training`; see `code_identity`.
+      module: the module that computes, such as `unitnorm.archbn.training`; see `code_identity`.
       updates: their names; the code of those from other packages counts as well.
       *parts: texts, numbers and arrays: the config, the data's hash, seeds, rates.
     """

@@ -17,10 +17,10 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
+from unitnorm.archbn.model import Network, split_network
 from unitnorm.geometry import retraction
 from unitnorm.segment.config import SegNetConfig
 from unitnorm.segment.convolution import fourier_convolution
-from unitnorm.table2.model import Network, split_network
 
 FOURIER_PIXELS, FOURIER_CHANNELS = 2000, 16  # below, direct is as fast on 2 cores
 LRN_SIZE, LRN_ALPHA, LRN_BETA = 5, 1e-4, 0.75  # of the authors' SegNet-Basic

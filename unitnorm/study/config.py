@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from unitnorm.archbn.config import Config
 from unitnorm.run.config import ExperimentConfig, Section, parse
-from unitnorm.table2.config import Config
 
 Rate = Annotated[float, Field(gt=0.0, le=1e6)]
 Name = Annotated[str, Field(pattern=r"^[\w.+@=-]+$", max_length=60)]

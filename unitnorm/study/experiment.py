@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from unitnorm.archbn import protocol, training
+from unitnorm.archbn.config import Config
 from unitnorm.data import Dataset
 from unitnorm.errors import UserError
 from unitnorm.run.checkpoints import Part
@@ -24,8 +26,6 @@ from unitnorm.run.records import Records
 from unitnorm.study.config import ArmPlan, Plan
 from unitnorm.study.schema import BUDGETS, CELL, MEASURED, SCHEMA
 from unitnorm.study.statistics import choose_rates, pack_wrong
-from unitnorm.table2 import protocol, training
-from unitnorm.table2.config import Config
 from unitnorm.table2.experiment import at_end, exact
 
 SEEDS_AT_ONCE = 4  # in a program; its runs are recorded together

@@ -16,13 +16,13 @@ from typing import NamedTuple
 
 from rich.console import RenderableType
 
+from unitnorm.archbn.config import Config
 from unitnorm.data import Dataset
 from unitnorm.errors import UserError
 from unitnorm.report.style import encode
 from unitnorm.report.tables import to_csv
 from unitnorm.run import devices, provenance
 from unitnorm.symmetry import figures, findings, measure
-from unitnorm.table2.config import Config
 from unitnorm.table2.experiment import describe_data
 
 __all__ = ["Result", "run"]

@@ -22,12 +22,12 @@ import numpy as np
 import pandas as pd
 from jax import Array
 
+from unitnorm.archbn import training
+from unitnorm.archbn.config import Config
+from unitnorm.archbn.model import FILTER_AXIS, Network, filter_mask
+from unitnorm.archbn.training import Images, Stepping, filters
 from unitnorm.data import Dataset
 from unitnorm.geometry import filter_norms, retraction
-from unitnorm.table2 import training
-from unitnorm.table2.config import Config
-from unitnorm.table2.model import FILTER_AXIS, Network, filter_mask
-from unitnorm.table2.training import Images, Stepping, filters
 from unitnorm.updates import build, find_update
 
 EXPONENTS = np.linspace(-5, 5, 21)  # of |α|: ten decades

@@ -18,14 +18,14 @@ import safetensors
 import safetensors.numpy
 from jax.typing import ArrayLike
 
+from unitnorm.archbn import protocol, training
+from unitnorm.archbn.config import Config
 from unitnorm.data import Dataset
 from unitnorm.errors import UserError
 from unitnorm.run.checkpoints import Part
 from unitnorm.run.loop import Session, train
 from unitnorm.run.provenance import fingerprint
 from unitnorm.run.records import REPAIR, Records
-from unitnorm.table2 import protocol, training
-from unitnorm.table2.config import Config
 from unitnorm.table2.schema import CELL, FILTERS, SCHEMA
 
 

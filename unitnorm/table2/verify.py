@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from unitnorm.archbn.config import Config
 from unitnorm.data import Dataset
 from unitnorm.errors import UserError
 from unitnorm.run import config as configs
@@ -21,7 +22,6 @@ from unitnorm.run import provenance
 from unitnorm.run.loop import Session
 from unitnorm.run.records import PROVENANCE, Records
 from unitnorm.table2 import experiment
-from unitnorm.table2.config import Config
 from unitnorm.table2.experiment import Group
 from unitnorm.table2.schema import CELL
 

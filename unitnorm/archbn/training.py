@@ -20,13 +20,13 @@ from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
+from unitnorm.archbn import protocol
+from unitnorm.archbn.config import Config, Model
+from unitnorm.archbn.model import FILTER_AXIS, ArchBN, Network, filter_mask, split_network
 from unitnorm.data import Dataset
 from unitnorm.geometry import filter_norms, retraction
 from unitnorm.run.loop import Status
 from unitnorm.run.processes import to_host
-from unitnorm.table2 import protocol
-from unitnorm.table2.config import Config, Model
-from unitnorm.table2.model import FILTER_AXIS, ArchBN, Network, filter_mask, split_network
 from unitnorm.updates import find_update, partition
 
 # Runs that a CPU device computes together: with more they leave its caches, with one XLA has no

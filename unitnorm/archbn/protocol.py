@@ -1,7 +1,7 @@
 """The paper's protocol as pure functions: bold driver, stopping rule, choice of the base rate.
 
 Each works on scalars or arrays of one shape and is traced into the training program. The numbers
-they need are arguments; their values live in `unitnorm.table2.config`.
+they need are arguments; their values live in `unitnorm.archbn.config`.
 """
 
 from __future__ import annotations

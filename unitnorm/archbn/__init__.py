@@ -1,0 +1,1 @@
+"""ArchBN, the paper's network, and its training: what Table 2, studies, symmetry and bench use."""
