@@ -19,19 +19,37 @@ import pandas as pd
 from scipy import special
 
 from unitnorm.errors import UserError
-from unitnorm.report.statistics import summarise, summarise_groups
+from unitnorm.report.statistics import compare_pairs, summarise, summarise_groups
 from unitnorm.study.config import ComparisonPlan
 
-KEYS = ("dataset", "depth", "arm", "update", "purpose", "seed", "filters_rate", "rest_rate")
+PLACE = ["dataset", "network", "depth"]
+RATES = ["filters_rate", "rest_rate", "decay"]
+KEYS = (*PLACE, "arm", "update", "purpose", "seed", *RATES)
 RESULTS = ("epochs", "stop_reason", "diverged", "effective_rate", "wrong")
 COMPARISONS = (
-    "dataset", "depth", "comparison", "level", "arm", "update", "baseline", "metric", "n",
-    "n_left_out", "n_diverged", "n_diverged_baseline", "difference", "std", "ci_low", "ci_high",
+    *PLACE, "comparison", "level", "arm", "update", "baseline", "metric", "n", "n_left_out",
+    "n_diverged", "n_diverged_baseline", "difference", "std", "ci_low", "ci_high",
     "ci_images_low", "ci_images_high", "p", "p_holm", "p_equivalence", "p_equivalence_holm",
     "verdict",
 )  # fmt: skip
+_LOOKED_AT = [*PLACE, "comparison", "level", "metric"]
+LOOKS = (*_LOOKED_AT, "n", "time", "difference", "p_holm", "verdict")
 _METRIC = re.compile(r"(train_loss|val_error|val_loss|test_error|test_loss)(?:_(\d+))?")
 _WORST = 1.0  # the validation error that a diverged tuning run counts with
+
+
+def complete(runs: pd.DataFrame) -> pd.DataFrame:
+    """Runs with the columns that older records lack: all were of ArchBN, without decay."""
+    lacking = {"network": "archbn", "decay": 0.0}
+    return runs.assign(
+        **{name: runs[name].fillna(x) if name in runs else x for name, x in lacking.items()}
+    )
+
+
+def name_place(row: Mapping) -> str:
+    """Data set and network of a row: `mnist, depth 2`; networks other than ArchBN by name."""
+    network = f"depth {row['depth']}" if row["network"] == "archbn" else row["network"]
+    return f"{row['dataset']}, {network}"
 
 
 def is_result(column: str) -> bool:
@@ -69,6 +87,14 @@ def is_error(metric: str) -> bool:
     return "_error" in metric
 
 
+def name_metric(metric: str) -> str:
+    """A metric in words: `validation error after epoch 10 [%]`."""
+    stem, what, *budget = metric.split("_")
+    words = {"val": "validation", "train": "training", "test": "test"}
+    name = " ".join([words[stem], what, *(f"after epoch {epoch}" for epoch in budget)])
+    return f"{name} [%]" if what == "error" else name
+
+
 def name_comparison(row: Mapping) -> str:
     """What a row of `compare` is called: its comparison, and the level where it has several."""
     return ", ".join(part for part in (row["comparison"], row["level"]) if part)
@@ -80,7 +106,7 @@ def compare(
     margin: float = 0.05,
     alpha: float = 0.05,
 ) -> pd.DataFrame:
-    """Every comparison of the plan, for each data set and depth that has runs of either arm.
+    """Every comparison of the plan, for each data set and network that has runs of either arm.
 
     The pairs are the comparison runs (`purpose` is `compare`) of both arms with the same seed. A
     factor that varies within an arm makes a comparison for each of its levels, in `level`.
@@ -110,36 +136,32 @@ def compare(
     Raises:
         UserError: an unknown metric, an arm without any runs, or two runs of one seed.
     """
-    runs = runs[runs["purpose"] == "compare"]
-    cells = list(runs.groupby(["dataset", "depth"], sort=True))
+    runs = complete(runs[runs["purpose"] == "compare"])
+    there = set(runs["arm"])
     rows = []
-    for comparison in comparisons:
-        for arm in (comparison.arm, comparison.baseline):
-            if arm not in set(runs["arm"]):
-                known = ", ".join(sorted(runs["arm"].unique()))
+    for plan in comparisons:
+        for arm in (plan.arm, plan.baseline):
+            if arm not in there:
                 raise UserError(
-                    f"comparison {comparison.name!r}: arm {arm!r} has no comparison runs; "
-                    f"expected one of {known}"
+                    f"comparison {plan.name!r}: arm {arm!r} has no comparison runs; "
+                    f"expected one of {', '.join(sorted(there))}"
                 )
-        for (dataset, depth), cell in cells:
-            ours = cell[cell["arm"] == comparison.arm]
-            theirs = cell[cell["arm"] == comparison.baseline]
-            if ours.empty and theirs.empty:
-                continue
-            for level, mine, base in _levels(ours, theirs):
-                rows.append(
-                    {
-                        "dataset": dataset,
-                        "depth": depth,
-                        "comparison": comparison.name,
-                        "level": level,
-                        "arm": comparison.arm,
-                        "update": "" if mine.empty else mine["update"].iloc[0],
-                        "baseline": comparison.baseline,
-                        "metric": comparison.metric,
-                        **_compare_pair(mine, base, comparison.metric, margin, alpha),
-                    }
-                )
+        chosen = runs[runs["arm"].isin([plan.arm, plan.baseline])]
+        for place, part in chosen.groupby(PLACE, sort=True):
+            ours, theirs = part[part["arm"] == plan.arm], part[part["arm"] == plan.baseline]
+            rows += [
+                {
+                    **dict(zip(PLACE, place, strict=True)),
+                    "comparison": plan.name,
+                    "level": level,
+                    "arm": plan.arm,
+                    "update": "" if mine.empty else mine["update"].iloc[0],
+                    "baseline": plan.baseline,
+                    "metric": plan.metric,
+                    **_compare_arms(mine, base, plan.metric, margin, alpha),
+                }
+                for level, mine, base in _levels(ours, theirs)
+            ]
     table = pd.DataFrame(rows, columns=list(COMPARISONS))
     table["p_holm"] = holm(table["p"].to_numpy(float))
     with_margin = table["metric"].map(is_error).astype(bool)
@@ -183,38 +205,35 @@ def pair_runs(ours: pd.DataFrame, theirs: pd.DataFrame, metric: str) -> pd.DataF
 
 def select_runs(runs: pd.DataFrame, row: Mapping) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The comparison runs of the arm and of the baseline behind a row of `compare`'s table."""
-    cell = runs[
-        (runs["purpose"] == "compare")
-        & (runs["dataset"] == row["dataset"])
-        & (runs["depth"] == row["depth"])
-    ]
-    sides = (cell[cell["arm"] == row[name]] for name in ("arm", "baseline"))
+    part = complete(runs[runs["purpose"] == "compare"])
+    part = part[(part[PLACE] == [row[name] for name in PLACE]).all(axis=1)]
+    sides = (part[part["arm"] == row[name]] for name in ("arm", "baseline"))
     return next((ours, theirs) for level, ours, theirs in _levels(*sides) if level == row["level"])
 
 
-def _compare_pair(
+def _compare_arms(
     ours: pd.DataFrame, theirs: pd.DataFrame, metric: str, margin: float, alpha: float
 ) -> dict[str, object]:
-    both = pair_runs(ours, theirs, metric)
-    paired = both.dropna()
-    difference = paired["difference"].to_numpy(float)
-    mean, std, low, high = summarise(difference, alpha)
+    paired = pair_runs(ours, theirs, metric).dropna()
+    summary = summarise(paired["difference"].to_numpy(float), alpha)
     images = (math.nan, math.nan)
     if metric == "test_error" and len(paired) > 1:
         wrong = [_wrong_images(part, paired.index) for part in (ours, theirs)]
         if wrong[0] is not None and wrong[1] is not None:
-            matrix = 100 * (wrong[0].astype(float) - wrong[1])
-            images = crossed_interval(matrix, alpha)
-    p, p_equivalence = paired_tests(difference, margin if is_error(metric) else math.nan)
+            images = crossed_interval(100 * (wrong[0].astype(float) - wrong[1]), alpha)
+    p, p_equivalence = paired_tests(
+        paired["arm"].to_numpy(), paired["baseline"].to_numpy(),
+        margin if is_error(metric) else math.nan,
+    )  # fmt: skip
     return {
         "n": len(paired),
         "n_left_out": len({*ours["seed"]} & {*theirs["seed"]}) - len(paired),
         "n_diverged": int(ours["diverged"].sum()),
         "n_diverged_baseline": int(theirs["diverged"].sum()),
-        "difference": mean,
-        "std": std,
-        "ci_low": low,
-        "ci_high": high,
+        "difference": summary.mean,
+        "std": summary.std,
+        "ci_low": summary.ci_low,
+        "ci_high": summary.ci_high,
         "ci_images_low": images[0],
         "ci_images_high": images[1],
         "p": p,
@@ -222,28 +241,71 @@ def _compare_pair(
     }
 
 
-def paired_tests(difference: np.ndarray, margin: float) -> tuple[float, float]:
-    """p of the two-sided paired t-test against 0, and of the equivalence within ±margin (TOST).
+def paired_tests(ours: np.ndarray, theirs: np.ndarray, margin: float) -> tuple[float, float]:
+    """p of the two-sided paired t-test, and of the equivalence within ±margin (TOST).
 
     The second is the larger p of the one-sided t-tests against −margin and +margin (Schuirmann
     1987). Differences that are all equal are tested by their signs, see `compare`.
 
     Args:
-        difference: shape (n,), finite. NaN for n < 2.
+        ours, theirs: shape (n,), finite. NaN for n < 2.
         margin: in the unit of the differences; NaN gives NaN.
     """
-    n = len(difference)
-    if n < 2:
-        return math.nan, math.nan
-    if np.ptp(difference) == 0:
-        value = float(difference[0])
-        p = 1.0 if value == 0 else 2.0 ** (1 - n)
-        p_equivalence = 2.0**-n if abs(value) < margin else 1.0
+    (mean, std, *_), p, _ = compare_pairs(ours, theirs)
+    n = len(ours)
+    if n > 1 and math.isnan(p):
+        p = 1.0 if mean == 0 else 2.0 ** (1 - n)
+        p_equivalence = 2.0**-n if abs(mean) < margin else 1.0
         return p, math.nan if math.isnan(margin) else p_equivalence
-    mean, error = float(difference.mean()), float(difference.std(ddof=1)) / math.sqrt(n)
-    p = 2 * float(special.stdtr(n - 1, -abs(mean) / error))
     # max(P(t < (mean − margin)/error), P(t > (mean + margin)/error)); NaN stays NaN
-    return p, float(special.stdtr(n - 1, (abs(mean) - margin) / error))
+    return p, float(special.stdtr(n - 1, (abs(mean) - margin) / std * math.sqrt(n)))
+
+
+def add_looks(looks: pd.DataFrame | None, compared: pd.DataFrame, time: str) -> pd.DataFrame:
+    """The looks at a study's comparisons so far, with this one.
+
+    A look is a verdict on more or fewer pairs than any before; the same pairs again are none.
+
+    Args:
+        looks: what this function returned before; None: nothing has been looked at yet.
+        compared: from `compare`.
+        time: of the last run.
+
+    Returns:
+        Columns `LOOKS`, a row for each number of pairs at which a comparison was looked at.
+    """
+    new = compared[compared["n"] > 1].assign(time=time)[list(LOOKS)]
+    if looks is not None:
+        new = pd.concat([looks, new], ignore_index=True)
+    return new.drop_duplicates([*_LOOKED_AT, "n"], ignore_index=True)
+
+
+def with_looks(
+    compared: pd.DataFrame, looks: pd.DataFrame, alpha: float = 0.05
+) -> pd.DataFrame:
+    """Comparisons with what was looked at before, and an interval that is valid all the same.
+
+    Pairs added because of what was seen spoil the level of an interval. The one of look k has the
+    level α/(k(k + 1)), which all looks together spend once (Bonferroni): whenever one stops, it
+    misses the mean with a chance of at most α.
+
+    Returns:
+        `compared` with `looks_before` ("2, 5": the numbers of pairs; "" if none), `ci_looks_low`
+        and `ci_looks_high` (NaN where there was no look before).
+    """
+    before = []
+    for row in compared.to_dict("records"):
+        same = (looks[_LOOKED_AT] == [row[name] for name in _LOOKED_AT]).all(axis=1)
+        before.append(sorted(n for n in looks.loc[same, "n"] if n < row["n"]))
+    k = np.array([len(counts) for counts in before]) + 1
+    n = compared["n"].to_numpy()
+    half = special.stdtrit(np.maximum(n - 1, 1), 1 - alpha / (k * (k + 1)) / 2)
+    half = np.where(k > 1, half, math.nan) * compared["std"].to_numpy(float) / np.sqrt(np.maximum(n, 1))
+    return compared.assign(
+        looks_before=[", ".join(map(str, counts)) for counts in before],
+        ci_looks_low=compared["difference"] - half,
+        ci_looks_high=compared["difference"] + half,
+    )
 
 
 def crossed_interval(matrix: np.ndarray, alpha: float = 0.05) -> tuple[float, float]:
@@ -367,76 +429,140 @@ def level_text(level: Mapping[str, object]) -> str:
     )
 
 
+def summarise_errors(table: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+    """`summarise_groups` of `value`, errors in percent: intervals end where an error does."""
+    means = summarise_groups(table, keys, "value")
+    ends = ["ci_low", "ci_high"]
+    return means.assign(**means[ends].clip(0, 100))
+
+
 def rate_means(runs: pd.DataFrame) -> pd.DataFrame:
-    """The tuning runs by data set, depth, arm and rates, with the best rates of each arm marked.
+    """The tuning runs by place, arm and rates, with the best rates of each arm marked.
 
     The best has the lowest mean validation error, where a diverged run counts as an error of
-    100 %. Of equal means the larger rate of the filters wins, then that of the rest: it needs
-    fewer epochs.
+    100 %. Of equal means the larger rate of the filters wins, then that of the rest, as it needs
+    fewer epochs; then the larger decay.
 
     Returns:
-        Columns dataset, depth, arm, update, filters_rate, rest_rate, n (tuning runs), n_diverged,
-        val_error (that mean, percent), healthy_error (mean of those that have not diverged, NaN
-        where there are none), ci_low, ci_high (its 95 % t-interval), is_best, is_at_edge (the
-        smallest or largest rate tried, of the filters or the rest; an axis with one rate has no
-        edge).
+        Columns `PLACE`, arm, update, schedule, `RATES`, n (tuning runs), n_diverged, val_error
+        (that mean, percent), healthy_error (mean of those that have not diverged, NaN where there
+        are none), ci_low, ci_high (its 95 % t-interval), effective_rate (mean of the last epoch's,
+        of those too), is_best, is_at_edge (the smallest or largest tried of the filters' rate, the
+        rest's or the decay; an axis with one value has no edge, and no decay is none),
+        n_agreeing (tuning seeds that would have chosen these rates alone).
     """
-    runs = runs[runs["purpose"] == "tune"]
-    cell = ["dataset", "depth", "arm", "update"]
-    rates = ["filters_rate", "rest_rate"]
-    table = summarise_groups(
-        runs.assign(value=metric_values(runs, "val_error")).sort_values([*cell, *rates]),
-        [*cell, *rates], "value",
-    ).rename(columns={"mean": "healthy_error"})  # fmt: skip
+    runs = complete(runs[runs["purpose"] == "tune"])
+    cell = [*PLACE, "arm", "update", "schedule"]
+    runs = runs.assign(value=metric_values(runs, "val_error")).sort_values([*cell, *RATES])
+    table = summarise_errors(runs, [*cell, *RATES]).rename(columns={"mean": "healthy_error"})
+    healthy = runs.assign(rate=runs["effective_rate"].where(runs["value"].notna()))
+    rates = healthy.groupby([*cell, *RATES], sort=False)["rate"].mean().to_numpy()
+    count = table["n"] + table["n_diverged"]
     lost = 100 * _WORST * table["n_diverged"]
-    runs_of_each = table["n"] + table["n_diverged"]
-    counted = (table["healthy_error"].fillna(0) * table["n"] + lost) / runs_of_each
-    table.insert(len(cell + rates) + 2, "val_error", counted.round(10))
-    table = table.assign(n=runs_of_each).drop(columns="std")
-    order = table.sort_values(["val_error", *rates], ascending=[True, False, False])
-    best = order.groupby(cell).head(1).index
+    counted = (table["healthy_error"].fillna(0) * table["n"] + lost) / count
+    table = table.assign(n=count, val_error=counted.round(10), effective_rate=rates)
+    alone = runs.assign(val_error=runs["value"].fillna(100 * _WORST))
+    winners = _first(alone, [*cell, "seed"]).groupby([*cell, *RATES]).size().rename("n_agreeing")
     edge = pd.Series(False, index=table.index)
-    for rate in rates:
+    for rate in RATES:
         by_cell = table.groupby(cell)[rate]
         least, most = by_cell.transform("min"), by_cell.transform("max")
-        edge |= (least < most) & ((table[rate] == least) | (table[rate] == most))
-    return table.assign(is_best=table.index.isin(best), is_at_edge=edge)
+        edge |= (least < most) & (((table[rate] == least) & (least > 0)) | (table[rate] == most))
+    table = table.assign(is_best=table.index.isin(_first(table, cell).index), is_at_edge=edge)
+    table = table.join(winners, on=[*cell, *RATES]).fillna({"n_agreeing": 0})
+    order = [*cell, *RATES, "n", "n_diverged", "val_error", "healthy_error", "ci_low", "ci_high"]
+    order += ["effective_rate", "is_best", "is_at_edge", "n_agreeing"]
+    return table[order].astype({"n_agreeing": int})
+
+
+def _first(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """Of each group the row that wins by `rate_means`' rule."""
+    order = table.sort_values(["val_error", *RATES], ascending=[True, False, False, False])
+    return order.groupby(keys).head(1)
 
 
 def profile_rates(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of `rate_means` with the rest's best rate, for each rate of an arm's filters."""
-    table = table.sort_values(["val_error", "rest_rate"], ascending=[True, False])
-    keys = ["dataset", "depth", "arm", "filters_rate"]
-    return table.groupby(keys).head(1).sort_values(keys, ignore_index=True)
+    """The rows of `rate_means` with all else at its best, for each rate of an arm's filters."""
+    keys = [*PLACE, "arm", "filters_rate"]
+    return _first(table, keys).sort_values(keys, ignore_index=True)
 
 
 def choose_rates(runs: pd.DataFrame) -> pd.DataFrame:
-    """The best rates of each data set, depth and arm by the tuning runs: the rule of `rate_means`.
+    """The best rates of each place and arm by the tuning runs: the rule of `rate_means`.
 
     Returns:
-        The columns of `rate_means` without `is_best`, a row per data set, depth and arm.
+        The columns of `rate_means` without `is_best`, a row per place and arm.
     """
     table = rate_means(runs)
     return table[table["is_best"]].drop(columns="is_best").reset_index(drop=True)
 
 
-def rank(runs: pd.DataFrame) -> pd.DataFrame:
-    """All arms of each data set and depth by their mean test error, the best first.
+def budget_means(runs: pd.DataFrame, metric: str = "test_error") -> pd.DataFrame:
+    """The metric of the comparison runs by place, arm and budget of epochs, with t-intervals.
+
+    Budgets that no run has reached are left out; the last one is the end of each run, and its
+    number where all end there.
 
     Returns:
-        Columns dataset, depth, rank, arm, update, level (of the factors that vary within an arm),
-        n, n_diverged (not in the mean), mean, std (ddof 1), ci_low, ci_high (95 % t-interval); in
-        percent. Equal means share the better rank; an arm that always diverged comes last.
+        Columns `PLACE`, arm, update, budget ("5", …, "end"), n, n_diverged, mean, std, ci_low,
+        ci_high; errors in percent, cells of which all runs diverged left out.
     """
-    runs = runs[runs["purpose"] == "compare"]
-    cell = ["dataset", "depth"]
+    chosen = complete(runs[runs["purpose"] == "compare"])
+    healthy = chosen.loc[metric_values(chosen, metric).notna(), "epochs"]
+    last = healthy.max()
+    columns = {
+        column.removeprefix(f"{metric}_"): column
+        for column in sorted(chosen.columns, key=lambda name: (len(name), name))
+        if column.startswith(f"{metric}_") and int(column.removeprefix(f"{metric}_")) < last
+    } | {"end" if healthy.min() < last else f"{last:g}": metric}
+    parts = [
+        chosen.assign(budget=budget, value=metric_values(chosen, column))
+        for budget, column in columns.items()
+    ]
+    table = summarise_errors(pd.concat(parts), [*PLACE, "arm", "update", "budget"])
+    return table[table["n"] > 0].reset_index(drop=True)
+
+
+def spread_means(runs: pd.DataFrame, metric: str = "test_error") -> pd.DataFrame:
+    """The metric of the comparison runs by kind of start, place, update and spread.
+
+    At spread 0 every kind is the balanced start, so that runs of one serve all.
+
+    Returns:
+        Columns kind, `PLACE`, update, spread, n, n_diverged, mean, std, ci_low, ci_high.
+    """
+    chosen = complete(runs[runs["purpose"] == "compare"])
+    chosen = chosen.assign(value=metric_values(chosen, metric))
+    kinds = [kind for kind in chosen["start"].unique() if kind != "balanced"] or ["balanced"]
+    keys = ["kind", *PLACE, "update", "spread"]
+    parts = []
+    for kind in kinds:
+        own = chosen["start"] == kind
+        part = chosen[own | (chosen["spread"] == 0)].assign(kind=kind)
+        part = part[part["update"].isin(chosen.loc[own, "update"])]
+        # where each kind has balanced runs of its own, these come first and stay
+        part = part.iloc[np.argsort(part["start"] != kind, kind="stable")]
+        parts.append(part.drop_duplicates([*keys, "seed"]))
+    return summarise_errors(pd.concat(parts), keys)
+
+
+def rank(runs: pd.DataFrame) -> pd.DataFrame:
+    """All arms of each place by their mean test error, the best first.
+
+    Returns:
+        Columns `PLACE`, rank, arm, update, level (of the factors that vary within an arm), n,
+        n_diverged (not in the mean), mean, std (ddof 1), ci_low, ci_high (95 % t-interval, cut
+        where an error ends); in percent. Equal means share the better rank; an arm that always
+        diverged comes last.
+    """
+    runs = complete(runs[runs["purpose"] == "compare"])
     levels = [
         part.assign(level=level, value=metric_values(part, "test_error"))
-        for _, group in runs.groupby([*cell, "arm"], sort=True)
+        for _, group in runs.groupby([*PLACE, "arm"], sort=True)
         for level, part, _ in _levels(group, group)
     ]
-    table = summarise_groups(pd.concat(levels), [*cell, "arm", "update", "level"], "value")
+    table = summarise_errors(pd.concat(levels), [*PLACE, "arm", "update", "level"])
     means = table["mean"].round(10).fillna(math.inf)
-    places = means.groupby([table["dataset"], table["depth"]]).rank(method="min").astype(int)
-    table.insert(2, "rank", places)
-    return table.sort_values([*cell, "rank", "arm"], ignore_index=True)
+    places = means.groupby([table[name] for name in PLACE]).rank(method="min").astype(int)
+    table.insert(len(PLACE), "rank", places)
+    return table.sort_values([*PLACE, "rank", "arm"], ignore_index=True)
