@@ -181,26 +181,43 @@ def do_dry_run(plan: Plan, out: Path) -> None:
 
 
 def do_study_report(out: Path, page: bool) -> None:
-    """Write and print what the records show."""
+    """Write and print what the records show; a page that is there is kept up to date."""
     from unitnorm.run import records
     from unitnorm.study import report
+    from unitnorm.study.page import is_page
     from unitnorm.study.schema import SCHEMA
 
     with records.locked(out, make=False):
         known = records.read(out, SCHEMA)
         if known["runs"].empty:
             raise UserError(f"{out}: no runs of a study here; `unitnorm study` records some")
-        compared = report.comparisons_of(known)
-        files = report.build(known, compared)
+        study = report.look_into(out, known)
+        files = report.build(study)
         records.write_files(out, files, replacing="figures/*")
+    beside = out.resolve().parent / "index.html"
     if page:
-        beside = sorted(p.parent for p in out.resolve().parent.glob("*/provenance.json"))
-        studies = {
-            folder.name: records.read_alone(folder, SCHEMA)
-            for folder in beside
-            if records.kind_of(folder) == "study"
-        }
-        with records.locked(out.parent):
-            records.write_files(out.parent, {"index.html": report.build_index(studies)})
-        click.echo(f"{out.parent / 'index.html'}: {', '.join(studies)}")
-    print_report(report.show(known, compared), files, out)
+        write_page(beside)
+    elif beside.is_file() and is_page(beside.read_bytes()):
+        try:
+            write_page(beside)
+        except UserError as error:  # such as a training in a folder beside, which goes on
+            click.echo(f"{beside} is not brought up to date: {error}")
+    print_report(report.show(study), files, out)
+
+
+def write_page(path: Path) -> None:
+    """The page of all studies in the folders beside it."""
+    from unitnorm.run import records
+    from unitnorm.study import report
+    from unitnorm.study.page import build_page
+    from unitnorm.study.schema import SCHEMA
+
+    folders = sorted(found.parent for found in path.parent.glob("*/provenance.json"))
+    studies = {
+        folder.name: report.look_into(folder, records.read_alone(folder, SCHEMA))
+        for folder in folders
+        if records.kind_of(folder) == "study"
+    }
+    with records.locked(path.parent):
+        records.write_files(path.parent, {path.name: build_page(studies)})
+    click.echo(f"{path}: {', '.join(studies)}")

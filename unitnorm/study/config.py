@@ -128,7 +128,9 @@ class Plan(ExperimentConfig):
         """With what all arms share in each, and a comparison for each of its `arms`."""
         values = dict(values)
         arms, shared = values.get("arms"), values.get("all_arms", {})
-        if isinstance(arms, dict) and all(isinstance(arm, dict) for arm in (*arms.values(), shared)):
+        if isinstance(arms, dict) and all(
+            isinstance(arm, dict) for arm in (*arms.values(), shared)
+        ):
             values["arms"] = {
                 name: {"update": name.split("@")[0], **shared, **arm} for name, arm in arms.items()
             }
@@ -166,6 +168,11 @@ class Plan(ExperimentConfig):
                     f"arm {name} follows the first arm, but has another training, reading or count"
                 )
         return self
+
+    def places(self) -> list[tuple[str, str, int]]:
+        """(data set, network, depth) of every cell; networks other than ArchBN have depth 0."""
+        networks = [*(("archbn", depth) for depth in self.depths), *((n, 0) for n in self.networks)]
+        return [(dataset, *network) for dataset in self.datasets for network in networks]
 
     def alike(self, arm: str) -> tuple[Any, ...]:
         """What the arms of one program have in common: training, reading and count."""

@@ -9,7 +9,7 @@ import io
 import json
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -34,14 +34,13 @@ from unitnorm.study.statistics import (
 
 WIDTH, HEIGHT, SCALE = 800, 180, 1.5  # pixels of a page, of a panel, and of the PNG to each
 _RANGE = 6.0  # how many times its lowest error a panel shows: worse ones do not matter
-_BAND = "#e3e3e3"
 
 # Okabe and Ito's colours; every verdict has a shape of its own as well.
 VERDICTS = {
     "better": {"colour": "#0072B2", "shape": "circle", "letter": "●"},
     "worse": {"colour": "#D55E00", "shape": "square", "letter": "■"},
     "equivalent": {"colour": "#009E73", "shape": "diamond", "letter": "◆"},
-    "open": {"colour": "#666666", "shape": "circle", "letter": "○"},
+    "open": {"colour": "#666666", "shape": "circle", "letter": "○", "fill": "white"},
 }
 # matplotlib's markers as Vega has them, and as letters of the page
 _SHAPES = {
@@ -162,7 +161,7 @@ def forest_rows(compared: pd.DataFrame, margin: float) -> pd.DataFrame:
         place=[name_place(row) for row in records],
         text=[_tell(row) for row in records],
         colour=[look["colour"] for look in looks],
-        fill=["white" if row["verdict"] == "open" else VERDICTS[row["verdict"]]["colour"] for row in records],
+        fill=[look.get("fill", look["colour"]) for look in looks],
         shape=np.where(inside, [look["shape"] for look in looks], beyond),
         low=-limit, high=limit, margin_low=-margin, margin_high=margin,
     )  # fmt: skip
@@ -170,7 +169,9 @@ def forest_rows(compared: pd.DataFrame, margin: float) -> pd.DataFrame:
 
 def name_title(row: Mapping) -> str:
     """A comparison with its level, and its metric where that is another than the test error."""
-    metric = "" if row["metric"] == "test_error" else name_metric(row["metric"]).removesuffix(" [%]")
+    metric = (
+        "" if row["metric"] == "test_error" else name_metric(row["metric"]).removesuffix(" [%]")
+    )
     return ", ".join(part for part in (name_comparison(row), metric) if part)
 
 
@@ -186,96 +187,94 @@ def _field(name: str, kind: str = "quantitative", **options: object) -> dict:
     return {"field": name, "type": kind, **options}
 
 
-_COLOUR = _field("colour", "nominal", scale=None)
-_SHAPE = _field("shape", "nominal", scale=None)
+def _raw(name: str) -> dict:
+    return _field(name, "nominal", scale=None)
 
 
-def _lines(x: dict, y: str, tooltip: Sequence[str]) -> dict:
-    """A line with intervals for each series; a ring around the points that are chosen."""
-    rate = {"type": "log", "nice": False, "padding": 10}
-    x = {"field": "x", **x}
-    across = {"x": x, "y": _field("y", scale=rate, title=y, axis={"tickCount": 5, "format": "~g"})}
-    across |= {"color": _COLOUR, "detail": {"field": "series"}}
-    ends = {"y": _field("ci_low", scale=rate, title=y), "y2": {"field": "ci_high"}}
-    point = {"type": "point", "filled": True, "size": 40, "opacity": 1}
+def _lines(x: dict, y: str, tooltip: str) -> dict:
+    """A line with intervals for each series, a ring around the best points, and how many are lost.
+
+    Args:
+        x: its axis; y: the title of the other; tooltip: names of columns.
+    """
+    scale = {"type": "log", "nice": False, "padding": 10}
+    y_axis = {"scale": scale, "title": y, "axis": {"tickCount": 4, "format": "~g"}}
+    shown = {"shape": _raw("shape"), "tooltip": [{"field": name} for name in tooltip.split()]}
+    ring = {"type": "point", "size": 160, "shape": "circle", "strokeWidth": 2}
+    lost = {"type": "text", "lineBreak": "\n", "baseline": "top", "align": "right", "color": GREY}
+    across = {"x": {"field": "x", **x}, "color": _raw("colour"), "detail": {"field": "series"}}
+    height = {"y": _field("y", **y_axis)}
+    interval = {"y": _field("ci_low", **y_axis), "y2": {"field": "ci_high"}}
+    at_top = {"y": {"value": 2}, "color": {"value": GREY}, "text": {"field": "lost"}}
+    layers: list[tuple[dict, dict, str]] = [
+        ({"type": "line", "strokeWidth": 1.5}, height, "true"),
+        ({"type": "rule", "opacity": 0.7}, interval, "true"),
+        ({"type": "point", "filled": True, "size": 40, "opacity": 1}, height | shown, "true"),
+        (ring, height, "datum.is_best"),
+        (lost, at_top, "datum.lost"),
+    ]
     return {
+        "encoding": across,
         "layer": [
-            {"mark": {"type": "line", "strokeWidth": 1.5}, "encoding": across},
-            {"mark": {"type": "rule", "opacity": 0.7}, "encoding": across | ends},
-            {"mark": point, "encoding": across | {"shape": _SHAPE, "tooltip": [{"field": f} for f in tooltip]}},
-            {
-                "transform": [{"filter": "datum.is_best"}],
-                "mark": {"type": "point", "size": 160, "shape": "circle", "strokeWidth": 2},
-                "encoding": across,
-            },
-            {
-                "transform": [{"filter": "datum.lost"}],
-                "mark": {"type": "text", "lineBreak": "\n", "baseline": "top", "color": GREY, "dx": -4, "align": "right"},
-                "encoding": {"x": x, "y": {"value": 2}, "text": {"field": "lost"}},
-            },
-        ]
-    }  # fmt: skip
+            {"mark": mark, "encoding": encoding, "transform": [{"filter": which}]}
+            for mark, encoding, which in layers
+        ],
+    }
 
 
-@cache
-def charts() -> dict[str, dict]:
-    """The Vega-Lite specifications by name, each of one panel and of the rows of that name."""
-    rates = {"type": "quantitative", "title": "base rate of the filters"}
-    rates |= {"scale": {"type": "log", "nice": False, "padding": 12}}
-    rates |= {"axis": {"format": "~g", "tickCount": 4, "labelOverlap": True, "grid": False}}
-    budget = {"type": "ordinal", "sort": None, "title": "after epoch", "axis": {"labelAngle": 0}}
-    spread = {"type": "quantitative", "title": "spread of the start [decades]"}
-    spread |= {"axis": {"tickCount": 5, "grid": False}}
-    at = ["arm", "filters_rate", "rest_rate", "decay"]
-    means = ["mean", "ci_low", "ci_high", "n"]
-    place = {"y": _field("place", "nominal", sort=None, title=None)}
-    ends = {"nice": False, "zero": False}
-    x = _field("difference", title="difference [percentage points]", scale=ends, axis={"format": "~g"})
+def _forest() -> dict:
+    """A difference with both of its intervals for each place, on the margin's band."""
 
     def span(low: str, high: str) -> dict:
-        return {"x": {**x, "field": low}, "x2": {"field": high}}
+        scale = {"nice": False, "zero": False}
+        x = _field(low, title="difference [percentage points]", scale=scale, axis={"format": "~g"})
+        return {"x": x, "x2": {"field": high}}
 
-    forest = [
-        {"mark": {"type": "rect", "opacity": 0}, "encoding": span("low", "high")},
-        {"mark": {"type": "rect", "color": _BAND}, "encoding": span("margin_low", "margin_high")},
-        {"mark": {"type": "rule", "color": "black"}, "encoding": {"x": {"datum": 0}}},
-        {"mark": "rule", "encoding": span("ci_images_low", "ci_images_high") | place | {"color": _COLOUR}},
-        {"mark": {"type": "rule", "strokeWidth": 3}, "encoding": span("ci_low", "ci_high") | place | {"color": _COLOUR}},
-        {
-            "mark": {"type": "point", "size": 55, "opacity": 1},
-            "encoding": {
-                "x": x, **place, "shape": _SHAPE, "stroke": _COLOUR,
-                "fill": _field("fill", "nominal", scale=None),
-                "tooltip": [{"field": "title"}, {"field": "place"}, {"field": "text"}],
-            },
-        },
-    ]  # fmt: skip
-    pairs = {"x": _field("baseline", scale={"zero": False}), "y": _field("difference", title="difference of the pair")}
-    pairs |= {"tooltip": [{"field": name} for name in ("seed", "arm", "baseline", "difference")]}
-    return {
-        "forest": {"layer": forest},
-        "rates": _lines(rates, "validation error [%]", [*at, "val_error", "n", "n_diverged"]),
-        "effective_rates": _lines(rates, "λ/‖w‖² of the last epoch", [*at, "effective_rate"]),
-        "budgets": _lines(budget, "test error [%]", ["arm", "budget", *means]),
-        "spreads": _lines(spread, "test error [%]", ["update", "spread", *means, "n_diverged"]),
-        "pairs": {
-            "layer": [
-                {"mark": {"type": "rule", "color": "black"}, "encoding": {"y": {"datum": 0}}},
-                {"mark": {"type": "circle", "opacity": 0.6, "color": "#0072B2"}, "encoding": pairs},
-            ]
-        },
-    }  # fmt: skip
+    place = {"y": _field("place", "nominal", sort=None, title=None)}
+    row = place | {"color": _raw("colour")}
+    point = {"x": span("difference", "")["x"], **place, "shape": _raw("shape")}
+    point |= {"stroke": _raw("colour"), "fill": _raw("fill")}
+    point |= {"tooltip": [{"field": name} for name in ("title", "place", "text")]}
+    layers = [
+        ({"type": "rect", "opacity": 0}, span("low", "high")),
+        ({"type": "rect", "color": "#e3e3e3"}, span("margin_low", "margin_high")),
+        ({"type": "rule", "color": "black"}, {"x": {"datum": 0}}),
+        ({"type": "rule"}, span("ci_images_low", "ci_images_high") | row),
+        ({"type": "rule", "strokeWidth": 3}, span("ci_low", "ci_high") | row),
+        ({"type": "point", "size": 55, "opacity": 1}, point),
+    ]
+    return {"layer": [{"mark": mark, "encoding": encoding} for mark, encoding in layers]}
 
 
+_RATE = {
+    "type": "quantitative", "title": "base rate of the filters",
+    "scale": {"type": "log", "nice": False, "padding": 12},
+    "axis": {"format": "~g", "tickCount": 4, "labelOverlap": True, "labelSeparation": 6, "grid": False},
+}  # fmt: skip
+_BUDGET = {"type": "ordinal", "sort": None, "title": "after epoch", "axis": {"labelAngle": 0}}
+_SPREAD = {
+    "type": "quantitative", "title": "spread of the start [decades]",
+    "axis": {"tickCount": 5, "format": "~g", "grid": False},
+}  # fmt: skip
+_AT = "arm filters_rate rest_rate decay"
+
+# By name, each a panel of Vega-Lite without its data, which are the rows of that name.
+CHARTS = {
+    "forest": _forest(),
+    "rates": _lines(_RATE, "validation error [%]", f"{_AT} val_error n n_diverged"),
+    "effective_rates": _lines(_RATE, "λ/‖w‖² of the last epoch", f"{_AT} effective_rate"),
+    "budgets": _lines(_BUDGET, "test error [%]", "arm budget mean ci_low ci_high n"),
+    "spreads": _lines(_SPREAD, "test error [%]", "update spread mean ci_low ci_high n n_diverged"),
+}
 CONFIG = {
-    "font": "DejaVu Sans, Verdana, sans-serif",
+    "font": "DejaVu Sans, Verdana, sans-serif", "background": "white", "view": {"stroke": None},
     "axis": {
         "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal",
         "gridColor": "#e5e5e5", "domainColor": "#888888",
     },
     "axisY": {"labelLimit": 140, "minExtent": 40},
     "header": {"title": None, "labelAnchor": "start", "labelFontSize": 13, "labelFontWeight": "bold"},
-    "view": {"stroke": None}, "text": {"fontSize": 11}, "background": "white",
+    "text": {"fontSize": 11},
 }  # fmt: skip
 
 
@@ -283,61 +282,39 @@ CONFIG = {
 
 
 def draw(name: str, rows: pd.DataFrame, note: str) -> dict[str, bytes]:
-    """A chart of all rows: PNG and SVG by ending, a row of panels or two for each data set."""
-    levels = rows["level"].nunique()
-    columns = levels if levels > 1 else 2
-    rows = rows.assign(panel=rows["place"] + (", " + rows["level"] if levels > 1 else ""))
-    size = {"width": WIDTH // columns - 85, "height": HEIGHT}
-    panels = [
-        _facet(part, "panel", columns, {**charts()[name], **size}) for _, part in rows.groupby("dataset")
-    ]
-    entries = rows.drop_duplicates("series")[["series", "colour"]]
-    shapes = dict(zip(rows["series"], rows["shape"], strict=True))
-    for series, shape in zip(rows["series"], rows["shape"], strict=True):
-        if shape != "triangle-up":  # which is off the scale, where it is no shape of the series
-            shapes[series] = shape
-    return _encode([_legend(entries.assign(shape=entries["series"].map(shapes)))] + panels, note)
-
-
-def draw_forest(rows: pd.DataFrame, note: str) -> dict[str, bytes]:
-    """All comparisons below each other, with their numbers beside them."""
-    chart = charts()["forest"]
-    told = {"x": {"value": WIDTH - 385}, "y": _field("place", "nominal", sort=None), "text": {"field": "text"}}
-    text = {"mark": {"type": "text", "align": "left"}, "encoding": told}
-    spec = {"layer": [*chart["layer"], text], "width": WIDTH - 395, "height": {"step": 19}}
-    used = [{"series": name, **VERDICTS[name]} for name in VERDICTS if name in set(rows["verdict"])]
-    return _encode([_legend(pd.DataFrame(used)), _facet(rows, "title", 1, spec)], note)
-
-
-def to_values(rows: pd.DataFrame) -> list[dict]:
-    """Rows as plain values; NaN is None."""
-    return json.loads(rows.to_json(orient="records", double_precision=6))
-
-
-def _facet(rows: pd.DataFrame, by: str, columns: int, spec: dict) -> dict:
-    alone = {} if columns == 1 else {"axis": {"x": "independent", "y": "independent"}}
-    return {
-        "data": {"values": to_values(rows)}, "facet": _field(by, "nominal", sort=None), "columns": columns,
-        "spec": spec, "resolve": {**alone, "scale": {"y": "independent"} if columns == 1 else {}},
-    }  # fmt: skip
-
-
-def _legend(entries: pd.DataFrame) -> dict:
-    """The shape and name of each series, in rows of as many as fit."""
-    widest = 40 + 8 * int(entries["series"].str.len().max())
-    fit = max(1, min(len(entries), WIDTH // widest))
-    place = np.arange(len(entries))
-    values = to_values(entries.assign(x=place % fit * widest, y=place // fit * 18))
-    at = {"x": _field("x", scale=None, axis=None), "y": _field("y", scale=None, axis=None)}
-    point = {"type": "point", "filled": True, "size": 60, "opacity": 1}
-    text = {"type": "text", "align": "left", "dx": 9, "fontSize": 12}
-    return {
-        "data": {"values": values}, "width": WIDTH - 20, "height": 18 * (len(entries) - 1) // fit,
-        "layer": [
-            {"mark": point, "encoding": at | {"color": _COLOUR, "shape": _SHAPE}},
-            {"mark": text, "encoding": at | {"text": {"field": "series"}}},
-        ],
-    }  # fmt: skip
+    """A chart of all rows, with legend and note: PNG and SVG by ending."""
+    if name == "forest":  # all comparisons below each other, their numbers beside them
+        at = {"x": {"value": WIDTH - 335}, "y": _field("place", "nominal", sort=None)}
+        text = {
+            "mark": {"type": "text", "align": "left"},
+            "encoding": at | {"text": {"field": "text"}},
+        }
+        layers = [*CHARTS[name]["layer"], text]
+        panels = [
+            _facet(
+                rows, "title", 1, {"layer": layers, "width": WIDTH - 345, "height": {"step": 19}}
+            )
+        ]
+        legend = rows.assign(
+            series=rows["verdict"], shape=[VERDICTS[v]["shape"] for v in rows["verdict"]]
+        )
+    else:
+        levels = rows["level"].nunique()  # a row of panels for each data set and network, or two
+        columns = levels if levels > 1 else 2
+        rows = rows.assign(panel=rows["place"] + (", " + rows["level"] if levels > 1 else ""))
+        spec = {**CHARTS[name], "width": WIDTH // columns - 85, "height": HEIGHT}
+        panels = [_facet(part, "panel", columns, spec) for _, part in rows.groupby("dataset")]
+        # off the scale a point is a triangle, which is not the shape of its series
+        legend = rows.sort_values("shape", key=lambda s: s == "triangle-up", kind="stable")
+    title = {"text": textwrap.wrap(note, 120), "orient": "bottom", "anchor": "start", "color": GREY}
+    title |= {"fontSize": 12, "fontWeight": "normal", "offset": 12}
+    spec = {"vconcat": [_legend(legend), *panels], "title": title, "padding": 8, "spacing": 14}
+    spec |= {"config": {**CONFIG, "aria": False}}
+    _register_letters()
+    picture = Image.open(io.BytesIO(vl_convert.vegalite_to_png(spec, scale=SCALE))).convert("RGB")
+    content = io.BytesIO()  # lines need no more than 256 colours: a third of the size
+    picture.quantize(256, dither=Image.Dither.NONE).save(content, "PNG", optimize=True)
+    return {"png": content.getvalue(), "svg": vl_convert.vegalite_to_svg(spec).encode()}
 
 
 @cache
@@ -345,12 +322,38 @@ def _register_letters() -> None:
     vl_convert.register_font_directory(str(Path(mpl.get_data_path()) / "fonts" / "ttf"))
 
 
-def _encode(parts: list[dict], note: str) -> dict[str, bytes]:
-    _register_letters()
-    title = {"text": textwrap.wrap(note, 120), "orient": "bottom", "anchor": "start", "color": GREY}
-    title |= {"fontSize": 12, "fontWeight": "normal", "offset": 12}
-    spec = {"vconcat": parts, "title": title, "config": CONFIG, "padding": 8, "spacing": 14}
-    picture = Image.open(io.BytesIO(vl_convert.vegalite_to_png(spec, scale=SCALE))).convert("RGB")
-    content = io.BytesIO()  # lines need no more than 256 colours: a third of the size
-    picture.quantize(256, dither=Image.Dither.NONE).save(content, "PNG", optimize=True)
-    return {"png": content.getvalue(), "svg": vl_convert.vegalite_to_svg(spec).encode()}
+def _facet(rows: pd.DataFrame, by: str, columns: int, spec: dict) -> dict:
+    """A panel for each value of a column; below each other they have one x axis, else own ones."""
+    if columns == 1:
+        resolve = {"scale": {"y": "independent"}}
+    else:
+        resolve = {"axis": {"x": "independent", "y": "independent"}}
+    facet = _field(by, "nominal", sort=list(rows[by].unique()))
+    parts = {"data": {"values": to_values(rows)}, "facet": facet, "columns": columns}
+    return {**parts, "spec": spec, "resolve": resolve}
+
+
+def _legend(rows: pd.DataFrame) -> dict:
+    """The shape and name of each series, in lines of as many as fit."""
+    entries = rows.drop_duplicates("series").sort_index()[["series", "colour", "shape"]]
+    widest = 40 + 7 * int(entries["series"].str.len().max())
+    fit = max(1, min(len(entries), WIDTH // widest))
+    place = np.arange(len(entries))
+    values = to_values(entries.assign(x=place % fit * widest, y=place // fit * 18))
+    marks = (
+        {"type": "point", "filled": True, "size": 60, "opacity": 1},
+        {"type": "text", "dx": 9, "align": "left", "fontSize": 12},
+    )
+    shown = {"shape": _raw("shape"), "color": _raw("colour")}, {"text": {"field": "series"}}
+    return {
+        "data": {"values": values},
+        "encoding": {axis: _field(axis, scale=None, axis=None) for axis in "xy"},
+        "layer": [{"mark": m, "encoding": e} for m, e in zip(marks, shown, strict=True)],
+        "width": WIDTH - 140,
+        "height": 18 * ((len(entries) - 1) // fit),
+    }
+
+
+def to_values(rows: pd.DataFrame) -> list[dict]:
+    """Rows as plain values; NaN is None."""
+    return json.loads(rows.to_json(orient="records", double_precision=10))

@@ -280,9 +280,7 @@ def add_looks(looks: pd.DataFrame | None, compared: pd.DataFrame, time: str) -> 
     return new.drop_duplicates([*_LOOKED_AT, "n"], ignore_index=True)
 
 
-def with_looks(
-    compared: pd.DataFrame, looks: pd.DataFrame, alpha: float = 0.05
-) -> pd.DataFrame:
+def with_looks(compared: pd.DataFrame, looks: pd.DataFrame, alpha: float = 0.05) -> pd.DataFrame:
     """Comparisons with what was looked at before, and an interval that is valid all the same.
 
     Pairs added because of what was seen spoil the level of an interval. The one of look k has the
@@ -300,7 +298,11 @@ def with_looks(
     k = np.array([len(counts) for counts in before]) + 1
     n = compared["n"].to_numpy()
     half = special.stdtrit(np.maximum(n - 1, 1), 1 - alpha / (k * (k + 1)) / 2)
-    half = np.where(k > 1, half, math.nan) * compared["std"].to_numpy(float) / np.sqrt(np.maximum(n, 1))
+    half = (
+        np.where(k > 1, half, math.nan)
+        * compared["std"].to_numpy(float)
+        / np.sqrt(np.maximum(n, 1))
+    )
     return compared.assign(
         looks_before=[", ".join(map(str, counts)) for counts in before],
         ci_looks_low=compared["difference"] - half,
