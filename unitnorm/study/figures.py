@@ -226,8 +226,8 @@ def _forest() -> dict:
     """A difference with both of its intervals for each place, on the margin's band."""
 
     def span(low: str, high: str) -> dict:
-        scale = {"nice": False, "zero": False}
-        x = _field(low, title="difference [percentage points]", scale=scale, axis={"format": "~g"})
+        x = _field(low, title="difference [percentage points]", scale={"nice": False, "zero": False})
+        x |= {"axis": {"format": "~g", "tickCount": 7, "labelOverlap": True}}
         return {"x": x, "x2": {"field": high}}
 
     place = {"y": _field("place", "nominal", sort=None, title=None)}
