@@ -21,7 +21,7 @@ from unitnorm.run.config import ExperimentConfig, Section, parse
 Rate = Annotated[float, Field(gt=0.0, le=1e6)]
 Name = Annotated[str, Field(pattern=r"^[\w.+@=-]+$", max_length=60)]
 Schedule = Literal["bold-driver", "bold-driver-back", "constant", "cosine", "follow"]
-Start = Literal["balanced", "filters", "pairs", "theta"]
+Start = Literal["balanced", "filters", "pairs", "theta", "norms"]
 
 
 class Seeds(Section):
@@ -48,6 +48,9 @@ class ArmPlan(Section):
     )
     filters_rates: list[Rate] = Field(
         [], description="of the filters, apart from the rest; empty: one rate for both"
+    )
+    decays: list[Annotated[float, Field(ge=0.0, le=1e3)]] = Field(
+        [], description="weight decay of the filters, tuned with the rates; empty: the update's"
     )
     schedule: Schedule = Field(
         "bold-driver", description="follow: the rate of the first arm, epoch by epoch"
@@ -78,6 +81,10 @@ class ArmPlan(Section):
     def reading(self) -> tuple[str, str]:
         """What all variants of a program have in common, beside the config."""
         return self.stop_by, self.statistics
+
+    def grid(self) -> list[tuple[float, float, float]]:
+        """(rate of the filters, rate of the rest, weight decay), every combination."""
+        return [(*pair, decay) for decay in self.decays or [0.0] for pair in self.rate_pairs()]
 
     def rate_pairs(self) -> list[tuple[float, float]]:
         """(rate of the filters, rate of the rest), every combination."""
