@@ -27,6 +27,8 @@ import filelock
 import numpy as np
 import pandas as pd
 import pydantic
+import safetensors
+import safetensors.numpy
 
 from unitnorm.errors import UserError
 
@@ -48,14 +50,14 @@ class Table:
       key: the columns that name a row, in the order in which rows are sorted.
       descending: those of `key` that are sorted from the largest on.
       packed: the file is NAME.csv.gz, for tables of many thousand rows.
-      later: columns of numbers that older records lack; they are read as NaN.
+      later: columns that older records lack, each with the value that is read for them then.
     """
 
     columns: Mapping[str, str]
     key: tuple[str, ...]
     descending: tuple[str, ...] = ()
     packed: bool = False
-    later: tuple[str, ...] = ()
+    later: Mapping[str, Any] = field(default_factory=dict)
 
 
 class About(pydantic.BaseModel):
@@ -152,6 +154,28 @@ class Records:
         """With these files added or replaced."""
         return replace(self, files={**self.files, **files})
 
+    def with_arrays(self, arrays: Mapping[str, Mapping[str, np.ndarray]]) -> Records:
+        """With these arrays put into safetensors files, beside those that are there."""
+        files = {
+            name: safetensors.numpy.save(dict(sorted({**self.arrays(name), **mine}.items())))
+            for name, mine in arrays.items()
+        }
+        return self.with_files(files)
+
+    def arrays(self, name: str) -> dict[str, np.ndarray]:
+        """The arrays of a safetensors file; none where there is no such file.
+
+        Raises:
+          UserError: the file holds something else.
+        """
+        if name not in self.files:
+            return {}
+        try:
+            found: dict[str, np.ndarray] = safetensors.numpy.load(self.files[name])
+        except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+            raise UserError(f"{name}: not arrays of runs: {_one_line(error)}; {REPAIR}") from None
+        return found
+
     def without(self, cells: pd.DataFrame) -> Records:
         """Without the rows of these runs."""
         tables = {
@@ -170,6 +194,7 @@ class Records:
 
 
 class _Command(About):
+    command: str
     started: str
     rows: int
     versions: dict[str, str]
@@ -285,7 +310,7 @@ def kind_of(folder: Path) -> str | None:
     """Which kind of experiment a folder's records are of; None where there are none to be read."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
         provenance = json.loads((folder / PROVENANCE).read_bytes())
-        return str(provenance.get("kind", "table2"))
+        return str(provenance["kind"])
     return None
 
 
@@ -301,21 +326,6 @@ def read_alone(folder: Path, schema: Schema) -> Records:
     if not records.provenance:
         raise UserError(f"{folder}: no records here; name another folder with --out")
     return records
-
-
-def to_text(records: Records) -> str:
-    """The tables, for another process."""
-    schema = records.schema
-    return json.dumps({n: _to_csv(schema.tables[n], t).hex() for n, t in records.tables.items()})
-
-
-def from_text(text: str, schema: Schema) -> Records:
-    """The tables of `to_text`; without files and provenance, which only a writer needs."""
-    told = json.loads(text)
-    tables = {
-        name: _parse_csv(schema, name, bytes.fromhex(told[name]), Path()) for name in schema.tables
-    }
-    return Records(schema, tables)
 
 
 def write(folder: Path, records: Records) -> Records:
@@ -420,10 +430,10 @@ def _parse_csv(schema: Schema, name: str, content: bytes, folder: Path) -> pd.Da
             if column in table:  # by Python: not every version of pandas reads to the last bit
                 table[column] = np.array([float(text) for text in table[column]], np.float64)
     except (ValueError, OverflowError, FloatingPointError, TypeError, OSError, EOFError) as error:
-        detail = " ".join(str(error).split())
-        raise UserError(f"{path}: not a table of records: {detail}; {REPAIR}") from None
-    if [*table.columns] == [column for column in spec.columns if column not in spec.later]:
-        table = table.reindex(columns=list(spec.columns))
+        raise UserError(f"{path}: not a table of records: {_one_line(error)}; {REPAIR}") from None
+    table = table.assign(**{c: x for c, x in spec.later.items() if c not in table})
+    if set(table.columns) == set(spec.columns):
+        table = table[list(spec.columns)]
     if list(table.columns) != list(spec.columns):
         raise UserError(
             f"{path}: columns {','.join(map(str, table.columns))}; expected "
@@ -453,15 +463,16 @@ def _read_provenance(path: Path, schema: Schema) -> dict[str, Any]:
                 f"{path}: records of format {provenance['format']!r:.20}, this version of unitnorm "
                 f"reads format {FORMAT}; give another --out"
             )
-        kind = provenance.get("kind", "table2")  # that of the records before there were others
+        kind = provenance.get("kind", schema.kind)  # the first records name none
+        _Provenance.model_validate(provenance)
         if kind != schema.kind and isinstance(kind, str):
+            wrote = provenance["commands"][-1]["command"] if provenance["commands"] else "another"
             raise UserError(
-                f"{path.parent}: holds records of the kind {kind:.40}, not {schema.kind}; "
-                f"{_COMMANDS.get(kind, 'another command')} reads them"
+                f"{path.parent}: holds records of the kind {kind:.40}, not {schema.kind}; they are "
+                f"of the command `{wrote:.80}`"
             )
         if kind != schema.kind:
             raise KeyError("kind")
-        _Provenance.model_validate(provenance)
         schema.about.model_validate(provenance["data"])
         # only the names of this schema: a provenance from elsewhere must not lead out of the folder
         expected = {*map(schema.file_of, schema.tables), *schema.required}
@@ -477,12 +488,8 @@ def _read_provenance(path: Path, schema: Schema) -> dict[str, Any]:
     return provenance
 
 
-_COMMANDS = {
-    "table2": "`unitnorm report`",
-    "segmentation": "`unitnorm segment report`",
-    "study": "`unitnorm study`",
-    "symmetry": "`unitnorm symmetry`, which wrote them,",
-}
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _read_bytes(path: Path) -> bytes:

@@ -22,7 +22,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from unitnorm.errors import UserError
 from unitnorm.geometry import filter_norms
 from unitnorm.run.loop import Status
-from unitnorm.run.processes import to_host
 from unitnorm.segment.augment import augment
 from unitnorm.segment.config import SegmentConfig
 from unitnorm.segment.data import Scenes
@@ -129,7 +128,7 @@ class SegNetProgram:
 
     def take(self, state: SegNetState) -> Any:
         """The state as NumPy arrays, which a later step leaves alone."""
-        return to_host(state)
+        return jax.device_get(state)
 
     def advance(self, state: SegNetState) -> SegNetState:
         """One mini-batch; the last of an epoch measures. The state given is used up."""
@@ -142,7 +141,7 @@ class SegNetProgram:
         epoch, place = divmod(int(state.step), self.steps)
         if place or not epoch:
             return Status(epoch, True, "", f"mini-batch {place}/{self.steps}" if place else "")
-        figures = to_host(state.figures)
+        figures = jax.device_get(state.figures)
         loss = float(figures.loss[epoch - 1])
         text = f"loss {loss:.3f}"
         known = np.flatnonzero(figures.confusion.any((1, 2))[:epoch])
@@ -190,7 +189,7 @@ class SegNetProgram:
         The best is looked for among the epochs at the scale of the last: others are not comparable.
         """
         epoch = int(state.step) // self.steps
-        figures, before = to_host((state.figures, state.best_epoch))
+        figures, before = jax.device_get((state.figures, state.best_epoch))
         figures.loss[epoch - 1] = float(state.loss) / self.steps
         figures.norm_deviation[epoch - 1] = float(self._deviation(state.now.params))
         finite = np.isfinite(figures.loss[epoch - 1])

@@ -19,7 +19,7 @@ from unitnorm.run.config import ExperimentConfig, Section, parse
 Rate = Annotated[float, Field(gt=0.0, le=1e6)]
 Name = Annotated[str, Field(pattern=r"^[\w.+@=-]+$", max_length=60)]
 Schedule = Literal["bold-driver", "bold-driver-back", "constant", "cosine", "follow"]
-Start = Literal["balanced", "filters", "pairs", "theta"]
+Start = Literal["balanced", "filters", "pairs", "theta", "norms"]
 
 
 class Seeds(Section):
@@ -48,7 +48,7 @@ class ArmPlan(Section):
         [], description="of the filters, apart from the rest; empty: one rate for both"
     )
     decays: list[Annotated[float, Field(ge=0.0, le=1e3)]] = Field(
-        [], description="weight decay η of the filters, tuned with the rates; empty: none"
+        [], description="weight decay of the filters, tuned with the rates; empty: the update's"
     )
     schedule: Schedule = Field(
         "bold-driver", description="follow: the rate of the first arm, epoch by epoch"
@@ -81,8 +81,8 @@ class ArmPlan(Section):
         return self.stop_by, self.statistics
 
     def grid(self) -> list[tuple[float, float, float]]:
-        """(rate of the filters, rate of the rest, decay), every combination."""
-        return [(*pair, eta) for pair in self.rate_pairs() for eta in self.decays or [0.0]]
+        """(rate of the filters, rate of the rest, weight decay), every combination."""
+        return [(*pair, decay) for decay in self.decays or [0.0] for pair in self.rate_pairs()]
 
     def rate_pairs(self) -> list[tuple[float, float]]:
         """(rate of the filters, rate of the rest), every combination."""

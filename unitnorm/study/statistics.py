@@ -25,7 +25,6 @@ from unitnorm.study.config import ComparisonPlan
 PLACE = ["dataset", "network", "depth"]
 RATES = ["filters_rate", "rest_rate", "decay"]
 KEYS = (*PLACE, "arm", "update", "purpose", "seed", *RATES)
-RESULTS = ("epochs", "stop_reason", "diverged", "effective_rate", "wrong")
 COMPARISONS = (
     *PLACE, "comparison", "level", "arm", "update", "baseline", "metric", "n", "n_left_out",
     "n_diverged", "n_diverged_baseline", "difference", "std", "ci_low", "ci_high",
@@ -35,15 +34,8 @@ COMPARISONS = (
 _LOOKED_AT = [*PLACE, "comparison", "level", "metric"]
 LOOKS = (*_LOOKED_AT, "n", "time", "difference", "p_holm", "verdict")
 _METRIC = re.compile(r"(train_loss|val_error|val_loss|test_error|test_loss)(?:_(\d+))?")
+_OTHER = re.compile(r"epochs|stop_reason|diverged|effective_rate|wrong|layer_\w+")
 _WORST = 1.0  # the validation error that a diverged tuning run counts with
-
-
-def complete(runs: pd.DataFrame) -> pd.DataFrame:
-    """Runs with the columns that older records lack: all were of ArchBN, without decay."""
-    lacking = {"network": "archbn", "decay": 0.0}
-    return runs.assign(
-        **{name: runs[name].fillna(x) if name in runs else x for name, x in lacking.items()}
-    )
 
 
 def name_place(row: Mapping) -> str:
@@ -54,7 +46,7 @@ def name_place(row: Mapping) -> str:
 
 def is_result(column: str) -> bool:
     """Whether a column of the runs was measured, rather than set by the plan."""
-    return column in RESULTS or _METRIC.fullmatch(column) is not None
+    return bool(_OTHER.fullmatch(column) or _METRIC.fullmatch(column))
 
 
 def factors_of(runs: pd.DataFrame) -> list[str]:
@@ -136,7 +128,7 @@ def compare(
     Raises:
         UserError: an unknown metric, an arm without any runs, or two runs of one seed.
     """
-    runs = complete(runs[runs["purpose"] == "compare"])
+    runs = runs[runs["purpose"] == "compare"]
     there = set(runs["arm"])
     rows = []
     for plan in comparisons:
@@ -205,7 +197,7 @@ def pair_runs(ours: pd.DataFrame, theirs: pd.DataFrame, metric: str) -> pd.DataF
 
 def select_runs(runs: pd.DataFrame, row: Mapping) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The comparison runs of the arm and of the baseline behind a row of `compare`'s table."""
-    part = complete(runs[runs["purpose"] == "compare"])
+    part = runs[runs["purpose"] == "compare"]
     part = part[(part[PLACE] == [row[name] for name in PLACE]).all(axis=1)]
     sides = (part[part["arm"] == row[name]] for name in ("arm", "baseline"))
     return next((ours, theirs) for level, ours, theirs in _levels(*sides) if level == row["level"])
@@ -453,7 +445,7 @@ def rate_means(runs: pd.DataFrame) -> pd.DataFrame:
         rest's or the decay; an axis with one value has no edge, and no decay is none),
         n_agreeing (tuning seeds that would have chosen these rates alone).
     """
-    runs = complete(runs[runs["purpose"] == "tune"])
+    runs = runs[runs["purpose"] == "tune"]
     cell = [*PLACE, "arm", "update", "schedule"]
     runs = runs.assign(value=metric_values(runs, "val_error")).sort_values([*cell, *RATES])
     table = summarise_errors(runs, [*cell, *RATES]).rename(columns={"mean": "healthy_error"})
@@ -509,7 +501,7 @@ def budget_means(runs: pd.DataFrame, metric: str = "test_error") -> pd.DataFrame
         Columns `PLACE`, arm, update, budget ("5", …, "end"), n, n_diverged, mean, std, ci_low,
         ci_high; errors in percent, cells of which all runs diverged left out.
     """
-    chosen = complete(runs[runs["purpose"] == "compare"])
+    chosen = runs[runs["purpose"] == "compare"]
     healthy = chosen.loc[metric_values(chosen, metric).notna(), "epochs"]
     last = healthy.max()
     columns = {
@@ -533,7 +525,7 @@ def spread_means(runs: pd.DataFrame, metric: str = "test_error") -> pd.DataFrame
     Returns:
         Columns kind, `PLACE`, update, spread, n, n_diverged, mean, std, ci_low, ci_high.
     """
-    chosen = complete(runs[runs["purpose"] == "compare"])
+    chosen = runs[runs["purpose"] == "compare"]
     chosen = chosen.assign(value=metric_values(chosen, metric))
     kinds = [kind for kind in chosen["start"].unique() if kind != "balanced"] or ["balanced"]
     keys = ["kind", *PLACE, "update", "spread"]
@@ -557,7 +549,7 @@ def rank(runs: pd.DataFrame) -> pd.DataFrame:
         where an error ends); in percent. Equal means share the better rank; an arm that always
         diverged comes last.
     """
-    runs = complete(runs[runs["purpose"] == "compare"])
+    runs = runs[runs["purpose"] == "compare"]
     levels = [
         part.assign(level=level, value=metric_values(part, "test_error"))
         for _, group in runs.groupby([*PLACE, "arm"], sort=True)
