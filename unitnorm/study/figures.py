@@ -169,9 +169,7 @@ def forest_rows(compared: pd.DataFrame, margin: float) -> pd.DataFrame:
 
 def name_title(row: Mapping) -> str:
     """A comparison with its level, and its metric where that is another than the test error."""
-    metric = (
-        "" if row["metric"] == "test_error" else name_metric(row["metric"]).removesuffix(" [%]")
-    )
+    metric = "" if row["metric"] == "test_error" else name_metric(row["metric"])
     return ", ".join(part for part in (name_comparison(row), metric) if part)
 
 
@@ -226,7 +224,9 @@ def _forest() -> dict:
     """A difference with both of its intervals for each place, on the margin's band."""
 
     def span(low: str, high: str) -> dict:
-        x = _field(low, title="difference [percentage points]", scale={"nice": False, "zero": False})
+        x = _field(
+            low, title="difference [percentage points]", scale={"nice": False, "zero": False}
+        )
         x |= {"axis": {"format": "~g", "tickCount": 7, "labelOverlap": True}}
         return {"x": x, "x2": {"field": high}}
 
@@ -249,7 +249,9 @@ def _forest() -> dict:
 _RATE = {
     "type": "quantitative", "title": "base rate of the filters",
     "scale": {"type": "log", "nice": False, "padding": 12},
-    "axis": {"format": "~g", "tickCount": 4, "labelOverlap": True, "labelSeparation": 6, "grid": False},
+    "axis": {
+        "format": "~g", "tickCount": 4, "labelOverlap": True, "labelSeparation": 6, "grid": False,
+    },
 }  # fmt: skip
 _BUDGET = {"type": "ordinal", "sort": None, "title": "after epoch", "axis": {"labelAngle": 0}}
 _SPREAD = {
@@ -266,6 +268,33 @@ CHARTS = {
     "budgets": _lines(_BUDGET, "test error [%]", "arm budget mean ci_low ci_high n"),
     "spreads": _lines(_SPREAD, "test error [%]", "update spread mean ci_low ci_high n n_diverged"),
 }
+_CUT = "Triangles: off the scale, at six times the lowest."
+_MEAN = "Mean and 95 % interval, cut where an error ends; diverged runs are left out."
+_RING = "All else at its best for each rate of the filters. Ring: the best rates."
+# What stands below a figure, and above the charts of the page.
+NOTES = {
+    "forest": (
+        "Difference of an arm and its baseline in pairs of runs with one seed; left of 0 the arm "
+        "is better. Thick: 95 % interval over runs; thin: over runs and test images. Grey: too "
+        "small to matter. Triangles: off the scale."
+    ),
+    "rates": (
+        "Mean validation error of the tuning runs, where a diverged run counts as 100 %; 95 % "
+        f"interval where none has, cut off at the scale's ends. {_RING} {_CUT}"
+    ),
+    "effective_rates": (
+        "Median of λ/‖w‖² over all filters in the last epoch, mean of the tuning runs that have "
+        f"not diverged; what cosine has taken off λ by then is put back. {_RING}"
+    ),
+    "budgets": (
+        f"{_MEAN} A run that stopped earlier keeps its last value; of many starts the balanced "
+        f"alone. {_CUT}"
+    ),
+    "spreads": (
+        f"{_MEAN} Spread: decades between the largest and the smallest scale of a start that "
+        f"computes the same. In the frame: how many runs diverged. {_CUT}"
+    ),
+}
 CONFIG = {
     "font": "DejaVu Sans, Verdana, sans-serif", "background": "white", "view": {"stroke": None},
     "axis": {
@@ -273,7 +302,9 @@ CONFIG = {
         "gridColor": "#e5e5e5", "domainColor": "#888888",
     },
     "axisY": {"labelLimit": 140, "minExtent": 40},
-    "header": {"title": None, "labelAnchor": "start", "labelFontSize": 13, "labelFontWeight": "bold"},
+    "header": {
+        "title": None, "labelAnchor": "start", "labelFontSize": 13, "labelFontWeight": "bold",
+    },
     "text": {"fontSize": 11},
 }  # fmt: skip
 
@@ -281,23 +312,16 @@ CONFIG = {
 # ---------------------------------------------------------------- figures
 
 
-def draw(name: str, rows: pd.DataFrame, note: str) -> dict[str, bytes]:
+def draw(name: str, rows: pd.DataFrame) -> dict[str, bytes]:
     """A chart of all rows, with legend and note: PNG and SVG by ending."""
     if name == "forest":  # all comparisons below each other, their numbers beside them
         at = {"x": {"value": WIDTH - 335}, "y": _field("place", "nominal", sort=None)}
-        text = {
-            "mark": {"type": "text", "align": "left"},
-            "encoding": at | {"text": {"field": "text"}},
-        }
-        layers = [*CHARTS[name]["layer"], text]
-        panels = [
-            _facet(
-                rows, "title", 1, {"layer": layers, "width": WIDTH - 345, "height": {"step": 19}}
-            )
-        ]
-        legend = rows.assign(
-            series=rows["verdict"], shape=[VERDICTS[v]["shape"] for v in rows["verdict"]]
-        )
+        mark = {"type": "text", "align": "left"}
+        told = {"mark": mark, "encoding": at | {"text": {"field": "text"}}}
+        spec = {"layer": [*CHARTS[name]["layer"], told], "width": WIDTH - 345}
+        panels = [_facet(rows, "title", 1, spec | {"height": {"step": 19}})]
+        shape = rows["verdict"].map({verdict: look["shape"] for verdict, look in VERDICTS.items()})
+        legend = rows.assign(series=rows["verdict"], shape=shape)
     else:
         levels = rows["level"].nunique()  # a row of panels for each data set and network, or two
         columns = levels if levels > 1 else 2
@@ -306,7 +330,12 @@ def draw(name: str, rows: pd.DataFrame, note: str) -> dict[str, bytes]:
         panels = [_facet(part, "panel", columns, spec) for _, part in rows.groupby("dataset")]
         # off the scale a point is a triangle, which is not the shape of its series
         legend = rows.sort_values("shape", key=lambda s: s == "triangle-up", kind="stable")
-    title = {"text": textwrap.wrap(note, 120), "orient": "bottom", "anchor": "start", "color": GREY}
+    title = {
+        "text": textwrap.wrap(NOTES[name], 120),
+        "orient": "bottom",
+        "anchor": "start",
+        "color": GREY,
+    }
     title |= {"fontSize": 12, "fontWeight": "normal", "offset": 12}
     spec = {"vconcat": [_legend(legend), *panels], "title": title, "padding": 8, "spacing": 14}
     spec |= {"config": {**CONFIG, "aria": False}}

@@ -45,6 +45,7 @@ def build_page(studies: Mapping[str, Study]) -> bytes:
         "DATA": _script_json({name: _pack(study) for name, study in studies.items()}),
         "CHARTS": _script_json(figures.CHARTS),
         "CONFIG": _script_json(figures.CONFIG),
+        "NOTES": _script_json(figures.NOTES),
         "VERDICTS": _script_json(figures.VERDICTS),
     }
     # One pass, from the left: what is filled in may hold anything.

@@ -76,37 +76,9 @@ def look_into(folder: Path, known: Records) -> Study:
     return look(known, path.read_bytes() if path.exists() else None)
 
 
-_NOTES = {
-    "forest": (
-        "Left of 0 the arm is better. Thick: 95 % interval over runs; thin: over runs and test "
-        "images. Grey: small enough to be equivalent. Triangles: off the scale."
-    ),
-    "budgets": (
-        "Mean and 95 % interval, cut where an error ends; diverged runs are left out. A run that "
-        "stopped earlier keeps its last value; of many starts the balanced alone. Triangles: off "
-        "the scale, at six times the lowest."
-    ),
-    "spreads": (
-        "Mean and 95 % interval, cut where an error ends. Spread: decades between the largest and "
-        "the smallest scale of a start that computes the same. In the frame: how many runs "
-        "diverged; they are left out."
-    ),
-    "rates": (
-        "Mean over the tuning runs, where a diverged run counts as 100 %; 95 % interval where none "
-        "has, cut off at the scale's ends. All else at its best for each rate of the filters. "
-        "Ring: the best rates. Triangles: off the scale, at six times the lowest."
-    ),
-    "effective_rates": (
-        "Median of λ/‖w‖² over all filters in the last epoch, mean over the tuning runs that have "
-        "not diverged; what cosine has taken off λ by then is put back. All else at its best for "
-        "each rate of the filters. Ring: the best rates."
-    ),
-}
-
-
 def build(study: Study) -> dict[str, bytes]:
     """Every file of a study's report: the same study gives the same bytes."""
-    from unitnorm.study.figures import draw  # which loads the charts' library
+    from unitnorm.study.figures import draw  # which loads Vega
 
     known, plan, compared, looks = study
     runs, tables, texts = known["runs"], {}, {}
@@ -123,7 +95,7 @@ def build(study: Study) -> dict[str, bytes]:
     files = {f"{name}.csv": to_csv(table).encode() for name, table in tables.items()}
     files |= {f"{name}.md": to_markdown(cells).encode() + b"\n" for name, cells in texts.items()}
     for name, rows in chart_rows(study).items():
-        drawn = draw(name, rows, _NOTES[name])
+        drawn = draw(name, rows)
         name = "comparisons" if name == "forest" else name
         files |= {f"figures/{name}.{ending}": content for ending, content in drawn.items()}
     return files
@@ -135,11 +107,11 @@ def chart_rows(study: Study) -> dict[str, pd.DataFrame]:
 
     known, plan, compared, _ = study
     runs, rows = known["runs"], {"forest": figures.forest_rows(compared, plan.margin)}
-    if (runs["purpose"] == "tune").any():
-        if statistics.rate_means(runs).groupby("arm")["filters_rate"].nunique().max() > 2:
-            epochs = {name: plan.config_of(name).train.max_epochs for name in plan.arms}
-            rows["rates"] = figures.rate_rows(runs)  # two points would be no curve
-            rows["effective_rates"] = figures.effective_rows(runs, epochs)
+    tuning = runs[runs["purpose"] == "tune"]
+    if (tuning.groupby("arm")["filters_rate"].nunique() > 2).any():  # two points are no curve
+        epochs = {name: plan.config_of(name).train.max_epochs for name in plan.arms}
+        rows["rates"] = figures.rate_rows(runs)
+        rows["effective_rates"] = figures.effective_rows(runs, epochs)
     if (runs["purpose"] == "compare").any():
         rows["budgets"] = figures.budget_rows(runs)
         if (runs["spread"] > 0).any():
