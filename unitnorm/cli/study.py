@@ -65,10 +65,9 @@ def study(
       unitnorm study study/effective-rate --set compare.count=20 --dry-run
     """
     from unitnorm.run.config import find_config
-    from unitnorm.study.config import Plan
     from unitnorm.study.experiment import Study
 
-    plan = opt.read_config(Plan, plan_name, overrides)
+    plan = read_plan(plan_name, overrides)
     training = opt.take_training_options(options)
     if training.out == Path(RUNS):
         training = replace(training, out=Path(RUNS) / Path(plan_name).stem)
@@ -83,7 +82,13 @@ def study(
     def load_all() -> Loaded:
         from unitnorm.data import load_dataset
 
-        data = {name: load_dataset(name, folders.get(name)) for name in plan.datasets}
+        data = {}
+        for name in plan.datasets:
+            try:
+                data[name] = load_dataset(name, folders.get(name))
+            except UserError as error:  # which knows the option of the other commands
+                told = str(error).replace("--data-dir", f"--data {name}=FOLDER")
+                raise UserError(told) from None
         for name in plan.arms:
             for images in data.values():
                 plan.config_of(name).check_images(len(images.train_labels), ("train",))
@@ -92,6 +97,25 @@ def study(
     with open_job(Study(plan), plan, load_all, training) as job:
         do_study(plan, find_config(plan_name), job)
         write_study_report(training.out, job.records, page)
+
+
+def read_plan(name: str, overrides: tuple[str, ...]) -> Plan:
+    """The plan of this name or file.
+
+    Raises:
+      UserError: it is no plan, or one that makes no sense.
+    """
+    from unitnorm.run.config import presets
+    from unitnorm.study.config import Plan
+
+    plans = [preset for preset in presets() if preset.startswith("study/")]
+    if name in presets() and name not in plans:
+        command = "segment train" if name.startswith("segnet") else "reproduce"
+        raise UserError(
+            f"config {name}: no plan of a study; `unitnorm {command} --config {name}` takes it. "
+            f"Plans: {', '.join(plans)}"
+        )
+    return opt.read_config(Plan, name, overrides)
 
 
 def find_folders(plan: Plan, places: tuple[str, ...]) -> dict[str, Path]:

@@ -77,10 +77,10 @@ def _pack(study: Study) -> dict:
         )
     ranks = rank(runs) if (runs["purpose"] == "compare").any() else pd.DataFrame()
     ranks = ranks.assign(place=[name_place(row) for row in ranks.to_dict("records")])
-    updates = runs.drop_duplicates("arm").set_index("arm")["update"]
+    updates = dict(zip(runs["arm"], runs["update"], strict=True))
     return {
         "about": plan.question,
-        "arms": figures.assign_looks(updates.to_dict()),
+        "arms": figures.assign_looks(updates),
         "comparisons": comparisons,
         "ranks": _columns(ranks),
         "charts": {name: _columns(rows) for name, rows in chart_rows(study).items()},

@@ -81,7 +81,8 @@ def build(study: Study) -> dict[str, bytes]:
     from unitnorm.study.figures import draw  # which loads Vega
 
     known, plan, compared, looks = study
-    runs, tables, texts = known["runs"], {}, {}
+    runs, texts = known["runs"], {}
+    tables: dict[str, pd.DataFrame] = {}
     if len(compared):
         tables |= {"comparisons": compared, "looks": looks}
         texts["comparisons"] = comparison_cells(study)
