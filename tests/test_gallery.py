@@ -5,7 +5,6 @@ import importlib
 import inspect
 import operator
 import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +13,6 @@ import pytest
 import unitnorm
 from unitnorm.examples.mnist import mnist_arrays
 from unitnorm.updates.parts import leaf_name
-
-ROOT = Path(__file__).parents[1]
 
 
 def selected(selection):
