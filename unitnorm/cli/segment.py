@@ -308,7 +308,8 @@ def do_training(options: dict[str, Any], *, sweep_only: bool = False) -> None:
             for name, count in COUNTS.items()
             if data.name == "camvid" and about["images"][name] != count
         )
-        return Loaded({"": data}, about, list_cells(config), notes)
+        cells = list_cells(config)
+        return Loaded({"": data}, about, 0 if sweep_only else len(cells), cells, notes)
 
     # a CPU device per core, as many as divide a mini-batch
     devices = chosen.devices or math.gcd(count_cores(), config.train.batch_size)

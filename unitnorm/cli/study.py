@@ -65,7 +65,7 @@ def study(
     """
     from unitnorm.run.config import find_config
     from unitnorm.study.config import Plan
-    from unitnorm.study.experiment import Study
+    from unitnorm.study.experiment import Study, count_runs
 
     plan = opt.read_config(Plan, plan_name, overrides)
     training = opt.take_training_options(options)
@@ -86,7 +86,8 @@ def study(
         for name in plan.arms:
             for images in data.values():
                 plan.config_of(name).check_images(len(images.train_labels), ("train",))
-        return Loaded(data, {name: {"sha256": images.sha256} for name, images in data.items()})
+        about = {name: {"sha256": images.sha256} for name, images in data.items()}
+        return Loaded(data, about, sum(count_runs(plan).values()))
 
     with open_job(Study(plan), plan, load_all, training) as job:
         do_study(plan, find_config(plan_name), job)

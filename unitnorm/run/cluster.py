@@ -9,6 +9,7 @@ nothing else imports this module.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -184,6 +185,12 @@ def identity() -> dict[str, str]:
     return provenance.versions() | {"code of unitnorm": provenance.code_identity(".")}
 
 
+@functools.cache
+def prepare(cpu_devices: int | None) -> None:
+    """`devices.prepare`, which a process can do once."""
+    devices.prepare(cpu_devices)
+
+
 def compute(
     experiment: Experiment,
     group: Group,
@@ -202,8 +209,6 @@ def compute(
     )
     if other:
         return Found(), worker.address, other
-    if not getattr(worker, "unitnorm_prepared", False):
-        devices.prepare(cpu_devices)
-        worker.unitnorm_prepared = True
+    prepare(cpu_devices)
     found = experiment.compute(group, data, Session())
     return found, f"{worker.address} {provenance.device()['kind']}", ""

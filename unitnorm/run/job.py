@@ -50,6 +50,7 @@ class Loaded(NamedTuple):
 
     data: Mapping[str, Any]  # the data sets by the names that groups have for them
     about: dict[str, Any]  # what the provenance says of them
+    runs: int  # how many the command asks for, recorded or not
     selected: pd.DataFrame | None = None  # cells that --fresh starts over; None: all
     lines: tuple[str, ...] = ()  # what to say of them at the start
 
@@ -65,6 +66,7 @@ class Job:
     session: Session
     engine: Engine
     started: float
+    runs: int  # how many are asked for
     rows: int = 0  # added to the records so far
     workers: dict[str, list[str]] = field(default_factory=dict)  # what each has computed
 
@@ -83,6 +85,9 @@ class Job:
             if group is not None:
                 after(records)
 
+        if any(True for _ in self.experiment.missing(self.records)):
+            files: dict[str, dict[str, Any]] = {n: {} for n in self.experiment.schema.required}
+            self.store(self.records.with_arrays(files))  # so that others may look from now on
         complete(self.experiment, self.data, self.records, self.session, store, self.engine)
 
     def store(self, records: Records) -> None:
@@ -93,6 +98,7 @@ class Job:
         self.rows += sum(len(records[name]) - len(self.records[name]) for name in records.tables)
         known = records.provenance
         entry = command_entry(command_line(), self.started, time.time() - self.started, self.rows)
+        entry["asked"] = self.runs
         if self.workers:
             entry["workers"] = self.workers
         others = [c for c in known["commands"] if c["started"] != entry["started"]]
@@ -106,7 +112,17 @@ def print_report(shown: Any, files: Collection[str], out: Path) -> None:
     from rich.console import Console
 
     Console().print(shown)
-    click.echo(f"{len(files)} files in {out}{os.sep}")
+    if files:
+        click.echo(f"{len(files)} files in {out}{os.sep}")
+    else:
+        click.echo(f"no files written: another process is at work in {out}{os.sep}")
+
+
+def so_far(known: Records) -> str:
+    """How many of the runs that the last command asked for are recorded; "" if all are."""
+    asked = max((command.get("asked", 0) for command in known.provenance["commands"]), default=0)
+    done = len(known["runs"])
+    return f"{done:,} of {asked:,} runs so far" if done < asked else ""
 
 
 def command_line() -> str:
@@ -169,7 +185,9 @@ def open_job(
             reporter, say, checkpoints=checkpoints, interrupted=lambda: stopping.is_set
         )
         stopping.after_the_epoch = True
-        yield Job(experiment, loaded.data, options.out, known, session, engine, started)
+        yield Job(
+            experiment, loaded.data, options.out, known, session, engine, started, loaded.runs
+        )
 
 
 @contextlib.contextmanager
