@@ -21,7 +21,7 @@ import pandas as pd
 
 from unitnorm.run.checkpoints import Checkpoints
 from unitnorm.run.loop import Session
-from unitnorm.run.planner import Found, Group
+from unitnorm.run.planner import Done, Found, Group
 from unitnorm.run.records import Records, Schema, Table
 
 SCHEMA = Schema("squares", {"runs": Table({"n": "i", "square": "i"}, ("n",))}, ("n",))
@@ -74,7 +74,7 @@ def measure(workers: int, seconds: float, rounds: int) -> tuple[float, float]:
         empty = replace(Records.empty(SCHEMA), provenance=about)
         with records.locked(Path(folder)):
 
-            def store(found: Records, group: Group | None, worker: str) -> None:
+            def store(found: Records, done: list[Done]) -> None:
                 records.write(Path(folder), found)
 
             complete(Squares(workers * rounds, seconds), data, empty, session, store, engine)

@@ -19,7 +19,7 @@ from typing import Any
 from unitnorm.errors import Interrupted, UserError
 from unitnorm.run import devices, provenance
 from unitnorm.run.loop import Session
-from unitnorm.run.planner import Experiment, Found, Group
+from unitnorm.run.planner import Done, Experiment, Found, Group
 
 PATIENCE_S = 60.0  # for the scheduler, and for a first worker
 LOOK_S = 0.2  # between two looks at whether somebody has asked to stop
@@ -51,48 +51,53 @@ class Workers:
         )
         self.running[future] = (experiment, group, data)
 
-    def next(self, session: Session) -> tuple[Group, Found, str]:
-        """The group that ends next.
+    def next(self, session: Session) -> list[Done]:
+        """The groups that are done, as soon as there is one.
 
         Raises:
           Interrupted: somebody has asked to stop; what is being computed is given up.
           UserError: a group has failed, its workers have died too often, or no worker is left.
         """
-        from distributed import CancelledError, KilledWorker
-
         since = time.monotonic()
         while True:
             if session.interrupted():
                 self.client.cancel(list(self.running))
                 raise Interrupted
-            done = [future for future in self.running if future.done()]
-            if not done:
-                if self._addresses():
-                    since = time.monotonic()
-                elif time.monotonic() - since > PATIENCE_S:
-                    raise UserError(
-                        f"no worker is left at {self.client.scheduler.address}; what is recorded "
-                        "stays. Start workers and repeat the command to go on"
-                    )
-                time.sleep(LOOK_S)
-                continue
-            experiment, group, data = self.running.pop(done[0])
-            try:
-                found, worker, other = done[0].result()
-            except CancelledError:  # the worker that had the data has died with them
-                self.sent.pop(id(data), None)
-                self.give(experiment, group, data, session)
-                continue
-            except KilledWorker:
+            ended = [future for future in self.running if future.done()]
+            done = [mine for future in ended for mine in self._take(future, session)]
+            if done:
+                return done
+            if self._addresses():
+                since = time.monotonic()
+            elif time.monotonic() - since > PATIENCE_S:
                 raise UserError(
-                    f"{group.title}: {ATTEMPTS} workers have died of it; what is recorded stays. "
-                    "Give workers more memory, or compute it here, without --scheduler"
-                ) from None
-            if not other:
-                session.say(f"{group.title}: done by {worker}")
-                return group, found, worker
-            self._refuse(worker, other)
+                    f"no worker is left at {self.client.scheduler.address}; what is recorded "
+                    "stays. Start workers and repeat the command to go on"
+                )
+            time.sleep(LOOK_S)
+
+    def _take(self, future: Any, session: Session) -> Iterator[Done]:
+        """What a task gave; it is given again where it was lost, or its worker is refused."""
+        from distributed import CancelledError, KilledWorker
+
+        experiment, group, data = self.running.pop(future)
+        try:
+            found, worker, other = future.result()
+        except CancelledError:  # the worker that had the data has died with them
+            self.sent.pop(id(data), None)
             self.give(experiment, group, data, session)
+            return
+        except KilledWorker:
+            raise UserError(
+                f"{group.title}: {ATTEMPTS} workers have died of it; what is recorded stays. "
+                "Give workers more memory, or compute it here, without --scheduler"
+            ) from None
+        if not other:
+            session.say(f"{group.title}: done by {worker}")
+            yield Done(group, found, worker)
+            return
+        self._refuse(worker, other)
+        self.give(experiment, group, data, session)
 
     def _refuse(self, worker: str, other: str) -> None:
         """Send a worker away that has other code or libraries."""

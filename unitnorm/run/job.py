@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from unitnorm.run.config import ExperimentConfig
     from unitnorm.run.loop import Session
-    from unitnorm.run.planner import Engine, Experiment, Group
+    from unitnorm.run.planner import Done, Engine, Experiment
     from unitnorm.run.records import Records
 
 CHECKPOINTS = ".checkpoints"  # in a results folder
@@ -78,11 +78,12 @@ class Job:
         """
         from unitnorm.run.planner import complete
 
-        def store(records: Records, group: Group | None, worker: str) -> None:
-            if group is not None and worker:
-                self.workers.setdefault(worker, []).append(group.title)
+        def store(records: Records, done: list[Done]) -> None:
+            for group, _, worker in done:
+                if worker:
+                    self.workers.setdefault(worker, []).append(group.title)
             self.store(records)
-            if group is not None:
+            if done:
                 after(records)
 
         if any(True for _ in self.experiment.missing(self.records)):

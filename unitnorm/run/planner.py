@@ -76,6 +76,14 @@ class Experiment(Protocol):
         """The rows of a group."""
 
 
+class Done(NamedTuple):
+    """A group that has ended, what it gave, and the name of the worker, "" in this process."""
+
+    group: Group
+    found: Found
+    worker: str = ""
+
+
 class Engine(Protocol):
     """Who computes groups."""
 
@@ -85,8 +93,8 @@ class Engine(Protocol):
     def give(self, experiment: Experiment, group: Group, data: Any, session: Session) -> None:
         """Have a group computed."""
 
-    def next(self, session: Session) -> tuple[Group, Found, str]:
-        """The next group that is done, what it gave, and the name of the worker, "" in here.
+    def next(self, session: Session) -> list[Done]:
+        """The groups that are done, as soon as there is one.
 
         Raises:
           Interrupted: somebody has asked to stop.
@@ -97,7 +105,7 @@ class Engine(Protocol):
 class Here:
     """This process, on all of its devices, a group at a time."""
 
-    given: list[Callable[[], tuple[Group, Found, str]]] = field(default_factory=list)
+    given: list[Callable[[], Done]] = field(default_factory=list)
 
     def has_room(self) -> bool:
         """None is waiting."""
@@ -105,11 +113,11 @@ class Here:
 
     def give(self, experiment: Experiment, group: Group, data: Any, session: Session) -> None:
         """Compute it at the call of `next`."""
-        self.given.append(lambda: (group, experiment.compute(group, data, session), ""))
+        self.given.append(lambda: Done(group, experiment.compute(group, data, session)))
 
-    def next(self, session: Session) -> tuple[Group, Found, str]:
+    def next(self, session: Session) -> list[Done]:
         """Compute the group that was given."""
-        return self.given.pop()()
+        return [self.given.pop()()]
 
 
 def complete(
@@ -117,15 +125,14 @@ def complete(
     data: Mapping[str, Any],
     records: Records,
     session: Session,
-    store: Callable[[Records, Group | None, str], None],
+    store: Callable[[Records, list[Done]], None],
     engine: Engine,
 ) -> Records:
     """Compute what is missing.
 
     Args:
       data: the data sets by name.
-      store: is given the records each time that they have grown, the group that has ended, None
-        where one has not, and the worker that computed it.
+      store: is given the records each time that they have grown, and the groups that have ended.
 
     Raises:
       Interrupted: on request; what has ended is stored.
@@ -134,7 +141,7 @@ def complete(
     def grow(found: Found) -> None:
         nonlocal records
         records = found.added_to(records)
-        store(records, None, "")
+        store(records, [])
 
     session = replace(session, grow=grow)
     running: dict[frozenset[str], Group] = {}
@@ -150,7 +157,8 @@ def complete(
                 busy |= names
         if not running:
             return records
-        group, found, worker = engine.next(session)
-        del running[group.names(experiment.schema)]
-        records = found.added_to(records)
-        store(records, group, worker)
+        done = engine.next(session)
+        for group, found, _ in done:
+            del running[group.names(experiment.schema)]
+            records = found.added_to(records)
+        store(records, done)
