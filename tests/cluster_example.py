@@ -11,9 +11,10 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -74,10 +75,12 @@ def measure(workers: int, seconds: float, rounds: int) -> tuple[float, float]:
         empty = replace(Records.empty(SCHEMA), provenance=about)
         with records.locked(Path(folder)):
 
-            def store(found: Records, done: list[Done]) -> None:
+            def store(found: Records, done: Sequence[Done] = ()) -> None:
                 records.write(Path(folder), found)
 
-            complete(Squares(workers * rounds, seconds), data, empty, session, store, engine)
+            squares = Squares(workers * rounds, seconds)
+            complete(SimpleNamespace(experiment=squares, data=data, records=empty, session=session,
+                                     engine=engine, store=store))  # fmt: skip
         ended = time.perf_counter()
     return there - started, (ended - there) / rounds - seconds
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -18,7 +19,7 @@ from tests.faults import QUICK
 from unitnorm.errors import Interrupted, UserError
 from unitnorm.run import cluster
 from unitnorm.run.loop import Session
-from unitnorm.run.planner import Here, complete
+from unitnorm.run.planner import complete
 from unitnorm.run.records import Records
 
 distributed = pytest.importorskip("distributed", reason="needs unitnorm[cluster]")
@@ -68,18 +69,20 @@ class Kept:
         self.workers: dict[str, str] = {}
         self.said: list[str] = []
 
-    def store(self, records, done) -> None:
+    def store(self, records, done=()) -> None:
         self.records.append(records)
         self.workers |= {group.title: worker for group, _, worker in done}
 
     def complete(self, experiment, engine, interrupted=lambda: False) -> pd.DataFrame:
         session = Session(say=self.said.append, interrupted=interrupted)
         empty = Records.empty(experiment.schema)
-        return complete(experiment, DATA, empty, session, self.store, engine)["runs"]
+        complete(SimpleNamespace(experiment=experiment, data=DATA, records=empty, session=session,
+                                 engine=engine, store=self.store))  # fmt: skip
+        return self.records[-1]["runs"]
 
 
 def alone(experiment) -> pd.DataFrame:
-    return Kept().complete(Squares(experiment.count), Here())
+    return Kept().complete(Squares(experiment.count), None)
 
 
 def test_a_worker_that_dies_costs_its_group_alone_and_one_that_comes_late_helps(

@@ -293,6 +293,7 @@ def report(out: Path, count: int, **scene_choice: Any) -> None:
 def do_training(options: dict[str, Any], *, sweep_only: bool = False) -> None:
     """Sweep and train what is missing in the folder of a command with `training_options`."""
     from unitnorm.run.devices import count_cores
+    from unitnorm.run.planner import complete
     from unitnorm.segment.experiment import Segmentation, describe_data, list_cells
 
     chosen = opt.take_training_options(options)
@@ -325,7 +326,7 @@ def do_training(options: dict[str, Any], *, sweep_only: bool = False) -> None:
             job.session.say("train: every selected run is recorded; --fresh starts over")
         elif not sweep_only and swept:
             job.session.say(f"train: {', '.join(swept)}: no learning rate yet, sweeping first")
-        job.complete()
+        complete(job)
         _print_tables(job.records)
 
 

@@ -117,6 +117,7 @@ def find_folders(plan: Plan, places: tuple[str, ...]) -> dict[str, Path]:
 
 def do_study(plan: Plan, path: Path, job: Job) -> None:
     """Train what is missing, and record it batch by batch, with the plan as it was declared."""
+    from unitnorm.run.planner import complete
     from unitnorm.run.progress import clock
     from unitnorm.run.provenance import committed
     from unitnorm.study.experiment import count_recorded, count_runs
@@ -138,7 +139,8 @@ def do_study(plan: Plan, path: Path, job: Job) -> None:
             f"{clock(pace * max(total - done, 0))} left"
         )
 
-    job.complete(tell)
+    job.after = tell
+    complete(job)
 
 
 def tell_when_declared(known: Records, plan_file: bytes, committed: str | None) -> str | None:

@@ -36,6 +36,7 @@ shared_options = opt.together(selection_options, opt.runs_option, opt.training_o
 def completed(options: dict[str, Any], *, sweep_only: bool = False) -> Iterator[Job]:
     """The folder of a command with `shared_options`, held, with all that was missing added."""
     from unitnorm.archbn.config import Config
+    from unitnorm.run.planner import complete
     from unitnorm.table2.experiment import Table2, describe_data, list_cells
 
     training = opt.take_training_options(options)
@@ -59,7 +60,7 @@ def completed(options: dict[str, Any], *, sweep_only: bool = False) -> Iterator[
         elif not sweep_only and groups[0].table == "sweep":
             count = sum(len(group.cells) for group in groups if group.table == "sweep")
             job.session.say(f"train: {count} runs have no base learning rate yet, sweeping first")
-        job.complete()
+        complete(job)
         yield job
 
 

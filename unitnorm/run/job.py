@@ -13,7 +13,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -64,38 +64,21 @@ class Job:
     out: Path
     records: Records
     session: Session
-    engine: Engine
+    engine: Engine | None
     started: float
     runs: int  # how many are asked for
     rows: int = 0  # added to the records so far
     workers: dict[str, list[str]] = field(default_factory=dict)  # what each has computed
+    after: Callable[[Records], None] = lambda records: None  # sees them after every group
 
-    def complete(self, after: Callable[[Records], None] = lambda records: None) -> None:
-        """Compute and store what is missing; `after` sees the records after every group.
-
-        Raises:
-          Interrupted: on request; what has ended is stored.
-        """
-        from unitnorm.run.planner import complete
-
-        def store(records: Records, done: list[Done]) -> None:
-            for group, _, worker in done:
-                if worker:
-                    self.workers.setdefault(worker, []).append(group.title)
-            self.store(records)
-            if done:
-                after(records)
-
-        if any(True for _ in self.experiment.missing(self.records)):
-            files: dict[str, dict[str, Any]] = {n: {} for n in self.experiment.schema.required}
-            self.store(self.records.with_arrays(files))  # so that others may look from now on
-        complete(self.experiment, self.data, self.records, self.session, store, self.engine)
-
-    def store(self, records: Records) -> None:
+    def store(self, records: Records, done: Sequence[Done] = ()) -> None:
         """Write the records, with what this command did, and drop the checkpoints they replace."""
         from unitnorm.run.provenance import command_entry
         from unitnorm.run.records import write
 
+        for group, _, worker in done:
+            if worker:
+                self.workers.setdefault(worker, []).append(group.title)
         self.rows += sum(len(records[name]) - len(self.records[name]) for name in records.tables)
         known = records.provenance
         entry = command_entry(command_line(), self.started, time.time() - self.started, self.rows)
@@ -106,6 +89,8 @@ class Job:
         noted = replace(records, provenance={**known, "commands": [*others, entry]})
         self.records = write(self.out, noted)
         self.session.checkpoints.drop(records.recorded())
+        if done:
+            self.after(self.records)
 
 
 def print_report(shown: Any, files: Collection[str], out: Path) -> None:
@@ -192,12 +177,10 @@ def open_job(
 
 
 @contextlib.contextmanager
-def find_engine(options: TrainingOptions, say: Callable[[str], None]) -> Iterator[Engine]:
-    """This process, or the workers that the options ask for."""
+def find_engine(options: TrainingOptions, say: Callable[[str], None]) -> Iterator[Engine | None]:
+    """The workers that the options ask for; None: this process computes."""
     if options.workers is None and options.scheduler is None:
-        from unitnorm.run.planner import Here
-
-        yield Here()
+        yield None
         return
     from unitnorm.run.cluster import connect
 
