@@ -23,6 +23,7 @@ from unitnorm.run.planner import Done, Experiment, Found, Group
 
 PATIENCE_S = 60.0  # for the scheduler, and for a first worker
 LOOK_S = 0.2  # between two looks at whether somebody has asked to stop
+REFUSALS = 16  # a restarted worker counts again
 ATTEMPTS = 3  # a group whose workers have died so often is not tried again
 
 
@@ -34,7 +35,7 @@ class Workers:
     say: Callable[[str], None]
     cpu_devices: int | None
     running: dict[Any, tuple[Experiment, Group, Any]] = field(default_factory=dict)
-    refused: set[str] = field(default_factory=set)
+    refused: list[str] = field(default_factory=list)
     sent: dict[int, Any] = field(default_factory=dict)  # data sets, by their identity here
 
     def has_room(self) -> bool:
@@ -100,9 +101,15 @@ class Workers:
         self.give(experiment, group, data, session)
 
     def _refuse(self, worker: str, other: str) -> None:
-        """Send a worker away that has other code or libraries."""
+        """Send a worker away that has other code or libraries.
+
+        Raises:
+          UserError: so many had to go that the others, if there are any, are like them.
+        """
+        if len(self.refused) == REFUSALS:
+            raise UserError(f"{REFUSALS} workers were refused, the last for its {other}")
         if worker not in self.refused:
-            self.refused.add(worker)
+            self.refused.append(worker)
             self.say(f"{worker} is refused: {other}; give it what this process has")
             self.client.retire_workers([worker.split()[0]], close_workers=True)
 
