@@ -145,31 +145,40 @@ def compile_parts(
     sizes = getattr(task.config, task.part)
     drawn = partial(draw_split, task.part, (sizes.train_images, sizes.validation_images), images)
 
-    def for_each_arm(functions: Sequence[Callable[..., Any]], *trees: Any) -> Any:
-        each = zip(functions, blocks, *trees, strict=True)
-        return tuple(_in_blocks(block, function, *mine) for function, block, *mine in each)
-
     def init(settings: tuple[Settings, ...]) -> Any:
-        return for_each_arm([jax.vmap(mine.init) for mine in trainings], settings)
+        each = zip(trainings, blocks, settings, strict=True)
+        return tuple(
+            _joined(jax.lax.map(jax.vmap(mine.init), _blocked(block, given)))
+            for mine, block, given in each
+        )
 
     def advance(splits: Any, state: Any, number: Array, images: Images, test: Images) -> Any:
-        def of_arm(epoch: Callable[..., Run], splits: Split, runs: Run) -> Run:
-            compute = jax.vmap(partial(epoch, images, test, number))
+        done = []
+        for mine, block, *runs in zip(trainings, blocks, splits, state, strict=True):
+            epoch = jax.vmap(partial(mine.epoch, images, test, number))
+            blocked: tuple[Split, Run] = _blocked(block, tuple(runs))
             # a block that has ended costs nothing
-            is_running = jnp.any(runs.reason == protocol.RUNNING)
-            return jax.lax.cond(is_running, compute, lambda _, runs: runs, splits, runs)
-
-        return for_each_arm([partial(of_arm, mine.epoch) for mine in trainings], splits, state)
+            ended = jax.lax.map(
+                lambda pair, epoch=epoch: jax.lax.cond(
+                    jnp.any(pair[1].reason == protocol.RUNNING), epoch, lambda _, same: same, *pair
+                ),
+                blocked,
+            )
+            done.append(_joined(ended))
+        return tuple(done)
 
     def wrong(state: Any, test: Images) -> Any:
+        everything = jnp.arange(len(test.labels), dtype=jnp.int32)
+
         def of_block(runs: Run) -> tuple[Array, Array]:
-            everything = jnp.arange(len(test.labels), dtype=jnp.int32)
-            wrong, losses = jax.vmap(lambda p, s: find_wrong(task.network, p, s, test, everything))(
-                runs.params, runs.stats
+            of_run = partial(find_wrong, task.network)
+            wrong, losses = jax.vmap(of_run, (0, 0, None, None))(
+                runs.params, runs.stats, test, everything
             )
             return wrong, losses.mean(-1)
 
-        return for_each_arm([of_block] * len(arms), state)
+        each = zip(blocks, state, strict=True)
+        return tuple(_joined(jax.lax.map(of_block, _blocked(block, runs))) for block, runs in each)
 
     return (
         jax.jit(partial(jax.lax.map, drawn)),
@@ -237,15 +246,18 @@ def last(values: ArrayLike, epochs: ArrayLike) -> np.ndarray:
     return np.take_along_axis(np.asarray(values), index[..., None], -1)[..., 0]
 
 
-def _in_blocks(block: int, function: Callable[..., Any], *trees: Any) -> Any:
-    """A function of `block` runs for many, leaves (runs, …), one block after the other.
+def _blocked(block: int, tree: Any) -> Any:
+    """Leaves (runs, …) as (blocks, block, …).
 
     XLA compiles batches of other sizes to code with other rounding, so it is the block alone that
     decides a run's bits, and not how many runs there are.
     """
-    blocks = jax.tree.map(lambda x: x.reshape(-1, block, *x.shape[1:]), trees)
-    done = jax.lax.map(lambda mine: function(*mine), blocks)
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), done)
+    return jax.tree.map(lambda x: x.reshape(-1, block, *x.shape[1:]), tree)
+
+
+def _joined(tree: Any) -> Any:
+    """Leaves (blocks, block, …) as (runs, …)."""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
 
 
 def _over_devices(
@@ -262,18 +274,13 @@ def _over_devices(
 
     def sharded(*arguments: Any) -> Any:
         specs = (runs,) * by_run + (everywhere,) * (len(arguments) - by_run)
-        return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=runs, check_vma=False)(
-            *arguments
-        )
-
-    compiled = jax.jit(sharded, donate_argnums=() if donate is None else donate)
-
-    def call(*arguments: Any) -> Any:
         # by default JAX rounds the factors of float32 products on recent GPUs and on TPUs
         with jax.default_matmul_precision("highest"):
-            return compiled(*arguments)
+            return jax.shard_map(
+                function, mesh=mesh, in_specs=specs, out_specs=runs, check_vma=False
+            )(*arguments)
 
-    return call
+    return jax.jit(sharded, donate_argnums=() if donate is None else donate)
 
 
 def _find_leaders(

@@ -293,6 +293,7 @@ def report(out: Path, count: int, **scene_choice: Any) -> None:
 def do_training(options: dict[str, Any], *, sweep_only: bool = False) -> None:
     """Sweep and train what is missing in the folder of a command with `training_options`."""
     from unitnorm.run.devices import count_cores
+    from unitnorm.run.planner import complete
     from unitnorm.segment.experiment import Segmentation, describe_data, list_cells
 
     chosen = opt.take_training_options(options)
@@ -308,7 +309,8 @@ def do_training(options: dict[str, Any], *, sweep_only: bool = False) -> None:
             for name, count in COUNTS.items()
             if data.name == "camvid" and about["images"][name] != count
         )
-        return Loaded({"": data}, about, list_cells(config), notes)
+        cells = list_cells(config)
+        return Loaded({"": data}, about, 0 if sweep_only else len(cells), cells, notes)
 
     # a CPU device per core, as many as divide a mini-batch
     devices = chosen.devices or math.gcd(count_cores(), config.train.batch_size)
@@ -324,7 +326,7 @@ def do_training(options: dict[str, Any], *, sweep_only: bool = False) -> None:
             job.session.say("train: every selected run is recorded; --fresh starts over")
         elif not sweep_only and swept:
             job.session.say(f"train: {', '.join(swept)}: no learning rate yet, sweeping first")
-        job.complete()
+        complete(job)
         _print_tables(job.records)
 
 

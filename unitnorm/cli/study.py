@@ -65,7 +65,7 @@ def study(
       unitnorm study study/effective-rate --set compare.count=20 --dry-run
     """
     from unitnorm.run.config import find_config
-    from unitnorm.study.experiment import Study
+    from unitnorm.study.experiment import Study, count_runs
 
     plan = read_plan(plan_name, overrides)
     training = opt.take_training_options(options)
@@ -92,7 +92,8 @@ def study(
         for name in plan.arms:
             for images in data.values():
                 plan.config_of(name).check_images(len(images.train_labels), ("train",))
-        return Loaded(data, {name: {"sha256": images.sha256} for name, images in data.items()})
+        about = {name: {"sha256": images.sha256} for name, images in data.items()}
+        return Loaded(data, about, sum(count_runs(plan).values()))
 
     with open_job(Study(plan), plan, load_all, training) as job:
         do_study(plan, find_config(plan_name), job)
@@ -141,6 +142,7 @@ def find_folders(plan: Plan, places: tuple[str, ...]) -> dict[str, Path]:
 
 def do_study(plan: Plan, path: Path, job: Job) -> None:
     """Train what is missing, and record it batch by batch, with the plan as it was declared."""
+    from unitnorm.run.planner import complete
     from unitnorm.run.progress import clock
     from unitnorm.run.provenance import committed
     from unitnorm.study.experiment import count_recorded, count_runs
@@ -162,7 +164,8 @@ def do_study(plan: Plan, path: Path, job: Job) -> None:
             f"{clock(pace * max(total - done, 0))} left"
         )
 
-    job.complete(tell)
+    job.after = tell
+    complete(job)
 
 
 def tell_when_declared(known: Records, plan_file: bytes, committed: str | None) -> str | None:

@@ -13,7 +13,7 @@ import click
 
 from unitnorm.cli import options as opt
 from unitnorm.errors import UserError
-from unitnorm.run.job import Job, Loaded, open_job, open_recomputation, print_report
+from unitnorm.run.job import Job, Loaded, open_job, open_recomputation, print_report, so_far
 
 if TYPE_CHECKING:
     from unitnorm.run.planner import Experiment
@@ -36,6 +36,7 @@ shared_options = opt.together(selection_options, opt.runs_option, opt.training_o
 def completed(options: dict[str, Any], *, sweep_only: bool = False) -> Iterator[Job]:
     """The folder of a command with `shared_options`, held, with all that was missing added."""
     from unitnorm.archbn.config import Config
+    from unitnorm.run.planner import complete
     from unitnorm.table2.experiment import Table2, describe_data, list_cells
 
     training = opt.take_training_options(options)
@@ -46,7 +47,8 @@ def completed(options: dict[str, Any], *, sweep_only: bool = False) -> Iterator[
 
         data = load_dataset(config.data.dataset, config.data.data_dir)
         config.check_images(len(data.train_labels))
-        return Loaded({"": data}, describe_data(data), list_cells(config))
+        cells = list_cells(config)
+        return Loaded({"": data}, describe_data(data), 0 if sweep_only else len(cells), cells)
 
     experiment = Table2(config, sweep_only)
     with open_job(experiment, config, load, training) as job:
@@ -58,7 +60,7 @@ def completed(options: dict[str, Any], *, sweep_only: bool = False) -> Iterator[
         elif not sweep_only and groups[0].table == "sweep":
             count = sum(len(group.cells) for group in groups if group.table == "sweep")
             job.session.say(f"train: {count} runs have no base learning rate yet, sweeping first")
-        job.complete()
+        complete(job)
         yield job
 
 
@@ -201,16 +203,20 @@ def verify_command(out: Path, data_dir: str | None, **wanted: Any) -> None:
 
 
 def do_report(out: Path) -> None:
-    """Print the report of a folder and write its files."""
+    """Print the report of a folder and write its files, unless another process is at work there."""
     from unitnorm.run import records
     from unitnorm.table2.schema import SCHEMA
 
-    with records.locked(out, make=False):
-        write_report(out, records.read(out, SCHEMA))
+    with records.held_if_free(out) as held:
+        known = records.read_to_show(out, SCHEMA, held)
+        if progress := so_far(known):
+            click.echo(progress)
+        if not (progress and known["runs"].empty):
+            write_report(out, known, write=held)
 
 
-def write_report(out: Path, known: Records) -> None:
-    """The same of a folder that is held."""
+def write_report(out: Path, known: Records, *, write: bool = True) -> None:
+    """Print the report of records; `write` its files too, to a folder that is held."""
     from unitnorm.archbn.config import Config
     from unitnorm.run import records
     from unitnorm.table2 import report
@@ -228,5 +234,6 @@ def write_report(out: Path, known: Records) -> None:
     files = report.build(
         known["runs"], known["history"], known["sweep"], filters_of(known), image_shape, paper
     )
-    records.write_files(out, files, replacing="figures/filters_depth*")
-    print_report(report.show(known["runs"], paper), files, out)
+    if write:
+        records.write_files(out, files, replacing="figures/filters_depth*")
+    print_report(report.show(known["runs"], paper), files if write else (), out)

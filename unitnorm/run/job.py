@@ -13,7 +13,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from unitnorm.run.config import ExperimentConfig
     from unitnorm.run.loop import Session
-    from unitnorm.run.planner import Engine, Experiment, Group
+    from unitnorm.run.planner import Done, Engine, Experiment
     from unitnorm.run.records import Records
 
 CHECKPOINTS = ".checkpoints"  # in a results folder
@@ -50,6 +50,7 @@ class Loaded(NamedTuple):
 
     data: Mapping[str, Any]  # the data sets by the names that groups have for them
     about: dict[str, Any]  # what the provenance says of them
+    runs: int  # how many the command asks for, recorded or not
     selected: pd.DataFrame | None = None  # cells that --fresh starts over; None: all
     lines: tuple[str, ...] = ()  # what to say of them at the start
 
@@ -63,42 +64,33 @@ class Job:
     out: Path
     records: Records
     session: Session
-    engine: Engine
+    engine: Engine | None
     started: float
+    runs: int  # how many are asked for
     rows: int = 0  # added to the records so far
     workers: dict[str, list[str]] = field(default_factory=dict)  # what each has computed
+    after: Callable[[Records], None] = lambda records: None  # sees them after every group
 
-    def complete(self, after: Callable[[Records], None] = lambda records: None) -> None:
-        """Compute and store what is missing; `after` sees the records after every group.
-
-        Raises:
-          Interrupted: on request; what has ended is stored.
-        """
-        from unitnorm.run.planner import complete
-
-        def store(records: Records, group: Group | None, worker: str) -> None:
-            if group is not None and worker:
-                self.workers.setdefault(worker, []).append(group.title)
-            self.store(records)
-            if group is not None:
-                after(records)
-
-        complete(self.experiment, self.data, self.records, self.session, store, self.engine)
-
-    def store(self, records: Records) -> None:
+    def store(self, records: Records, done: Sequence[Done] = ()) -> None:
         """Write the records, with what this command did, and drop the checkpoints they replace."""
         from unitnorm.run.provenance import command_entry
         from unitnorm.run.records import write
 
+        for group, _, worker in done:
+            if worker:
+                self.workers.setdefault(worker, []).append(group.title)
         self.rows += sum(len(records[name]) - len(self.records[name]) for name in records.tables)
         known = records.provenance
         entry = command_entry(command_line(), self.started, time.time() - self.started, self.rows)
+        entry["asked"] = self.runs
         if self.workers:
             entry["workers"] = self.workers
         others = [c for c in known["commands"] if c["started"] != entry["started"]]
         noted = replace(records, provenance={**known, "commands": [*others, entry]})
         self.records = write(self.out, noted)
         self.session.checkpoints.drop(records.recorded())
+        if done:
+            self.after(self.records)
 
 
 def print_report(shown: Any, files: Collection[str], out: Path) -> None:
@@ -106,7 +98,17 @@ def print_report(shown: Any, files: Collection[str], out: Path) -> None:
     from rich.console import Console
 
     Console().print(shown)
-    click.echo(f"{len(files)} files in {out}{os.sep}")
+    if files:
+        click.echo(f"{len(files)} files in {out}{os.sep}")
+    else:
+        click.echo(f"no files written: another process is at work in {out}{os.sep}")
+
+
+def so_far(known: Records) -> str:
+    """How many of the runs that the last command asked for are recorded; "" if all are."""
+    asked = max((command.get("asked", 0) for command in known.provenance["commands"]), default=0)
+    done = len(known["runs"])
+    return f"{done:,} of {asked:,} runs so far" if done < asked else ""
 
 
 def command_line() -> str:
@@ -169,16 +171,16 @@ def open_job(
             reporter, say, checkpoints=checkpoints, interrupted=lambda: stopping.is_set
         )
         stopping.after_the_epoch = True
-        yield Job(experiment, loaded.data, options.out, known, session, engine, started)
+        yield Job(
+            experiment, loaded.data, options.out, known, session, engine, started, loaded.runs
+        )
 
 
 @contextlib.contextmanager
-def find_engine(options: TrainingOptions, say: Callable[[str], None]) -> Iterator[Engine]:
-    """This process, or the workers that the options ask for."""
+def find_engine(options: TrainingOptions, say: Callable[[str], None]) -> Iterator[Engine | None]:
+    """The workers that the options ask for; None: this process computes."""
     if options.workers is None and options.scheduler is None:
-        from unitnorm.run.planner import Here
-
-        yield Here()
+        yield None
         return
     from unitnorm.run.cluster import connect
 

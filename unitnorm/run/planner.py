@@ -1,14 +1,14 @@
 """What is missing is computed and recorded until nothing is: the same for every experiment.
 
 An experiment says in `missing` which groups of runs can be computed now, and in `compute` how a
-group gives rows; it is a pure function of the group and its data set. `complete` hands the groups
-to an engine, here `Here`, in this process (`cluster` has others), and stores the rows as they come.
+group gives rows; it is a pure function of the group and its data set. `complete` computes the
+groups in this process, or has an engine compute them (`cluster`), and stores the rows as they come.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -76,8 +76,16 @@ class Experiment(Protocol):
         """The rows of a group."""
 
 
+class Done(NamedTuple):
+    """A group that has ended, what it gave, and the name of the worker, "" in this process."""
+
+    group: Group
+    found: Found
+    worker: str = ""
+
+
 class Engine(Protocol):
-    """Who computes groups."""
+    """Others who compute groups; see `cluster`."""
 
     def has_room(self) -> bool:
         """Another group can be given."""
@@ -85,72 +93,61 @@ class Engine(Protocol):
     def give(self, experiment: Experiment, group: Group, data: Any, session: Session) -> None:
         """Have a group computed."""
 
-    def next(self, session: Session) -> tuple[Group, Found, str]:
-        """The next group that is done, what it gave, and the name of the worker, "" in here.
+    def next(self, session: Session) -> list[Done]:
+        """The groups that are done, as soon as there is one.
 
         Raises:
           Interrupted: somebody has asked to stop.
         """
 
 
-@dataclass
-class Here:
-    """This process, on all of its devices, a group at a time."""
+class Plan(Protocol):
+    """What is to be completed; a `job.Job`."""
 
-    given: list[Callable[[], tuple[Group, Found, str]]] = field(default_factory=list)
+    experiment: Experiment
+    data: Mapping[str, Any]  # the data sets by name
+    records: Records
+    session: Session
+    engine: Engine | None  # None: this process computes
 
-    def has_room(self) -> bool:
-        """None is waiting."""
-        return not self.given
-
-    def give(self, experiment: Experiment, group: Group, data: Any, session: Session) -> None:
-        """Compute it at the call of `next`."""
-        self.given.append(lambda: (group, experiment.compute(group, data, session), ""))
-
-    def next(self, session: Session) -> tuple[Group, Found, str]:
-        """Compute the group that was given."""
-        return self.given.pop()()
+    def store(self, records: Records, done: Sequence[Done] = ()) -> None:
+        """Keep records that have grown, and hear of the groups that have ended."""
 
 
-def complete(
-    experiment: Experiment,
-    data: Mapping[str, Any],
-    records: Records,
-    session: Session,
-    store: Callable[[Records, Group | None, str], None],
-    engine: Engine,
-) -> Records:
+def complete(plan: Plan) -> None:
     """Compute what is missing.
-
-    Args:
-      data: the data sets by name.
-      store: is given the records each time that they have grown, the group that has ended, None
-        where one has not, and the worker that computed it.
 
     Raises:
       Interrupted: on request; what has ended is stored.
     """
+    experiment, records = plan.experiment, plan.records
 
     def grow(found: Found) -> None:
         nonlocal records
         records = found.added_to(records)
-        store(records, None, "")
+        plan.store(records)
 
-    session = replace(session, grow=grow)
+    session = replace(plan.session, grow=grow)
     running: dict[frozenset[str], Group] = {}
     while True:
         busy: frozenset[str] = frozenset().union(*running)
+        done: list[Done] = []
         for group in experiment.missing(records):
-            if not engine.has_room():
+            if plan.engine is None:
+                done = [Done(group, experiment.compute(group, plan.data[group.data], session))]
+                break
+            if not plan.engine.has_room():
                 break
             names = group.names(experiment.schema)
             if not names & busy:
-                engine.give(experiment, group, data[group.data], session)
+                plan.engine.give(experiment, group, plan.data[group.data], session)
                 running[names] = group
                 busy |= names
-        if not running:
-            return records
-        group, found, worker = engine.next(session)
-        del running[group.names(experiment.schema)]
-        records = found.added_to(records)
-        store(records, group, worker)
+        if plan.engine is not None and running:
+            done = plan.engine.next(session)
+        if not done:
+            return
+        for group, found, _ in done:
+            running.pop(group.names(experiment.schema), None)
+            records = found.added_to(records)
+        plan.store(records, done)

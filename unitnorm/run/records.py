@@ -18,6 +18,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,6 +37,7 @@ FORMAT = 1  # of provenance.json and the tables; raised when an older reader wou
 PROVENANCE = "provenance.json"
 REPAIR = "restore the folder from a copy, or give another --out"
 
+WRITING_S = 2.0  # so long a reader waits for a writer to have put its set in place
 _DTYPES = {"i": "int64", "f": "float64", "d": "float64", "b": "bool", "s": "object"}
 _STAGED, _VALID, _LOCK = ".records-staged", ".records-valid", ".lock"
 
@@ -97,8 +99,13 @@ class Schema:
         for name in (name for name, kind in spec.columns.items() if kind == "f"):
             result[name] = result[name].map(shortest).astype("float64")
         result = result.astype({name: _DTYPES[kind] for name, kind in spec.columns.items()})
-        ascending = [name not in spec.descending for name in spec.key]
-        return result.sort_values(list(spec.key), ascending=ascending, ignore_index=True)
+        return self.sorted(table, result)
+
+    def sorted(self, table: str, rows: pd.DataFrame) -> pd.DataFrame:
+        """Rows of a table in its order."""
+        key, falling = list(self.tables[table].key), self.tables[table].descending
+        ascending = [name not in falling for name in key]
+        return rows.sort_values(key, ascending=ascending, ignore_index=True)
 
     def names(self, table: str, cells: pd.DataFrame) -> set[str]:
         """What the runs of `cells` are called in a table, such as "runs/4/un/0"."""
@@ -147,8 +154,8 @@ class Records:
         """With these rows in place of whatever the table holds of the same runs."""
         old = self.tables[table]
         kept = old[~self.schema.among(old, rows)]
-        merged = self.schema.frame(table, kept.to_dict("records") + rows.to_dict("records"))
-        return replace(self, tables={**self.tables, table: merged})
+        merged = pd.concat([part for part in (kept, rows) if len(part)] or [kept])
+        return replace(self, tables={**self.tables, table: self.schema.sorted(table, merged)})
 
     def with_files(self, files: Mapping[str, bytes]) -> Records:
         """With these files added or replaced."""
@@ -214,6 +221,10 @@ def shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
+class BusyError(UserError):
+    """Another process holds a folder."""
+
+
 # ---------------------------------------------------------------- files
 
 
@@ -244,7 +255,7 @@ def locked(folder: Path, *, make: bool = True) -> Iterator[None]:
     try:
         lock.acquire()
     except filelock.Timeout:
-        raise UserError(
+        raise BusyError(
             f"{folder}: another unitnorm process is at work here; wait for it to end, or give "
             "another --out"
         ) from None
@@ -271,8 +282,11 @@ def recover(folder: Path) -> None:
         raise _cannot(folder, "repaired after an interrupted write", error) from None
 
 
-def read(folder: Path, schema: Schema) -> Records:
+def read(folder: Path, schema: Schema, *, repair: bool = True) -> Records:
     """The records of a folder, checked against their hashes; empty ones if there are none.
+
+    Args:
+      repair: complete what a killed process has left; not where one may be writing.
 
     Raises:
       UserError: a file is missing, altered, cut or of another format, or the folder is of another
@@ -280,7 +294,7 @@ def read(folder: Path, schema: Schema) -> Records:
     """
     if not os.path.isdir(folder):  # unlike Path.is_dir, without errors for impossible names
         return Records.empty(schema)
-    if (folder / _VALID).is_dir():
+    if repair and (folder / _VALID).is_dir():
         recover(folder)
     path = folder / PROVENANCE
     if not path.exists():
@@ -314,15 +328,46 @@ def kind_of(folder: Path) -> str | None:
     return None
 
 
-def read_alone(folder: Path, schema: Schema) -> Records:
-    """`read`, while no other process writes; also from a folder that cannot be written.
+@contextlib.contextmanager
+def held_if_free(folder: Path) -> Iterator[bool]:
+    """Hold a folder to read from, and perhaps write to; false where another process is at work.
 
     Raises:
-      UserError: as `read`, or another process is at work, or there are no records.
+      UserError: there is no such folder.
     """
-    alone = locked(folder, make=False) if os.access(folder, os.W_OK) else contextlib.nullcontext()
-    with alone:
-        records = read(folder, schema)
+    with contextlib.ExitStack() as stack:
+        free = True
+        if os.path.isdir(folder) and not os.access(folder, os.W_OK):
+            free = False
+        else:
+            try:
+                stack.enter_context(locked(folder, make=False))
+            except BusyError:
+                free = False
+        yield free
+
+
+def read_alone(folder: Path, schema: Schema) -> Records:
+    """`read`, to look at: also where another process is at work, or the folder is not writable.
+
+    Raises:
+      UserError: as `read`, or there are no records.
+    """
+    with held_if_free(folder) as held:
+        return read_to_show(folder, schema, held)
+
+
+def read_to_show(folder: Path, schema: Schema, held: bool) -> Records:
+    """The same of a folder that is `held`, or not: then until no other process is in between."""
+    until = time.monotonic() + (0.0 if held else WRITING_S)
+    while True:
+        try:
+            records = read(folder, schema, repair=held)
+            break
+        except UserError:  # of a set that is being put in place, or damaged
+            if time.monotonic() >= until:
+                raise
+            time.sleep(0.02)
     if not records.provenance:
         raise UserError(f"{folder}: no records here; name another folder with --out")
     return records
@@ -410,7 +455,7 @@ def sync_folder(folder: Path) -> None:
 
 def _to_csv(spec: Table, table: pd.DataFrame) -> bytes:
     content = table.to_csv(index=False, lineterminator="\n").encode()
-    return gzip.compress(content, mtime=0) if spec.packed else content
+    return gzip.compress(content, 6, mtime=0) if spec.packed else content  # 9 takes twice as long
 
 
 def _parse_csv(schema: Schema, name: str, content: bytes, folder: Path) -> pd.DataFrame:

@@ -50,6 +50,9 @@ class ArmPlan(Section):
     decays: list[Annotated[float, Field(ge=0.0, le=1e3)]] = Field(
         [], description="weight decay of the filters, tuned with the rates; empty: the update's"
     )
+    factors: list[Rate] = Field(
+        [], description="of the filters' rate, layer by layer; empty: one rate for all layers"
+    )
     schedule: Schedule = Field(
         "bold-driver", description="follow: the rate of the first arm, epoch by epoch"
     )

@@ -253,7 +253,7 @@ def group_by_arm(variants: Sequence[Variant]) -> dict[Arm, list[Variant]]:
     for variant in variants:
         plan = variant.plan
         options = tuple(sorted(plan.options.items()))
-        arm = Arm(plan.update, options, plan.start != "balanced")
+        arm = Arm(plan.update, options, plan.start != "balanced", tuple(plan.factors))
         arms.setdefault(arm, []).append(variant)
     return arms
 

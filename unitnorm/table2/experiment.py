@@ -69,19 +69,37 @@ class Table2:
         yield _group("runs", with_rates(cells, records["sweep"]))
 
     def compute(self, group: Group, data: Dataset, session: Session) -> Found:
-        """The rows of a sweep or of full trainings."""
-        if group.table == "sweep":
-            return self._sweep(group, data, session)
-        return self._train(group, data, session)
-
-    def _sweep(self, group: Group, data: Dataset, session: Session) -> Found:
-        """Every rate for every run; the best on the validation images is chosen (section 4)."""
+        """The rows of a sweep or of full trainings, all in one program."""
         cells: Cells = group.what
+        config, part = self.config, "sweep" if cells.rates is None else "train"
+        seeds = np.asarray([config.seed + run for run in cells.runs])
+        rates, schedule = cells.rates, protocol.BOLD_DRIVER
+        if rates is None:  # every rate for every run, as it is
+            tried = np.asarray(config.sweep.rates)
+            rates = np.tile(tried[:, None], (len(cells.runs), len(cells.updates)))
+            seeds, schedule = np.repeat(seeds, len(tried)), protocol.CONSTANT
+        network = archbn(config.model, data.train_images.shape[1], data.classes, cells.depth)
+        task = Task(config, network, part)
+        arms = [
+            (Arm(update), Settings(seeds, rates[:, column], schedule=schedule))
+            for column, update in enumerate(cells.updates)
+        ]
+        program = run_many.Program(group.title, task, arms, data)
+        identity = fingerprint(
+            ("archbn", "table2"), cells.updates, part, config.fingerprint(), data.sha256,
+            cells.depth, seeds, rates,
+        )  # fmt: skip
+        covers = tuple(sorted(group.names(SCHEMA)))
+        state = train(Part(group.title, identity, covers), program, session)
+        if cells.rates is None:
+            return self._sweep_rows(cells, task, program.take(state))
+        wrong = [mine for mine, _ in program.find_wrong(state)]
+        return self._train_rows(cells, task, program.take(state), wrong)
+
+    def _sweep_rows(self, cells: Cells, task: Task, trained: tuple[Run, ...]) -> Found:
+        """Of each run, the rate that is best on the validation images is chosen (section 4)."""
         rates = np.asarray(self.config.sweep.rates)
         shape = len(cells.runs), len(rates)
-        seeds = np.repeat([self.config.seed + run for run in cells.runs], len(rates))
-        grid = np.tile(rates[:, None], (len(cells.runs), len(cells.updates)))
-        task, trained, _ = self._run("sweep", group, seeds, grid, data, session)
         rows = []
         for update, runs in zip(cells.updates, trained, strict=True):
             end = run_many.at_end(runs, task)
@@ -101,12 +119,15 @@ class Table2:
             ]  # fmt: skip
         return Found({"sweep": SCHEMA.frame("sweep", rows)}, arrays={FILTERS: {}})
 
-    def _train(self, group: Group, data: Dataset, session: Session) -> Found:
-        """Full trainings at their base learning rates; run 0's filters of the first layer."""
-        cells: Cells = group.what
+    def _train_rows(
+        self, cells: Cells, task: Task, trained: tuple[Run, ...], wrong: list[np.ndarray]
+    ) -> Found:
+        """Full trainings, and run 0's filters of the first layer.
+
+        Args:
+          wrong: of each update, which test images each run gets wrong.
+        """
         assert cells.rates is not None
-        seeds = np.asarray([self.config.seed + run for run in cells.runs])
-        task, trained, wrong = self._run("train", group, seeds, cells.rates, data, session)
         columns = SCHEMA.tables["history"].columns
         run_rows, history_rows, filters = [], [], {}
         for column, (update, run) in enumerate(zip(cells.updates, trained, strict=True)):
@@ -120,7 +141,7 @@ class Table2:
                 run_rows.append(
                     name
                     | {
-                        "seed": seeds[i], "base_lr": cells.rates[i, column],
+                        "seed": self.config.seed + number, "base_lr": cells.rates[i, column],
                         "epochs": run.epoch[i],
                         "train_loss": end.train_loss[i], "val_error": end.val_error[i],
                         "test_error": test_error[i] if run.epoch[i] else np.nan,
@@ -136,38 +157,6 @@ class Table2:
                 ]
         rows = {"runs": run_rows, "history": history_rows}
         return Found({n: SCHEMA.frame(n, mine) for n, mine in rows.items()}, {}, {FILTERS: filters})
-
-    def _run(
-        self, part: str, group: Group, seeds: np.ndarray, rates: np.ndarray, data: Dataset,
-        session: Session,
-    ) -> tuple[Task, tuple[Run, ...], list[np.ndarray]]:  # fmt: skip
-        """Train a group to its end.
-
-        Args:
-          rates: (seeds, updates).
-
-        Returns:
-          What was trained; for each update, the runs on the host; and, of full trainings, the test
-          images that are wrong.
-        """
-        cells: Cells = group.what
-        features = data.train_images.shape[1]
-        network = archbn(self.config.model, features, data.classes, cells.depth)
-        task = Task(self.config, network, part)
-        schedule = protocol.CONSTANT if part == "sweep" else protocol.BOLD_DRIVER
-        arms = [
-            (Arm(update), Settings(seeds, rates[:, column], schedule=schedule))
-            for column, update in enumerate(cells.updates)
-        ]
-        program = run_many.Program(group.title, task, arms, data)
-        identity = fingerprint(
-            ("archbn", "table2"), cells.updates, part, self.config.fingerprint(), data.sha256,
-            cells.depth, seeds, rates,
-        )  # fmt: skip
-        covers = tuple(sorted(group.names(SCHEMA)))
-        state = train(Part(group.title, identity, covers), program, session)
-        wrong = [mine for mine, _ in program.find_wrong(state)] if part == "train" else []
-        return task, program.take(state), wrong
 
 
 def list_cells(config: Config) -> pd.DataFrame:
