@@ -16,7 +16,7 @@ from unitnorm.run.job import Job, Loaded, open_job, print_report
 if TYPE_CHECKING:
     from unitnorm.run.records import Records
     from unitnorm.study.config import Plan
-    from unitnorm.study.report import Study
+    from unitnorm.study.report import Findings
 
 RUNS = "runs/study"
 
@@ -240,7 +240,7 @@ def write_study_report(out: Path, known: Records, page: bool) -> None:
     print_report(report.show(study), files, out)
 
 
-def write_page(path: Path, mine: Path, study: Study) -> None:
+def write_page(path: Path, mine: Path, study: Findings) -> None:
     """The page of all studies in the folders beside it, one of which is held."""
     from unitnorm.run import records
     from unitnorm.study import report

@@ -16,7 +16,7 @@ import vl_convert
 
 from unitnorm.errors import UserError
 from unitnorm.study import figures
-from unitnorm.study.report import Study, chart_rows, tell_looks
+from unitnorm.study.report import Findings, chart_rows, tell_looks
 from unitnorm.study.statistics import is_error, name_place, pair_runs, rank, select_runs
 
 _DIGITS = 5  # significant, of every number of the page
@@ -28,7 +28,7 @@ def is_page(content: bytes) -> bool:
     return _TITLE in content[:2000]
 
 
-def build_page(studies: Mapping[str, Study]) -> bytes:
+def build_page(studies: Mapping[str, Findings]) -> bytes:
     """The page of all studies, UTF-8; the same studies give the same bytes.
 
     Args:
@@ -57,7 +57,7 @@ def build_page(studies: Mapping[str, Study]) -> bytes:
     return "".join(filled).encode()
 
 
-def _pack(study: Study) -> dict:
+def _pack(study: Findings) -> dict:
     """A study as plain lists: see `page.html` for what becomes of each."""
     known, plan, compared, _ = study
     runs, comparisons = known["runs"], []

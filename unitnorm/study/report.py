@@ -23,7 +23,7 @@ from unitnorm.study.config import Plan
 LOOKS = "looks.csv"  # of a results folder: kept from report to report
 
 
-class Study(NamedTuple):
+class Findings(NamedTuple):
     """Records with what they show so far.
 
     Attributes:
@@ -42,7 +42,7 @@ def plan_of(known: Records) -> Plan:
     return parse(known.provenance["config"], "provenance.json", Plan)
 
 
-def look(known: Records, before: bytes | None) -> Study:
+def look(known: Records, before: bytes | None) -> Findings:
     """Compare what is recorded, as the next look at it.
 
     Args:
@@ -67,16 +67,16 @@ def look(known: Records, before: bytes | None) -> Study:
         for c in known.provenance["commands"]
     ]
     looks = statistics.add_looks(looks, compared, max(ends).isoformat())
-    return Study(known, plan, statistics.with_looks(compared, looks, plan.alpha), looks)
+    return Findings(known, plan, statistics.with_looks(compared, looks, plan.alpha), looks)
 
 
-def look_into(folder: Path, known: Records) -> Study:
+def look_into(folder: Path, known: Records) -> Findings:
     """`look` at the records of a folder, which keeps its earlier looks."""
     path = folder / LOOKS
     return look(known, path.read_bytes() if path.exists() else None)
 
 
-def build(study: Study) -> dict[str, bytes]:
+def build(study: Findings) -> dict[str, bytes]:
     """Every file of a study's report: the same study gives the same bytes."""
     from unitnorm.study.figures import draw  # which loads Vega
 
@@ -102,7 +102,7 @@ def build(study: Study) -> dict[str, bytes]:
     return files
 
 
-def chart_rows(study: Study) -> dict[str, pd.DataFrame]:
+def chart_rows(study: Findings) -> dict[str, pd.DataFrame]:
     """What each chart draws, by its name; without those that have nothing to draw."""
     from unitnorm.study import figures
 
@@ -120,14 +120,14 @@ def chart_rows(study: Study) -> dict[str, pd.DataFrame]:
     return {name: table for name, table in rows.items() if len(table)}
 
 
-def show(study: Study) -> Group:
+def show(study: Findings) -> Group:
     """What `unitnorm study` prints."""
     if study.compared.empty:
         return Group(Text("no comparison has runs of both of its arms yet"))
     return Group(Fitting(comparison_cells(study)))
 
 
-def comparison_cells(study: Study) -> Cells:
+def comparison_cells(study: Findings) -> Cells:
     """The comparisons, to be read."""
     known, plan, compared, _ = study
     rows = []
