@@ -203,7 +203,7 @@ def renew(
         "renew", config.model_copy(update={"network": trained.network}), trained.update,
         config.seed, 1.0, [1.0], data.splits["train"], data.splits["val"],
     )  # fmt: skip
-    found = program.renewed(trained.weights, 1)
+    found = program.with_statistics(trained.weights, 1)
     packed = pack_weights(found, trained.network, trained.update, trained.size)
     with records.locked(out.parent):
         records.write_files(out.parent, {out.name: packed})

@@ -49,11 +49,15 @@ class Scenes(NamedTuple):
         """Those at an index or mask."""
         return Scenes(*(array[chosen] for array in self))
 
+    def size_at(self, scale: float) -> tuple[int, int]:
+        """Height and width at that part of the size."""
+        _, height, width = self.labels.shape
+        return max(1, round(scale * height)), max(1, round(scale * width))
+
     def scaled(self, scale: float) -> Scenes:
         """Images and labels at that part of their size: averaged, and by nearest neighbour."""
-        _, height, width = self.labels.shape
-        size = max(1, round(scale * height)), max(1, round(scale * width))
-        if size == (height, width):
+        size = self.size_at(scale)
+        if size == self.size_at(1.0):
             return self
         pairs = [
             _resize(Image.fromarray(image), Image.fromarray(label), *size)
