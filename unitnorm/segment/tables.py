@@ -12,7 +12,7 @@ from unitnorm.report.statistics import compare_pairs, summarise
 from unitnorm.report.style import BASELINE, label, sort_updates
 from unitnorm.report.tables import Cells, format_interval, format_p, format_points
 from unitnorm.run.records import Records
-from unitnorm.segment.metrics import Metrics
+from unitnorm.segment.metrics import measure
 from unitnorm.segment.palette import NAMES
 from unitnorm.segment.schema import ALL, CELL, FIGURES
 
@@ -117,10 +117,10 @@ def _sweep(records: Records) -> pd.DataFrame:
     )
 
 
-def tabulate(title: str, columns: Mapping[str, Metrics]) -> Cells:
-    """Several measurements beside each other, a figure per line."""
+def tabulate(title: str, matrices: Mapping[str, np.ndarray]) -> Cells:
+    """The figures of several confusion matrices beside each other, a figure per line."""
     shown: dict[str, list[str]] = {"%": [*TITLES.values(), *(f"IoU {name}" for name in NAMES)]}
-    for name, found in columns.items():
+    for name, found in ((name, measure(matrix)) for name, matrix in matrices.items()):
         shown[name] = [_finite(100 * value, 1) for value in (*found[:3], *found.iou)]
     return Cells(title, pd.DataFrame(shown))
 

@@ -188,7 +188,11 @@ class SegNetProgram:
             scale = self.scales[epoch - 1]
             weights = self.measured(state.now, epoch)
             matrix = self.evaluator.confusion(weights, self._at(scale)[1]).sum(0)
-            best = measure(state.figures.confusion[before - 1]).mean_iou if before else -1.0
+            best = (
+                measure(np.asarray(state.figures.confusion[before - 1])).mean_iou
+                if before
+                else -1.0
+            )
             if scale == self.scales[-1] and not measure(matrix).mean_iou <= best:
                 copy = jax.tree.map(jnp.copy, weights)  # a step uses up the arrays of its state
                 state = state._replace(best=copy, best_epoch=jnp.int32(epoch))
