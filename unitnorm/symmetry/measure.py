@@ -21,9 +21,10 @@ import optax
 import pandas as pd
 from jax import Array
 
+from unitnorm.archbn.batches import INIT, stream
 from unitnorm.archbn.config import Config
+from unitnorm.archbn.minibatch import cross_entropy
 from unitnorm.archbn.model import FILTER_AXIS, ArchBN, Network, filter_mask, split_network
-from unitnorm.archbn.training import INIT, cross_entropy, stream
 from unitnorm.data import Dataset
 from unitnorm.geometry import filter_norms, retraction
 from unitnorm.updates import build
@@ -373,7 +374,11 @@ def compare_trajectories(
         scaled = reparameterise(params, alpha, np.ones_like(alpha))
         starts = [Point(each, stats) for each in (params, scaled, normalised(scaled))]
         _, logits = subject.train(
-            network, rates, starts, marks, lambda p, s: network.apply(p, s, test, True)[0]
+            network,
+            rates,
+            starts,
+            marks,
+            lambda p, s: network.apply(p, s, jnp.asarray(test), True)[0],
         )
     for (update, own_rate), found in zip(rates.items(), logits.astype(np.float64), strict=True):
         first, answers = found[0], found.argmax(-1)  # of (starts, marks, images, classes)
