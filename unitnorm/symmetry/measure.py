@@ -373,7 +373,11 @@ def compare_trajectories(
         scaled = reparameterise(params, alpha, np.ones_like(alpha))
         starts = [Point(each, stats) for each in (params, scaled, normalised(scaled))]
         _, logits = subject.train(
-            network, rates, starts, marks, lambda p, s: network.apply(p, s, test, True)[0]
+            network,
+            rates,
+            starts,
+            marks,
+            lambda p, s: network.apply(p, s, jnp.asarray(test), True)[0],
         )
     for (update, own_rate), found in zip(rates.items(), logits.astype(np.float64), strict=True):
         first, answers = found[0], found.argmax(-1)  # of (starts, marks, images, classes)
