@@ -32,6 +32,10 @@ PAPER: Paper = {
     (4, "un"): (0.0179, 0.0025),
 }
 PAPER_RUNS = 10
+CELL: dict[str, tuple] = {
+    "depth": (str, "depth"),
+    "update": (label, "update"),
+}  # for `format_columns`
 # Runs of one seed have the same start, split and mini-batches where these agree.
 PAIRED_BY = {
     "data.sha256", "model.width", "loss.batch_size", "train.train_images", "train.validation_images"
@@ -55,24 +59,13 @@ def build(
         paper: the figures to set beside ours; `{}` for runs on other data than the paper's.
 
     Returns:
-        Content by file name, relative to the results folder: `table2.csv`, `.md` and `.tex`,
-        `differences.csv`, `runs.md`, and `figures/NAME.png` and `.svg`.
+        Content by file name, relative to the results folder.
 
     Raises:
         UserError: the records contradict each other, or the filters are not images of that shape.
     """
     runs = prepare_runs(runs)
     history = prepare_history(history, runs)
-    main = _error_cells(runs, paper), _difference_cells(compare_updates(runs))
-    went = _conduct_cells(runs, history), _sweep_cells(sweep), _failed_cells(runs)
-    latex = map(tables.to_latex, main, ("2", "differences"))
-    texts = {
-        "table2.csv": tables.to_csv(summarise_errors(runs, paper)),
-        "table2.md": to_page([*main, _failed_cells(runs)]),
-        "table2.tex": "\n".join(["% Needs \\usepackage{booktabs}.", *latex]),
-        "differences.csv": tables.to_csv(compare_updates(runs)),
-        "runs.md": to_page(went),
-    }
     drawn = {
         "curves": figures.draw_curves(history),
         "learning_rates": figures.draw_rates(history),
@@ -81,10 +74,28 @@ def build(
     for depth in sorted({depth for depth, _ in filters}):
         weights = {update: array for (at, update), array in filters.items() if at == depth}
         drawn[f"filters_depth{depth}"] = figures.draw_filters(weights, image_shape, depth)
-    files = {name: text.encode() for name, text in texts.items()}
+    files = build_texts(runs, history, sweep, paper)
     for name, figure in drawn.items():
         files |= {f"figures/{name}.{end}": content for end, content in encode(figure).items()}
     return files
+
+
+def build_texts(
+    runs: pd.DataFrame, history: pd.DataFrame, sweep: pd.DataFrame, paper: Paper = PAPER
+) -> dict[str, bytes]:
+    """The tables among the files of `build`, of frames from `prepare_runs` and `prepare_history`."""
+    main = _error_cells(runs, paper), _difference_cells(compare_updates(runs))
+    latex = map(tables.to_latex, main, ("2", "differences"))
+    texts = {
+        "table2.csv": tables.to_csv(summarise_errors(runs, paper)),
+        "table2.md": to_page([*main, _failed_cells(runs)]),
+        "table2.tex": "\n".join(["% Needs \\usepackage{booktabs}.", *latex]),
+        "differences.csv": tables.to_csv(compare_updates(runs)),
+        "runs.md": to_page(
+            [_conduct_cells(runs, history), _sweep_cells(sweep), _failed_cells(runs)]
+        ),
+    }
+    return {name: text.encode() for name, text in texts.items()}
 
 
 def show(runs: pd.DataFrame, paper: Paper = PAPER) -> Group:
@@ -221,14 +232,11 @@ def _pair(ours: pd.DataFrame, theirs: pd.DataFrame) -> np.ndarray:
 
 def _error_cells(runs: pd.DataFrame, paper: Paper) -> Cells:
     shown = {
-        "depth": (str, "depth"),
-        "update": (label, "update"),
-        "n": (str, "n"),
-        "diverged": (str, "diverged"),
+        **CELL, "n": (str, "n"), "diverged": (str, "diverged"),
         "mean ± std": (tables.format_spread, "mean", "std"),
         "95 % interval": (tables.format_range, "ci_low", "ci_high"),
         "paper": (tables.format_spread, "paper_mean", "paper_std"),
-    }
+    }  # fmt: skip
     note = (
         "n: runs in the mean, without those that diverged; std with n − 1; t-interval of the mean, "
         f"cut at 0 and 1. Paper: mean ± std over {PAPER_RUNS} runs."
@@ -243,13 +251,11 @@ def _difference_cells(differences: pd.DataFrame) -> Cells:
         "depth": (str, "depth"),
         "in": (str, "folder"),
         "difference": (lambda one, other: f"{label(one)} − {label(other)}", "update", "baseline"),
-        "n": (str, "n"),
-        "left out": (str, "left_out"),
+        "n": (str, "n"), "left out": (str, "left_out"),
         "mean ± std": (_format_spread, "mean", "std"),
         "95 % interval": (_format_range, "ci_low", "ci_high"),
-        "p (t)": (tables.format_p, "p_t"),
-        "p (W)": (tables.format_p, "p_wilcoxon"),
-    }
+        "p (t)": (tables.format_p, "p_t"), "p (W)": (tables.format_p, "p_wilcoxon"),
+    }  # fmt: skip
     if "folder" not in differences:
         del shown["in"]
     note = (
@@ -264,14 +270,9 @@ def _difference_cells(differences: pd.DataFrame) -> Cells:
 def _failed_cells(runs: pd.DataFrame) -> Cells:
     """The runs left out of every mean, with the epoch in which each went wrong."""
     shown = {
-        "depth": (str, "depth"),
-        "update": (label, "update"),
-        "run": (str, "run"),
-        "seed": (str, "seed"),
-        "base rate": (format_short, "base_lr"),
-        "epoch": (str, "epochs"),
-        "reason": (str, "stop_reason"),
-    }
+        **CELL, "run": (str, "run"), "seed": (str, "seed"), "base rate": (format_short, "base_lr"),
+        "epoch": (str, "epochs"), "reason": (str, "stop_reason"),
+    }  # fmt: skip
     title = "Diverged and non-finite runs, left out of every mean"
     return Cells(title, format_columns(runs[runs["failed"]], shown))
 
@@ -292,14 +293,11 @@ def _conduct_cells(runs: pd.DataFrame, history: pd.DataFrame) -> Cells:
     )  # fmt: skip
     table["worst"] = history.groupby(["depth", "update"])["norm_deviation"].max()
     shown = {
-        "depth": (str, "depth"),
-        "update": (label, "update"),
-        "runs": (str, "runs"),
+        **CELL, "runs": (str, "runs"),
         "epochs (median)": ("{}–{} ({:g})".format, "least", "most", "middle"),
-        "stopped by (runs)": (str, "reasons"),
-        "base rate (runs)": (str, "rates"),
+        "stopped by (runs)": (str, "reasons"), "base rate (runs)": (str, "rates"),
         "max |‖w‖ − 1|": (lambda value: format_short(value, 2), "worst"),
-    }
+    }  # fmt: skip
     return Cells("How the runs went", format_columns(table.reset_index(), shown))
 
 
@@ -308,20 +306,14 @@ def _sweep_cells(sweep: pd.DataFrame) -> Cells:
     sweep = sweep.assign(val_error=sweep["val_error"].where(~sweep["diverged"]))
     rates = sweep.sort_values("base_lr", ascending=False, kind="stable")
     table = rates.groupby(["depth", "update", "base_lr"], sort=False).agg(
-        runs=("run", "size"),
-        diverged=("diverged", "sum"),
+        runs=("run", "size"), diverged=("diverged", "sum"), chosen=("chosen", "sum"),
         val_error=("val_error", "mean"),  # of the runs that have not diverged
-        chosen=("chosen", "sum"),
-    )
+    )  # fmt: skip
     shown = {
-        "depth": (str, "depth"),
-        "update": (label, "update"),
-        "base rate": (format_short, "base_lr"),
-        "runs": (str, "runs"),
+        **CELL, "base rate": (format_short, "base_lr"), "runs": (str, "runs"),
         "diverged": (str, "diverged"),
-        "mean validation error": (tables.format_number, "val_error"),
-        "chosen by": (str, "chosen"),
-    }
+        "mean validation error": (tables.format_number, "val_error"), "chosen by": (str, "chosen"),
+    }  # fmt: skip
     title = "The sweep of the base learning rate"
     return Cells(title, format_columns(_sort(table.reset_index()), shown))
 
@@ -395,12 +387,11 @@ def compare_folders(first: pd.DataFrame, second: pd.DataFrame, *, paired: bool) 
         own = [summarise(side["test_error"].to_numpy(float)) for side in (one, other)]
         pairs = _pair(other, one)
         if paired and len(pairs) > 1:
-            (found, p, _), test, n = compare_pairs(*pairs.T), "paired", len(pairs)
+            (found, p, _), test = compare_pairs(*pairs.T), ("paired", len(pairs))
         else:
-            (found, p), n = compare_means(own[1], len(other), own[0], len(one)), 0
-            test = "Welch"
+            (found, p), test = compare_means(own[1], len(other), own[0], len(one)), ("Welch", 0)
         sides = (len(one), *own[0][:2], len(other), *own[1][:2])
-        rows.append((depth, update, *sides, test, n, found.mean, *found.cut(-1, 1)[2:], p))
+        rows.append((depth, update, *sides, *test, found.mean, *found.cut(-1, 1)[2:], p))
     sides_ = [f"{name}_{side}" for side in ("first", "second") for name in ("n", "mean", "std")]
     columns = ["depth", "update", *sides_, "test", "n", "difference", "ci_low", "ci_high", "p"]
     return pd.DataFrame(rows, columns=columns)
@@ -418,16 +409,12 @@ def _comparison_cells(
         return f"{'equal' if pairs and math.isnan(p) else tables.format_p(p)} ({pairs or 'W'})"
 
     shown = {
-        "depth": (str, "depth"),
-        "update": (label, "update"),
-        "n A": (str, "n_first"),
-        "A [%]": (format_percent, "mean_first", "std_first"),
-        "n B": (str, "n_second"),
-        "B [%]": (format_percent, "mean_second", "std_second"),
+        **CELL,
+        "n A": (str, "n_first"), "A [%]": (format_percent, "mean_first", "std_first"),
+        "n B": (str, "n_second"), "B [%]": (format_percent, "mean_second", "std_second"),
         "B − A": (format_points, "difference"),
-        "95 % interval": (_format_range, "ci_low", "ci_high"),
-        "p": (format_test, "p", "n"),
-    }
+        "95 % interval": (_format_range, "ci_low", "ci_high"), "p": (format_test, "p", "n"),
+    }  # fmt: skip
     note = (
         f"A: {names[0]}. B: {names[1]}. Mean ± std of the runs; B − A in percentage points. p of a "
         "two-sided t-test: paired, with the number of pairs, where runs of the same number and "
