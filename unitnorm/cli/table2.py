@@ -83,10 +83,10 @@ def train(**options: Any) -> None:
 @opt.out_option(OUT)
 @click.pass_context
 def report(context: click.Context, folders: tuple[Path, ...], out: Path) -> None:
-    """Table 2, its figures and what they show, from the records alone.
+    """Table 2 and its figures, from the records alone.
 
-    With two folders, A and B, their runs side by side, and where data and config differ; runs are
-    compared in pairs where they started alike, else as two samples. Written with --out alone.
+    With two folders, A and B, their runs side by side, and where data and config differ. Runs that
+    started alike are compared in pairs, others as two samples. Nothing is written without --out.
 
     \b
     Example

@@ -83,7 +83,7 @@ def build(
 def build_texts(
     runs: pd.DataFrame, history: pd.DataFrame, sweep: pd.DataFrame, paper: Paper = PAPER
 ) -> dict[str, bytes]:
-    """The tables among the files of `build`, of frames from `prepare_runs` and `prepare_history`."""
+    """The tables among the files of `build`; runs and history are the prepared ones."""
     main = _error_cells(runs, paper), _difference_cells(compare_updates(runs))
     latex = map(tables.to_latex, main, ("2", "differences"))
     texts = {
