@@ -86,7 +86,7 @@ def report(context: click.Context, folders: tuple[Path, ...], out: Path) -> None
     """Table 2 and its figures, from the records alone.
 
     With two folders, A and B, their runs side by side, and where data and config differ. Runs that
-    started alike are compared in pairs, others as two samples. Nothing is written without --out.
+    started alike are compared in pairs, others as two samples; nothing is written without --out.
 
     \b
     Example
