@@ -86,10 +86,7 @@ def sort_updates(updates: Iterable[str]) -> list[str]:
 
 
 def assign_styles(updates: Iterable[str]) -> dict[str, Style]:
-    """A style for each update: its own where it has one, else one that is still free.
-
-    The styles of the nine updates of the paper's comparison never change, whichever are drawn.
-    """
+    """A style for each update: always the same for one of the nine, else one that is still free."""
     updates = sort_updates(updates)
     free = [name for name in _STYLES if name not in updates] or list(_STYLES)
     others = [name for name in updates if name not in _STYLES]
@@ -153,9 +150,7 @@ def lay_out(
     """A figure of equal panels, a legend above and a note below, within `settings`.
 
     Args:
-        rows, columns: of panels.
         height: inches of a row of panels, with its title and its ticks.
-        handles: of the legend.
         note: below the panels; wrapped.
         sharex, sharey: as in `Figure.subplots`; every panel shows its own numbers all the same.
         legend_columns: at most.
@@ -194,9 +189,7 @@ def make_handle(marker: str = "", line: Any = "none", **options: Any) -> Line2D:
 def make_handles(styles: Mapping[str, Style], *, markers: bool = True) -> list[Line2D]:
     """An entry of the legend for each update."""
     return [
-        make_handle(
-            s.marker if markers else "", s.line, color=s.colour, lw=2, ms=5, label=label(update)
-        )
+        make_handle(markers * s.marker, s.line, color=s.colour, lw=2, ms=5, label=label(update))
         for update, s in styles.items()
     ]
 

@@ -38,13 +38,11 @@ def run(
     """Measure the symmetry at the config's depths. The same arguments give the same bytes.
 
     Args:
-      config: model, loss, depths and seed.
       data: training images for the mini-batches, test images to compare outputs.
       updates: to compare trajectories under.
       rate: learning rate; default: the largest candidate of the config's sweep, which Table 2's
         sweep chooses in nearly every run.
-      steps: length of the trajectories.
-      epochs: length of the training whose norms are recorded.
+      steps, epochs: lengths of the trajectories, and of the training whose norms are recorded.
       say: told of each part that is done.
 
     Returns:
@@ -57,24 +55,20 @@ def run(
     if not (math.isfinite(rate) and rate > 0):
         raise UserError(f"--rate {rate}: expected a positive number, for example 0.01")
     measured = measure.measure_all(config, data, updates, rate, steps, epochs, say)
+    cases = measure.list_cases(config)
     files = {f"{n}.csv": to_csv(table, 6).encode() for n, table in measured._asdict().items()}
     shown = f"Mini-batches of {config.loss.batch_size} images of {data.name}, seed {config.seed}"
-    found = tables.list_tables(measured, measure.list_cases(config), shown)
+    found = tables.list_tables(measured, cases, shown)
     files["summary.md"] = to_page(found).encode()
     about = {"name": data.name, "sha256": data.sha256, "image_shape": list(data.image_shape)}
     record = {
-        **provenance.describe(config, about),
-        "depths": sorted(config.depths),
-        "updates": list(updates),
-        "rate": rate,
-        "steps": steps,
-        "epochs": epochs,
-        "versions": provenance.versions(),
-        "cpu": devices.cpu_model(),
+        **provenance.describe(config, about), "depths": sorted(config.depths),
+        "updates": list(updates), "rate": rate, "steps": steps, "epochs": epochs,
+        "versions": provenance.versions(), "cpu": devices.cpu_model(),
         "commit": provenance.commit(),
-    }
+    }  # fmt: skip
     files["provenance.json"] = (json.dumps(record, indent=2) + "\n").encode()
-    for name, figure in figures.draw_all(measured, measure.list_cases(config)).items():
+    for name, figure in figures.draw_all(measured, cases).items():
         encoded = encode(figure, palette=True)
         files |= {f"{name}.{ending}": content for ending, content in encoded.items()}
     return files, to_screen(found)
