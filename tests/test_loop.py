@@ -72,7 +72,9 @@ class Outside:
         self.looks = 0
         self.stop_at = stop_at
         self.kept = Checkpoints() if kept is None else kept
-        self.session = Session(self.report, self.told.append, self.kept, self.interrupted)
+        self.session = Session(
+            self.report, self.told.append, checkpoints=self.kept, interrupted=self.interrupted
+        )
 
     def report(self, program: Trainable, status: Status, seconds: float) -> None:
         assert isinstance(program, Counter)
