@@ -63,6 +63,16 @@ class Sweep(Section):
     validation_images: Count = Field(500, description="validation images, drawn at random per run")
     epochs: Annotated[int, Field(ge=1, le=100_000)] = Field(50, description="at a fixed rate")
 
+    @property
+    def min_epochs(self) -> int:
+        """As many as `max_epochs`: a sweep has no early stop."""
+        return self.epochs
+
+    @property
+    def max_epochs(self) -> int:
+        """`epochs`, by the name that a full training has for them."""
+        return self.epochs
+
     @field_validator("rates")
     @classmethod
     def _distinct(cls, rates: list[float]) -> list[float]:
@@ -133,6 +143,10 @@ class Config(ExperimentConfig):
     stopping: Stopping = Stopping()
 
     _known = field_validator("updates")(check_updates)
+
+    def __hash__(self) -> int:
+        """Its lists have none; equal configs, which programs are kept by, have equal protocols."""
+        return hash(self.fingerprint())
 
     @field_validator("depths")
     @classmethod

@@ -91,7 +91,7 @@ def config(name: str | None) -> None:
 
 
 for command in (
-    table2.sweep, table2.train, table2.report, table2.reproduce, table2.verify, study.study,
+    table2.sweep, table2.train, table2.report, table2.reproduce, table2.verify_command, study.study,
     symmetry.symmetry, segment.segment, bench.bench, config,
 ):  # fmt: skip
     main.add_command(command)

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.shell_completion import CompletionItem
 
+from unitnorm.errors import UserError
 from unitnorm.run.job import TrainingOptions
 
 if TYPE_CHECKING:
     from unitnorm.run.config import Schema
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
-SELECTION, DATA, RECORDS, SEVERAL = "What is run", "Data", "Records", "Devices and processes"
+SELECTION, DATA, RECORDS, SEVERAL = "What is run", "Data", "Records", "Devices and workers"
 
 
 class GroupedOption(click.Option):
@@ -156,23 +157,36 @@ def training_options(out: str) -> Decorator:
         option(
             "--checkpoint-every", group=RECORDS, type=click.FloatRange(0.0), metavar="SECONDS",
             help="Save the state at most so often; 0: at every chance.  "
-            "[default: 5; 0 with several processes]",
+            "[default: 5]",
         ),
         option(
             "--devices", group=SEVERAL, type=click.IntRange(1, 4096),
             help="CPU devices to share the work among.  [default: one per core]",
         ),
         option(
-            "--distributed", group=SEVERAL, is_flag=True,
-            help="Join the processes that Slurm, Kubernetes, Open MPI or a TPU pod has started.",
+            "--workers", group=SEVERAL, type=click.IntRange(1, 4096),
+            help="Compute in so many processes on this machine (needs unitnorm[cluster]).",
         ),
         option(
-            "--coordinator", group=SEVERAL, metavar="HOST:PORT",
-            help="Several processes: where to meet, on the host of process 0.",
+            "--scheduler", group=SEVERAL, metavar="ADDRESS",
+            help="Compute on the workers of a Dask scheduler, such as tcp://host:8786.",
         ),
-        option("--processes", group=SEVERAL, type=click.IntRange(1), help="How many there are."),
-        option("--process", group=SEVERAL, type=click.IntRange(0), help="Which this one is."),
+        *(
+            click.option(name, hidden=True, expose_value=False, is_flag=is_flag, callback=_refuse)
+            for name, is_flag in (
+                ("--distributed", True), ("--coordinator", False), ("--processes", False),
+                ("--process", False),
+            )
+        ),
     )  # fmt: skip
+
+
+def _refuse(ctx: click.Context, param: click.Parameter, value: Any) -> None:
+    if value not in (None, False):
+        raise UserError(
+            f"{param.opts[0]}: runs are independent, and need no processes in lock step: give "
+            "--workers N on one machine, or --scheduler tcp://HOST:8786 for workers on several"
+        )
 
 
 def take_training_options(options: dict[str, Any]) -> TrainingOptions:

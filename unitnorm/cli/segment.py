@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ import click
 
 from unitnorm.cli import options as opt
 from unitnorm.errors import UserError
-from unitnorm.run.job import Job, open_job
+from unitnorm.run.job import Loaded, open_job
 
 if TYPE_CHECKING:
     from unitnorm.report.tables import Cells
@@ -91,9 +90,7 @@ def sweep(**options: Any) -> None:
     Example
       unitnorm segment sweep --config segnet --data-dir CamVid --rate 0.3 --rate 1
     """
-    with open_segmentation(options) as (config, job):
-        do_sweep(config, job)
-        _print_tables(job.records)
+    do_training(options, sweep_only=True)
 
 
 @command(short_help="Train SegNet-Basic with each update.")
@@ -107,17 +104,7 @@ def train(**options: Any) -> None:
     Example
       unitnorm segment train --config segnet --data-dir CamVid --update un
     """
-    from unitnorm.segment import experiment
-
-    with open_segmentation(options) as (config, job):
-        if not experiment.list_missing(experiment.list_cells(config), job.records["runs"]):
-            job.session.say("train: every selected run is recorded; --fresh starts over")
-        unswept = experiment.find_unswept(config, job.records)
-        if unswept:
-            job.session.say(f"train: {', '.join(unswept)}: no learning rate yet, sweeping first")
-            do_sweep(config.model_copy(update={"updates": unswept}), job)
-        experiment.train_missing(config, job.data, job.records, job.session, job.store)
-        _print_tables(job.records)
+    do_training(options)
 
 
 @command(short_help="Measure trained weights on a split.")
@@ -278,34 +265,35 @@ def report(out: Path, count: int, **scene_choice: Any) -> None:
 # ---------------------------------------------------------------- shared
 
 
-@contextmanager
-def open_segmentation(options: dict[str, Any]) -> Iterator[tuple[SegmentConfig, Job]]:
-    """The config and the opened folder of a command with `training_options`."""
+def do_training(options: dict[str, Any], *, sweep_only: bool = False) -> None:
+    """Sweep and train what is missing in the folder of a command with `training_options`."""
     from unitnorm.run.devices import count_cores
-    from unitnorm.segment.schema import SCHEMA
+    from unitnorm.run.planner import complete
+    from unitnorm.segment.experiment import Segmentation, describe_data, list_cells
 
     chosen = opt.take_training_options(options)
     config = _read_config(**options)
 
-    def load() -> tuple[Any, ...]:
-        from unitnorm.segment.experiment import describe_data, list_cells
-
-        data = _load(config)
-        return data, describe_data(data), list_cells(config)
+    def load() -> Loaded:
+        data, cells = _load(config), list_cells(config)
+        return Loaded({"": data}, describe_data(data), 0 if sweep_only else len(cells), cells)
 
     # a CPU device per core, as many as divide a mini-batch
     devices = chosen.devices or math.gcd(count_cores(), config.train.batch_size)
-    with open_job(SCHEMA, config, load, replace(chosen, devices=devices)) as job:
-        yield config, job
-
-
-def do_sweep(config: SegmentConfig, job: Job) -> None:
-    """Sweep the updates without a recorded sweep."""
-    from unitnorm.segment import experiment
-
-    if not experiment.list_missing(experiment.list_cells(config, 1), job.records["sweep"]):
-        job.session.say("sweep: every selected update has its learning rate; --fresh starts over")
-    experiment.sweep_missing(config, job.data, job.records, job.session, job.store)
+    experiment = Segmentation(config, sweep_only)
+    with open_job(experiment, config, load, replace(chosen, devices=devices)) as job:
+        groups = list(experiment.missing(job.records))
+        swept = [group.what[0] for group in groups if group.table == "sweep"]
+        if sweep_only and not groups:
+            job.session.say(
+                "sweep: every selected update has its learning rate; --fresh starts over"
+            )
+        elif not groups:
+            job.session.say("train: every selected run is recorded; --fresh starts over")
+        elif not sweep_only and swept:
+            job.session.say(f"train: {', '.join(swept)}: no learning rate yet, sweeping first")
+        complete(job)
+        _print_tables(job.records)
 
 
 def _read_config(

@@ -19,7 +19,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 from PIL import Image
 
 WIDTH = 8.3  # inches: 800 pixels at the 96 pixels per inch of a browser
@@ -208,9 +208,18 @@ def set_log_scale(axis: Axes, low: float, high: float) -> None:
     axis.set_ylim(low / margin, high * margin)
     decades = math.log10(high / low)
     if decades < 2:  # too few powers of ten
-        subs = (
-            (1, 2, 5) if decades > 1 else (1, 2, 3, 5, 7) if decades > 0.7 else (1, 1.5, 2, 3, 5, 7)
-        )
+        few, more = (1, 2, 5), (1, 2, 3, 5, 7)
+        subs = few if decades > 1 else more if decades > 0.7 else (1, 1.5, 2, 3, 5, 7)
         axis.yaxis.set_major_locator(LogLocator(subs=subs))
         axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.yaxis.set_minor_formatter(NullFormatter())
+
+
+def set_log_axes(axes: Iterable[Axes], low: float | None = None) -> None:
+    """Both axes logarithmic, with no more numbers than fit; the vertical one from `low` on."""
+    for axis in axes:
+        axis.set(xscale="log", yscale="log")
+        for side, ticks in ((axis.xaxis, 6), (axis.yaxis, 7)):
+            side.set_major_locator(LogLocator(numticks=ticks))
+            side.set_minor_locator(NullLocator())
+        axis.set_ylim(bottom=low)

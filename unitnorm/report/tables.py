@@ -5,11 +5,13 @@ a table shows where its cells are made, and how any table looks here.
 """
 
 import math
+import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import pandas as pd
 from rich import box
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -22,6 +24,16 @@ class Cells(NamedTuple):
     title: str
     frame: pd.DataFrame  # of text, its columns the header; a column of words is left-aligned
     note: str = ""
+
+
+def to_page(tables: Iterable[Cells]) -> str:
+    """Several tables as a Markdown file."""
+    return "\n\n".join(map(to_markdown, tables)) + "\n"
+
+
+def to_screen(tables: Iterable[Cells]) -> Group:
+    """Several tables for the terminal, with an empty line between each and the next."""
+    return Group(*[shown for cells in tables for shown in (Fitting(cells), Text())][:-1])
 
 
 def to_csv(frame: pd.DataFrame, digits: int | None = None) -> str:
@@ -116,6 +128,12 @@ def _escape_tex(text: str) -> str:
 def format_number(value: float, digits: int = 4) -> str:
     """A fraction: 0.0207; a dash where it is not known."""
     return "–" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def format_short(value: float, digits: int = 6) -> str:
+    """Any number in few digits, with no padded exponent: 0.013, 1e−5, −2.2e−16."""
+    text = re.sub(r"e([+-])0*", lambda match: "e" + match[1].strip("+"), f"{value:.{digits}g}")
+    return "–" if math.isnan(value) else text.replace("-", "−")
 
 
 def format_spread(mean: float, std: float) -> str:
