@@ -152,7 +152,8 @@ def evaluate(weights: tuple[Path, ...], save: Path | None, split: str, **scene_c
 @opt.config_option("segnet_small")
 @weights_option()
 @scene_options
-@file_option("--out", "File to write.", default="runs/renewed.safetensors", show_default=True)
+@file_option("--out", "File to write.", default=Path("runs/renewed.safetensors"),
+             show_default=True)  # fmt: skip
 def renew(weights: Path, out: Path, **options: Any) -> None:
     """Recompute the batch statistics of trained weights, as the config's train.statistics says.
 

@@ -6,6 +6,7 @@ Images go through the network a few at a time, shared among all devices.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -43,9 +44,8 @@ class Evaluator:
 
         def confusion(weights: Weights, images: Array, labels: Array) -> Array:
             logits, _ = network.apply(*weights, images.astype(jnp.float32), False)
-            return jax.vmap(lambda true, predicted: count_confusion(true, predicted, CLASSES))(
-                labels, jnp.argmax(logits, -1)
-            )
+            count = partial(count_confusion, classes=CLASSES)
+            return jax.vmap(count)(labels, jnp.argmax(logits, -1))
 
         def add_statistics(total: Any, params: Any, images: Array) -> Any:
             found = batch_statistics(network, params, total, images.astype(jnp.float32))
@@ -69,12 +69,9 @@ class Evaluator:
         return np.concatenate(found)[: len(scenes.labels)]
 
     def recompute_statistics(self, weights: Weights, batches: Iterable[Array]) -> Weights:
-        """With batch statistics that are the mean over mini-batches of images.
+        """With batch statistics that are the mean over mini-batches (n, height, width, 3).
 
-        The mean of the batches' means and variances, as in the SegNet authors' code.
-
-        Args:
-          batches: of images (n, height, width, 3), of one size.
+        Of their means and of their variances, as in the SegNet authors' code.
         """
         total = jax.tree.map(jnp.zeros_like, weights.stats)
         count = 0
@@ -91,7 +88,7 @@ class Evaluator:
     def _batches(self, scenes: Scenes) -> Iterator[tuple[Array, Array]]:
         for start in range(0, len(scenes.labels), self._batch):
             images, labels = (array[start : start + self._batch] for array in scenes[:2])
-            missing = self._batch - len(labels)  # pixels without a label count nowhere
-            images = np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0)))
-            labels = np.pad(labels, ((0, missing), (0, 0), (0, 0)), constant_values=UNLABELLED)
-            yield jax.device_put((images, labels), self._by_image)
+            missing = [(0, self._batch - len(labels)), (0, 0), (0, 0), (0, 0)]
+            # pixels without a label count nowhere
+            labels = np.pad(labels, missing[:3], constant_values=UNLABELLED)
+            yield jax.device_put((np.pad(images, missing), labels), self._by_image)

@@ -28,7 +28,7 @@ class Metrics(NamedTuple):
       global_accuracy: labelled pixels that are right.
       class_accuracy: mean over the classes of the part of their pixels that is right.
       mean_iou: mean over the classes of `iou`.
-      iou: per class, right pixels over those that are of the class or taken for it.
+      iou: per class, right pixels over those that are of the class or predicted to be.
     """
 
     global_accuracy: float

@@ -47,16 +47,17 @@ def list_photos(paths: Iterable[Path]) -> list[Path]:
     Raises:
       UserError: a folder holds no image, or two images would have predictions of one name.
     """
-    Image.init()
-    endings = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    kinds = Image.registered_extensions()
     found: dict[str, Path] = {}
     for path in paths:
-        files = [path]
-        if path.is_dir():
-            files = sorted(x for x in path.iterdir() if x.suffix.lower() in endings)
-        if not files:
+        try:
+            inside = sorted(path.iterdir()) if path.is_dir() else ()
+        except OSError as problem:
+            raise UserError(f"{path}: cannot be read ({problem.strerror})") from None
+        files = [x for x in inside if kinds.get(x.suffix.lower()) in Image.OPEN]
+        if path.is_dir() and not files:
             raise UserError(f"{path}: holds no image; expected PNGs, JPEGs or the like")
-        for file in files:
+        for file in files or [path]:
             if found.setdefault(file.stem, file) != file:
                 raise UserError(f"{file} and {found[file.stem]}: their predictions would collide")
     return list(found.values())
@@ -92,12 +93,9 @@ def segment_photo(
 ) -> NDArray[np.uint8]:
     """The class of each pixel of a photo: uint8 (photo.height, photo.width).
 
-    The photo is brought to the number of pixels that the network was trained on, in its own
+    The photo is brought to the number of pixels that the network was trained on, `size`, in its own
     proportions, so that things have the size that the network knows; the scores of each class are
     then stretched back, and the highest wins.
-
-    Args:
-      size: height and width of the training's images.
     """
     scale = (size[0] * size[1] / (photo.width * photo.height)) ** 0.5
     small = (max(1, round(photo.width * scale)), max(1, round(photo.height * scale)))

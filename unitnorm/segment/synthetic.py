@@ -21,8 +21,6 @@ _LOOKS = {
     "sign": (215, 190, 50), "fence": (120, 100, 70), "car": (150, 30, 40),
     "pedestrian": (205, 150, 120), "bicyclist": (40, 90, 190),
 }  # fmt: skip
-_NOISE = 9.0  # standard deviation of the pixels' noise, of 255
-_EDGE = 0.01  # part of a scene's pixels that nobody labelled
 
 
 def scenes(
@@ -60,19 +58,11 @@ def scene(
         canvas.ellipse("tree", x - r * 0.8, horizon - 2.4 * r, x + r * 0.8, horizon - 0.3 * r)
     canvas.box("pavement", 0, horizon, 1, 1)
     left, right = u(-0.1, 0.12), u(0.88, 1.1)
-    canvas.draw(
-        "polygon",
-        "road",
-        (vanishing - 0.03, horizon),
-        (vanishing + 0.03, horizon),
-        (right, 1),
-        (left, 1),
-    )
+    tip = (vanishing - 0.03, horizon), (vanishing + 0.03, horizon)
+    canvas.draw("polygon", "road", *tip, (right, 1), (left, 1))
     far, near = (vanishing - 0.1, 0.0) if rng.integers(2) else (vanishing + 0.1, 1.0)
-    canvas.draw(
-        "polygon", "fence", (far, horizon), (near, horizon + 0.02), (near, horizon + 0.2),
-        (far, horizon + 0.04),
-    )  # fmt: skip
+    upper, lower = (far, horizon), (far, horizon + 0.04)
+    canvas.draw("polygon", "fence", upper, (near, horizon + 0.02), (near, horizon + 0.2), lower)
     for _ in range(rng.integers(1, 4)):
         size = u(0.08, 0.24)
         x, foot = u(0.25, 0.75), horizon + size * u(0.8, 1.4)
@@ -116,6 +106,6 @@ class _Canvas:
     def arrays(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         """The picture under noise, and the labels, of which a few are missing."""
         image, label = np.asarray(self._image, float), np.array(self._label)
-        noisy = image + self._rng.normal(0, _NOISE, image.shape)
-        label[self._rng.random(label.shape) < _EDGE] = UNLABELLED
+        noisy = image + self._rng.normal(0, 9.0, image.shape)
+        label[self._rng.random(label.shape) < 0.01] = UNLABELLED
         return np.clip(noisy, 0, 255).astype(np.uint8), label

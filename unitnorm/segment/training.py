@@ -1,11 +1,9 @@
 """Training: the compiled step, and the program that the loop of `unitnorm.run` trains.
 
-A state holds all that a training needs to go on; `advance` moves it by one mini-batch, and measures
-at the end of an epoch. Which images a mini-batch has and how they are changed depends on the seed,
-the epoch, the step and the image's place in it alone, so that every update sees the same and an
-interrupted training goes on exactly. Mini-batches are sharded over all devices while parameters are
-on each; statistics of batch normalisation are those of the whole mini-batch, as the program is
-compiled for the whole and then divided.
+Which images a mini-batch has and how they are changed depends on the seed, the epoch, the step and
+the image's place in it alone, so that every update sees the same and an interrupted training goes
+on exactly. Mini-batches are sharded over all devices, parameters are on each; statistics of batch
+normalisation are those of the whole mini-batch.
 """
 
 from __future__ import annotations
@@ -71,16 +69,9 @@ class SegNetProgram:
     """
 
     def __init__(
-        self,
-        title: str,
-        config: SegmentConfig,
-        update: str,
-        seed: int,
-        rate: float,
-        scales: list[float],
-        train: Scenes,
-        held_out: Scenes,
-    ):
+        self, title: str, config: SegmentConfig, update: str, seed: int, rate: float,
+        scales: list[float], train: Scenes, held_out: Scenes,
+    ):  # fmt: skip
         part, images, mesh = config.train, len(train.labels), make_mesh()
         if part.batch_size % mesh.size:
             raise UserError(
@@ -88,9 +79,8 @@ class SegNetProgram:
                 f"devices; expected a multiple of {mesh.size}: set it, or --devices"
             )
         if part.batch_size > images:
-            raise UserError(
-                f"train.batch_size = {part.batch_size}, but there are {images} training images"
-            )
+            few = f"there are {images} training images"
+            raise UserError(f"train.batch_size = {part.batch_size}, but {few}")
         self.title, self.epochs, self.samples = title, len(scales), images
         self.steps = -(-images // part.batch_size)  # mini-batches per epoch
         self.update, self.scales, self.final_size = update, scales, train.size_at(scales[-1])
@@ -203,25 +193,18 @@ class SegNetProgram:
     def _start(self, seed: Array) -> SegNetState:
         params, stats = self._network.init(jax.random.fold_in(jax.random.key(seed), INIT))
         weights = Weights(params, stats)
+        nothing = jnp.zeros(self.epochs, jnp.float32)
+        confusion = jnp.zeros((self.epochs, CLASSES, CLASSES), jnp.int32)
         return SegNetState(
-            now=weights,
-            opt_state=self._optimiser(0.0, params).init(params),
-            step=jnp.int32(0),
-            loss=jnp.float32(0),
-            figures=EpochFigures(
-                jnp.zeros(self.epochs, jnp.float32),
-                jnp.zeros(self.epochs, jnp.float32),
-                jnp.zeros((self.epochs, CLASSES, CLASSES), jnp.int32),
-            ),
-            best=jax.tree.map(jnp.copy, weights),
-            best_epoch=jnp.int32(0),
-        )
+            weights, self._optimiser(0.0, params).init(params), step=jnp.int32(0),
+            loss=jnp.float32(0), figures=EpochFigures(nothing, nothing, confusion),
+            best=jax.tree.map(jnp.copy, weights), best_epoch=jnp.int32(0),
+        )  # fmt: skip
 
     def _optimiser(self, rate: Array | float, params: Any) -> optax.GradientTransformation:
         rest = UPDATES[self.update].rest(rate)
-        if self._config.train.weight_decay:
-            decay = optax.add_decayed_weights(self._config.train.weight_decay)
-            rest = optax.chain(decay, rest)
+        if decay := self._config.train.weight_decay:
+            rest = optax.chain(optax.add_decayed_weights(decay), rest)
         return build(self.update, rate, filters=filter_mask(params), rest=rest)
 
     def rate_at(self, step: Array | int, base: Array | None = None) -> Array:
@@ -265,12 +248,9 @@ class SegNetProgram:
         optimiser = self._optimiser(self.rate_at(state.step, rate), state.now.params)
         steps, opt_state = optimiser.update(gradient, state.opt_state, state.now.params)
         params = optax.apply_updates(state.now.params, steps)
-        return state._replace(
-            now=Weights(params, stats),
-            opt_state=opt_state,
-            step=state.step + 1,
-            loss=state.loss + loss,
-        )
+        now = Weights(params, stats)
+        loss = state.loss + loss
+        return state._replace(now=now, opt_state=opt_state, step=state.step + 1, loss=loss)
 
 
 def record(state: SegNetState, row: Array, loss: Array, confusion: Array) -> SegNetState:
