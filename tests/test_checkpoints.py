@@ -369,7 +369,9 @@ def test_another_seed_rate_data_set_or_code_is_another_fingerprint(idx_folder, m
         cells = experiment.Cells(2, updates, runs, rates)
         group = Group("train", "sweep" if sweep else "runs", cells.table(), cells)
         with pytest.raises(Stop):
-            experiment.Table2(load(None, settings | changes, Config)).compute(group, data, Session())
+            experiment.Table2(load(None, settings | changes, Config)).compute(
+                group, data, Session()
+            )
         return parts[-1].fingerprint
 
     found = [

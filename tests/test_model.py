@@ -77,9 +77,7 @@ def test_gradient(network, batch):
     x, y = batch
     params, stats = network.init(jax.random.key(1))
     found, found_theta = as_numpy(
-        jax.grad(lambda p: cross_entropy(network.apply(p, stats, x, True)[0], y).sum())(
-            params
-        )
+        jax.grad(lambda p: cross_entropy(network.apply(p, stats, x, True)[0], y).sum())(params)
     )
     expected, theta = reference.gradients(*as_numpy(params), x.astype(np.float64), y, 1e-5)
     for ours, theirs in zip(found, expected, strict=True):
