@@ -61,7 +61,7 @@ def assign_looks(updates: Mapping[str, str]) -> dict[str, dict[str, str]]:
     """
     styles = assign_styles(updates.values())
     own = [style.colour for style in styles.values()]
-    spare = [s.colour for s in assign_styles(()).values()]
+    spare = [style.colour for style in assign_styles(map(str, range(9))).values()]
     looks: dict[str, dict[str, str]] = {}
     taken = set()
     for arm, update in updates.items():
@@ -189,14 +189,14 @@ def _raw(name: str) -> dict:
     return _field(name, "nominal", scale=None)
 
 
-def _lines(x: dict, y: str, tooltip: str) -> dict:
+def _lines(x: dict, y: str, tooltip: str, ticks: int = 8) -> dict:
     """A line with intervals for each series, a ring around the best points, and how many are lost.
 
     Args:
-        x: its axis; y: the title of the other; tooltip: names of columns.
+        x: its axis; y: the title of the other, with about so many ticks; tooltip: columns.
     """
     scale = {"type": "log", "nice": False, "padding": 10}
-    y_axis = {"scale": scale, "title": y, "axis": {"tickCount": 4, "format": "~g"}}
+    y_axis = {"scale": scale, "title": y, "axis": {"tickCount": ticks, "format": "~g"}}
     shown = {"shape": _raw("shape"), "tooltip": [{"field": name} for name in tooltip.split()]}
     ring = {"type": "point", "size": 160, "shape": "circle", "strokeWidth": 2}
     lost = {"type": "text", "lineBreak": "\n", "baseline": "top", "align": "right", "color": GREY}
@@ -264,7 +264,7 @@ _AT = "arm filters_rate rest_rate decay"
 CHARTS = {
     "forest": _forest(),
     "rates": _lines(_RATE, "validation error [%]", f"{_AT} val_error n n_diverged"),
-    "effective_rates": _lines(_RATE, "λ/‖w‖² of the last epoch", f"{_AT} effective_rate"),
+    "effective_rates": _lines(_RATE, "λ/‖w‖² of the last epoch", f"{_AT} effective_rate", 4),
     "budgets": _lines(_BUDGET, "test error [%]", "arm budget mean ci_low ci_high n"),
     "spreads": _lines(_SPREAD, "test error [%]", "update spread mean ci_low ci_high n n_diverged"),
 }
