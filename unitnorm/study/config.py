@@ -130,12 +130,14 @@ class Plan(ExperimentConfig):
     def _spelled_out(cls, values: Any) -> Any:
         """With what all arms share in each, and a comparison for each of its `arms`."""
         values = dict(values)
-        arms, shared = values.get("arms"), values.get("all_arms", {})
-        if isinstance(arms, dict) and all(
-            isinstance(arm, dict) for arm in (*arms.values(), shared)
-        ):
+        arms, shared = values.get("arms"), values.get("all_arms")
+        if isinstance(arms, dict):
+            shared = shared if isinstance(shared, dict) else {}
             values["arms"] = {
-                name: {"update": name.split("@")[0], **shared, **arm} for name, arm in arms.items()
+                name: {"update": name.split("@")[0], **shared, **arm}
+                if isinstance(arm, dict)
+                else arm
+                for name, arm in arms.items()
             }
         if isinstance(values.get("comparisons"), list):
             values["comparisons"] = [
