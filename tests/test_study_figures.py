@@ -60,7 +60,7 @@ def test_rates_mark_the_best_and_the_effective_rate_is_that_of_the_same_runs(run
     drawn = rows[rows["is_best"]].set_index(["dataset", "depth", "arm"])["x"]
     pd.testing.assert_series_equal(drawn, best, check_names=False)
     assert set(rows["x"]) == set(RATES)
-    off = rows[rows["shape"] == "triangle-up"]  # B-SGD at rate 1 has diverged everywhere
+    off = rows[rows["shape"] == "arrow"]  # B-SGD at rate 1 has diverged everywhere
     assert set(zip(off["arm"], off["x"], strict=True)) == {("b-sgd", 1.0)}
     cosine = runs.assign(schedule="cosine")
     rows = figures.effective_rows(cosine, dict.fromkeys(runs["arm"], 25))

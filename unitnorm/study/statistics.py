@@ -457,8 +457,8 @@ def budget_means(runs: pd.DataFrame, metric: str = "test_error") -> pd.DataFrame
     """
     chosen = runs[runs["purpose"] == "compare"]
     epochs = chosen.loc[metric_values(chosen, metric).notna(), "epochs"]
-    budgets = [name.removeprefix(f"{metric}_") for name in runs if name.startswith(f"{metric}_")]
-    columns = {b: f"{metric}_{b}" for b in sorted(budgets, key=int) if int(b) < epochs.max()}
+    later = [name.removeprefix(f"{metric}_") for name in map(str, runs) if f"{metric}_" in name]
+    columns = {b: f"{metric}_{b}" for b in sorted(later, key=int) if int(b) < epochs.max()}
     columns["end" if epochs.nunique() != 1 else str(epochs.max())] = metric
     parts = [
         chosen.assign(budget=budget, value=metric_values(chosen, column))
