@@ -136,7 +136,7 @@ def spread_rows(runs: pd.DataFrame) -> pd.DataFrame:
     for _, part in table[table["n_diverged"] > 0].groupby(["level", "place", "spread"]):
         told = [f"{row.series}: {row.n_diverged}" for row in part.itertuples()]
         table.loc[part.index[0], "lost"] = "\n".join(told)
-    return table
+    return table.sort_values("place", kind="stable")  # a row of panels for each
 
 
 def forest_rows(compared: pd.DataFrame, margin: float) -> pd.DataFrame:
