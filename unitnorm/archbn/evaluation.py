@@ -9,17 +9,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from unitnorm.archbn.batches import Images, gather
+from unitnorm.archbn.minibatch import batch_statistics, cross_entropy
 from unitnorm.archbn.model import Network
 from unitnorm.geometry import filter_norms, retraction, tangent_projection
 
 EVALUATION_CHUNK = 500  # images per step of an evaluation; bounds its memory, not its result
-
-
-def cross_entropy(logits: Array, labels: Array) -> Array:
-    """Cross-entropy in nats, shape (batch,)."""
-    picked = labels[:, None] == jnp.arange(logits.shape[-1])
-    # a sum over a mask, since its gradient is a subtraction where an index's is a scatter
-    return -jnp.sum(jnp.where(picked, jax.nn.log_softmax(logits), 0.0), axis=-1)
 
 
 def evaluate(
@@ -57,27 +51,23 @@ def chunked(index: Array) -> Array:
     return jnp.pad(index, (0, -len(index) % chunk)).reshape(-1, chunk)
 
 
-def batch_statistics(
-    network: Network, params: Any, stats: Any, images: Images, batches: Array, momentum: float
+def average_statistics(
+    network: Network, params: Any, like: Any, images: Images, batches: Array, momentum: float
 ) -> Any:
-    """The statistics of mini-batches, averaged, in place of running ones ("precise": Wu and
-    Johnson 2021).
-
-    Every layer's are those behind the batch normalisation of the layers before it, as in training.
+    """The statistics of mini-batches, averaged, in place of running ones.
 
     Args:
-      stats: shaped like the result.
+      like: statistics of the network, for their shapes.
       batches: int32 (steps, batch), which images.
       momentum: of the running statistics.
     """
-    nothing = jax.tree.map(jnp.zeros_like, stats)
 
     def body(total: Any, index: Array) -> tuple[Any, None]:
         x, _ = gather(images, index)
-        moved = network.apply(params, nothing, x, True)[1]  # 1 − momentum of the batch's own
-        return jax.tree.map(jnp.add, total, moved), None
+        found = batch_statistics(network, params, like, x)
+        return jax.tree.map(jnp.add, total, found), None
 
-    total, _ = jax.lax.scan(body, nothing, batches)
+    total, _ = jax.lax.scan(body, jax.tree.map(jnp.zeros_like, like), batches)
     return jax.tree.map(lambda x: x / (len(batches) * (1 - momentum)), total)
 
 

@@ -19,6 +19,7 @@ from jax import Array
 from unitnorm.archbn import batches, evaluation, protocol
 from unitnorm.archbn.batches import Images, Split
 from unitnorm.archbn.config import Config
+from unitnorm.archbn.minibatch import cross_entropy
 from unitnorm.archbn.model import Network
 from unitnorm.archbn.starts import START, unbalance
 from unitnorm.geometry import retraction
@@ -155,7 +156,7 @@ def make_training(task: Task, arm: Arm) -> Training:
 
         def loss(params: Any) -> tuple[Array, tuple[Array, Array, Any]]:
             logits, moved = network.apply(params, at.stats, x, True)
-            total = evaluation.cross_entropy(logits, y).sum()
+            total = cross_entropy(logits, y).sum()
             wrong = jnp.sum(jnp.argmax(logits, -1) != y).astype(jnp.float32)
             joined = total if config.loss.reduction == "sum" else total / len(y)
             return joined, (total, wrong, moved)
@@ -192,7 +193,7 @@ def make_training(task: Task, arm: Arm) -> Training:
         if task.statistics == "anew":
             blocks = split.train[:whole].reshape(-1, size)
             momentum = config.model.bn_momentum
-            stats = evaluation.batch_statistics(
+            stats = evaluation.average_statistics(
                 network, at.params, at.stats, images, blocks, momentum
             )
             at = at._replace(stats=stats)

@@ -16,6 +16,7 @@ from unitnorm.cli import options as opt
 MEASURES = {  # flag → what it says of itself; without any, the comparison
     "scaling": "Cost and memory against runs, depth, variants and devices.",
     "updates": "What a step of each update costs by itself.",
+    "kernels": "Kernels of a training step, and what a GPU would need for them.",
     "convolution": "What SegNet's Fourier convolution gains over XLA's.",
     "startup": "The time from typing a command to its first epoch.",
 }
@@ -72,7 +73,7 @@ def measure(
     what: str | None, depth: tuple[int, ...], rounds: int | None, quick: bool, say: Any
 ) -> Any:
     """The `Measurement` that is asked for; see `bench`."""
-    from unitnorm.bench import compare, convolution, scaling, startup, updates
+    from unitnorm.bench import compare, convolution, kernels, scaling, startup, updates
 
     images = compare.IMAGES // 10 if quick else compare.IMAGES
     rounds = rounds or (2 if quick else 3 if what else 7)
@@ -80,6 +81,8 @@ def measure(
         return scaling.measure_scaling(rounds, images, quick=quick, say=say)
     if what == "updates":
         return updates.measure_updates(rounds, quick=quick, say=say)
+    if what == "kernels":
+        return kernels.measure_kernels(rounds, quick=quick, say=say)
     if what == "convolution":
         return convolution.measure_convolution(rounds, quick=quick, say=say)
     if what == "startup":

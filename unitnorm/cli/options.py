@@ -68,6 +68,15 @@ class UpdateName(click.ParamType):
         return [CompletionItem(name) for name in UPDATES if name.startswith(incomplete)]
 
 
+class FolderPath(click.Path):
+    """A folder, which need not exist."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if Path(value).is_file():
+            self.fail(f"{value} is a file; expected a folder", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 class ConfigName(click.ParamType):
     """A TOML file, or the name of a preset."""
 
@@ -101,7 +110,7 @@ def together(*decorators: Decorator) -> Decorator:
 def out_option(default: str, text: str = "Folder of the records and the report.") -> Decorator:
     """--out, which every command that reads or writes records takes."""
     return option(
-        "--out", group=RECORDS, type=click.Path(path_type=Path, file_okay=False),
+        "--out", group=RECORDS, type=FolderPath(path_type=Path, file_okay=False),
         default=Path(default), show_default=True, help=text,
     )  # fmt: skip
 

@@ -188,7 +188,7 @@ def do_dry_run(plan: Plan, out: Path) -> None:
     """Say what is missing, and for how long: as recorded, or as a part of a run takes here."""
     from unitnorm.run.progress import clock
     from unitnorm.run.records import read
-    from unitnorm.study.experiment import count_recorded, count_runs, time_run
+    from unitnorm.study.experiment import Pace, count_recorded, count_runs, measure_pace
     from unitnorm.study.schema import SCHEMA
 
     known = read(out, SCHEMA)
@@ -199,14 +199,16 @@ def do_dry_run(plan: Plan, out: Path) -> None:
     commands = known.provenance.get("commands", [])
     rows = sum(command["rows"] for command in commands)
     if rows:
-        pace, whence = sum(command["wall_s"] for command in commands) / rows, "as recorded there"
+        pace = Pace(sum(command["wall_s"] for command in commands) / rows, 0.0)
+        whence = "as recorded there"
     else:
         from unitnorm.data import load_dataset
         from unitnorm.run import devices
 
         devices.prepare()
-        pace, whence = time_run(plan, load_dataset()), "measured on a few steps"
-    click.echo(f"about {clock(pace * missing)} at {pace:.2f} s a run, {whence}")
+        pace, whence = measure_pace(plan, load_dataset()), "measured on a few steps"
+    seconds = pace.of(plan, missing)
+    click.echo(f"about {clock(seconds)} at {pace.run:.2f} s a run, {whence}")
 
 
 def do_study_report(out: Path, page: bool) -> None:

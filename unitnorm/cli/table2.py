@@ -97,28 +97,39 @@ def train(**options: Any) -> None:
 @click.command(cls=opt.GroupedCommand, short_help="The table and figures, from the records.")
 @click.argument("folders", nargs=-1, type=click.Path(path_type=Path))
 @opt.out_option(OUT)
-def report(folders: tuple[Path, ...], out: Path) -> None:
-    """Table 2, its figures and what they show, from the records alone.
+@click.pass_context
+def report(context: click.Context, folders: tuple[Path, ...], out: Path) -> None:
+    """Table 2 and its figures, from the records alone.
 
-    With two folders, A and B, their runs side by side instead, with paired differences where
-    seeds agree; what is written goes to --out then.
+    With two folders, A and B, their runs side by side, and where data and config differ. Runs that
+    started alike are compared in pairs, others as two samples; nothing is written without --out.
 
     \b
     Example
       unitnorm report --out results/table2
       unitnorm report results/table2 results/50-runs --out runs/compared
     """
-    if len(folders) > 2:
-        raise UserError(f"report: one or two folders, not {len(folders)}")
+    given = context.get_parameter_source("out") is not click.core.ParameterSource.DEFAULT
+    if len(folders) > 2 or (given and len(folders) == 1):
+        named = f"{len(folders)} folders" if len(folders) > 2 else f"{folders[0]} and --out {out}"
+        raise UserError(f"report: one folder, or two to compare, not {named}")
     if len(folders) < 2:
         do_report(*folders or [out])
         return
+    from rich.console import Console
+
     from unitnorm.run import records
     from unitnorm.table2.report import build_comparison
     from unitnorm.table2.schema import SCHEMA
 
-    first, second = (records.read_alone(folder, SCHEMA)["runs"] for folder in folders)
-    files, shown = build_comparison(first, second, (str(folders[0]), str(folders[1])))
+    first, second = (records.read_alone(folder, SCHEMA) for folder in folders)
+    files, shown = build_comparison(
+        (first["runs"], second["runs"]), (first.provenance, second.provenance),
+        (str(folders[0]), str(folders[1])),
+    )  # fmt: skip
+    if not given:
+        Console().print(shown)
+        return
     with records.locked(out):
         records.write_files(out, files)
     print_report(shown, files, out)

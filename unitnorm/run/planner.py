@@ -59,6 +59,21 @@ class Found(NamedTuple):
         return records.with_files(self.files).with_arrays(self.arrays)
 
 
+def together(found: Sequence[Found]) -> Found:
+    """What several groups give, as one: to add each by itself would sort the tables each time."""
+    rows: dict[str, list[pd.DataFrame]] = {}
+    files: dict[str, bytes] = {}
+    arrays: dict[str, dict[str, np.ndarray]] = {}
+    for mine in found:
+        for table, more in mine.rows.items():
+            rows.setdefault(table, []).append(more)
+        files |= mine.files
+        for name, named in mine.arrays.items():
+            arrays.setdefault(name, {}).update(named)
+    joined = {table: pd.concat(parts, ignore_index=True) for table, parts in rows.items()}
+    return Found(joined, files, arrays)
+
+
 class Experiment(Protocol):
     """What an experiment brings. It is pickled where another process computes."""
 
@@ -147,7 +162,7 @@ def complete(plan: Plan) -> None:
             done = plan.engine.next(session)
         if not done:
             return
-        for group, found, _ in done:
+        for group, _, _ in done:
             running.pop(group.names(experiment.schema), None)
-            records = found.added_to(records)
+        records = together([found for _, found, _ in done]).added_to(records)
         plan.store(records, done)

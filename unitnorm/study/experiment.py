@@ -360,36 +360,50 @@ def count_recorded(plan: Plan, runs: pd.DataFrame) -> dict[str, int]:
     }
 
 
-def time_run(plan: Plan, data: Dataset, images: int = 2000) -> float:
-    """Seconds of a run of the comparison on this machine, from two epochs on a few images.
+class Pace(NamedTuple):
+    """How fast a plan goes on this machine, in seconds."""
+
+    run: float  # of a run of the comparison
+    program: float  # until a program is compiled
+
+    def of(self, plan: Plan, missing: int) -> float:
+        """Until so many runs are there, each program compiled once."""
+        purposes = sum(count > 0 for count in count_runs(plan).values())
+        programs = len(plan.depths) * purposes * len({plan.alike(arm) for arm in plan.arms})
+        return self.run * missing + self.program * programs * bool(missing)
+
+
+def measure_pace(plan: Plan, data: Dataset, images: int = 2000) -> Pace:
+    """The mean over the plan's networks, from two epochs of each on a few images.
 
     Args:
       data: any data set; only its size matters.
-
-    Returns:
-      The mean over the plan's networks.
     """
     first = [place for place in places(plan) if place.dataset == plan.datasets[0]]
-    return float(np.mean([_time_place(plan, place, data, images) for place in first]))
+    return Pace(*np.mean([_measure_place(plan, place, data, images) for place in first], 0))
 
 
-def _time_place(plan: Plan, place: Place, data: Dataset, images: int) -> float:
+def _measure_place(plan: Plan, place: Place, data: Dataset, images: int) -> Pace:
     programs = plan_programs(plan, SCHEMA.frame("runs", []), place, "compare")
     if not programs:  # all arms have to be tuned first; a large rate could end at once
         name, arm = next(iter(plan.arms.items()))
         programs = [(plan.config_of(name), (Variant(name, arm, Rates(*min(arm.grid())), 0.0),))]
     config, variants = programs[0]
     sizes = config.train
-    fewer = sizes.model_copy(update={"train_images": images, "validation_images": 500})
+    few = min(images, sizes.train_images), min(500, sizes.validation_images)
+    fewer = sizes.model_copy(update={"train_images": few[0], "validation_images": few[1]})
     short = config.model_copy(update={"train": fewer})
     trials = Trials(place, "compare", short, variants, tuple(range(SEEDS_AT_ONCE)))
     arms = group_by_arm(variants).items()
     given = [(arm, settings_of(mine, trials.seeds)) for arm, mine in arms]
+    started = time.perf_counter()
     program = run_many.Program("timing", task_of(trials, data), given, data)
     state = program.advance(program.start())
     program.status(state)
-    started = time.perf_counter()
+    compiled = time.perf_counter()
     program.status(program.advance(state))
-    per_image = (time.perf_counter() - started) / (images * len(trials.seeds) * len(variants))
+    epoch = time.perf_counter() - compiled
+    per_image = epoch / (few[0] * len(trials.seeds) * len(variants))
     epochs = (sizes.min_epochs + sizes.max_epochs) / 2
-    return per_image * epochs * (sizes.train_images + sizes.validation_images / 3)
+    seen = sizes.train_images + sizes.validation_images / 3
+    return Pace(per_image * epochs * seen, compiled - started - epoch)
