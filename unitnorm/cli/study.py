@@ -228,7 +228,7 @@ def write_study_report(out: Path, known: Records, page: bool) -> None:
 
     if known["runs"].empty:
         raise UserError(f"{out}: no runs of a study here; `unitnorm study` records some")
-    study = report.look_into(out, known)
+    study = report.look(out, known)
     files = report.build(study)
     records.write_files(out, files, replacing="figures/*")
     path = out.resolve().parent / "index.html"
@@ -252,7 +252,7 @@ def write_page(path: Path, mine: Path, study: Findings) -> None:
     studies = {
         folder.name: study
         if folder == mine
-        else report.look_into(folder, records.read_alone(folder, SCHEMA))
+        else report.look(folder, records.read_alone(folder, SCHEMA))
         for folder in sorted(found.parent for found in path.parent.glob("*/provenance.json"))
         if records.kind_of(folder) == "study"
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -85,13 +86,10 @@ class ArmPlan(Section):
 
     def grid(self) -> list[tuple[float, float, float]]:
         """(rate of the filters, rate of the rest, weight decay), every combination."""
-        return [(*pair, decay) for decay in self.decays or [0.0] for pair in self.rate_pairs()]
-
-    def rate_pairs(self) -> list[tuple[float, float]]:
-        """(rate of the filters, rate of the rest), every combination."""
-        if not self.filters_rates:
-            return [(rate, rate) for rate in self.rates]
-        return list(itertools.product(self.filters_rates, self.rates))
+        pairs: Iterable[tuple[float, float]] = [(rate, rate) for rate in self.rates]
+        if self.filters_rates:
+            pairs = itertools.product(self.filters_rates, self.rates)
+        return [(*pair, decay) for decay, pair in itertools.product(self.decays or [0.0], pairs)]
 
 
 class ComparisonPlan(Section):
@@ -130,12 +128,14 @@ class Plan(ExperimentConfig):
     def _spelled_out(cls, values: Any) -> Any:
         """With what all arms share in each, and a comparison for each of its `arms`."""
         values = dict(values)
-        arms, shared = values.get("arms"), values.get("all_arms", {})
-        if isinstance(arms, dict) and all(
-            isinstance(arm, dict) for arm in (*arms.values(), shared)
-        ):
+        arms, shared = values.get("arms"), values.get("all_arms")
+        if isinstance(arms, dict):
+            shared = shared if isinstance(shared, dict) else {}
             values["arms"] = {
-                name: {"update": name.split("@")[0], **shared, **arm} for name, arm in arms.items()
+                name: {"update": name.split("@")[0], **shared, **arm}
+                if isinstance(arm, dict)
+                else arm
+                for name, arm in arms.items()
             }
         if isinstance(values.get("comparisons"), list):
             values["comparisons"] = [

@@ -61,7 +61,7 @@ def assign_looks(updates: Mapping[str, str]) -> dict[str, dict[str, str]]:
     """
     styles = assign_styles(updates.values())
     own = [style.colour for style in styles.values()]
-    spare = [s.colour for s in assign_styles(()).values()]
+    spare = [style.colour for style in assign_styles(map(str, range(9))).values()]
     looks: dict[str, dict[str, str]] = {}
     taken = set()
     for arm, update in updates.items():
@@ -86,7 +86,7 @@ def _looking(table: pd.DataFrame, column: str) -> pd.DataFrame:
 
 
 def _cut(table: pd.DataFrame) -> pd.DataFrame:
-    """With `y` and its interval inside the scale of its data set; a triangle is off the scale."""
+    """With `y` and its interval inside the scale of its data set; an arrow is off the scale."""
     lowest = table["y"].where(table["y"] > 0).groupby(table["dataset"]).transform("min")
     top = np.maximum(_RANGE * lowest, 0)
     off = table["y"] > top
@@ -94,16 +94,16 @@ def _cut(table: pd.DataFrame) -> pd.DataFrame:
         name: np.clip(table[name], lowest / 1.2, top).where(~off & table[name].notna())
         for name in ("ci_low", "ci_high")
     }
-    shape = table["shape"].where(~off, "triangle-up")
+    shape = table["shape"].where(~off, "arrow")
     return table.assign(y=np.minimum(table["y"], top), shape=shape, **ends)[table["y"] > 0]
 
 
 def rate_rows(runs: pd.DataFrame) -> pd.DataFrame:
     """Validation error of the tuning runs against the filters' rate, all else at its best."""
     table = _looking(profile_rates(rate_means(runs)), "arm")
-    whole = {name: table[name].where(table["n_diverged"] == 0) for name in ("ci_low", "ci_high")}
+    ends = table[["ci_low", "ci_high"]].where(table["n_diverged"] == 0)
     level = table["schedule"] if table["schedule"].nunique() > 1 else ""
-    return _cut(table.assign(x=table["filters_rate"], y=table["val_error"], level=level, **whole))
+    return _cut(table.assign(x=table["filters_rate"], y=table["val_error"], level=level, **ends))
 
 
 def effective_rows(runs: pd.DataFrame, epochs: Mapping[str, int]) -> pd.DataFrame:
@@ -112,12 +112,11 @@ def effective_rows(runs: pd.DataFrame, epochs: Mapping[str, int]) -> pd.DataFram
     Args:
         epochs: that the schedule of each arm is made for.
     """
-    table = _looking(profile_rates(rate_means(runs)), "arm")
-    left = 0.5 - 0.5 * np.cos(np.pi / table["arm"].map(epochs))  # of cosine, in the last epoch
-    rate = table["effective_rate"] / left.where(table["schedule"] == "cosine", 1.0)
-    level = table["schedule"] if table["schedule"].nunique() > 1 else ""
-    none = {"ci_low": math.nan, "ci_high": math.nan}
-    return table.assign(x=table["filters_rate"], y=rate, level=level, **none)[rate > 0]
+    table = rate_rows(runs)
+    last = table["arm"].map(epochs).to_numpy(float)
+    left = np.where(table["schedule"] == "cosine", 0.5 - 0.5 * np.cos(np.pi / last), 1.0)
+    table = table.assign(y=table["effective_rate"] / left, ci_low=math.nan, ci_high=math.nan)
+    return _looking(table, "arm")[table["y"] > 0]
 
 
 def budget_rows(runs: pd.DataFrame, metric: str = "test_error") -> pd.DataFrame:
@@ -137,7 +136,7 @@ def spread_rows(runs: pd.DataFrame) -> pd.DataFrame:
     for _, part in table[table["n_diverged"] > 0].groupby(["level", "place", "spread"]):
         told = [f"{row.series}: {row.n_diverged}" for row in part.itertuples()]
         table.loc[part.index[0], "lost"] = "\n".join(told)
-    return table
+    return table.sort_values("place", kind="stable")  # a row of panels for each
 
 
 def forest_rows(compared: pd.DataFrame, margin: float) -> pd.DataFrame:
@@ -189,20 +188,24 @@ def _raw(name: str) -> dict:
     return _field(name, "nominal", scale=None)
 
 
-def _lines(x: dict, y: str, tooltip: str) -> dict:
+def _lines(x: dict, y: str, tooltip: str, ticks: int = 8) -> dict:
     """A line with intervals for each series, a ring around the best points, and how many are lost.
 
     Args:
-        x: its axis; y: the title of the other; tooltip: names of columns.
+        x: its axis; y: the title of the other, with about so many ticks; tooltip: columns.
     """
     scale = {"type": "log", "nice": False, "padding": 10}
-    y_axis = {"scale": scale, "title": y, "axis": {"tickCount": 4, "format": "~g"}}
+    axis = {"tickCount": ticks, "format": "~g"}
     shown = {"shape": _raw("shape"), "tooltip": [{"field": name} for name in tooltip.split()]}
     ring = {"type": "point", "size": 160, "shape": "circle", "strokeWidth": 2}
     lost = {"type": "text", "lineBreak": "\n", "baseline": "top", "align": "right", "color": GREY}
-    across = {"x": {"field": "x", **x}, "color": _raw("colour"), "detail": {"field": "series"}}
-    height = {"y": _field("y", **y_axis)}
-    interval = {"y": _field("ci_low", **y_axis), "y2": {"field": "ci_high"}}
+    across: dict = {
+        "x": {"field": "x", **x},
+        "color": _raw("colour"),
+        "detail": {"field": "series"},
+    }
+    height = {"y": _field("y", scale=scale, title=y, axis=axis)}
+    interval = {"y": _field("ci_low", scale=scale, title=y, axis=axis), "y2": {"field": "ci_high"}}
     at_top = {"y": {"value": 2}, "color": {"value": GREY}, "text": {"field": "lost"}}
     layers: list[tuple[dict, dict, str]] = [
         ({"type": "line", "strokeWidth": 1.5}, height, "true"),
@@ -224,10 +227,9 @@ def _forest() -> dict:
     """A difference with both of its intervals for each place, on the margin's band."""
 
     def span(low: str, high: str) -> dict:
-        x = _field(
-            low, title="difference [percentage points]", scale={"nice": False, "zero": False}
-        )
-        x |= {"axis": {"format": "~g", "tickCount": 7, "labelOverlap": True}}
+        axis = {"format": "~g", "tickCount": 7, "labelOverlap": True}
+        scale = {"nice": False, "zero": False}
+        x = _field(low, title="difference [percentage points]", scale=scale, axis=axis)
         return {"x": x, "x2": {"field": high}}
 
     place = {"y": _field("place", "nominal", sort=None, title=None)}
@@ -264,11 +266,11 @@ _AT = "arm filters_rate rest_rate decay"
 CHARTS = {
     "forest": _forest(),
     "rates": _lines(_RATE, "validation error [%]", f"{_AT} val_error n n_diverged"),
-    "effective_rates": _lines(_RATE, "λ/‖w‖² of the last epoch", f"{_AT} effective_rate"),
+    "effective_rates": _lines(_RATE, "λ/‖w‖² of the last epoch", f"{_AT} effective_rate", 4),
     "budgets": _lines(_BUDGET, "test error [%]", "arm budget mean ci_low ci_high n"),
     "spreads": _lines(_SPREAD, "test error [%]", "update spread mean ci_low ci_high n n_diverged"),
 }
-_CUT = "Triangles: off the scale, at six times the lowest."
+_CUT = "Arrows: off the scale, at six times the lowest."
 _MEAN = "Mean and 95 % interval, cut where an error ends; diverged runs are left out."
 _RING = "All else at its best for each rate of the filters. Ring: the best rates."
 # What stands below a figure, and above the charts of the page.
@@ -328,22 +330,19 @@ def draw(name: str, rows: pd.DataFrame) -> dict[str, bytes]:
         rows = rows.assign(panel=rows["place"] + (", " + rows["level"] if levels > 1 else ""))
         spec = {**CHARTS[name], "width": WIDTH // columns - 85, "height": HEIGHT}
         panels = [_facet(part, "panel", columns, spec) for _, part in rows.groupby("dataset")]
-        # off the scale a point is a triangle, which is not the shape of its series
-        legend = rows.sort_values("shape", key=lambda s: s == "triangle-up", kind="stable")
+        # off the scale a point is an arrow, which is not the shape of its series
+        legend = rows.sort_values("shape", key=lambda shape: shape == "arrow", kind="stable")
     title = {
-        "text": textwrap.wrap(NOTES[name], 120),
-        "orient": "bottom",
-        "anchor": "start",
-        "color": GREY,
-    }
-    title |= {"fontSize": 12, "fontWeight": "normal", "offset": 12}
-    spec = {"vconcat": [_legend(legend), *panels], "title": title, "padding": 8, "spacing": 14}
-    spec |= {"config": {**CONFIG, "aria": False}}
+        "text": textwrap.wrap(NOTES[name], 120), "orient": "bottom", "anchor": "start",
+        "color": GREY, "fontSize": 12, "fontWeight": "normal", "offset": 12,
+    }  # fmt: skip
+    page = {"vconcat": [_legend(legend), *panels], "title": title, "padding": 8, "spacing": 14}
+    page["config"] = {**CONFIG, "aria": False}
     _register_letters()
-    picture = Image.open(io.BytesIO(vl_convert.vegalite_to_png(spec, scale=SCALE))).convert("RGB")
+    picture = Image.open(io.BytesIO(vl_convert.vegalite_to_png(page, scale=SCALE))).convert("RGB")
     content = io.BytesIO()  # lines need no more than 256 colours: a third of the size
     picture.quantize(256, dither=Image.Dither.NONE).save(content, "PNG", optimize=True)
-    return {"png": content.getvalue(), "svg": vl_convert.vegalite_to_svg(spec).encode()}
+    return {"png": content.getvalue(), "svg": vl_convert.vegalite_to_svg(page).encode()}
 
 
 @cache
@@ -353,10 +352,8 @@ def _register_letters() -> None:
 
 def _facet(rows: pd.DataFrame, by: str, columns: int, spec: dict) -> dict:
     """A panel for each value of a column; below each other they have one x axis, else own ones."""
-    if columns == 1:
-        resolve = {"scale": {"y": "independent"}}
-    else:
-        resolve = {"axis": {"x": "independent", "y": "independent"}}
+    own = {"axis": {"x": "independent", "y": "independent"}}
+    resolve = {"scale": {"y": "independent"}} if columns == 1 else own
     facet = _field(by, "nominal", sort=list(rows[by].unique()))
     parts = {"data": {"values": to_values(rows)}, "facet": facet, "columns": columns}
     return {**parts, "spec": spec, "resolve": resolve}

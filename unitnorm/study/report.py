@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping
 from datetime import datetime, timedelta
@@ -14,7 +13,15 @@ from rich.console import Group
 from rich.text import Text
 
 from unitnorm.errors import UserError
-from unitnorm.report.tables import Cells, Fitting, format_p, format_signed, to_csv, to_markdown
+from unitnorm.report.tables import (
+    Cells,
+    Fitting,
+    format_interval,
+    format_p,
+    format_signed,
+    to_csv,
+    to_markdown,
+)
 from unitnorm.run.config import parse
 from unitnorm.run.records import Records
 from unitnorm.study import statistics
@@ -42,38 +49,29 @@ def plan_of(known: Records) -> Plan:
     return parse(known.provenance["config"], "provenance.json", Plan)
 
 
-def look(known: Records, before: bytes | None) -> Findings:
-    """Compare what is recorded, as the next look at it.
-
-    Args:
-        before: the content of `LOOKS`; None: there was no look before.
+def look(folder: Path, known: Records) -> Findings:
+    """Compare what a folder's records hold, as the next look after those that it keeps.
 
     Raises:
-        UserError: `before` is damaged.
+        UserError: what is kept of earlier looks is damaged.
     """
     plan, runs = plan_of(known), known["runs"]
     there = set(runs.loc[runs["purpose"] == "compare", "arm"])
     planned = [one for one in plan.comparisons if {one.arm, one.baseline} <= there]
     compared = statistics.compare(runs, planned, plan.margin, plan.alpha)
-    looks = None
-    if before is not None:
+    path, before = folder / LOOKS, None
+    if path.exists():
+        names = dict.fromkeys(("dataset", "network", "comparison", "level", "metric"), str)
         try:
-            read = pd.read_csv(io.BytesIO(before), keep_default_na=False, na_values={"p_holm": ""})
-            looks = read[list(statistics.LOOKS)]
+            before = pd.read_csv(path, dtype=names, keep_default_na=False)[list(statistics.LOOKS)]
         except (ValueError, KeyError):
-            raise UserError(f"{LOOKS}: damaged; restore it from a copy") from None
+            raise UserError(f"{path}: damaged; restore it from a copy") from None
     ends = [
-        datetime.fromisoformat(c["started"]) + timedelta(seconds=round(c["wall_s"]))
-        for c in known.provenance["commands"]
+        datetime.fromisoformat(command["started"]) + timedelta(seconds=round(command["wall_s"]))
+        for command in known.provenance["commands"]
     ]
-    looks = statistics.add_looks(looks, compared, max(ends).isoformat())
+    looks = statistics.add_looks(before, compared, max(ends).isoformat())
     return Findings(known, plan, statistics.with_looks(compared, looks, plan.alpha), looks)
-
-
-def look_into(folder: Path, known: Records) -> Findings:
-    """`look` at the records of a folder, which keeps its earlier looks."""
-    path = folder / LOOKS
-    return look(known, path.read_bytes() if path.exists() else None)
 
 
 def build(study: Findings) -> dict[str, bytes]:
@@ -138,7 +136,7 @@ def comparison_cells(study: Findings) -> Cells:
                 "data": statistics.name_place(row),
                 "comparison": statistics.name_comparison(row),
                 "n": f"{row['n']}{left_out}",
-                "difference": format_signed(row["difference"], 3),
+                "difference": _sign(row["difference"]),
                 "95 % interval": _range(row["ci_low"], row["ci_high"]),
                 "p (Holm)": format_p(row["p_holm"]),
                 "verdict": row["verdict"],
@@ -173,8 +171,12 @@ def tell_looks(row: Mapping[Any, Any]) -> str:
     return f"extended after {looks} at n = {row['looks_before']}: {interval}"
 
 
+def _sign(value: float) -> str:
+    return "–" if math.isnan(value) else format_signed(value, 3)
+
+
 def _range(low: float, high: float) -> str:
-    return "–" if math.isnan(low) else f"{format_signed(low, 3)} to {format_signed(high, 3)}"
+    return format_interval(_sign(low), _sign(high))
 
 
 def summary_cells(plan: Plan, compared: pd.DataFrame) -> Cells:

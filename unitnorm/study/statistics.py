@@ -235,26 +235,21 @@ def _levels(
     An arm in which a factor does not vary is the same at all its levels: a fixed baseline stands
     against every level of the arm.
     """
-    factors = factors_of(ours)
-    varying = [
-        [name for name in factors if side[name].nunique(dropna=False) > 1]
-        for side in (ours, theirs)
-    ]
-    names = [name for name in factors if name in varying[0] or name in varying[1]]
+    factors, both = factors_of(ours), (ours, theirs)
+    varying = [{f for f in factors if side[f].nunique(dropna=False) > 1} for side in both]
+    names = [name for name in factors if name in varying[0] | varying[1]]
     if not names:
         yield "", ours, theirs
         return
-    sides = list(zip((ours, theirs), varying, strict=True))
+    sides = list(zip(both, varying, strict=True))
     either = pd.concat([side for side, own in sides if own])
     for values, _ in either.groupby(names, dropna=False):
-        level = dict(zip(names, values, strict=True))
-        at = [
-            # `isin` finds NaN as well
-            side[np.logical_and.reduce([side[name].isin([level[name]]) for name in own])]
-            if own
-            else side
-            for side, own in sides
-        ]
+        at = []
+        for side, own in sides:
+            for name, value in zip(names, values, strict=True):
+                if name in own:
+                    side = side[side[name].isin([value])]  # which finds NaN as well
+            at.append(side)
         texts = (f"{x:g}" if isinstance(x, float) else f"{x}" for x in values)
         yield ", ".join(map(" ".join, zip(names, texts, strict=True))), at[0], at[1]
 
@@ -457,8 +452,8 @@ def budget_means(runs: pd.DataFrame, metric: str = "test_error") -> pd.DataFrame
     """
     chosen = runs[runs["purpose"] == "compare"]
     epochs = chosen.loc[metric_values(chosen, metric).notna(), "epochs"]
-    budgets = [name.removeprefix(f"{metric}_") for name in runs if name.startswith(f"{metric}_")]
-    columns = {b: f"{metric}_{b}" for b in sorted(budgets, key=int) if int(b) < epochs.max()}
+    later = [name.removeprefix(f"{metric}_") for name in map(str, runs) if f"{metric}_" in name]
+    columns = {b: f"{metric}_{b}" for b in sorted(later, key=int) if int(b) < epochs.max()}
     columns["end" if epochs.nunique() != 1 else str(epochs.max())] = metric
     parts = [
         chosen.assign(budget=budget, value=metric_values(chosen, column))
