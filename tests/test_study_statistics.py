@@ -159,7 +159,7 @@ def test_familywise_error_of_both_kinds_of_verdict_by_simulation():
 def test_looks_are_kept_and_the_interval_holds_whenever_one_stops():
     """Seeds are added until the verdict is clear, eight times at most: no true null is missed."""
     rng = np.random.default_rng(9)
-    trials, missed, plain = 200, 0, 0
+    trials, missed, plain = 60, 0, 0
     for _ in range(trials):
         errors = 0.02 + 0.001 * rng.standard_normal(40)
         looks = None

@@ -164,7 +164,7 @@ class Study:
 
 def places(plan: Plan) -> list[Place]:
     """Every data set with every network."""
-    return [Place(name, ARCHBN, depth) for name in plan.datasets for depth in plan.depths]
+    return [Place(*place) for place in plan.places()]
 
 
 def whole_trials(plan: Plan, runs: pd.DataFrame, purpose: str) -> list[Trials]:
