@@ -683,7 +683,7 @@ def test_buffers_are_tangent_where_they_are_used(factory):
         state = tx.init(w)
         for seed in (1, 2, 3):
             displacement, state = tx.update(arrays(seed, w.dtype)["conv"], state, w)
-            buffer = state[1].mu if factory is updates.un_adam else state[1].momentum
+            buffer = state.inner[0].memory[0]
             assert np.abs(jnp.sum(w * buffer, (0, 1, 2))).max() < 1e-14
             assert np.abs(buffer).max() > 1e-2
             w = optax.apply_updates(w, displacement)
@@ -768,7 +768,7 @@ def test_filters_off_the_manifold_are_normalised_or_refused(name):
     strict.init(kernels())
     strict.init(kernels(dtype=jnp.bfloat16))
     strict.init(jax.tree.map(lambda w: w.at[..., 0].set(0), kernels()))
-    with pytest.raises(ValueError, match=r"conv of shape \(3, 3, 2, 4\).*\(0, 1, 2\).*norm 100"):
+    with pytest.raises(ValueError, match=r"conv of shape \(3, 3, 2, 4\).*norm 100"):
         strict.init(off)
     with pytest.raises(ValueError, match=r"conv.* norm nan"):
         strict.init(jax.tree.map(lambda w: w.at[0, 0, 0, 0].set(jnp.nan), kernels()))

@@ -37,14 +37,16 @@ import optax
 
 from unitnorm.updates.euclidean import b_sgd, b_sgd_median, sgd_wd, sm, weight_norm
 from unitnorm.updates.manifold import (
+    assert_on_manifold,
     normalize,
+    on_sphere,
     un,
     un_adam,
     un_carried,
     un_momentum,
     un_nesterov,
 )
-from unitnorm.updates.parts import LearningRate, retract, riemannian_gradient, tangent_momentum
+from unitnorm.updates.parts import LearningRate, retract, riemannian_gradient
 from unitnorm.updates.rivals import (
     adam_g,
     adam_srt,
@@ -75,6 +77,7 @@ __all__ = [
     "adam_g",
     "adam_srt",
     "adamp",
+    "assert_on_manifold",
     "axes_of_selection",
     "b_sgd",
     "b_sgd_median",
@@ -88,6 +91,7 @@ __all__ = [
     "normalize_filters",
     "normalized_kernels",
     "normalized_kernels_nnx",
+    "on_sphere",
     "partition",
     "retract",
     "riemannian_gradient",
@@ -96,7 +100,6 @@ __all__ = [
     "sgd_wd",
     "sgdp",
     "sm",
-    "tangent_momentum",
     "un",
     "un_adam",
     "un_carried",

@@ -7,37 +7,29 @@ network has there, so that it moves the same way from every scaling of the start
 all other parameters and clipping are optax's: optax.add_decayed_weights, optax.clip_by_global_norm.
 """
 
-import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
-
 import jax
 import jax.numpy as jnp
 import optax
 
 from unitnorm import geometry
+from unitnorm.geometry import inner as dot
+from unitnorm.updates.manifold import on_sphere
 from unitnorm.updates.parts import (
-    NEEDS_PARAMS,
+    Axes,
     AxisSpec,
     LearningRate,
+    Moments,
+    Number,
     OffManifold,
-    map_filters,
-    retract,
+    correction,
+    map_value,
+    per_entry,
+    per_filter,
+    stateful,
+    stateless,
+    value_at,
+    widened,
 )
-
-Number = float | jax.Array
-Axes = tuple[int, ...]
-
-WHOLE = object()  # instead of an axis: a leaf of any shape, as one
-
-
-class RivalState(NamedTuple):
-    """What an update remembers, in at least float32."""
-
-    # shape (), int32: updates so far; optax's name, which hides tuple.count
-    count: jax.Array  # type: ignore[assignment]
-    memory: Any  # a tuple of arrays for each parameter
-    schedule: optax.OptState  # of the learning rate
 
 
 def sgdp(
@@ -69,15 +61,16 @@ def sgdp(
     [ 1.  -0.5]
     """
 
-    def step(
-        axes: Axes, rate: jax.Array, _: jax.Array, w: jax.Array, g: jax.Array, m: jax.Array
+    def leaf(
+        axes: Axes, count: jax.Array, w: jax.Array, g: jax.Array, m: jax.Array
     ) -> tuple[jax.Array, ...]:
         m = momentum * m + g
         moved, share = _without_radial(axes, w, g, g + momentum * m if nesterov else m, delta, eps)
-        decay = rate * weight_decay / (1 - momentum) * jnp.where(share, wd_ratio, 1)
-        return (1 - decay) * w - rate * moved, m
+        decay = weight_decay / (1 - momentum) * jnp.where(share, wd_ratio, 1)
+        return moved + decay * w, m
 
-    return _leaf_by_leaf(step, _one_like, learning_rate, axis)
+    rate = optax.scale_by_learning_rate(learning_rate)
+    return widened(optax.chain(stateful(leaf, (per_entry,), axis), rate))
 
 
 def adamp(
@@ -107,23 +100,34 @@ def adamp(
     [ 1.  -0.5]
     """
 
-    def step(
-        axes: Axes,
-        rate: jax.Array,
-        t: jax.Array,
-        w: jax.Array,
-        g: jax.Array,
-        m: jax.Array,
-        v: jax.Array,
+    def leaf(
+        axes: Axes, count: jax.Array, w: jax.Array, g: jax.Array, m: jax.Array, v: jax.Array
     ) -> tuple[jax.Array, ...]:
         m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
-        size = jnp.sqrt(v / _correction(b2, t)) + eps
+        size = jnp.sqrt(v / correction(b2, count)) + eps
         towards = b1 * m + (1 - b1) * g if nesterov else m
         moved, share = _without_radial(axes, w, g, towards / size, delta, eps)
-        decay = rate * weight_decay * jnp.where(share, wd_ratio, 1)
-        return (1 - decay) * w - rate / _correction(b1, t) * moved, m, v
+        decay = weight_decay * jnp.where(share, wd_ratio, 1)
+        return moved / correction(b1, count) + decay * w, m, v
 
-    return _leaf_by_leaf(step, _two_like, learning_rate, axis)
+    rate = optax.scale_by_learning_rate(learning_rate)
+    return widened(optax.chain(stateful(leaf, Moments(per_entry, per_entry), axis), rate))
+
+
+def _without_radial(
+    axes: Axes, w: jax.Array, g: jax.Array, p: jax.Array, delta: Number, eps: float
+) -> tuple[jax.Array, jax.Array]:
+    """p without its part along the weights where they look invariant, and whether they do."""
+    found, looks = p, jnp.zeros([], bool)
+    # The leaf as a whole first, so that filters have the last word.
+    for over in (tuple(range(w.ndim)), axes):
+        norms = [geometry.norms_of(x, over) for x in (w, g)]
+        cosines = jnp.abs(dot(w, g, over)) / jnp.maximum(norms[0] * norms[1], eps)
+        looks_so = jnp.max(cosines) < delta / (w.size / cosines.size) ** 0.5
+        unit = w / (norms[0] + eps)
+        found = jnp.where(looks_so, p - unit * dot(unit, p, over), found)
+        looks = looks | looks_so
+    return found, looks
 
 
 def sgd_g(
@@ -151,13 +155,14 @@ def sgd_g(
     [-0.1]
     """
 
-    def step(
-        axes: Axes, rate: jax.Array, _: jax.Array, w: jax.Array, g: jax.Array, m: jax.Array
+    def leaf(
+        axes: Axes, count: jax.Array, w: jax.Array, h: jax.Array, m: jax.Array
     ) -> tuple[jax.Array, ...]:
-        m = momentum * m - rate * _clipped(geometry.tangent_projection(w, g, axes), clip, axes)
+        m = momentum * m - value_at(learning_rate, count) * _clipped(h, clip, axes)
         return _along_geodesic(w, m, m, axes)
 
-    return _leaf_by_leaf(step, _one_like, learning_rate, axis, off_manifold)
+    link = stateful(leaf, (per_entry,), axis)
+    return on_sphere(link, tangent=["gradient"], axis=axis, off_manifold=off_manifold)
 
 
 def adam_g(
@@ -186,21 +191,36 @@ def adam_g(
     [-0.1]
     """
 
-    def step(
-        axes: Axes,
-        rate: jax.Array,
-        t: jax.Array,
-        w: jax.Array,
-        g: jax.Array,
-        m: jax.Array,
-        v: jax.Array,
+    def leaf(
+        axes: Axes, count: jax.Array, w: jax.Array, h: jax.Array, m: jax.Array, v: jax.Array
     ) -> tuple[jax.Array, ...]:
-        h = _clipped(geometry.tangent_projection(w, g, axes), clip, axes)
-        m, v = b1 * m + (1 - b1) * h, b2 * v + (1 - b2) * _dot(h, h, axes)
-        along = -rate * jnp.sqrt(_correction(b2, t)) / _correction(b1, t) * m / jnp.sqrt(v + eps)
+        h = _clipped(h, clip, axes)
+        m, v = b1 * m + (1 - b1) * h, b2 * v + (1 - b2) * dot(h, h, axes)
+        ratio = jnp.sqrt(correction(b2, count)) / correction(b1, count)
+        along = -value_at(learning_rate, count) * ratio * m / jnp.sqrt(v + eps)
         return *_along_geodesic(w, along, m, axes), v
 
-    return _leaf_by_leaf(step, _one_and_filters, learning_rate, axis, off_manifold)
+    link = stateful(leaf, Moments(per_entry, per_filter), axis)
+    return on_sphere(link, tangent=["gradient"], axis=axis, off_manifold=off_manifold)
+
+
+def _clipped(h: jax.Array, clip: Number | None, axes: Axes) -> jax.Array:
+    if clip is None:
+        return h
+    norms = geometry.norms_of(h, axes)
+    return h * jnp.where(norms > clip, clip / jnp.where(norms == 0, 1, norms), 1)
+
+
+def _along_geodesic(
+    w: jax.Array, along: jax.Array, m: jax.Array, axes: Axes
+) -> tuple[jax.Array, jax.Array]:
+    """The step to exp_w(along) on the unit sphere, and m transported there; a zero filter stays."""
+    angle = geometry.norms_of(along, axes)
+    towards = along / jnp.where(angle == 0, 1, angle)
+    part = dot(towards, m, axes)
+    chord = jnp.where(dot(w, w, axes) == 0, 0, jnp.sin(angle)) * towards
+    transported = m + part * ((jnp.cos(angle) - 1) * towards - jnp.sin(angle) * w)
+    return (jnp.cos(angle) - 1) * w + chord, transported
 
 
 def nero(
@@ -227,15 +247,22 @@ def nero(
     0.0 [1.]
     """
 
-    def step(
-        axes: Axes, rate: jax.Array, t: jax.Array, w: jax.Array, g: jax.Array, v: jax.Array
+    def relative(
+        axes: Axes, count: jax.Array, w: jax.Array, g: jax.Array, v: jax.Array
     ) -> tuple[jax.Array, ...]:
-        v = beta * v + (1 - beta) * _dot(g, g, axes)
-        size = jnp.sqrt(v / _correction(beta, t))
-        moved = w - rate * g / jnp.where(size == 0, 1, size)
-        return geometry.retraction(_centred(moved, axes), axes), v
+        v = beta * v + (1 - beta) * dot(g, g, axes)
+        size = jnp.sqrt(v / correction(beta, count))
+        return g / jnp.where(size == 0, 1, size), v
 
-    return _leaf_by_leaf(step, _filters, learning_rate, axis, off_manifold)
+    def centre(axes: Axes, w: jax.Array, u: jax.Array) -> jax.Array:
+        return u - jnp.mean(w + u, axes, keepdims=True)
+
+    inner = optax.chain(
+        stateful(relative, (per_filter,), axis),
+        optax.scale_by_learning_rate(learning_rate),
+        stateless(centre, axis),
+    )
+    return on_sphere(inner, tangent=(), axis=axis, off_manifold=off_manifold)
 
 
 def lars(
@@ -252,7 +279,7 @@ def lars(
     0.001 in the paper, whose λ is larger to match. `axis` is not needed.
 
     Source: You, Gitman and Ginsburg (2017), Large batch training of convolutional networks,
-    Algorithm 1, in the form of optax.lars; here computed in at least float32.
+    Algorithm 1, in the form of optax.lars, which this is.
 
     >>> import jax.numpy as jnp, unitnorm
     >>> w, g = jnp.array([[2.0], [0.0]]), jnp.array([[0.0], [100.0]])
@@ -262,17 +289,8 @@ def lars(
     [ 2. -1.]
     """
     del axis
-
-    def step(
-        axes: Axes, rate: jax.Array, _: jax.Array, w: jax.Array, g: jax.Array, m: jax.Array
-    ) -> tuple[jax.Array, ...]:
-        d = g + weight_decay * w
-        sizes = [jnp.sqrt(_dot(x, x, axes)) for x in (w, d)]
-        ratio = trust_coefficient * sizes[0] / jnp.where(sizes[1] == 0, 1, sizes[1])
-        m = momentum * m + rate * jnp.where((sizes[0] == 0) | (sizes[1] == 0), 1, ratio) * d
-        return w - m, m
-
-    return _leaf_by_leaf(step, _one_like, learning_rate, WHOLE)
+    options = {"trust_coefficient": trust_coefficient, "momentum": momentum}
+    return widened(optax.lars(learning_rate, weight_decay, **options))
 
 
 def rotational_sgd(
@@ -304,25 +322,32 @@ def rotational_sgd(
     [-0.0447]
     """
 
-    def step(
-        axes: Axes,
-        rate: jax.Array,
-        t: jax.Array,
-        w: jax.Array,
-        g: jax.Array,
-        m: jax.Array,
-        a: jax.Array,
-    ) -> tuple[jax.Array, ...]:
-        if zero_mean:
-            w = geometry.retraction(_centred(w, axes), axes)
-        m = momentum * m + g
-        d = geometry.tangent_projection(w, _centred(m, axes) if zero_mean else m, axes)
-        a = average_decay * a + (1 - average_decay) * _dot(d, d, axes)
-        size = jnp.sqrt(a / _correction(average_decay, t)) + eps
-        angle = jnp.sqrt(2 * rate * weight_decay / (1 + momentum))
-        return geometry.retraction(w - angle * d / size, axes), m, a
+    def centred(axes: Axes, w: jax.Array) -> jax.Array:
+        return w - jnp.mean(w, axes, keepdims=True) if zero_mean else w
 
-    return _leaf_by_leaf(step, _one_and_filters, learning_rate, axis, off_manifold)
+    def start(axes: Axes, w: jax.Array) -> jax.Array:
+        return geometry.unit(centred(axes, w), axes) if zero_mean else w
+
+    def turn(
+        axes: Axes, count: jax.Array, w: jax.Array, m: jax.Array, a: jax.Array
+    ) -> tuple[jax.Array, ...]:
+        d = geometry.project(start(axes, w), centred(axes, m), axes)
+        a = average_decay * a + (1 - average_decay) * dot(d, d, axes)
+        return d / (jnp.sqrt(a / correction(average_decay, count)) + eps), a
+
+    def from_start(axes: Axes, w: jax.Array, u: jax.Array) -> jax.Array:
+        return start(axes, w) + u - w
+
+    def angle(rate: Number) -> Number:
+        return (2 * rate * weight_decay / (1 + momentum)) ** 0.5
+
+    inner = optax.chain(
+        optax.trace(momentum),
+        stateful(turn, (per_filter,), axis),
+        optax.scale_by_learning_rate(map_value(angle, learning_rate)),
+        stateless(from_start, axis),
+    )
+    return on_sphere(inner, tangent=(), axis=axis, off_manifold=off_manifold)
 
 
 def adam_srt(
@@ -349,149 +374,15 @@ def adam_srt(
     [ 1.    -0.141]
     """
 
-    def step(
-        axes: Axes,
-        rate: jax.Array,
-        t: jax.Array,
-        w: jax.Array,
-        g: jax.Array,
-        m: jax.Array,
-        v: jax.Array,
+    def leaf(
+        axes: Axes, count: jax.Array, w: jax.Array, g: jax.Array, m: jax.Array, v: jax.Array
     ) -> tuple[jax.Array, ...]:
-        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * _dot(g, g, axes)
-        entries = w.size / v.size
-        size = jnp.sqrt(v / _correction(b2, t)) + eps
-        new = w - rate * entries**0.5 * m / _correction(b1, t) / size
-        squared = _dot(new, new, axes) + eps
-        turned = (_dot(w, new, axes) * m - _dot(m, new, axes) * w) / squared
-        return new, turned, v * _dot(w, w, axes) / squared
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * dot(g, g, axes)
+        size = jnp.sqrt(v / correction(b2, count)) + eps
+        far = value_at(learning_rate, count) * (w.size / v.size) ** 0.5
+        u = -far * m / correction(b1, count) / size
+        squared = dot(w + u, w + u, axes) + eps
+        turned = (dot(w, w + u, axes) * m - dot(m, w + u, axes) * w) / squared
+        return u, turned, v * dot(w, w, axes) / squared
 
-    return _leaf_by_leaf(step, _one_and_filters, learning_rate, axis)
-
-
-def _leaf_by_leaf(
-    step: Callable[..., tuple[jax.Array, ...]],
-    start: Callable[[Axes, jax.Array], tuple[jax.Array, ...]],
-    learning_rate: LearningRate,
-    axis: AxisSpec,  # or WHOLE
-    off_manifold: OffManifold | None = None,
-) -> optax.GradientTransformationExtraArgs:
-    """An update from what becomes of one leaf.
-
-    Args:
-        step: of (axes, learning rate, updates so far with this one, w, g, *memory) to the new w and
-            the new memory; w and g in at least float32. With `off_manifold`, w has unit norm.
-        start: of (axes, w) to the memory at the start.
-    """
-    rates = optax.scale_by_learning_rate(learning_rate, flip_sign=False)
-
-    def map_leaves(function: Callable[..., Any], params: optax.Params | None, *trees: Any) -> Any:
-        if axis is not WHOLE:
-            return map_filters(function, axis, params, *trees)
-        if params is None:
-            raise ValueError(NEEDS_PARAMS)
-        return jax.tree.map(lambda w, *x: function(tuple(range(w.ndim)), w, *x), params, *trees)
-
-    guard = None if off_manifold is None else retract(axis, off_manifold)
-
-    def init(params: optax.Params) -> RivalState:
-        if guard is not None:
-            guard.init(params)
-        memory = map_leaves(start, jax.tree.map(geometry.wide, params))
-        return RivalState(jnp.zeros([], jnp.int32), memory, rates.init(params))
-
-    def update(
-        updates: optax.Updates, state: RivalState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, RivalState]:
-        rate, schedule = rates.update(jnp.ones([]), state.schedule)
-        count = optax.safe_increment(state.count)
-
-        def leaf(axes: Axes, w: jax.Array, g: jax.Array, memory: tuple[jax.Array, ...]) -> _Moved:
-            at, slope = geometry.wide(w), geometry.wide(g)
-            if guard is not None:
-                slope = geometry.filter_norms(w, axes, keepdims=True) * slope
-                at = geometry.retraction(at, axes)
-            new, *after = step(axes, rate, count, at, slope, *memory)
-            kept = tuple(a.astype(b.dtype) for a, b in zip(after, memory, strict=True))
-            return _Moved((new - geometry.wide(w)).astype(w.dtype), kept)
-
-        moved = map_leaves(leaf, params, updates, state.memory)
-        steps = jax.tree.map(lambda m: m.step, moved, is_leaf=_is_moved)
-        memory = jax.tree.map(lambda m: m.memory, moved, is_leaf=_is_moved)
-        return steps, RivalState(count, memory, schedule)
-
-    return optax.with_extra_args_support(optax.GradientTransformation(init, update))
-
-
-class _Moved(NamedTuple):
-    step: jax.Array
-    memory: tuple[jax.Array, ...]
-
-
-def _is_moved(x: Any) -> bool:
-    return isinstance(x, _Moved)
-
-
-def _one_like(_: Axes, w: jax.Array) -> tuple[jax.Array, ...]:
-    return (jnp.zeros_like(w),)
-
-
-def _two_like(_: Axes, w: jax.Array) -> tuple[jax.Array, ...]:
-    return jnp.zeros_like(w), jnp.zeros_like(w)
-
-
-def _filters(axes: Axes, w: jax.Array) -> tuple[jax.Array, ...]:
-    return (jnp.zeros_like(geometry.filter_norms(w, axes, keepdims=True)),)
-
-
-def _one_and_filters(axes: Axes, w: jax.Array) -> tuple[jax.Array, ...]:
-    return *_one_like(axes, w), *_filters(axes, w)
-
-
-def _correction(decay: Number, t: jax.Array) -> jax.Array:
-    """1 − decayᵗ without the cancellation that costs float32 four digits at 0.999."""
-    exact = isinstance(decay, float) and decay > 0
-    return -jnp.expm1(t * (math.log(decay) if exact else jnp.log(decay)))
-
-
-def _dot(a: jax.Array, b: jax.Array, axes: Axes) -> jax.Array:
-    return jnp.sum(a * b, axes, keepdims=True)
-
-
-def _centred(w: jax.Array, axes: Axes) -> jax.Array:
-    return w - jnp.mean(w, axes, keepdims=True)
-
-
-def _clipped(h: jax.Array, clip: Number | None, axes: Axes) -> jax.Array:
-    if clip is None:
-        return h
-    norms = geometry.filter_norms(h, axes, keepdims=True)
-    return h * jnp.where(norms > clip, clip / jnp.where(norms == 0, 1, norms), 1)
-
-
-def _along_geodesic(
-    w: jax.Array, along: jax.Array, m: jax.Array, axes: Axes
-) -> tuple[jax.Array, jax.Array]:
-    """exp_w(along) on the unit sphere, and m transported there; a zero filter stays."""
-    angle = geometry.filter_norms(along, axes, keepdims=True)
-    towards = along / jnp.where(angle == 0, 1, angle)
-    part = _dot(towards, m, axes)
-    new = jnp.cos(angle) * w + jnp.where(_dot(w, w, axes) == 0, 0, jnp.sin(angle)) * towards
-    transported = m + part * ((jnp.cos(angle) - 1) * towards - jnp.sin(angle) * w)
-    return geometry.retraction(new, axes), transported  # divided by the norm for rounding alone
-
-
-def _without_radial(
-    axes: Axes, w: jax.Array, g: jax.Array, p: jax.Array, delta: Number, eps: float
-) -> tuple[jax.Array, jax.Array]:
-    """p without its part along the weights where they look invariant, and whether they do."""
-    found, looks = p, jnp.zeros([], bool)
-    # The leaf as a whole first, so that filters have the last word.
-    for over in (tuple(range(w.ndim)), axes):
-        norms = [jnp.sqrt(_dot(x, x, over)) for x in (w, g)]
-        cosines = jnp.abs(_dot(w, g, over)) / jnp.maximum(norms[0] * norms[1], eps)
-        looks_so = jnp.max(cosines) < delta / (w.size / cosines.size) ** 0.5
-        unit = w / (norms[0] + eps)
-        found = jnp.where(looks_so, p - unit * _dot(unit, p, over), found)
-        looks = looks | looks_so
-    return found, looks
+    return widened(stateful(leaf, Moments(per_entry, per_filter), axis))
