@@ -38,6 +38,7 @@ from unitnorm.updates.selection import FilterAxes
 _TOLERANCE = 0.01
 _DOUBTFUL = 0.1  # below it, but not below the tolerance: normalised in part
 _SUGGESTED = 0.05  # of the sums of rows over their sizes: worth a trial
+_WEAK = 0.3  # the same of one block among many, whose features may vary as little as an ε
 _DEAD = 1e-4  # a block whose effect is this small beside that of the largest says nothing
 _ROWS = 8  # at first; and as many more as there are leaves that these leave open
 _MOST_ROWS = 136
@@ -232,7 +233,7 @@ def examine_kernels(
     The symmetry belongs to the network and not to its parameters, so it is tested at parameters
     moved a little at random, where no start at zero hides what a leaf does; and in float32, though
     the network computes in bfloat16. It takes 8 forward and reverse passes, one more for each leaf
-    that is not scaled alone, up to 136 in all; and two forward passes for each block that is tried.
+    that is not scaled alone, up to 136 in all; and three forward passes for each block that is tried.
 
     Args:
         apply: from parameters to outputs (any pytree of arrays), in training mode, with the
@@ -468,6 +469,9 @@ class _Rows:
             self._known[leaf, split] = sums, np.sqrt(squares.sum(0))
         return self._known[leaf, split]
 
+    def free(self, leaf: int, split: _Split) -> bool:
+        return _free(self.sums(leaf, split), self.sizes(leaf, split))
+
     def splits(self, leaf: int, parts: int) -> list[_Split]:
         """All splits of a leaf's axes in so many parts."""
         if parts == 1:
@@ -492,9 +496,15 @@ def _divisors(n: int) -> list[int]:
     return [d for d in range(n, 1, -1) if n % d == 0]
 
 
-def _vanish(sums: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+def _vanish(sums: np.ndarray, sizes: np.ndarray, tolerance: float) -> np.ndarray:
     """Which blocks' sums vanish; a dead block's do not count against it."""
-    return (np.linalg.norm(sums, axis=0) <= _SUGGESTED * sizes) | (sizes <= _DEAD * sizes.max())
+    return (np.linalg.norm(sums, axis=0) <= tolerance * sizes) | (sizes <= _DEAD * sizes.max())
+
+
+def _free(sums: np.ndarray, sizes: np.ndarray) -> bool:
+    """Whether all blocks can be scaled: their sums vanish, but for a weak one's ε."""
+    together = np.linalg.norm(sums) <= _SUGGESTED * np.linalg.norm(sizes)
+    return bool(together and _vanish(sums, sizes, _WEAK).all())
 
 
 def _cancelling(
@@ -705,33 +715,35 @@ class _Search:
     # --- trials with finite factors ---
 
     def effect(self, signs: dict[int, int], blocks: dict[int, FilterAxes]) -> float:
-        """Of scaling blocks together, over that of scaling every entry of those leaves."""
-        count = math.prod(next(iter(blocks.values())).factors(self.shapes[next(iter(blocks))]))
-        logs = self.random.uniform(np.log(0.3), np.log(3), count)
+        """Of scaling blocks together, over that of scaling every entry of those leaves.
 
-        def scaled(i: int) -> Any:
-            factors = np.exp(signs[i] * logs).reshape(blocks[i].factors(self.shapes[i]))
-            view = np.asarray(self.at[i]).reshape(blocks[i].view or self.shapes[i])
-            return np.asarray(view * factors, np.float32).reshape(self.shapes[i])
+        All are first multiplied by 10 (or, in a pair, left alone): beside larger features the ε of
+        a normalisation counts less.
+        """
+        first = next(iter(blocks))
+        count = math.prod(blocks[first].factors(self.shapes[first]))
+        start = 10.0 if set(signs.values()) == {1} else 1.0
 
-        def apart(i: int) -> Any:
-            factors = np.exp(self.random.uniform(np.log(0.3), np.log(3), self.shapes[i]))
-            return np.asarray(self.at[i] * factors, np.float32)
+        def outputs(factors: Callable[[int], Any]) -> list[np.ndarray]:
+            leaves = list(self.at)
+            for i in blocks:
+                view = np.asarray(leaves[i] * start).reshape(blocks[i].view or self.shapes[i])
+                leaves[i] = np.asarray(view * factors(i), np.float32).reshape(self.shapes[i])
+            return self.outputs(leaves)
 
-        return self.moved_by({i: scaled(i) for i in blocks}) / max(
-            self.moved_by({i: apart(i) for i in blocks}), 1e-30
-        )
+        def draw(shape: int | tuple[int, ...]) -> Any:
+            return self.random.uniform(np.log(0.3), np.log(3), shape)
 
-    def moved_by(self, leaves: dict[int, Any]) -> float:
-        after = self.outputs([leaves.get(i, leaf) for i, leaf in enumerate(self.at)])
-        return float(
-            np.sqrt(
-                sum(
-                    np.sum((a - b) ** 2) / max(np.mean(b**2), 1e-30)
-                    for a, b in zip(after, self.before, strict=True)
-                )
-            )
-        )
+        def shared(i: int) -> Any:
+            return np.exp(signs[i] * logs).reshape(blocks[i].factors(self.shapes[i]))
+
+        def own(i: int) -> Any:
+            return np.exp(draw(blocks[i].view or self.shapes[i]))
+
+        logs = draw(count)
+        before = outputs(lambda _: 1.0)
+        together, apart = (_distance(outputs(factors), before) for factors in (shared, own))
+        return together / max(apart, 1e-30)
 
     # --- from rows to blocks ---
 
@@ -776,8 +788,7 @@ class _Search:
     ) -> list[_Split] | None:
         """How the others split where `main` does so, such that all sums cancel part by part."""
         if not others:
-            vanish = _vanish(rows.sums(place[main], split), rows.sizes(place[main], split)).all()
-            return [split] if vanish else None
+            return [split] if rows.free(place[main], split) else None
         items = [(main, split)]
         items += [(i, s) for i in others for s in rows.splits(place[i], split.parts)]
         found = _signs(
@@ -805,8 +816,7 @@ class _Search:
         live = [i for i in self.floats if sizes[i] > 1e-6 * largest]
 
         def alone(i: int) -> bool:
-            whole = _Split(0, 1)
-            return bool(_vanish(rows.sums(place[i], whole), rows.sizes(place[i], whole)).all())
+            return rows.free(place[i], _Split(0, 1))
 
         groups: list[_Group] = []
         pairs: list[_Group] = []
@@ -884,7 +894,7 @@ class _Search:
         target: tuple[int, _Split],
     ) -> tuple[list[tuple[int, _Split]], dict[int, int]] | None:
         leaf, split = target
-        if _vanish(rows.sums(place[leaf], split), rows.sizes(place[leaf], split)).all():
+        if rows.free(place[leaf], split):
             return None
         columns = self.columns(rows, place, items)
         signs = _signs(
@@ -899,11 +909,11 @@ class _Search:
     def columns(
         self, rows: _Rows, place: dict[int, int], items: Sequence[tuple[int, _Split]]
     ) -> np.ndarray:
-        """A column for each item: its sums, of all rows and parts; zero if they vanish."""
+        """A column for each item: its sums, of all rows and parts; zero if it is free."""
         columns = []
         for leaf, split in items:
-            sums, sizes = rows.sums(place[leaf], split), rows.sizes(place[leaf], split)
-            columns.append(np.where(_vanish(sums, sizes), 0, sums).ravel())
+            sums = rows.sums(place[leaf], split)
+            columns.append(np.zeros(sums.size) if rows.free(place[leaf], split) else sums.ravel())
         return np.stack(columns, 1) if columns else np.zeros((0, 0))
 
     # --- in words ---
@@ -944,6 +954,11 @@ class _Search:
                     note(i, None, group.effect, reason, False)
                 continue
             first = next(iter(group.signs))
+            if not by_hand and len(group.signs) == 1 and self.is_kernel(first):
+                if reason := self.part(rows, place[first], first, least=0.5):
+                    in_part.append(self.names[first])
+                    note(first, None, group.effect, reason, False)
+                    continue
             count = math.prod(group.blocks[first].factors(self.shapes[first]))
             entries = sum(math.prod(self.shapes[i]) for i in group.signs) // count
             for i in group.signs:
@@ -1004,18 +1019,17 @@ class _Search:
         count = math.prod(pair.blocks[first].factors(self.shapes[first]))
         return PairFinding(times, divided, count, pair.effect)
 
-    def part(self, rows: _Rows, k: int, leaf: int) -> str | None:
-        """Whether some blocks of a leaf are scaled and others are not."""
+    def part(self, rows: _Rows, k: int, leaf: int, least: float = 0) -> str | None:
+        """Whether some blocks of a leaf can be scaled, more than a share `least`, but not all."""
         for axis, n in enumerate(self.shapes[leaf]):
             for parts in _divisors(n):
                 for split in rows.splits(k, parts):
-                    if split.axis != axis:
+                    if split.axis != axis or rows.free(k, split):
                         continue
-                    sizes = rows.sizes(k, split)
+                    sums, sizes = rows.sums(k, split), rows.sizes(k, split)
                     alive = sizes > _DEAD * sizes.max()
-                    norms = np.linalg.norm(rows.sums(k, split), axis=0)
-                    good = int((alive & (norms <= _SUGGESTED * sizes)).sum())
-                    if good:
+                    good = int((alive & _vanish(sums, sizes, _SUGGESTED)).sum())
+                    if good > least * alive.sum():
                         return f"in part: {good} of {alive.sum()} parts of axis {axis}"
         return None
 
@@ -1041,12 +1055,8 @@ class _Search:
         places = range(len(self.given), len(self.given) + len(uses))
         rows = _Rows([one.shape for one in ones])
         row = self.row_function(evaluate, places)
-        whole = _Split(0, 1)
         self.add_rows(rows, 4, lambda arrays, c: row([*arrays, *ones], c))
-        free = [
-            k for k in range(len(uses))
-            if _vanish(rows.sums(k, whole), rows.sizes(k, whole)).all()
-        ]  # fmt: skip
+        free = [k for k in range(len(uses)) if rows.free(k, _Split(0, 1))]
         if not free or len(free) == len(uses):
             return None
         return f"tied: used {len(uses)} times, and normalised at {len(free)} of them alone"
@@ -1154,6 +1164,15 @@ def _refuse_random(outputs: Callable[[Sequence[Any]], list[Any]], leaves: Sequen
                 "outputs; fix the key of any dropout, as by making it outside of apply and passing "
                 "the same one at every call"
             )
+
+
+def _distance(after: Sequence[np.ndarray], before: Sequence[np.ndarray]) -> float:
+    return math.sqrt(
+        sum(
+            np.sum((a - b) ** 2) / max(np.mean(b**2), 1e-30)
+            for a, b in zip(after, before, strict=True)
+        )
+    )
 
 
 def _without_statistics(result: Any) -> Any:
