@@ -278,9 +278,7 @@ def lstm():
             c, h = carry
             gates = jnp.split(self.inward(x), 4, -1)
             gates = [norm(gate) for norm, gate in zip(self.norms[:4], gates, strict=True)]
-            i, f, g, o = jnp.split(
-                jnp.concatenate(gates, -1) + self.norm(self.recurrent(h)), 4, -1
-            )
+            i, f, g, o = jnp.split(jnp.concatenate(gates, -1) + self.norm(self.recurrent(h)), 4, -1)
             c = nnx.sigmoid(f) * c + nnx.sigmoid(i) * jnp.tanh(g)
             h = nnx.sigmoid(o) * jnp.tanh(self.norms[4](c))
             return (c, h), h

@@ -233,7 +233,8 @@ def examine_kernels(
     The symmetry belongs to the network and not to its parameters, so it is tested at parameters
     moved a little at random, where no start at zero hides what a leaf does; and in float32, though
     the network computes in bfloat16. It takes 8 forward and reverse passes, one more for each leaf
-    that is not scaled alone, up to 136 in all; and three forward passes for each block that is tried.
+    that is not scaled alone, up to 136 in all; and three forward passes or more for
+    each block that is tried.
 
     Args:
         apply: from parameters to outputs (any pytree of arrays), in training mode, with the
@@ -380,38 +381,52 @@ class _Contact(NamedTuple):
 
 
 def _contacts(
-    jaxpr: Any, leaves: dict[Any, frozenset[int]], data: set[Any] | None = None
+    jaxpr: Any,
+    leaves: dict[Any, frozenset[int]],
+    sizes: dict[int, int],
+    data: set[Any] | None = None,
 ) -> list[_Contact]:
     """All equations in which what is made of parameters alone meets what is made of data.
 
     Args:
         leaves: for variables made of parameters, of which.
+        sizes: of the parameters.
         data: variables made of data; default: constants that are no scalars.
     """
     leaves = dict(leaves)
     data = {v for v in jaxpr.constvars if v.aval.shape} if data is None else set(data)
+    both = set[Any]()  # made of parameters and data
     contacts = []
     for number, equation in enumerate(jaxpr.eqns):
         operands = [v for v in equation.invars if not isinstance(v, Literal)]
-        of_data = any(v in data for v in operands)
         met = [i for i, v in enumerate(equation.invars) if v in operands and leaves.get(v)]
-        if not of_data:
-            union = frozenset[int]().union(*(leaves[equation.invars[i]] for i in met))
+        union = frozenset[int]().union(*(leaves[equation.invars[i]] for i in met))
+        entries = max((equation.invars[i].aval.size for i in met), default=0)
+        # A mask of the parameters, or a constant scale, makes no data of them.
+        masked = (
+            equation.primitive.name in _ENTRY_BY_ENTRY
+            and not both.intersection(operands)
+            and met
+            and equation.outvars[0].aval.size == max(sizes[leaf] for leaf in union) == entries
+        )
+        if masked or not data.intersection(operands):
             leaves |= {v: union for v in equation.outvars if union}
             continue
         data.update(equation.outvars)
+        if met or both.intersection(operands):
+            both.update(equation.outvars)
         if equation.primitive.name == "scan" and met:
             body = equation.params["jaxpr"].jaxpr
             inside = dict(zip(body.invars, equation.invars, strict=True))
-            carried = body.invars[
-                equation.params["num_consts"] :
-            ][: equation.params["num_carry"]]  # fmt: skip
+            consts, carry = equation.params["num_consts"], equation.params["num_carry"]
             within = _contacts(
                 body,
                 {v: leaves[o] for v, o in inside.items() if o in operands and leaves.get(o)},
-                {v for v, o in inside.items() if o in operands and o in data} | set(carried),
+                sizes,
+                {v for v, o in inside.items() if o in operands and o in data}
+                | set(body.invars[consts : consts + carry]),
             )
-            for leaf in frozenset[int]().union(*(leaves[equation.invars[i]] for i in met)):
+            for leaf in union:
                 kinds = {c.primitive for c in within if leaf in c.leaves}
                 kind = next((k for k in kinds if k not in _ENTRY_BY_ENTRY), "add")
                 contacts.append(_Contact(number, -1, frozenset({leaf}), kind))
@@ -627,9 +642,7 @@ class _Search:
             result = _without_statistics(apply(jax.tree.unflatten(self.treedef, leaves)))
             arrays = [jnp.asarray(array) for array in jax.tree.leaves(result)]
             parts = [
-                part
-                for a in arrays
-                for part in ((a.real, a.imag) if jnp.iscomplexobj(a) else (a,))
+                part for a in arrays for part in ((a.real, a.imag) if jnp.iscomplexobj(a) else (a,))
             ]
             return [part for part in parts if jnp.issubdtype(part.dtype, jnp.floating)]
 
@@ -642,15 +655,18 @@ class _Search:
         self.passes += 2
         try:
             traced = jax.make_jaxpr(outputs)(narrow)
-        except (jax.errors.ConcretizationTypeError, jax.errors.UnexpectedTracerError) as error:
+        except (
+            jax.errors.ConcretizationTypeError,
+            jax.errors.TracerArrayConversionError,
+            jax.errors.TracerIntegerConversionError,
+            jax.errors.UnexpectedTracerError,
+        ) as error:
             raise ValueError(
                 "apply cannot be traced by JAX, as jax.grad has to: make it a pure function of the "
                 f"parameters; {str(error).splitlines()[0]}"
             ) from None
         self.flat = jax.make_jaxpr(functools.partial(_evaluate, traced))(point)
         self.forward = jax.jit(functools.partial(_evaluate, self.flat))
-        # Points at which finite factors are tried.
-        self.at = point
         self.before = self.outputs(point)
         if not all(np.isfinite(out).all() for out in self.before):
             raise ValueError(
@@ -660,6 +676,7 @@ class _Search:
         contacts = _contacts(
             self.flat.jaxpr,
             {self.flat.jaxpr.invars[i]: frozenset({i}) for i in self.floats},
+            {i: math.prod(self.shapes[i]) for i in self.floats},
         )
         self.contacts = {i: [c for c in contacts if i in c.leaves] for i in self.floats}
 
@@ -717,6 +734,21 @@ class _Search:
     def effect(self, signs: dict[int, int], blocks: dict[int, FilterAxes]) -> float:
         """Of scaling blocks together, over that of scaling every entry of those leaves.
 
+        The least of up to three points: at one, what goes into a kernel may be dead.
+        """
+        effects = (self.effect_at(self.point(), signs, blocks) for _ in range(3))
+        least = math.inf
+        for effect in effects:
+            least = min(least, effect)
+            if least < _TOLERANCE:
+                break
+        return least
+
+    def effect_at(
+        self, point: Sequence[Any], signs: dict[int, int], blocks: dict[int, FilterAxes]
+    ) -> float:
+        """`effect` at a point.
+
         All are first multiplied by 10 (or, in a pair, left alone): beside larger features the ε of
         a normalisation counts less.
         """
@@ -725,7 +757,7 @@ class _Search:
         start = 10.0 if set(signs.values()) == {1} else 1.0
 
         def outputs(factors: Callable[[int], Any]) -> list[np.ndarray]:
-            leaves = list(self.at)
+            leaves = list(point)
             for i in blocks:
                 view = np.asarray(leaves[i] * start).reshape(blocks[i].view or self.shapes[i])
                 leaves[i] = np.asarray(view * factors(i), np.float32).reshape(self.shapes[i])
@@ -756,7 +788,9 @@ class _Search:
         main, *others = sorted(signs, key=lambda i: (-len(rows.shapes[place[i]]), i))
         axes: list[list[_Split]] = []  # for each axis of the first that splits, how all do
         for axis, n in enumerate(rows.shapes[place[main]]):
-            splits = (s for d in _divisors(n) for s in rows.splits(place[main], d) if s.axis == axis)
+            splits = (
+                s for d in _divisors(n) for s in rows.splits(place[main], d) if s.axis == axis
+            )
             ways = (self.split_alike(rows, place, signs, main, others, split) for split in splits)
             if (found := next(filter(None, ways), None)) is not None:
                 axes.append(found)
@@ -824,7 +858,9 @@ class _Search:
             open_leaves = [i for i in live if not alone(i)]
             self.add_rows(rows, min(len(open_leaves) + _ROWS, _MOST_ROWS), row)
             open_leaves = [i for i in live if not alone(i)]
-            groups = self.groups(rows, place, [i for i in live if i not in open_leaves], open_leaves)
+            groups = self.groups(
+                rows, place, [i for i in live if i not in open_leaves], open_leaves
+            )
             pairs = self.pairs(rows, place, live)
             reasons = dict.fromkeys(live, "not normalised")
         else:
@@ -896,15 +932,26 @@ class _Search:
         leaf, split = target
         if rows.free(place[leaf], split):
             return None
-        columns = self.columns(rows, place, items)
-        signs = _signs(
-            _cancelling(
-                columns, items.index(target), [i for i, _ in items], positive=False, most=_FEW
-            )
-        )
+        signs = _signs(self.cancelling(rows, place, items, target))
         if signs is None or len(set(signs.values())) < 2:
             return None
         return [items[j] for j in signs], {items[j][0]: sign for j, sign in signs.items()}
+
+    def cancelling(
+        self,
+        rows: _Rows,
+        place: dict[int, int],
+        items: Sequence[tuple[int, _Split]],
+        target: tuple[int, _Split],
+    ) -> dict[int, float] | None:
+        """Which few items cancel the target, up to a factor for each."""
+        return _cancelling(
+            self.columns(rows, place, items),
+            items.index(target),
+            [i for i, _ in items],
+            positive=False,
+            most=_FEW,
+        )
 
     def columns(
         self, rows: _Rows, place: dict[int, int], items: Sequence[tuple[int, _Split]]
@@ -932,7 +979,9 @@ class _Search:
         findings: dict[int, KernelFinding] = {}
         in_part: list[str] = []
 
-        def note(i: int, blocks: FilterAxes | None, effect: float, reason: str, chosen: bool) -> None:
+        def note(
+            i: int, blocks: FilterAxes | None, effect: float, reason: str, chosen: bool
+        ) -> None:
             findings[i] = KernelFinding(
                 self.names[i], self.shapes[i], blocks, effect, reason, chosen
             )
@@ -1068,20 +1117,23 @@ class _Search:
         live: Sequence[int],
         findings: Sequence[KernelFinding],
     ) -> str:
-        said = [f"{f.name}: {f.reason}" for f in findings if f.reason.startswith(("tied", "in part"))]
+        said = [
+            f"{f.name}: {f.reason}" for f in findings if f.reason.startswith(("tied", "in part"))
+        ]
         said += [f"{f.name}: {f.reason}" for f in findings if f.blocks is not None]
-        if constants := self.held_by_constants(live):
-            return (
-                f"no kernel can be scaled without changing the outputs, but {', '.join(constants)} "
-                "could be along with constants, as before batch normalisation by running "
-                "statistics: call the network in training mode, with the statistics of the batch"
-            )
         start = "no kernel can be scaled without changing the outputs"
+        if held := self.held_by_constants(live):
+            return (
+                f"{start}; {', '.join(held)} could be if constants were scaled along, such as the "
+                "running statistics of a batch normalisation: call the network in training mode, "
+                "with the statistics of the batch"
+            )
         if said:
             return f"{start}: {'; '.join(said)}"
         return (
-            f"{start}: expected a normalisation of what one gives, by the batch, by groups or by "
-            "layer; see what is free by hand, and select kernels by a mask"
+            f"{start}, and none is normalised in part or at some of its uses: expected a batch, "
+            "group, layer or RMS normalisation behind one; select kernels by a mask if you know "
+            "better"
         )
 
     def held_by_constants(self, live: Sequence[int]) -> list[str]:
@@ -1111,18 +1163,12 @@ class _Search:
             for axis, n in enumerate(self.shapes[leaf]):
                 target = (leaf, _Split(axis, n))
                 items = [(i, s) for i in of for s in rows.splits(place[i], n)]
-                if n == 1 or target not in items:
-                    continue
-                cancelling = _cancelling(
-                    self.columns(rows, place, items),
-                    items.index(target),
-                    [i for i, _ in items],
-                    positive=False,
-                    most=_FEW,
-                )
-                if cancelling is not None and any(items[j][0] >= count for j in cancelling):
-                    found.append(self.names[leaf])
-                    break
+                alone = [item for item in items if item[0] < count]
+                if n > 1 and not rows.free(place[leaf], target[1]):
+                    ways = [self.cancelling(rows, place, which, target) for which in (alone, items)]
+                    if ways[0] is None and ways[1] is not None:
+                        found.append(self.names[leaf])
+                        break
         return found
 
 
