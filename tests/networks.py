@@ -97,7 +97,7 @@ def jax_resnet():
 
 
 def haiku_resnet(version: int):
-    """In the second version blocks end in a sum that is normalised as a whole, by several kernels."""
+    """In the second version blocks end in a sum, which is normalised: that is several kernels."""
     import haiku as hk
 
     def forward(images):
@@ -247,7 +247,7 @@ def unet():
 
 
 def vit():
-    """Dosovitskiy et al. (2021), pre-norm, no QK-norm: nothing but the patches' own normalisation."""
+    """Dosovitskiy et al. (2021), pre-norm, no QK-norm: only the patches are normalised."""
 
     class ViT(linen.Module):
         @linen.compact
@@ -265,7 +265,7 @@ def vit():
 
 
 def lstm():
-    """LSTM with LayerNorm, as in Ba, Kiros and Hinton (2016), equation 20: each product by itself."""
+    """LSTM with LayerNorm, of each product, as Ba, Kiros and Hinton (2016), equation 20."""
 
     class Cell(nnx.Module):
         def __init__(self, rngs):
@@ -303,7 +303,7 @@ def lstm():
 
 
 def decoder():
-    """Transposed convolutions before batch normalisation, as in DCGAN; Haiku has (h, w, out, in)."""
+    """Transposed convolutions, as in DCGAN; in Haiku their kernels are (h, w, out, in)."""
     import haiku as hk
 
     def forward(codes):

@@ -80,6 +80,8 @@ def partition(
     optimisers = {"filters": filters, "rest": rest}
 
     def init(params: optax.Params) -> optax.OptState:
+        if any(isinstance(w, jax.ShapeDtypeStruct) for w in jax.tree.leaves(params)):
+            return jax.eval_shape(init, params)
         layout = _layout(params, selection)
         return optax.partition(optimisers, lambda _: layout.labels()).init(layout.pack(params))
 
@@ -91,7 +93,7 @@ def partition(
     ) -> tuple[optax.Updates, optax.OptState]:
         like = updates if params is None else params
         layout = _layout(like, selection)
-        leaves, treedef = jax.tree.flatten(like)
+        leaves, treedef = jax.tree.leaves(like), layout.treedef
         given = treedef.flatten_up_to(updates)
         filled = [jnp.zeros_like(w) if g is None else g for g, w in zip(given, leaves, strict=True)]
         steps, state = optax.partition(optimisers, lambda _: layout.labels()).update(
@@ -253,8 +255,8 @@ def _layout(params: optax.Params, selection: Selection) -> _Layout:
             filters = math.prod(leaf.factors(shape))
             if filters != counts.setdefault(leaf.joint, filters):
                 raise ValueError(
-                    f"joint leaves have the same number of filters: {leaf_name(named[members[0]][0])} "
-                    f"has {counts[leaf.joint]}, {name} of shape {shape} has {filters}"
+                    f"joint leaves have the same number of filters: {name} of shape {shape} has "
+                    f"{filters}, those before it named {leaf.joint!r} have {counts[leaf.joint]}"
                 )
             members.append(i)
     return _Layout(treedef, chosen, joint)
