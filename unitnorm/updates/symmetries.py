@@ -464,14 +464,16 @@ class _Network:
         return [self.refine(rows, dict.fromkeys(leaves, 1)) for leaves in together]
 
     def pairs(self, rows: Rows, live: Sequence[int]) -> list[_Group]:
-        """Leaves that are scaled against each other, along an axis."""
+        """Leaves that are scaled against each other, along an axis or else as a whole."""
         found: dict[frozenset[int], _Group] = {}
         covered: set[tuple[int, int]] = set()
         for leaf in live:
             self.progress(f"what is scaled against {self.names[leaf]}")
-            for axis in range(len(rows.shapes[leaf])):
-                for part in rows.divide(leaf, axis):
-                    if (leaf, axis) in covered:
+            axes = range(len(rows.shapes[leaf]))
+            for ways in [*(rows.divide(leaf, axis) for axis in axes), [Part(leaf)]]:
+                for part in ways:
+                    whole = part.parts == 1 and any((leaf, axis) in covered for axis in axes)
+                    if whole or (leaf, part.axis) in covered:
                         break
                     pair = rows.signs(part, rows.parts(live, part.parts))
                     if pair is None or len(set(pair.values())) < 2:
