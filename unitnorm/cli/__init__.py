@@ -7,6 +7,7 @@ of a training is in `unitnorm.run.job`.
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import errno
 import io
@@ -14,6 +15,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from typing import Any, NoReturn
 
 import click
@@ -40,6 +42,7 @@ class MainGroup(click.Group):
                 stream.reconfigure(errors="replace")
         # It warns where it can keep nothing; figures are drawn all the same.
         logging.getLogger("matplotlib").setLevel(logging.ERROR)
+        hook, sys.unraisablehook = sys.unraisablehook, interrupt_again
         try:
             return super().main(*args, **kwargs)
         except OSError as error:
@@ -48,6 +51,8 @@ class MainGroup(click.Group):
             with contextlib.suppress(OSError):  # what is still in its buffer would fail again
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             leave(f"the output cannot be written ({error.strerror}); what is saved stays")
+        finally:
+            sys.unraisablehook = hook
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -63,9 +68,8 @@ class MainGroup(click.Group):
             # Once is enough: a second signal would only break off the end of the process.
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_IGN)
-            click.echo(
-                f"interrupted; what is saved stays. Go on with: {to_go_on(sys.argv)}", err=True
-            )
+            command = to_go_on(sys.argv)
+            click.echo(f"interrupted; what is saved stays. Go on with: {command}", err=True)
             sys.exit(INTERRUPTED)
 
 
@@ -74,6 +78,14 @@ def leave(fault: str, exit_code: int = 1) -> NoReturn:
     with contextlib.suppress(OSError):  # nowhere to say it
         click.echo(f"error: {on_one_line(fault)}", err=True)
     sys.exit(exit_code)
+
+
+def interrupt_again(lost: sys.UnraisableHookArgs) -> None:
+    """Ctrl-C within a callback of the garbage collector is lost: it comes again after it."""
+    if isinstance(lost.exc_value, KeyboardInterrupt):
+        threading.Timer(0.01, _thread.interrupt_main).start()
+    else:
+        sys.__unraisablehook__(lost)
 
 
 def on_one_line(text: str) -> str:

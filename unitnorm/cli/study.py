@@ -11,7 +11,7 @@ import click
 
 from unitnorm.cli import options as opt
 from unitnorm.errors import UserError
-from unitnorm.run.job import Job, open_job, print_report
+from unitnorm.run.job import Job, open_job
 
 if TYPE_CHECKING:
     from unitnorm.run.records import Records
@@ -21,7 +21,8 @@ RUNS = "runs/study"
 
 
 @click.command(cls=opt.GroupedCommand, short_help="Many runs compared, from a declared plan.")
-@click.argument("plan_name", metavar="NAME|FILE", type=opt.ConfigName())
+@opt.argument("plan_name", "Plan: a preset, or a TOML file.", metavar="NAME|FILE",
+              type=opt.ConfigName())  # fmt: skip
 @opt.option(
     "--data", "places", group=opt.DATA, multiple=True, metavar="NAME=FOLDER",
     help="Where a data set of the plan lies: four IDX files; may be repeated. mnist needs none.",
@@ -203,4 +204,4 @@ def do_study_report(out: Path, page: bool) -> None:
         with records.locked(out.parent):
             records.write_files(out.parent, {"index.html": report.build_index(studies)})
         click.echo(f"{out.parent / 'index.html'}: {', '.join(studies)}")
-    print_report(report.show(known, compared), files, out)
+    opt.print_report(report.show(known, compared), files, out)

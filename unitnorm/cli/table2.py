@@ -10,7 +10,7 @@ import click
 
 from unitnorm.cli import options as opt
 from unitnorm.errors import UserError
-from unitnorm.run.job import Job, open_job, open_recomputation, print_report
+from unitnorm.run.job import Job, open_job, open_recomputation
 
 OUT = "runs/table2"
 
@@ -79,9 +79,11 @@ def train(**options: Any) -> None:
 
 
 @click.command(cls=opt.GroupedCommand, short_help="The table and figures, from the records.")
-@click.argument("folders", nargs=-1, type=click.Path(path_type=Path))
+@opt.argument("folders", "One results folder, or two to compare.  [default: that of --out]",
+              nargs=-1, type=click.Path(path_type=Path))  # fmt: skip
 @opt.out_option(OUT)
-def report(folders: tuple[Path, ...], out: Path) -> None:
+@opt.output_options
+def report(folders: tuple[Path, ...], out: Path, **output: bool) -> None:
     """Table 2, its figures and what they show, from the records alone.
 
     With two folders, A and B, their runs side by side instead, with paired differences where
@@ -95,7 +97,7 @@ def report(folders: tuple[Path, ...], out: Path) -> None:
     if len(folders) > 2:
         raise UserError(f"report: one or two folders, not {len(folders)}")
     if len(folders) < 2:
-        do_report(*folders or [out])
+        do_report(folders[0] if folders else out, **output)
         return
     from unitnorm.run import records
     from unitnorm.table2.report import build_comparison
@@ -105,7 +107,7 @@ def report(folders: tuple[Path, ...], out: Path) -> None:
     files, shown = build_comparison(first, second, (str(folders[0]), str(folders[1])))
     with records.locked(out):
         records.write_files(out, files)
-    print_report(shown, files, out)
+    opt.print_report(shown, files, out, **output)
 
 
 @click.command(cls=opt.GroupedCommand, short_help="Sweep, train and report: all of Table 2.")
@@ -174,7 +176,7 @@ def verify(out: Path, data_dir: str | None, **wanted: Any) -> None:
         sys.exit(1)
 
 
-def do_report(out: Path) -> None:
+def do_report(out: Path, **output: bool) -> None:
     """Print the report and write its files."""
     from unitnorm.archbn.config import Config
     from unitnorm.run import records
@@ -198,4 +200,4 @@ def do_report(out: Path) -> None:
             image_shape, paper,
         )  # fmt: skip
         records.write_files(out, files, replacing="figures/filters_depth*")
-    print_report(report.show(known["runs"], paper), files, out)
+    opt.print_report(report.show(known["runs"], paper), files, out, **output)

@@ -8,12 +8,11 @@ the functions, so that --help stays quick.
 from __future__ import annotations
 
 import contextlib
-import os
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,14 +71,6 @@ class Job:
         noted = {**records.provenance, "commands": [*others, entry]}
         self.records = write(self.out, replace(records, provenance=noted))
         self.session.checkpoints.drop(records.recorded())
-
-
-def print_report(shown: Any, files: Collection[str], out: Path) -> None:
-    """Print what a report shows, and where its files are."""
-    from rich.console import Console
-
-    Console().print(shown)
-    click.echo(f"{len(files)} files in {out}{os.sep}")
 
 
 def command_line() -> str:
