@@ -13,7 +13,6 @@ from pydantic import Field, field_validator, model_validator
 
 from unitnorm.errors import UserError
 from unitnorm.run.config import ExperimentConfig, Section
-from unitnorm.updates import check_update_name
 
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -136,6 +135,8 @@ class Config(ExperimentConfig):
     @field_validator("updates")
     @classmethod
     def _known(cls, updates: list[str]) -> list[str]:
+        from unitnorm.updates import check_update_name  # which imports JAX
+
         return list(dict.fromkeys(map(check_update_name, updates)))
 
     @field_validator("depths")

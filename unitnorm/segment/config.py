@@ -12,7 +12,6 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from unitnorm.run.config import ExperimentConfig, Section, difference
-from unitnorm.updates import check_update_name
 
 Rate = Annotated[float, Field(gt=0.0, le=1e6)]
 Pixels = Annotated[int, Field(ge=1, le=4096)]
@@ -159,6 +158,8 @@ class SegmentConfig(ExperimentConfig):
     @field_validator("updates")
     @classmethod
     def _known(cls, updates: list[str]) -> list[str]:
+        from unitnorm.updates import check_update_name  # which imports JAX
+
         return list(dict.fromkeys(map(check_update_name, updates)))
 
     def protocol_of(self, update: str, rate: float) -> dict[str, Any]:
