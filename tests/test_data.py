@@ -23,15 +23,10 @@ from hypothesis import strategies as st
 
 import unitnorm.data
 from tests.idx import idx_bytes
-from unitnorm.data import Dataset, idx, load_dataset
+from unitnorm.data import idx, load_dataset
 from unitnorm.errors import UserError
 
-NAMES = (
-    "train-images-idx3-ubyte",
-    "train-labels-idx1-ubyte",
-    "t10k-images-idx3-ubyte",
-    "t10k-labels-idx1-ubyte",
-)
+NAMES = idx.FILES
 # Of the uncompressed files, as published with them.
 MNIST_HASHES = (
     "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
@@ -42,13 +37,16 @@ MNIST_HASHES = (
 
 
 def small_set(train: int = 12, test: int = 6, classes: int = 3) -> dict[str, bytes]:
-    """The four files of a small data set: images of 4 x 6 pixels."""
+    """The four files of a small data set: images of 4 × 6 pixels."""
     random = np.random.default_rng(0)
     files = {}
     for images, labels, n in ((NAMES[0], NAMES[1], train), (NAMES[2], NAMES[3], test)):
         files[images] = idx_bytes(random.bytes(n * 24), shape=(n, 4, 6))
         files[labels] = idx_bytes(bytes(i % classes for i in range(n)), shape=(n,))
     return files
+
+
+IMAGES, LABELS, TEST_IMAGES, TEST_LABELS = small_set().values()
 
 
 def write(folder: Path, files: dict[str, bytes]) -> Path:
@@ -58,31 +56,17 @@ def write(folder: Path, files: dict[str, bytes]) -> Path:
     return folder
 
 
+def sha256_of(*hashes: str) -> str:
+    """What `sha256sum FILES | cut -c-64 | sha256sum` gives."""
+    return hashlib.sha256("".join(f"{part}\n" for part in hashes).encode()).hexdigest()
+
+
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     return write(tmp_path / "source", small_set())
 
 
-def assert_is_small_set(dataset: Dataset) -> None:
-    files = small_set()
-    for found, name in (
-        (dataset.train_images, NAMES[0]),
-        (dataset.train_labels, NAMES[1]),
-        (dataset.test_images, NAMES[2]),
-        (dataset.test_labels, NAMES[3]),
-    ):
-        header = 16 if "images" in name else 8
-        assert found.astype(np.uint8).tobytes() == files[name][header:]
-
-
 # --- The bundled MNIST -------------------------------------------------------------------------
-
-
-def test_bundled_files_are_mnist():
-    folder = Path(unitnorm.data.__file__).parent / "mnist"
-    for name, expected in zip(NAMES, MNIST_HASHES, strict=True):
-        content = gzip.decompress((folder / f"{name}.gz").read_bytes())
-        assert hashlib.sha256(content).hexdigest() == expected
 
 
 def test_the_devices_of_a_cpu_share_the_images():
@@ -105,25 +89,27 @@ from unitnorm.data import load_dataset
 d = load_dataset()
 assert "tensorflow_datasets" not in sys.modules
 assert d.train_images.shape == (60000, 784) and d.test_images.shape == (10000, 784)
-assert d.image_shape == (28, 28) and d.classes == 10 and d.name == "mnist"
+print(d.describe())
 print(d.sha256, d.train_labels[:5].tolist(), int(d.train_images[0].sum()))
 """
-    environment = {**os.environ, "HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
-        capture_output=True, text=True, env=environment,
+        capture_output=True, text=True,
+        env={**os.environ, "HOME": str(tmp_path), "TMPDIR": str(tmp_path)},
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
-    expected_hash = hashlib.sha256("".join(f"{h}\n" for h in MNIST_HASHES).encode()).hexdigest()
-    assert done.stdout == f"{expected_hash} [5, 0, 4, 1, 9] 27525\n"
+    assert done.stdout.splitlines() == [
+        "mnist: 60,000 + 10,000 images, 28×28, 10 classes",
+        f"{sha256_of(*MNIST_HASHES)} [5, 0, 4, 1, 9] 27525",
+    ]
     assert not list(tmp_path.iterdir())
 
 
-def test_bundled_file_that_is_not_mnist_is_named(tmp_path, monkeypatch):
+def test_bundled_files_that_are_not_mnist_are_refused(tmp_path, monkeypatch):
     # Well formed, but not the data that we promise.
     write(tmp_path / "mnist", {f"{n}.gz": gzip.compress(c) for n, c in small_set().items()})
     monkeypatch.setattr(unitnorm.data, "_MNIST", tmp_path / "mnist")
-    with pytest.raises(UserError, match=r"train-images.*ba891046.*found.*install unitnorm again"):
+    with pytest.raises(UserError, match=r"expected MNIST, found other.*install unitnorm again"):
         load_dataset()
     (tmp_path / "mnist" / f"{NAMES[3]}.gz").unlink()
     with pytest.raises(UserError, match=r"t10k-labels.*install unitnorm again"):
@@ -132,130 +118,124 @@ def test_bundled_file_that_is_not_mnist_is_named(tmp_path, monkeypatch):
 
 # --- IDX files ---------------------------------------------------------------------------------
 
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_own_idx_files(tmp_path, packed):
-    files = small_set()
-    on_disk = {f"{n}.gz": gzip.compress(c) for n, c in files.items()} if packed else files
-    dataset = load_dataset(data_dir=write(tmp_path / "mine", on_disk))
-    assert_is_small_set(dataset)
-    assert dataset.name == "mine"
-    assert dataset.image_shape == (4, 6)
-    assert dataset.classes == 3
-    assert dataset.train_images.shape == (12, 24)
-    assert dataset.test_images.shape == (6, 24)
-    assert dataset.train_images.dtype == np.uint8
-    assert dataset.train_images.flags.c_contiguous
-    assert dataset.train_labels.dtype == np.int32
-    assert dataset.train_labels.shape == (12,)
-    # What `sha256sum FILES | cut -c-64 | sha256sum` gives, packed or not.
-    lines = "".join(f"{hashlib.sha256(files[name]).hexdigest()}\n" for name in NAMES)
-    assert dataset.sha256 == hashlib.sha256(lines.encode()).hexdigest()
-
-
-def test_name_of_own_idx_files(source, tmp_path):
-    assert load_dataset("shapes", data_dir=source).name == "shapes"
-
-
-def test_256_classes(tmp_path):
-    folder = write(tmp_path / "source", small_set(train=256, classes=256))
-    dataset = load_dataset(data_dir=folder)
-    assert dataset.classes == 256
-    assert dataset.train_labels.max() == 255
-
-
-IMAGES, LABELS, TEST_IMAGES, TEST_LABELS = small_set().values()
-FAULTS = {
-    "empty": (NAMES[0], b"", r"expected an IDX header of 16 bytes, found 0 bytes"),
-    "header cut": (NAMES[0], IMAGES[:10], r"expected an IDX header of 16 bytes, found 10 bytes"),
-    "truncated": (NAMES[0], IMAGES[:-1], r"expected 288 bytes .* 12 x 4 x 6, found only 287"),
-    "too long": (NAMES[0], IMAGES + b"x", r"expected 288 bytes .*, found more"),
-    "labels for images": (NAMES[0], LABELS, r"magic number 2051, found 2049 .*, a labels file"),
-    "images for labels": (NAMES[3], IMAGES, r"magic number 2049, found 2051 .*, an images file"),
-    "signed bytes": (NAMES[0], b"\0\0\x09\x03" + IMAGES[4:], r"2051, found 2307 \(bytes 00 00 09"),
-    "other format": (NAMES[0], b"PK\x03\x04" + IMAGES[4:], r"found 1347093252"),
-    "header lies": (
-        NAMES[0],
-        idx_bytes(IMAGES[16:], shape=(60000, 28, 28)),
-        r"expected 47040000 bytes .*, found only 288",
+HALF = len(IMAGES) // 2
+FORMS = {
+    "raw": (lambda name: name, lambda content: content),
+    "gzip": (lambda name: f"{name}.gz", gzip.compress),
+    "two members": (
+        lambda name: f"{name}.gz",
+        lambda c: gzip.compress(c[:HALF]) + gzip.compress(c[HALF:]),
     ),
-    "header lies without measure": (
-        NAMES[0],
-        idx_bytes(IMAGES[16:], shape=(2**32 - 1,) * 3),
-        r"expected at most 1073741824 values, found a header that announces 4294967295 x",
-    ),
-    "no images": (NAMES[0], idx_bytes(shape=(0, 4, 6)), r"expected at least one image"),
-    "no pixels": (NAMES[0], idx_bytes(shape=(12, 0, 6)), r"expected at least one image"),
-    "label missing": (
-        NAMES[1],
-        idx_bytes(LABELS[8:-1], shape=(11,)),
-        r"expected 12 labels.*found 11",
-    ),
-    "test label missing": (
-        NAMES[3],
-        idx_bytes(TEST_LABELS[8:-1], shape=(5,)),
-        r"expected 6 labels.*found 5",
-    ),
-    "other image size": (
-        NAMES[2],
-        idx_bytes(TEST_IMAGES[16:], shape=(6, 6, 4)),
-        r"expected images of 4 x 6 pixels .*, found 6 x 4",
-    ),
-    "one class too many": (
-        NAMES[3],
-        idx_bytes(TEST_LABELS[8:-1], b"\x03", shape=(6,)),
-        r"expected labels 0 to 2, .* found 3 at position 5",
-    ),
-    "one class": (NAMES[1], idx_bytes(bytes(12), shape=(12,)), r"2 to 256 classes, found 1"),
-    "gzip damaged": (
-        NAMES[0],
-        gzip.compress(IMAGES)[:-8] + bytes(8),
-        r"expected a whole gzip file, found a damaged one \(.*incorrect data check",
-    ),
-    "gzip truncated": (NAMES[0], gzip.compress(IMAGES)[:-20], r"expected 288 bytes .*truncated"),
-    "gzip end missing": (NAMES[0], gzip.compress(IMAGES)[:-4], r"damaged one \(its end is missing"),
-    "gzip and more": (
-        NAMES[0],
-        gzip.compress(IMAGES) + b"x",
-        r"damaged one \(more follows",
-    ),
-    "gzip of nonsense": (NAMES[0], b"\x1f\x8b\x08\x00" + bytes(40), r"found a damaged one"),
-    "gzip bomb": (
-        NAMES[0],
-        gzip.compress(IMAGES + bytes(10**8)),
-        r"expected 288 bytes .*, found more",
+    "padded": (lambda name: f"{name}.GZ", lambda c: gzip.compress(c) + bytes(512)),
+    "dots": (lambda name: name.replace("-idx", ".idx"), lambda content: content),
+    "emnist": (
+        lambda name: f"emnist-balanced-{name.replace('t10k', 'test')}.gz",
+        gzip.compress,
     ),
 }
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_own_idx_files(form, tmp_path):
+    files, (rename, pack) = small_set(), FORMS[form]
+    on_disk = {rename(name): pack(content) for name, content in files.items()}
+    dataset = load_dataset(data_dir=write(tmp_path / "mine", on_disk))
+    found = (
+        dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels,
+    )  # fmt: skip
+    for array, name in zip(found, NAMES, strict=True):
+        header = 16 if "images" in name else 8
+        assert array.astype(np.uint8).tobytes() == files[name][header:]
+    assert [array.dtype for array in found] == [np.uint8, np.int32, np.uint8, np.int32]
+    assert dataset.train_images.flags.c_contiguous
+    assert dataset.describe() == "mine: 12 + 6 images, 4×6, 3 classes"
+    assert dataset.sha256 == sha256_of(*(hashlib.sha256(c).hexdigest() for c in files.values()))
+    assert load_dataset("shapes", data_dir=tmp_path / "mine").name == "shapes"
+
+
+def test_two_files_of_one_part_must_be_copies(source):
+    (source / f"{NAMES[1]}.gz").write_bytes(gzip.compress(LABELS))
+    assert load_dataset(data_dir=source).train_labels.tolist() == [*LABELS[8:]]
+    other = LABELS[:8] + LABELS[:7:-1]
+    (source / f"{NAMES[1]}.gz").write_bytes(gzip.compress(other))
+    with pytest.raises(UserError, match=rf"{NAMES[1]}\.gz: expected the data of {NAMES[1]}.*keep"):
+        load_dataset(data_dir=source)
+
+
+def test_256_classes(tmp_path):
+    folder = write(tmp_path / "source", small_set(train=256, classes=256))
+    assert load_dataset(data_dir=folder).classes == 256
+
+
+FAULTS = {  # the file, what it holds, what is said of it
+    "empty": (0, b"", r"expected an IDX header of 16 bytes, found 0 bytes"),
+    "header cut": (0, IMAGES[:10], r"expected an IDX header of 16 bytes, found 10 bytes"),
+    "truncated": (0, IMAGES[:-1], r"expected 288 bytes .* 12 x 4 x 6, found only 287"),
+    "too long": (0, IMAGES + b"x", r"expected 288 bytes .*, found more"),
+    "labels": (0, LABELS, r"magic number 2051, found 2049 .*, a labels file"),
+    "images": (3, IMAGES, r"magic number 2049, found 2051 .*, an images file"),
+    "signed bytes": (0, b"\0\0\x09\x03" + IMAGES[4:], r"2051, found 2307 \(bytes 00 00 09"),
+    "web page": (0, b"\n<!DOCTYPE html><html>", r"found a web page; download"),
+    "packed web page": (0, gzip.compress(b"<html><body>Not found</body>"), r"found a web page"),
+    "zip": (0, b"PK\x03\x04" + IMAGES[4:], r"found a zip archive; unpack it"),
+    "git lfs": (0, b"version https://git-lfs.github.com/spec/v1\n", r"found a pointer of Git LFS"),
+    "header lies": (
+        0, idx_bytes(IMAGES[16:], shape=(60000, 28, 28)), r"expected 47040000 .*found only 288",
+    ),
+    "header lies without measure": (
+        0, idx_bytes(IMAGES[16:], shape=(2**32 - 1,) * 3),
+        r"expected at most 1073741824 values, found a header that announces 4294967295 x",
+    ),
+    "no images": (0, idx_bytes(shape=(0, 4, 6)), r"expected at least one image"),
+    "no pixels": (0, idx_bytes(shape=(12, 0, 6)), r"expected at least one image"),
+    "label missing": (1, idx_bytes(LABELS[8:-1], shape=(11,)), r"expected 12 labels.*found 11"),
+    "test label missing": (
+        3, idx_bytes(TEST_LABELS[8:-1], shape=(5,)), r"expected 6 labels.*found 5",
+    ),
+    "other image size": (
+        2, idx_bytes(TEST_IMAGES[16:], shape=(6, 6, 4)), r"images of 4×6 pixels .*, found 6×4",
+    ),
+    "new class in test": (
+        3, idx_bytes(TEST_LABELS[8:-1], b"\x03", shape=(6,)),
+        r"expected labels 0 to 2, .* found 3 at position 5",
+    ),
+    "stray label": (
+        1, idx_bytes(LABELS[8:-1], b"\xff", shape=(12,)),
+        r"highest label, 255, which stands 1 times, first at position 11, found none of class 3",
+    ),
+    "one class": (1, idx_bytes(bytes(12), shape=(12,)), r"2 to 256 classes, found 1"),
+    "gzip damaged": (0, gzip.compress(IMAGES)[:-8] + bytes(8), r"a damaged one \(CRC check"),
+    "gzip truncated": (0, gzip.compress(IMAGES)[:-20], r"damaged one \(Compressed file ended"),
+    "gzip end missing": (0, gzip.compress(IMAGES)[:-4], r"damaged one \(Compressed file ended"),
+    "gzip and more": (0, gzip.compress(IMAGES) + b"x", r"damaged one \(Not a gzipped file"),
+    "gzip of nonsense": (0, b"\x1f\x8b\x08\x00" + bytes(40), r"found a damaged one"),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("fault", FAULTS)
-def test_faults_name_file_expected_and_found(fault, source, tmp_path):
-    name, content, message = FAULTS[fault]
-    (source / name).write_bytes(content)
+def test_faults_name_file_expected_and_found(fault, source):
+    number, content, message = FAULTS[fault]
+    (source / NAMES[number]).write_bytes(content)
     with pytest.raises(UserError, match=message) as raised:
         load_dataset(data_dir=source)
-    assert str(source / name) in str(raised.value)
+    assert str(source / NAMES[number]) in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_missing_file(name, source, tmp_path):
+@pytest.mark.parametrize("by", ["nothing", "a folder"])
+def test_missing_file(name, by, source):
     (source / name).unlink()
+    if by == "a folder":
+        (source / name).mkdir()
     with pytest.raises(UserError, match=f"expected the file {name} or {name}.gz, found neither"):
         load_dataset(data_dir=source)
 
 
 @pytest.mark.parametrize("folder", ["missing", "a\0b", "~nobody-of-this-name/x", "x" * 5000])
-def test_missing_folder(folder, tmp_path):
+def test_missing_folder(folder):
     with pytest.raises(UserError, match=r"folder|null character"):
         load_dataset(data_dir=folder)
-
-
-def test_folder_in_place_of_a_file(source, tmp_path):
-    (source / NAMES[0]).unlink()
-    (source / NAMES[0]).mkdir()
-    with pytest.raises(UserError, match=f"expected the file {NAMES[0]}"):
-        load_dataset(data_dir=source)
 
 
 @pytest.mark.parametrize(
@@ -263,8 +243,9 @@ def test_folder_in_place_of_a_file(source, tmp_path):
     [
         idx_bytes(b"x", shape=(2**10, 2**10, 2**10)),  # announces 1 GB
         gzip.compress(idx_bytes(bytes(10**8), shape=(1, 1, 1))),  # unpacks to 100 MB
+        gzip.compress(idx_bytes(b"x", shape=(2**10, 2**10, 2**10))),
     ],
-    ids=["lying header", "gzip bomb"],
+    ids=["lying header", "gzip bomb", "packed lying header"],
 )
 def test_no_more_memory_than_the_file_deserves(content, tmp_path):
     path = tmp_path / "file"
@@ -276,14 +257,6 @@ def test_no_more_memory_than_the_file_deserves(content, tmp_path):
         assert tracemalloc.get_traced_memory()[1] < 5_000_000
     finally:
         tracemalloc.stop()
-
-
-def test_parse_gives_the_values_in_order():
-    take = io.BytesIO(idx_bytes(bytes(range(12)), shape=(2, 3, 2))).read
-    assert idx.parse(take, 3, "stream").tolist() == [
-        [[0, 1], [2, 3], [4, 5]],
-        [[6, 7], [8, 9], [10, 11]],
-    ]
 
 
 @given(
@@ -307,8 +280,7 @@ def test_any_bytes_are_read_whole_or_refused(start, cut, rest, tmp_path_factory)
         assert "\n" not in message
     else:
         content = path.read_bytes()
-        if content[:2] == b"\x1f\x8b":
-            content = gzip.decompress(content)
+        content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
         assert idx_bytes(found.tobytes(), shape=found.shape) == content
 
 
@@ -411,14 +383,14 @@ def unfit() -> dict[str, tuple[dict, str]]:
         "no label": ({"features": {"label": None}}, "expected the features image and label"),
         "no test": ({"splits": {"train": 7}}, "found no test"),
         "text label": ({"features": {"label": tfds.features.Text()}, "label": str}, "one integer"),
-        "unlabelled": ({"features": {"label": scalar}, "label": lambda _: -1}, "found -1 to -1"),
+        "unlabelled": ({"features": {"label": scalar}, "label": lambda _: -1}, r"found \[-1\]"),
         "257 classes": (
             {"features": {"label": tfds.features.ClassLabel(num_classes=257)}},
             "expected 2 to 256 classes, found 257",
         ),
         "label 256": (
             {"features": {"label": scalar}, "label": lambda i: 250 + i},
-            "expected labels 0 to 255, found 250 to 256",
+            r"expected labels 0 to 255, found \[256\]",
         ),
         "sizes differ": (
             {"features": {"image": tfds.features.Image(shape=(None, None, 1))}},
