@@ -22,7 +22,7 @@ from flax import nnx
 from jax import Array
 
 from unitnorm.archbn.config import Model
-from unitnorm.geometry import retraction
+from unitnorm.geometry import unit
 
 FILTER_AXIS = -1
 
@@ -32,7 +32,7 @@ class Rows(nnx.Module):
 
     def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
         rows = jax.random.normal(rngs.params(), (outputs, inputs))
-        self.W = nnx.Param(retraction(rows, FILTER_AXIS))
+        self.W = nnx.Param(unit(rows, (1,)))
 
     def __call__(self, x: Array) -> Array:
         return jnp.einsum("...i,oi->...o", x, self.W[...])
