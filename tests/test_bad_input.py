@@ -245,7 +245,7 @@ def data_folder(folder: Path, faults: list[tuple[str, str, int, int]]) -> dict[s
     return files
 
 
-@cases(500)
+@cases(300)
 @given(spoilt)
 def test_any_idx_files_are_sound_or_refused_in_a_line(tmp_path, faults):
     files = data_folder(tmp_path / "data", faults)
