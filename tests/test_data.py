@@ -1,14 +1,11 @@
 """Data: the bundled MNIST, IDX files and their faults, TFDS by name."""
 
-import functools
 import gzip
 import hashlib
-import http.server
 import io
 import os
 import subprocess
 import sys
-import threading
 import tracemalloc
 import urllib.error
 import urllib.request
@@ -287,8 +284,19 @@ def test_any_bytes_are_read_whole_or_refused(start, cut, rest, tmp_path_factory)
 # --- Data sets prepared by TFDS ----------------------------------------------------------------
 
 
-def prepare_tfds(root: Path, version: str = "1.0.0", **changes) -> None:
-    """Prepares `shapes` under `root` with TFDS: PNG images of 5 x 4, 3 classes, and an extra."""
+def tfds_image(split: str, i: int) -> np.ndarray:
+    return np.arange(20, dtype=np.uint8).reshape(5, 4) + i * 20 + (100 if split == "test" else 0)
+
+
+def as_png(array: np.ndarray) -> io.BytesIO:
+    """TFDS would pack an array with tensorflow."""
+    PIL.Image.fromarray(array).save(png := io.BytesIO(), "png")
+    png.seek(0)
+    return png
+
+
+def make_builder(version: str = "1.0.0", **changes) -> type:
+    """A builder `shapes`: PNG images of 5 × 4, 3 classes, and an extra feature."""
     import tensorflow_datasets as tfds
 
     features = {
@@ -301,32 +309,30 @@ def prepare_tfds(root: Path, version: str = "1.0.0", **changes) -> None:
 
     class Shapes(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version(version)
+        url_infos = None
 
         def _info(self):
-            return tfds.core.DatasetInfo(
-                builder=self,
-                features=tfds.features.FeaturesDict({k: v for k, v in features.items() if v}),
-                disable_shuffling=True,
-            )
+            kept = tfds.features.FeaturesDict({k: v for k, v in features.items() if v})
+            return tfds.core.DatasetInfo(builder=self, features=kept, disable_shuffling=True)
 
-        def _split_generators(self, _):
+        def _split_generators(self, downloads):
+            self.get(downloads)
             return {split: self._generate_examples(split, n) for split, n in splits.items()}
+
+        def get(self, downloads):
+            pass
 
         def _generate_examples(self, split, n):
             for i in range(n):
-                # As PNG: TFDS would pack an array with tensorflow.
-                png = io.BytesIO()
-                PIL.Image.fromarray(tfds_image(split, i)).save(png, "png")
-                png.seek(0)
-                example = {"image": png, "label": label(i), "id": f"{split} {i}"}
+                example = {"image": as_png(tfds_image(split, i)), "label": label(i), "id": f"{i}"}
                 yield i, {key: value for key, value in example.items() if features[key]}
 
-    file_format = changes.get("file_format", "array_record")
-    Shapes(data_dir=root, file_format=file_format).download_and_prepare()
+    return Shapes
 
 
-def tfds_image(split: str, i: int) -> np.ndarray:
-    return np.arange(20, dtype=np.uint8).reshape(5, 4) + i * 20 + (100 if split == "test" else 0)
+def prepare_tfds(root: Path, version: str = "1.0.0", **changes) -> None:
+    builder = make_builder(version, **changes)(data_dir=root, file_format="array_record")
+    builder.download_and_prepare()
 
 
 @pytest.mark.parametrize("by", ["name", "version", "path", "data_dir"])
@@ -336,14 +342,11 @@ def test_prepared_data_set(by, tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path if by == "data_dir" else root))
     name = {"version": "shapes:1.0.0", "path": str(root / "shapes" / "1.0.0")}.get(by, "shapes")
     dataset = load_dataset(name, data_dir=root if by == "data_dir" else None)
-    assert dataset.name == name
-    assert dataset.image_shape == (5, 4)
-    assert dataset.classes == 3
+    assert dataset.describe() == f"{name}: 7 + 4 images, 5×4, 3 classes"
     assert dataset.train_labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
     for split, images in (("train", dataset.train_images), ("test", dataset.test_images)):
         expected = [tfds_image(split, i).ravel().tolist() for i in range(len(images))]
         assert images.tolist() == expected
-    assert (len(dataset.train_images), len(dataset.test_images)) == (7, 4)
 
 
 def test_highest_version_is_taken_and_unfinished_ones_are_not(tmp_path):
@@ -361,66 +364,55 @@ def test_highest_version_is_taken_and_unfinished_ones_are_not(tmp_path):
 
 
 def test_configuration_must_be_clear(tmp_path):
-    prepare_tfds(tmp_path / "made")
-    made = tmp_path / "made" / "shapes"
-    (tmp_path / "shapes").mkdir()
-    made.rename(tmp_path / "shapes" / "small")
-    dataset = load_dataset("shapes", data_dir=tmp_path)
-    assert len(dataset.train_labels) == 7
-    prepare_tfds(tmp_path / "made")
-    made.rename(tmp_path / "shapes" / "large")
+    for name in ("small", "large"):
+        prepare_tfds(tmp_path / name)
+        (tmp_path / "shapes").mkdir(exist_ok=True)
+        (tmp_path / name / "shapes").rename(tmp_path / "shapes" / name)
+        assert len(load_dataset(f"shapes/{name}", data_dir=tmp_path).train_labels) == 7
     with pytest.raises(UserError, match="expected one configuration, found large, small"):
         load_dataset("shapes", data_dir=tmp_path)
-    named = load_dataset("shapes/small", data_dir=tmp_path)
-    assert named.sha256 == dataset.sha256
 
 
-def unfit() -> dict[str, tuple[dict, str]]:
+UNFIT = {
+    "no label": (lambda f: {"features": {"label": None}}, "expected the features image and label"),
+    "no test": (lambda f: {"splits": {"train": 7}}, "found no test"),
+    "text": (lambda f: {"features": {"label": f.Text()}, "label": str}, "one integer"),
+    "unlabelled": (
+        lambda f: {"features": {"label": f.Scalar(np.int64)}, "label": lambda _: -1},
+        r"expected labels 0 to 255, found \[-1\]",
+    ),
+    "stray label": (
+        lambda f: {"features": {"label": f.Scalar(np.int64)}, "label": lambda i: 5 * i},
+        "highest label, 30, which stands 1 times, first at position 6, found none of class 1",
+    ),
+    "257 classes": (
+        lambda f: {"features": {"label": f.ClassLabel(num_classes=257)}},
+        "expected 2 to 256 classes, found 257",
+    ),
+    "sizes differ": (
+        lambda f: {"features": {"image": f.Image(shape=(None, None, 1))}},
+        "of one shape",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", UNFIT)
+def test_unfit_prepared_data_set(fault, tmp_path):
     import tensorflow_datasets as tfds
 
-    scalar = tfds.features.Scalar(np.int64)
-    return {
-        "no label": ({"features": {"label": None}}, "expected the features image and label"),
-        "no test": ({"splits": {"train": 7}}, "found no test"),
-        "text label": ({"features": {"label": tfds.features.Text()}, "label": str}, "one integer"),
-        "unlabelled": ({"features": {"label": scalar}, "label": lambda _: -1}, r"found \[-1\]"),
-        "257 classes": (
-            {"features": {"label": tfds.features.ClassLabel(num_classes=257)}},
-            "expected 2 to 256 classes, found 257",
-        ),
-        "label 256": (
-            {"features": {"label": scalar}, "label": lambda i: 250 + i},
-            r"expected labels 0 to 255, found \[256\]",
-        ),
-        "sizes differ": (
-            {"features": {"image": tfds.features.Image(shape=(None, None, 1))}},
-            "of one shape",
-        ),
-    }
-
-
-@pytest.mark.parametrize(
-    "fault",
-    ["no label", "no test", "text label", "unlabelled", "257 classes", "label 256", "sizes differ"],
-)
-def test_unfit_prepared_data_set(fault, tmp_path):
-    changes, message = unfit()[fault]
-    prepare_tfds(tmp_path, **changes)
+    changes, message = UNFIT[fault]
+    prepare_tfds(tmp_path, **changes(tfds.features))
     with pytest.raises(UserError, match=message) as raised:
         load_dataset("shapes", data_dir=tmp_path)
     assert str(tmp_path / "shapes") in str(raised.value)
 
 
-def test_damaged_prepared_data_set(tmp_path):
+def test_damaged_or_otherwise_prepared_data_set(tmp_path):
     prepare_tfds(tmp_path)
     (path,) = tmp_path.rglob("*train.array_record*")
     os.truncate(path, path.stat().st_size // 2)
     with pytest.raises(UserError, match=r"cannot be read .*prepare it again"):
         load_dataset("shapes", data_dir=tmp_path)
-
-
-def test_prepared_as_tfrecord(tmp_path):
-    prepare_tfds(tmp_path)
     info = tmp_path / "shapes" / "1.0.0" / "dataset_info.json"
     info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
     with pytest.raises(UserError, match="expected the file format array_record, found tfrecord"):
@@ -438,101 +430,53 @@ def test_unknown_name(name, tmp_path):
 
 @pytest.fixture(scope="module")
 def catalogue():
-    """A builder that TFDS knows by the name `downloaded_pngs`: labels from a file at its URL."""
-    import tensorflow_datasets as tfds
+    """A builder that TFDS knows, as `known_shapes`."""
 
-    class DownloadedPngs(tfds.core.GeneratorBasedBuilder):
-        VERSION = tfds.core.Version("1.0.0")
-        URL = ""
-        METHOD = "download"
-        url_infos = None
+    class KnownShapes(make_builder()):
+        pass
 
-        def _info(self):
-            image = tfds.features.Image(shape=(5, 4, 1))
-            label = tfds.features.ClassLabel(num_classes=3)
-            features = tfds.features.FeaturesDict({"image": image, "label": label})
-            return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
-
-        def _split_generators(self, downloads):
-            labels = Path(getattr(downloads, self.METHOD)(self.URL)).read_bytes()
-            return {"train": self._generate_examples(labels), "test": self._generate_examples(b"1")}
-
-        def _generate_examples(self, labels):
-            for i, digit in enumerate(labels.decode()):
-                png = io.BytesIO()
-                PIL.Image.fromarray(tfds_image("train", i)).save(png, "png")
-                png.seek(0)
-                yield i, {"image": png, "label": int(digit)}
-
-    return DownloadedPngs
+    return KnownShapes
 
 
-@pytest.fixture
-def served(catalogue, tmp_path, monkeypatch):
-    """Its URL, at which this machine answers."""
-    (tmp_path / "www").mkdir()
-    (tmp_path / "www" / "labels.gz").write_bytes(b"20121")
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_: object) -> None: ...
-
-    handler = functools.partial(Quiet, directory=tmp_path / "www")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever).start()
-        url = f"http://127.0.0.1:{server.server_port}/labels.gz"
-        monkeypatch.setattr(catalogue, "URL", url)
-        monkeypatch.setattr(catalogue, "url_infos", {url: None})
-        yield url
-        server.shutdown()
-
-
-def test_what_tfds_knows_is_downloaded_once(served, tmp_path, monkeypatch, caplog, capfd):
+def test_what_tfds_knows_is_prepared_once(catalogue, tmp_path, monkeypatch, caplog, capfd):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "sets"))
-    first = load_dataset("downloaded_pngs")
-    assert first.train_labels.tolist() == [2, 0, 1, 2, 1]
+    first = load_dataset("known_shapes")
     assert first.train_images[4].tolist() == tfds_image("train", 4).ravel().tolist()
     (record,) = caplog.records
     assert f"TFDS downloads and prepares it in {tmp_path / 'sets'}" in record.getMessage()
-    (tmp_path / "www" / "labels.gz").unlink()
-    assert load_dataset("downloaded_pngs").sha256 == first.sha256
+    assert load_dataset("known_shapes").sha256 == first.sha256
     assert len(caplog.records) == 1
     assert capfd.readouterr().out == ""
 
 
-@pytest.mark.parametrize("obstacle", ["network", "tensorflow", "file"])
-def test_what_cannot_be_prepared_here_says_where_it_can(
-    obstacle, served, catalogue, tmp_path, monkeypatch
-):
-    if obstacle == "network":
+@pytest.mark.parametrize("obstacle", ["no route to host", "it needs the module tensorflow", "404"])
+def test_what_cannot_be_prepared_here_says_where_it_can(obstacle, catalogue, tmp_path, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        if obstacle == "no route to host":
+            raise urllib.error.URLError(obstacle)
+        if obstacle == "404":
+            raise RuntimeError(obstacle)
+        raise ImportError(obstacle, name="tensorflow")
 
-        def refuse(*_: object, **__: object) -> None:
-            raise urllib.error.URLError("no route to host")
-
-        monkeypatch.setattr(urllib.request, "urlopen", refuse)
-    elif obstacle == "tensorflow":
-        monkeypatch.setattr(catalogue, "METHOD", "download_and_extract")  # by tensorflow's files
-        monkeypatch.setitem(sys.modules, "tensorflow", None)
+    if obstacle == "no route to host":
+        monkeypatch.setattr(catalogue, "url_infos", {"http://shapes.invalid/a": None})
+        monkeypatch.setattr(urllib.request, "urlopen", fail)
     else:
-        (tmp_path / "www" / "labels.gz").unlink()
+        monkeypatch.setattr(catalogue, "get", fail)
     with pytest.raises(UserError) as raised:
-        load_dataset("downloaded_pngs", data_dir=tmp_path)
+        load_dataset("known_shapes", data_dir=tmp_path)
     message = str(raised.value)
-    reason = {
-        "network": "no route to host",
-        "tensorflow": "it needs the module tensorflow",
-        "file": "404",
-    }[obstacle]
-    assert message.startswith("downloaded_pngs: TFDS cannot prepare it here (")
-    assert reason in message.partition(");")[0]
+    assert message.startswith("known_shapes: TFDS cannot prepare it here (")
+    assert obstacle in message.partition(");")[0]
     assert (
         "pip install tensorflow tensorflow-datasets array_record && "
-        f"tfds build downloaded_pngs --file_format=array_record --data_dir={tmp_path};"
+        f"tfds build known_shapes --file_format=array_record --data_dir={tmp_path};"
     ) in message
     assert "four IDX files, goes by --data-dir" in message
     assert "\n" not in message
 
 
-def test_data_dir_must_be_there_before_anything_is_downloaded(catalogue, tmp_path):
+def test_data_dir_must_be_there_before_anything_is_prepared(catalogue, tmp_path):
     with pytest.raises(UserError, match="missing: expected a folder of data sets"):
-        load_dataset("downloaded_pngs", data_dir=tmp_path / "missing")
+        load_dataset("known_shapes", data_dir=tmp_path / "missing")
     assert not list(tmp_path.iterdir())
