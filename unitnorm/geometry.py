@@ -15,8 +15,6 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-__all__ = ["filter_norms", "retraction", "tangent_projection"]
-
 Axis = int | Sequence[int] | None
 
 VECTOR = 8  # float32 numbers that a CPU adds at once

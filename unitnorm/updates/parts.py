@@ -256,7 +256,8 @@ def stateful(
 
         rows = [row(*leaves) for leaves in _side_by_side(axis, params, updates, *state.memory)]
         columns = zip(*rows, strict=True) if rows else [()] * (1 + len(start))
-        steps, *trees = (jax.tree.structure(params).unflatten(column) for column in columns)
+        structure = jax.tree.structure(params)
+        steps, *trees = (jax.tree.unflatten(structure, column) for column in columns)
         return steps, FilterState(optax.safe_increment(state.count), pack(trees))
 
     return transformation(init, update)
@@ -278,12 +279,8 @@ def widened(inner: optax.GradientTransformation) -> optax.GradientTransformation
         if params is None:
             raise ValueError(NEEDS_PARAMS)
         steps, after = inner.update(widen(updates), state, widen(params), **extra)
-        leaves, treedef = jax.tree.flatten(params)
-        rounded = [
-            None if u is None else u.astype(w.dtype)
-            for w, u in zip(leaves, treedef.flatten_up_to(steps), strict=True)
-        ]
-        return treedef.unflatten(rounded), kept_where_none(state, after)
+        rounded = jax.tree.map(lambda w, u: None if u is None else u.astype(w.dtype), params, steps)
+        return rounded, kept_where_none(state, after)
 
     return transformation(init, update)
 
@@ -310,16 +307,16 @@ def map_filters(
         None if any(leaf is None for leaf in leaves) else function(*leaves)
         for leaves in _side_by_side(axis, params, *trees)
     ]
-    return jax.tree.structure(params).unflatten(results)
+    return jax.tree.unflatten(jax.tree.structure(params), results)
 
 
 def _side_by_side(axis: AxisSpec, params: optax.Params | None, *trees: Any) -> Iterable[Any]:
     """For each leaf of `params` its axes, itself, and what stands in its place in each tree."""
     if params is None:
         raise ValueError(NEEDS_PARAMS)
-    leaves, treedef = jax.tree.flatten(params)
-    beside = [treedef.flatten_up_to(tree) for tree in trees]
-    return zip(axes_of_leaves(params, axis), leaves, *beside, strict=True)
+    structure: Any = jax.tree.structure(params)
+    beside = [structure.flatten_up_to(tree) for tree in (params, *trees)]
+    return zip(axes_of_leaves(params, axis), *beside, strict=True)
 
 
 def axes_of_leaves(params: optax.Params, axis: AxisSpec) -> list[Axes]:
