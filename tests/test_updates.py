@@ -287,29 +287,23 @@ def test_dead_filters_and_zero_gradients_give_no_nan(name):
         for w, g in zip(jax.tree.leaves(path), jax.tree.leaves(grads), strict=True):
             assert np.all(np.isfinite(w))
             stays = name not in MOVES_DEAD_FILTERS or not np.any(g)
-            assert np.all(w[..., 1] == 0) == stays
+            assert np.all(np.abs(w[..., 1]) < 1e-6) == stays
     if name not in {"sgd-wd", "manifold-muon"}:
         assert_close(path, jax.tree.map(lambda w: jnp.stack([w] * 3), dead), atol=2e-7)
 
 
 @every_update
-def test_a_gradient_of_none_is_passed_over(name):
-    """Its parameter has no update and its state stays; all else moves as without it."""
-    params = {"frozen": kernels(3)["conv"], "layer": kernels()["conv"], "rest": jnp.ones(4)}
-    grads = {"frozen": None, "layer": arrays(1)["conv"], "rest": None}
-    tx = build(name, 0.1, {"frozen": True, "layer": True, "rest": False})
+def test_a_gradient_of_none_moves_nothing_and_counts_as_zero(name):
+    params = {"frozen": kernels(3)["conv"], "layer": kernels()["conv"]}
+    grads = {"frozen": None, "layer": arrays(1)["conv"]}
+    zeros = {"frozen": jnp.zeros_like(params["frozen"]), "layer": grads["layer"]}
+    tx = UPDATES[name].filters(0.1)
     start = tx.init(params)
-    found, state = jax.jit(tx.update)(grads, start, params)
-    assert found["frozen"] is found["rest"] is None
-    assert_close(
-        found["layer"], one_update(UPDATES[name].filters(0.1), arrays(1), kernels())["conv"]
-    )
-    filters = UPDATES[name].filters(0.1)
-    both = {"frozen": params["frozen"], "layer": params["layer"]}
-    _, state = filters.update(
-        {"frozen": None, "layer": arrays(1)["conv"]}, filters.init(both), both
-    )
-    assert jax.tree.structure(state) == jax.tree.structure(filters.init(both))
+    found, state = tx.update(grads, start, params)
+    expected, after = tx.update(zeros, start, params)
+    assert found["frozen"] is None
+    assert_close(found["layer"], expected["layer"])
+    assert_close(state, after)
 
 
 @every_update
@@ -364,8 +358,8 @@ def test_explicit_axes(name, axis):
     expected = filters_first(one_update(UPDATES[name].filters(0.1), grads, params))
     grads, params = filters_first(grads), filters_first(params)
     assert_close(one_update(build(name, 0.1, True, axis=axis), grads, params), expected)
-    if name in {"sgdp", "adamp", "muon", "manifold-muon"}:
-        return  # these look at the filters alone where the gradient is nearly tangent, or at both
+    if name in {"sgdp", "adamp", "adamwn", "muon", "manifold-muon"}:
+        return  # these notice the filters later, or in certain places alone, or see both axes
     # The axes matter: by default this is another update.
     assert farthest(one_update(UPDATES[name].filters(0.1), grads, params), expected) > 1e-3
 
@@ -763,7 +757,7 @@ def test_filters_off_the_manifold_are_normalised_or_refused(name):
         strict.init(jax.tree.map(lambda w: w.at[0, 0, 0, 0].set(jnp.nan), kernels()))
     with pytest.raises(ValueError, match="outside jit"):
         jax.jit(strict.init)(kernels())
-    with pytest.raises(ValueError, match="normalize, raise, trust; got 'warn'"):
+    with pytest.raises(ValueError, match="raise, trust, keep; got 'warn'"):
         UPDATES[name].filters(0.1, off_manifold="warn")
     trusting = one_update(UPDATES[name].filters(0.1, off_manifold="trust"), arrays(1), kernels())
     assert_close(trusting, one_update(UPDATES[name].filters(0.1), arrays(1), kernels()))

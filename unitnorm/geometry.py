@@ -235,6 +235,12 @@ def row_sums(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Arra
     return jnp.sum(pieces[0], -1, keepdims=True)
 
 
+def median(x: jax.Array) -> jax.Array:
+    """The median of all numbers, of every device."""
+    spec = jax.typeof(x).sharding.spec
+    return jnp.median(jax.sharding.reshard(x, jax.P()) if any(spec) else x)
+
+
 def _on_several_devices(x: jax.Array, axis: int) -> bool:
     """Whether the axis is split over devices of a mesh with explicit axes: it cannot be cut."""
     spec = jax.typeof(x).sharding.spec
