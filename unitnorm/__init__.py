@@ -22,31 +22,28 @@ if TYPE_CHECKING:
     from unitnorm.data import Dataset as Dataset
     from unitnorm.data import load_dataset as load_dataset
     from unitnorm.errors import UserError as UserError
-    from unitnorm.geometry import *
-    from unitnorm.updates import *
+    from unitnorm.geometry import filter_norms as filter_norms
+    from unitnorm.geometry import retraction as retraction
+    from unitnorm.geometry import tangent_projection as tangent_projection
+    from unitnorm.updates import *  # noqa: F403
 
 __version__ = "0.1.0"
 
 _ELSEWHERE = {
-    "ArchBN": "archbn.model",
-    "Dataset": "data",
-    "load_dataset": "data",
-    "UserError": "errors",
-}
+    "ArchBN": "archbn.model", "Dataset": "data", "load_dataset": "data", "UserError": "errors",
+    "filter_norms": "geometry", "retraction": "geometry", "tangent_projection": "geometry",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
+    if name.startswith("_") and name != "__all__":
+        raise AttributeError(f"module 'unitnorm' has no attribute {name!r}")
+    module = importlib.import_module(f"unitnorm.{_ELSEWHERE.get(name, 'updates')}")
     if name == "__all__":
-        lists = [importlib.import_module(f"unitnorm.{m}").__all__ for m in ("geometry", "updates")]
-        return ["__version__", *_ELSEWHERE, *lists[0], *lists[1]]
-    if name in _ELSEWHERE:
-        return getattr(importlib.import_module(f"unitnorm.{_ELSEWHERE[name]}"), name)
-    if not name.startswith("_"):
-        for module in ("geometry", "updates"):
-            found = importlib.import_module(f"unitnorm.{module}")
-            if name in found.__all__:
-                return getattr(found, name)
-    raise AttributeError(f"module 'unitnorm' has no attribute {name!r}")
+        return ["__version__", *_ELSEWHERE, *module.__all__]
+    if name not in _ELSEWHERE and name not in module.__all__:
+        raise AttributeError(f"module 'unitnorm' has no attribute {name!r}")
+    return getattr(module, name)
 
 
 def __dir__() -> list[str]:

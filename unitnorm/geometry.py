@@ -15,8 +15,6 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-__all__ = ["filter_norms", "retraction", "tangent_projection"]
-
 Axis = int | Sequence[int] | None
 
 VECTOR = 8  # float32 numbers that a CPU adds at once
@@ -235,6 +233,12 @@ def row_sums(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Arra
         pairs = [jax.lax.add(*pieces[i : i + 2]) for i in range(0, len(pieces) - 1, 2)]
         pieces = pairs + pieces[2 * len(pairs) :]
     return jnp.sum(pieces[0], -1, keepdims=True)
+
+
+def median(x: jax.Array) -> jax.Array:
+    """The median of all numbers, of every device."""
+    spec = jax.typeof(x).sharding.spec
+    return jnp.median(jax.sharding.reshard(x, jax.P()) if any(spec) else x)
 
 
 def _on_several_devices(x: jax.Array, axis: int) -> bool:

@@ -60,8 +60,8 @@ def b_sgd_median(
     """
 
     def median_norm(axes: Axes, w: jax.Array) -> jax.Array:
-        median = jnp.median(geometry.norms_of(w, axes))
-        return jnp.where(median == 0, 1, median)
+        found = geometry.median(geometry.norms_of(w, axes))
+        return jnp.where(found == 0, 1, found)
 
     def ahead(axes: Axes, w: jax.Array, g: jax.Array) -> jax.Array:
         return median_norm(axes, w) ** 2 * g

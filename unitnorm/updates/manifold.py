@@ -30,7 +30,6 @@ from unitnorm.updates.parts import (
     check_filters,
     check_off_manifold,
     correction,
-    kept_where_none,
     land,
     locate,
     map_filters,
@@ -97,10 +96,7 @@ def on_sphere(
         return OnSphereState(inner.init(widen(params)), radius)
 
     def update(
-        updates: optax.Updates,
-        state: OnSphereState,
-        params: optax.Params | None = None,
-        **extra: Any,
+        updates: optax.Updates, state: OnSphereState, params: optax.Params, **extra: Any
     ) -> tuple[optax.Updates, OnSphereState]:
         def project(axes: Axes, _: jax.Array, m: jax.Array, at: Point) -> jax.Array:
             return geometry.project(at.w, m, axes, at.squared).astype(m.dtype)
@@ -124,7 +120,7 @@ def on_sphere(
             steps = map_filters(project, axis, params, steps, at)
         radius = [state.radius] if off_manifold == "keep" else []
         moved = map_filters(move, axis, params, steps, at, *radius)
-        return moved, OnSphereState(kept_where_none(state.inner, after), state.radius)
+        return moved, OnSphereState(after, state.radius)
 
     return transformation(init, update)
 
@@ -183,7 +179,7 @@ def un(
         return general
 
     def update(
-        updates: optax.Updates, state: OnSphereState, params: optax.Params | None = None
+        updates: optax.Updates, state: OnSphereState, params: optax.Params, **extra: Any
     ) -> tuple[optax.Updates, OnSphereState]:
         factor, after = scale.update(jnp.ones([]), state.inner)  # −λ, also of a schedule
 
@@ -405,7 +401,7 @@ def un_carried(
     ) -> tuple[jax.Array, ...]:
         each = jnp.where(n == 0, 1, n)
         grown = n + geometry.norms_of(u, axes) ** 2 / each
-        return u / (jnp.median(n) if median else each), grown
+        return u / (geometry.median(n) if median else each), grown
 
     inner = optax.chain(
         optax.scale_by_learning_rate(learning_rate), stateful(leaf, (squares,), axis)

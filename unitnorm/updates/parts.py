@@ -11,7 +11,7 @@ not change when a filter that feeds a normalisation layer is scaled, ∇ℓ(w/�
 filter that starts off the manifold moves exactly as if it had been normalised first.
 
 `stateless` and `stateful` make a link of a function of one leaf. A gradient that is None, as of a
-frozen parameter, is passed over: its update is None and its state stays.
+frozen parameter, counts as zero, and its update is None: the parameter stays.
 """
 
 import dataclasses
@@ -97,7 +97,7 @@ def retract(
             refuse_off_manifold(params, map_filters(unit_leaf, axis, widen(params)))
         return link.init(params)
 
-    return transformation(init, link.update)
+    return optax.GradientTransformationExtraArgs(init, link.update)
 
 
 # --- One leaf ------------------------------------------------------------------------------------
@@ -185,13 +185,26 @@ def correction(decay: Number, count: jax.Array) -> jax.Array:
 def transformation(
     init: Callable[..., Any], update: Callable[..., Any]
 ) -> optax.GradientTransformationExtraArgs:
-    """An optax transformation whose `init` also takes shapes, as of jax.eval_shape, for shapes."""
+    """An optax transformation of `init` and of `update`, which takes extra arguments.
+
+    It needs parameters. A gradient that is None counts as zero, and its update is None. `init` also
+    takes shapes, as of jax.eval_shape, and gives shapes.
+    """
 
     def init_or_shapes(params: optax.Params) -> Any:
         abstract = any(isinstance(w, jax.ShapeDtypeStruct) for w in jax.tree.leaves(params))
         return jax.eval_shape(init, params) if abstract else init(params)
 
-    return optax.with_extra_args_support(optax.GradientTransformation(init_or_shapes, update))
+    def update_or_none(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
+    ) -> tuple[optax.Updates, Any]:
+        if params is None:
+            raise ValueError(NEEDS_PARAMS)
+        filled = jax.tree.map(lambda w, u: jnp.zeros_like(w) if u is None else u, params, updates)
+        steps, state = update(filled, state, params, **extra)
+        return jax.tree.map(lambda w, u, x: u if u is None else x, params, updates, steps), state
+
+    return optax.GradientTransformationExtraArgs(init_or_shapes, update_or_none)
 
 
 def stateless(
@@ -204,7 +217,7 @@ def stateless(
         return optax.EmptyState()
 
     def update(
-        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+        updates: optax.Updates, state: optax.OptState, params: optax.Params, **extra: Any
     ) -> tuple[optax.Updates, optax.OptState]:
         return map_filters(leaf, axis, params, updates), state
 
@@ -246,17 +259,15 @@ def stateful(
         return FilterState(jnp.zeros([], jnp.int32), memory)
 
     def update(
-        updates: optax.Updates, state: FilterState, params: optax.Params | None = None
+        updates: optax.Updates, state: FilterState, params: optax.Params, **extra: Any
     ) -> tuple[optax.Updates, FilterState]:
-        def row(axes: Axes, w: jax.Array, u: jax.Array | None, *memory: jax.Array) -> list[Any]:
-            if u is None:
-                return [None, *memory]
+        rows = []
+        for axes, w, u, *memory in _side_by_side(axis, params, updates, *state.memory):
             new, *after = leaf(axes, state.count, w, geometry.wide(u), *memory)
-            return [new, *(a.astype(b.dtype) for a, b in zip(after, memory, strict=True))]
-
-        rows = [row(*leaves) for leaves in _side_by_side(axis, params, updates, *state.memory)]
+            rows.append([new, *(a.astype(b.dtype) for a, b in zip(after, memory, strict=True))])
         columns = zip(*rows, strict=True) if rows else [()] * (1 + len(start))
-        steps, *trees = (jax.tree.structure(params).unflatten(column) for column in columns)
+        structure = jax.tree.structure(params)
+        steps, *trees = (jax.tree.unflatten(structure, column) for column in columns)
         return steps, FilterState(optax.safe_increment(state.count), pack(trees))
 
     return transformation(init, update)
@@ -270,56 +281,34 @@ def widened(inner: optax.GradientTransformation) -> optax.GradientTransformation
         return inner.init(widen(params))
 
     def update(
-        updates: optax.Updates,
-        state: optax.OptState,
-        params: optax.Params | None = None,
-        **extra: Any,
+        updates: optax.Updates, state: optax.OptState, params: optax.Params, **extra: Any
     ) -> tuple[optax.Updates, optax.OptState]:
-        if params is None:
-            raise ValueError(NEEDS_PARAMS)
-        steps, after = inner.update(widen(updates), state, widen(params), **extra)
-        leaves, treedef = jax.tree.flatten(params)
-        rounded = [
-            None if u is None else u.astype(w.dtype)
-            for w, u in zip(leaves, treedef.flatten_up_to(steps), strict=True)
-        ]
-        return treedef.unflatten(rounded), kept_where_none(state, after)
+        steps, state = inner.update(widen(updates), state, widen(params), **extra)
+        return jax.tree.map(lambda w, u: u.astype(w.dtype), params, steps), state
 
     return transformation(init, update)
-
-
-def kept_where_none(state: optax.OptState, after: optax.OptState) -> optax.OptState:
-    """The state after an update of optax, which puts None where a gradient is None."""
-    return jax.tree.map(lambda old, new: old if new is None else new, state, after)
 
 
 # --- Trees ---------------------------------------------------------------------------------------
 
 
 def map_filters(
-    function: Callable[..., Any], axis: AxisSpec, params: optax.Params | None, *trees: Any
+    function: Callable[..., Any], axis: AxisSpec, params: optax.Params, *trees: Any
 ) -> Any:
     """Apply function(axes, w, *leaves) to each leaf w of `params` and those of `trees` beside it.
 
-    None wherever a tree has None for a leaf.
-
     Raises:
-        ValueError: `params` is None; or a leaf has no filters, see `axes_of_leaves`.
+        ValueError: a leaf has no filters, see `axes_of_leaves`.
     """
-    results = [
-        None if any(leaf is None for leaf in leaves) else function(*leaves)
-        for leaves in _side_by_side(axis, params, *trees)
-    ]
-    return jax.tree.structure(params).unflatten(results)
+    results = [function(*leaves) for leaves in _side_by_side(axis, params, *trees)]
+    return jax.tree.unflatten(jax.tree.structure(params), results)
 
 
-def _side_by_side(axis: AxisSpec, params: optax.Params | None, *trees: Any) -> Iterable[Any]:
+def _side_by_side(axis: AxisSpec, params: optax.Params, *trees: Any) -> Iterable[Any]:
     """For each leaf of `params` its axes, itself, and what stands in its place in each tree."""
-    if params is None:
-        raise ValueError(NEEDS_PARAMS)
-    leaves, treedef = jax.tree.flatten(params)
-    beside = [treedef.flatten_up_to(tree) for tree in trees]
-    return zip(axes_of_leaves(params, axis), leaves, *beside, strict=True)
+    structure: Any = jax.tree.structure(params)
+    beside = [structure.flatten_up_to(tree) for tree in (params, *trees)]
+    return zip(axes_of_leaves(params, axis), *beside, strict=True)
 
 
 def axes_of_leaves(params: optax.Params, axis: AxisSpec) -> list[Axes]:

@@ -7,8 +7,11 @@ network has there, so that it moves the same way from every scaling of the start
 all other parameters and clipping are optax's: optax.add_decayed_weights, optax.clip_by_global_norm.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from unitnorm import geometry
@@ -21,8 +24,11 @@ from unitnorm.updates.parts import (
     Moments,
     Number,
     OffManifold,
+    Schedulable,
     correction,
+    map_filters,
     map_value,
+    norms_leaf,
     per_entry,
     per_filter,
     stateful,
@@ -386,3 +392,246 @@ def adam_srt(
         return u, turned, v * dot(w, w, axes) / squared
 
     return widened(stateful(leaf, Moments(per_entry, per_filter), axis))
+
+
+# --- Since 2023: norm or effective rate held ------------------------------------------------------
+
+
+def hyperball(
+    learning_rate: LearningRate,
+    inner: optax.GradientTransformation | None = None,
+    *,
+    axis: AxisSpec = None,
+    off_manifold: OffManifold = "normalize",
+) -> optax.GradientTransformationExtraArgs:
+    """Steps of fixed length at fixed norm: W ← R norm(W − λ R norm(u)), norm(x) = x/‖x‖.
+
+    u is what `inner` answers. The norms are those of filters; with `axis` of all axes, those of a
+    matrix, as published. R is 1; with off_manifold="keep" it is the norm at the start, as
+    published, and a network that notices the norm may use it.
+
+    Args:
+        inner: without a learning rate; default: optax.scale_by_adam(). With
+            optax.contrib.scale_by_muon() and whole matrices it is MuonH.
+
+    Source: Wen, Dang, Lyu, Ma and Liang (2026), Fantastic pretraining optimizers and where to find
+    them II: Hyperball optimization, arXiv 2606.16899.
+
+    >>> import jax.numpy as jnp, unitnorm
+    >>> w, g = jnp.array([[3.0], [4.0]]), jnp.array([[5.0], [0.0]])
+    >>> tx = unitnorm.hyperball(0.1, off_manifold="keep")
+    >>> step, _ = tx.update(g, tx.init(w), w)
+    >>> print(unitnorm.filter_norms(w + step))
+    [5.]
+    """
+    inner = optax.chain(
+        optax.scale_by_adam() if inner is None else inner,
+        stateless(lambda axes, w, u: geometry.unit(u, axes), axis),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+    return on_sphere(inner, tangent=(), axis=axis, off_manifold=off_manifold)
+
+
+def ngpt(
+    learning_rate: LearningRate,
+    b1: Number = 0.9,
+    b2: Number = 0.95,
+    eps: float = 1e-8,
+    *,
+    axis: AxisSpec = None,
+    off_manifold: OffManifold = "normalize",
+) -> optax.GradientTransformationExtraArgs:
+    """Adam, then unit norm, as nGPT trains its matrices: w ← Orth(w − λ m̂/(√v̂ + eps)).
+
+    nGPT normalises along the embedding: `axis` has to say which that is for each matrix. Its
+    network differs too; this is its optimiser alone. For another one than Adam:
+    `on_sphere(inner, tangent=())`.
+
+    Source: Loshchilov, Hsieh, Sun and Ginsburg (2024), nGPT: normalized transformer with
+    representation learning on the hypersphere, section 2.6 and the authors' code (NVIDIA/ngpt).
+
+    >>> import jax.numpy as jnp, unitnorm
+    >>> w, g = jnp.array([[1.0], [0.0]]), jnp.array([[0.0], [7.0]])
+    >>> tx = unitnorm.ngpt(0.75)
+    >>> step, _ = tx.update(g, tx.init(w), w)
+    >>> print((w + step).ravel().round(3))
+    [ 0.8 -0.6]
+    """
+    adam = optax.adam(learning_rate, b1, b2, eps)
+    return on_sphere(adam, tangent=(), axis=axis, off_manifold=off_manifold)
+
+
+def renorm_sgd(
+    learning_rate: LearningRate,
+    momentum: Number = 0.85,
+    *,
+    nesterov: bool = True,
+    axis: AxisSpec = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Unit norm, then a step of fixed length: w ← w/‖w‖ − λ u/‖u‖, m ← μ m + g, u = g + μ m.
+
+    Norms are one before the step and not after it. Where u is 0 there is no step.
+
+    Source: Jordan (2024), KellerJordan/research-airbench, renorm_airbench.py, whose rate is 0.07.
+
+    >>> import jax.numpy as jnp, unitnorm
+    >>> w, g = jnp.array([[2.0], [0.0]]), jnp.array([[0.0], [100.0]])
+    >>> tx = unitnorm.renorm_sgd(0.07)
+    >>> step, _ = tx.update(g, tx.init(w), w)
+    >>> print((w + step).ravel().round(3))
+    [ 1.   -0.07]
+    """
+
+    def leaf(
+        axes: Axes, count: jax.Array, w: jax.Array, g: jax.Array, m: jax.Array
+    ) -> tuple[jax.Array, ...]:
+        m = momentum * m + g
+        far = value_at(learning_rate, count)
+        towards = geometry.unit(g + momentum * m if nesterov else m, axes)
+        return geometry.unit(w, axes) - far * towards - w, m
+
+    return widened(stateful(leaf, (per_entry,), axis))
+
+
+def adamwn(
+    learning_rate: LearningRate,
+    b1: Number = 0.9,
+    b2: Number = 0.999,
+    eps: float = 1e-8,
+    *,
+    norm_ratio: Schedulable = 1.0,
+    update_rate: Schedulable = 0.01,
+    axis: AxisSpec = None,
+) -> optax.GradientTransformationExtraArgs:
+    """AdamW whose decay draws norms to a target: w ← w − λ m̂/(√v̂ + eps) − κ (1 − r‖w₀‖/‖w‖) w.
+
+    r is `norm_ratio`, κ is `update_rate`; r = 0 is weight decay κ, κ = 1 sets the norm at once. κ
+    is not multiplied by λ. The target is kept per filter, and κ = 0.01 is a choice made here.
+
+    Source: Loshchilov (2023), Weight norm control, equation (3), arXiv 2311.11446.
+
+    >>> import jax.numpy as jnp, unitnorm
+    >>> w, g = jnp.array([[2.0], [0.0]]), jnp.zeros((2, 1))
+    >>> tx = unitnorm.adamwn(0.1, norm_ratio=0.5, update_rate=1.0)
+    >>> step, _ = tx.update(g, tx.init(w), w)
+    >>> print((w + step).ravel())  # half its norm at once
+    [1. 0.]
+    """
+
+    def control(
+        axes: Axes, count: jax.Array, w: jax.Array, u: jax.Array, start: jax.Array
+    ) -> tuple[jax.Array, ...]:
+        target = value_at(norm_ratio, count) * start
+        excess = 1 - target * geometry.inverse_norms(geometry.norms_of(w, axes))
+        return u - value_at(update_rate, count) * excess * w, start
+
+    adam = optax.adam(learning_rate, b1, b2, eps)
+    return widened(optax.chain(adam, stateful(control, (norms_leaf,), axis)))
+
+
+def muon(
+    learning_rate: LearningRate,
+    momentum: Number = 0.95,
+    weight_decay: Number = 0.0,
+    *,
+    nesterov: bool = True,
+    axis: AxisSpec = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Momentum made orthogonal, of the matrix whose columns are the filters: optax.contrib.muon.
+
+    m ← μ m + (1−μ) g; of m̂ (with Nesterov, looked ahead) about the nearest matrix with orthonormal
+    rows or columns, by five Newton-Schulz steps, times √max(1, filters/entries). With `axis` of all
+    axes the matrix is one column. The kernels of a stack of layers are one matrix here.
+
+    Source: Jordan, Jin, Boza, You, Cesista, Newhouse and Bernstein (2024), Muon: an optimizer for
+    hidden layers in neural networks; momentum 0.95, Nesterov and five steps are theirs, λ is 0.02
+    in their code (KellerJordan/Muon).
+
+    >>> import jax.numpy as jnp, unitnorm
+    >>> w, g = jnp.eye(2), jnp.diag(jnp.array([1.0, 100.0]))
+    >>> tx = unitnorm.muon(0.1)
+    >>> step, _ = tx.update(g, tx.init(w), w)
+    >>> print(bool((jnp.diag(step) < -0.04).all()))  # both, whatever their gradients
+    True
+    """
+
+    def numbers(axes: Axes, w: jax.Array) -> optax.contrib.MuonDimensionNumbers:
+        others = tuple(a for a in range(w.ndim) if a not in axes)
+        return optax.contrib.MuonDimensionNumbers(axes, others)
+
+    return widened(
+        optax.contrib.muon(
+            learning_rate,
+            beta=momentum,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+            muon_weight_dimension_numbers=lambda params: map_filters(numbers, axis, params),
+        )
+    )
+
+
+def manifold_muon(
+    learning_rate: LearningRate,
+    *,
+    dual_steps: int = 10,
+    dual_rate: float = 0.1,
+    tolerance: float = 1e-6,
+    axis: AxisSpec = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Muon among orthonormal filters: W ← msign(W − λ A), WᵀW = 1, msign(U Σ Vᵀ) = U Vᵀ.
+
+    W has the filters as columns, or the entries where those are fewer. A = msign(G + 2 W Λ) is the
+    steepest direction of spectral norm one among the tangent ones, WᵀA + AᵀW = 0, for the right Λ:
+    dual ascent from Λ = −(WᵀG + GᵀW)/4 takes `dual_steps` steps Λ ← Λ − α (1 − k/K) (WᵀA + AᵀW),
+    and stops where their entries are below `tolerance`. The first update makes W orthonormal.
+    A singular value decomposition for each of these steps: for small matrices.
+
+    Source: Bernstein (2025), Modular manifolds (thinkingmachines.ai), and its code
+    (thinking-machines-lab/manifolds), whose K is 100 and α 0.01.
+
+    >>> import jax.numpy as jnp, unitnorm
+    >>> w, g = jnp.eye(3)[:, :2], jnp.ones((3, 2))
+    >>> tx = unitnorm.manifold_muon(0.1)
+    >>> step, _ = tx.update(g, tx.init(w), w)
+    >>> print(jnp.abs((w + step).T @ (w + step)).round(4))
+    [[1. 0.]
+     [0. 1.]]
+    """
+
+    def leaf(axes: Axes, count: jax.Array, w: jax.Array, g: jax.Array) -> tuple[jax.Array, ...]:
+        order = (*axes, *(a for a in range(w.ndim) if a not in axes))
+        entries = math.prod(w.shape[a] for a in axes)
+        wide = entries < w.size // max(entries, 1)
+
+        def as_tall(x: jax.Array) -> jax.Array:
+            matrix = x.transpose(order).reshape(entries, -1)
+            return matrix.T if wide else matrix
+
+        W, G = as_tall(w), as_tall(g)
+
+        def ascend(k: jax.Array, carried: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+            dual = carried[0]
+            A = _msign(G + 2 * _times(W, dual))
+            off = _times(W.T, A) + _times(A.T, W)
+            step = jnp.where(jnp.sqrt(jnp.mean(off**2)) < tolerance, 0, dual_rate)
+            return dual - step * (1 - k / dual_steps) * off, A
+
+        dual = -(_times(W.T, G) + _times(G.T, W)) / 4
+        A = jax.lax.fori_loop(0, dual_steps, ascend, (dual, jnp.zeros_like(W)))[1]
+        new = _msign(W - value_at(learning_rate, count) * A)
+        shape = [w.shape[a] for a in order]
+        moved = (new.T if wide else new).reshape(shape).transpose(np.argsort(order))
+        return (moved - w,)
+
+    return widened(stateful(leaf, (), axis))
+
+
+def _times(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(a, b, precision="highest")
+
+
+def _msign(x: jax.Array) -> jax.Array:
+    """U Vᵀ of x = U Σ Vᵀ; directions that x does not have are left out."""
+    u, s, vt = jnp.linalg.svd(x, full_matrices=False)
+    there = s > jnp.finfo(x.dtype).eps * max(x.shape) * jnp.max(s, initial=0)
+    return _times(u * there, vt)
