@@ -61,7 +61,7 @@ class Squares:
 def measure(workers: int, seconds: float, rounds: int) -> tuple[float, float]:
     """Seconds until workers have libraries and data, and those a group costs beside its own."""
     from unitnorm.run import records
-    from unitnorm.run.cluster import connect
+    from unitnorm.run.cluster import connect, identity
     from unitnorm.run.planner import complete
 
     data = {"": [*range(1000), np.zeros(55_000_000, np.uint8)]}
@@ -74,6 +74,7 @@ def measure(workers: int, seconds: float, rounds: int) -> tuple[float, float]:
         connect(None, workers, 1, print) as engine,
     ):
         engine.client.wait_for_workers(workers)
+        engine.client.run(identity)  # imports the libraries on each
 
         def store(found: Records, done: Sequence[Done] = ()) -> None:
             records.write(Path(folder), found)
