@@ -94,7 +94,8 @@ def study(
             for images in data.values():
                 plan.config_of(name).check_images(len(images.train_labels), ("train",))
         about = {name: {"sha256": images.sha256} for name, images in data.items()}
-        return Loaded(data, about, sum(count_runs(plan).values()))
+        lines = tuple(images.describe() for images in data.values())
+        return Loaded(data, about, sum(count_runs(plan).values()), lines=lines)
 
     with open_job(Study(plan), plan, load_all, training) as job:
         do_study(plan, find_config(plan_name), job)

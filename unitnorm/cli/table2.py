@@ -48,7 +48,8 @@ def completed(options: dict[str, Any], *, sweep_only: bool = False) -> Iterator[
         data = load_dataset(config.data.dataset, config.data.data_dir)
         config.check_images(len(data.train_labels))
         cells = list_cells(config)
-        return Loaded({"": data}, describe_data(data), 0 if sweep_only else len(cells), cells)
+        runs, lines = 0 if sweep_only else len(cells), (data.describe(),)
+        return Loaded({"": data}, describe_data(data), runs, cells, lines)
 
     experiment = Table2(config, sweep_only)
     with open_job(experiment, config, load, training) as job:
