@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 LOCK = .ci/requirements.lock
 INSTALLED = $(VENV)/.installed
 
-.PHONY: table2 test peers gpu docs install lint lock readme audit clean
+.PHONY: table2 test slow peers gpu docs install lint lock readme audit clean
 
 # Table 2 of the paper from nothing: sweep, train, report, into runs/table2/, which git ignores; the
 # published evidence in results/ stays as it is
@@ -17,6 +17,10 @@ table2: $(INSTALLED)
 # Lint, types and all tests
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# What takes minutes: thirty kills at any moment
+slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow
 
 # The updates and the benchmark's loops beside those of geoopt, pymanopt and PyTorch
 peers: $(INSTALLED)

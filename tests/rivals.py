@@ -136,3 +136,95 @@ def adam_srt(W, gradient, rate):
         M = (dots(W, new) * M - dots(M, new) * W) / squared
         W = new
         yield W
+
+
+def adam_direction(G, state, b1=0.9, b2=0.999):
+    """Adam's m̂/(√v̂ + 1e-8); state: (M, V, t)."""
+    M, V, t = state
+    M, V, t = b1 * M + (1 - b1) * G, b2 * V + (1 - b2) * G * G, t + 1
+    return M / (1 - b1**t) / (np.sqrt(V / (1 - b2**t)) + 1e-8), (M, V, t)
+
+
+def hyperball(W, gradient, rate):
+    R, state = lengths(W), (0.0, 0.0, 0)
+    while True:
+        U, state = adam_direction(gradient(W), state)
+        W = R * towards_sphere(W - rate * R * towards_sphere(U))
+        yield W
+
+
+def hyperball_of_momentum(W, gradient, rate):
+    """The norm of the whole matrix held, heavy-ball momentum 0.9 inside."""
+    R, M = np.linalg.norm(W), np.zeros_like(W)
+    while True:
+        M = 0.9 * M + gradient(W)
+        W = W - rate * R * M / np.linalg.norm(M)
+        W = R * W / np.linalg.norm(W)
+        yield W
+
+
+def ngpt(W, gradient, rate):
+    state = (0.0, 0.0, 0)
+    while True:
+        U, state = adam_direction(gradient(W), state, b2=0.95)
+        W = towards_sphere(W - rate * U)
+        yield W
+
+
+def renorm_sgd(W, gradient, rate, momentum=0.85, nesterov=True):
+    buffer = None
+    while True:
+        G = gradient(W)
+        buffer = G if buffer is None else momentum * buffer + G
+        D = G + momentum * buffer if nesterov else buffer
+        W = towards_sphere(W) - rate * towards_sphere(D)
+        yield W
+
+
+def adamwn(W, gradient, rate, ratio=1.0, update_rate=0.01):
+    start, state = lengths(W), (0.0, 0.0, 0)
+    while True:
+        U, state = adam_direction(gradient(W), state)
+        W = W - rate * U - update_rate * (1 - ratio * start / lengths(W)) * W
+        yield W
+
+
+def muon(W, gradient, rate, momentum=0.95, decay=0.0, nesterov=True):
+    """Here with filters as rows: Newton-Schulz commutes with the transpose."""
+    M = np.zeros_like(W)
+    for t in itertools.count(1):
+        G = gradient(W)
+        M = momentum * M + (1 - momentum) * G
+        X = M / (1 - momentum**t)
+        if nesterov:
+            X = momentum * M / (1 - momentum ** (t + 1)) + (1 - momentum) * G / (1 - momentum**t)
+        X = X / (np.linalg.norm(X) + 1e-8)
+        for _ in range(5):
+            A = X @ X.T
+            X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+        scale = max(1, W.shape[0] / W.shape[1]) ** 0.5
+        W = W - rate * (scale * X + decay * W)
+        yield W
+
+
+def msign(X):
+    U, _, V = np.linalg.svd(X, full_matrices=False)
+    return U @ V
+
+
+def manifold_muon(W, gradient, rate, dual_steps=10, dual_rate=0.1):
+    """Orthonormal columns: of the transpose where there are fewer rows than columns."""
+    turned = W.shape[0] < W.shape[1]
+    while True:
+        G = gradient(W)
+        X, G = (W.T, G.T) if turned else (W, G)
+        L = -(X.T @ G + G.T @ X) / 4
+        for k in range(dual_steps):
+            A = msign(G + 2 * X @ L)
+            H = X.T @ A + A.T @ X
+            if np.linalg.norm(H) / np.sqrt(H.size) < 1e-6:
+                break
+            L = L - dual_rate * (1 - k / dual_steps) * H
+        X = msign(X - rate * A)
+        W = X.T if turned else X
+        yield W

@@ -1,6 +1,5 @@
 """One contract for every update, and each update against its formula in float64 NumPy."""
 
-import functools
 import inspect
 import itertools
 import re
@@ -10,30 +9,25 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import linen, nnx
+from flax import linen
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tests import rivals
 from unitnorm import updates
-from unitnorm.updates import (
-    UPDATES,
-    build,
-    normalize_filters,
-    normalized_kernels,
-    normalized_kernels_nnx,
-    partition,
-)
+from unitnorm.updates import UPDATES, build, normalize_filters
 
 every_update = pytest.mark.parametrize("name", UPDATES)
 CONSTRAINED = [name for name, update in UPDATES.items() if update.constrained]
 # All but these leave a zero filter where it is.
 MOVES_DEAD_FILTERS = {
-    "b-sgd", "sgd-wd", "b-sgd-median", "sgdp", "adamp", "lars", "adam-srt",
+    "b-sgd", "sgd-wd", "b-sgd-median", "sgdp", "adamp", "lars", "adam-srt", "renorm-sgd", "adamwn",
+    "muon", "manifold-muon",
 }  # fmt: skip
 # These move every entry alike, so they need neither axes nor two of them.
 WITH_AXIS = [name for name in UPDATES if name not in {"b-sgd", "sgd-wd", "lars"}]
 # These go the same way from every scaling of their filters.
 INVARIANT = {*CONSTRAINED, "sm"} - {"un-carried"}
-ADAMS = {"un-adam", "adamp", "adam-g", "nero", "adam-srt"}
+ADAMS = {"un-adam", "adamp", "adam-g", "nero", "adam-srt", "hyperball", "ngpt", "adamwn", "muon"}
 STATELESS = {"b-sgd", "un", "sm", "normalize", "sgd-wd", "b-sgd-median"}
 
 LAYERS = {"conv": (3, 3, 2, 4), "dense": (12, 5)}
@@ -126,61 +120,14 @@ def off_unit(params):
 
 
 @every_update
-def test_extra_arguments_are_taken_and_the_second_call_compiles_nothing(name):
-    tx, traces = UPDATES[name].filters(0.1), []
-
-    @jax.jit
-    def update(grads, state, params):
-        traces.append(name)
-        return tx.update(grads, state, params, value=1.0, unexpected=jnp.ones(3))
-
-    params, state = kernels(), jax.jit(tx.init)(kernels())
-    for _ in range(2):
-        displacement, state = update(arrays(1), state, params)
-        params = jax.tree.map(jnp.add, params, displacement)
-    assert len(traces) == 1
-    assert_close(params, last(train(tx, kernels(), lambda _: arrays(1), 2)))
-
-
-@every_update
-def test_a_state_tells_what_of_it_is_shaped_like_parameters(name):
-    tx = UPDATES[name].filters(0.1)
-    state = tx.init(kernels())
-    jax.tree.map(
-        np.testing.assert_array_equal, optax.tree.map_params(tx, lambda v: v, state), state
-    )
-    shapes = []
-    optax.tree.map_params(tx, lambda v: shapes.append(jnp.shape(v)), state)
-    assert set(shapes) <= {LAYERS["conv"], (1, 1, 1, LAYERS["conv"][-1])}
-    assert bool(shapes) == (name not in STATELESS)
-
-
-@every_update
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
-def test_states_are_stable_under_cond(name, dtype):
-    with jax.enable_x64(dtype == "float64"):
-        tx = UPDATES[name].filters(0.1)
-        params, grads = kernels(dtype=dtype), arrays(1, dtype)
-
-        @jax.jit
-        def maybe(go, state):
-            return jax.lax.cond(go, lambda: tx.update(grads, state, params), lambda: (grads, state))
-
-        state = tx.init(params)
-        for go in (True, False):
-            displacement, after = maybe(go, state)
-            assert dtypes(displacement) == [jnp.dtype(dtype)]
-            state = jax.lax.cond(go, lambda after=after: after, lambda state=state: state)
-
-
-@every_update
-def test_one_compilation_serves_every_step_and_every_rate(name):
+def test_one_compilation_serves_every_step_and_rate_and_extra_arguments_are_taken(name):
     traces = []
 
     @jax.jit
     def step(params, state, rate):
         traces.append(name)
-        displacement, state = build(name, rate, True).update(arrays(1), state, params)
+        tx = build(name, rate, True)
+        displacement, state = tx.update(arrays(1), state, params, value=1.0, more=jnp.ones(3))
         return optax.apply_updates(params, displacement), state
 
     params, state = kernels(), build(name, 0.1, True).init(kernels())
@@ -192,94 +139,81 @@ def test_one_compilation_serves_every_step_and_every_rate(name):
 
 
 @every_update
-def test_the_state_does_not_depend_on_the_rate_and_is_empty_where_it_can_be(name):
-    tx = build(name, 0.1, True)
-    state = jax.eval_shape(tx.init, kernels())
-    traced = jax.eval_shape(lambda rate, p: build(name, rate, True).init(p), 0.1, kernels())
-    assert state == traced
-    assert bool(jax.tree.leaves(state)) == (name not in STATELESS)
-
-
-@every_update
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_dtypes_are_kept(name, dtype):
-    params, grads = kernels(dtype=dtype), arrays(1, dtype)
+def test_a_state_is_empty_where_it_can_be_and_tells_what_is_shaped_like_parameters(name):
     tx = UPDATES[name].filters(0.1)
-    state = tx.init(params)
-    displacement, new_state = tx.update(grads, state, params)
-    assert {u.dtype for u in jax.tree.leaves(displacement)} == {jnp.dtype(dtype)}
-    assert dtypes(new_state) == dtypes(state)
-    # Gradients and rates of another dtype change that of parameters and state no more.
-    tx = build(name, jnp.float32(0.1), True)
-    displacement, new_state = tx.update(arrays(1), tx.init(params), params)
-    assert dtypes(new_state) == dtypes(tx.init(params))
-    moved = optax.apply_updates(params, displacement)
-    assert {w.dtype for w in jax.tree.leaves(moved)} == {jnp.dtype(dtype)}
-    exact = optax.apply_updates(
-        kernels(), one_update(UPDATES[name].filters(0.1), arrays(1), kernels())
+    state = tx.init(kernels())
+    jax.tree.map(
+        np.testing.assert_array_equal, optax.tree.map_params(tx, lambda v: v, state), state
     )
-    # Rounded as parameters, as a displacement and as their sum, none of them above two.
-    assert farthest(moved, exact) < 3 * 2 * float(jnp.finfo(dtype).eps)
+    shapes = []
+    optax.tree.map_params(tx, lambda v: shapes.append(jnp.shape(v)), state)
+    assert set(shapes) <= {LAYERS["conv"], (1, 1, 1, LAYERS["conv"][-1])}
+    assert bool(shapes) == (name not in STATELESS | {"manifold-muon"})
+    assert bool(jax.tree.leaves(state)) == (name not in STATELESS)
+    traced = jax.eval_shape(lambda rate, p: build(name, rate, True).init(p), 0.1, kernels())
+    assert jax.eval_shape(build(name, 0.1, True).init, kernels()) == traced  # whatever the rate
 
 
 @every_update
-def test_under_cond(name):
-    tx = UPDATES[name].filters(0.1)
-    params, grads = kernels(), arrays(1)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_dtypes_are_kept_and_stable_under_cond(name, dtype):
+    with jax.enable_x64(dtype == "float64"):
+        tx = UPDATES[name].filters(0.1)
+        params, grads = kernels(dtype=dtype), arrays(1, dtype)
 
-    @jax.jit
-    def maybe(go):
+        @jax.jit
+        def maybe(go, state):
+            return jax.lax.cond(go, lambda: tx.update(grads, state, params), lambda: (grads, state))
+
         state = tx.init(params)
-        still = jax.tree.map(jnp.zeros_like, params)
-        update = jax.lax.cond(go, lambda: tx.update(grads, state, params), lambda: (still, state))
-        return update[0]
-
-    assert_close(maybe(True), one_update(tx, grads, params))
-    assert farthest(maybe(False), jax.tree.map(jnp.zeros_like, params)) == 0
+        displacement, after = maybe(True, state)
+        assert dtypes(displacement) == [jnp.dtype(dtype)]
+        assert_close(
+            displacement, one_update(tx, grads, params), atol=4e-3 if "16" in dtype else 1e-6
+        )
+        same = maybe(False, state)[1]
+        jax.tree.map(np.testing.assert_array_equal, same, state)
+        assert dtypes(after) == dtypes(same) == dtypes(state)
+    if "16" in dtype:  # gradients and rates of another dtype change parameters and state no more
+        tx = build(name, jnp.float32(0.1), True)
+        displacement, after = tx.update(arrays(1), tx.init(params), params)
+        assert dtypes(after) == dtypes(tx.init(params))
+        moved = optax.apply_updates(params, displacement)
+        assert dtypes(moved) == [jnp.dtype(dtype)]
+        exact = one_update(UPDATES[name].filters(0.1), arrays(1), kernels())
+        exact = optax.apply_updates(kernels(), exact)
+        # Rounded as parameters, as a displacement and as their sum, none of them above two.
+        room = 10 if name == "manifold-muon" else 3  # its start is not orthonormal
+        assert farthest(moved, exact) < room * 2 * float(jnp.finfo(dtype).eps)
 
 
 @every_update
-def test_vmap_is_a_loop(name):
+def test_vmap_over_starts_and_rates_is_a_loop(name):
     def stack(trees):
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
     starts, grads = [kernels(s) for s in range(3)], [arrays(s) for s in (7, 8, 9)]
-    rates = [0.05, 0.1, 0.2]
 
     def two_steps(params, grads, rate):
-        tx = build(name, rate, True)
-        state = tx.init(params)
-        for _ in range(2):
-            displacement, state = tx.update(grads, state, params)
-            params = optax.apply_updates(params, displacement)
-        return params
+        return last(train(build(name, rate, True), params, lambda _: grads, 2))
 
-    together = jax.jit(jax.vmap(two_steps))(stack(starts), stack(grads), jnp.array(rates))
+    rates = jnp.array([0.05, 0.1, 0.2])
+    together = jax.jit(jax.vmap(two_steps))(stack(starts), stack(grads), rates)
     single = jax.jit(two_steps)
     assert_close(together, stack(list(map(single, starts, grads, rates))), rtol=1e-5)
-
-
-@every_update
-def test_a_constant_schedule_is_a_constant(name):
-    constant = train(UPDATES[name].filters(0.1), kernels(), lambda _: arrays(1), 4)
-    schedule = optax.constant_schedule(0.1)
-    scheduled = train(UPDATES[name].filters(schedule), kernels(), lambda _: arrays(1), 4)
-    assert_close(scheduled, constant, rtol=1e-6)
 
 
 @every_update
 def test_inject_hyperparams(name):
     injected = optax.inject_hyperparams(UPDATES[name].filters)(learning_rate=0.1)
     state = injected.init(kernels())
-
     for rate in (0.1, 0.3):
         state.hyperparams["learning_rate"] = jnp.float32(rate)
-        expected = one_update(UPDATES[name].filters(rate), arrays(1), kernels())
         displacement, after = injected.update(arrays(1), state, kernels())
         alone = UPDATES[name].filters(rate)
-        _, inner = alone.update(arrays(1), alone.init(kernels()), kernels())
+        expected, inner = alone.update(arrays(1), alone.init(kernels()), kernels())
         assert_close(after.inner_state, inner, atol=1e-5)
-        # optax corrects the bias of Adam by 1 - b2, which in float32 has lost four digits.
+        # A decay of 0.999 in float32 is 0.001 to four digits.
         assert_close(displacement, expected, atol=1e-4 if name in ADAMS else 1e-6)
 
 
@@ -295,43 +229,35 @@ def test_multi_steps_moves_by_the_mean_gradient(name):
 
 
 @every_update
-def test_last_in_a_chain(name):
-    plain = UPDATES[name].filters(0.1)
-    chained = optax.chain(optax.clip_by_global_norm(0.5), plain)
-    clipped = one_update(optax.clip_by_global_norm(0.5), arrays(1), kernels())
-    displacement = one_update(chained, arrays(1), kernels())
-    assert_close(displacement, one_update(plain, clipped, kernels()))
-    moved = optax.apply_updates(kernels(), displacement)
-    assert (off_unit(moved) < 1e-6) == UPDATES[name].constrained
-
-
-@every_update
-@pytest.mark.parametrize(
-    "selection",
-    [
-        {"layer": True, "theta": False, "shift": False},
-        {"layer": "filters", "theta": "rest", "shift": "rest"},
-        lambda params: {**dict.fromkeys(params, False), "layer": True},
-    ],
-    ids=["mask", "labels", "function"],
-)
-def test_partition_sends_filters_and_the_rest_to_their_own(name, selection):
+@pytest.mark.parametrize("form", ["mask", "labels", "function"])
+def test_partition_sends_filters_and_the_rest_to_their_own(name, form):
+    """Each after its own clipping, and filters at a learning rate of their own."""
     rest = {"theta": arrays(3)["conv"], "shift": jnp.ones(4)}
     params = {"layer": kernels(), **rest}
     grads = {"layer": arrays(1), "theta": arrays(4)["conv"], "shift": jnp.full(4, 2.0)}
-    together = train(build(name, 0.1, selection), params, lambda _: grads, 2)
-    filters = train(UPDATES[name].filters(0.1), kernels(), lambda _: grads["layer"], 2)
-    others = train(UPDATES[name].rest(0.1), rest, lambda _: {k: grads[k] for k in rest}, 2)
+    mask = {key: key == "layer" for key in params}
+    selection = {
+        "mask": mask,
+        "labels": {key: "filters" if mask[key] else "rest" for key in mask},
+        "function": lambda params: mask,
+    }[form]
+    tx = build(name, 0.1, selection, filters_learning_rate=0.02)
+    together = train(optax.chain(optax.clip(0.5), tx), params, lambda _: grads, 2)
+    clipped = jax.tree.map(lambda g: jnp.clip(g, -0.5, 0.5), grads)
+    filters = train(UPDATES[name].filters(0.02), kernels(), lambda _: clipped["layer"], 2)
+    others = train(UPDATES[name].rest(0.1), rest, lambda _: {k: clipped[k] for k in rest}, 2)
     assert_close(together, {"layer": filters, **others})
 
 
 @every_update
 def test_converges_on_a_scale_invariant_function(name):
     start, target = kernels()["conv"], kernels(5)["conv"]
+    if name == "manifold-muon":  # what it can reach
+        target = jnp.linalg.qr(target.reshape(18, 4))[0].reshape(start.shape)
     rate = {"lars": 0.01, "rotational-sgd": 1.0}.get(name, 0.1)
     tx = UPDATES[name].filters(optax.cosine_decay_schedule(rate, 300))
     end = train_compiled(tx, start, jax.grad(lambda w: invariant_loss(w, target)), 300)
-    np.testing.assert_allclose(end / norms(end), target, atol=1e-3)
+    np.testing.assert_allclose(end / norms(end), target, atol=2e-3)
 
 
 @every_update
@@ -339,12 +265,18 @@ def test_on_the_manifold_after_1000_steps_if_and_only_if_constrained(name):
     random = np.random.default_rng(0)
     start, target = (jnp.asarray(w, jnp.float32) for w in random.normal(size=(2, 28, 28, 8)))
     start, target = start / norms(start), 2 * target / norms(target)
+    steps = 50 if name == "manifold-muon" else 1000
     # The gradient is not tangent, as large as the filters, and changes all along.
     end = train_compiled(
-        UPDATES[name].filters(0.01), start, lambda w: w - target + jnp.sin(40 * w) / 2, 1000
+        UPDATES[name].filters(0.01), start, lambda w: w - target + jnp.sin(40 * w) / 2, steps
     )
-    assert off_unit(end) < 1e-6 if UPDATES[name].constrained else off_unit(end) > 1e-2
     assert farthest(end, start) > 0.05
+    if name == "manifold-muon":
+        matrix = np.asarray(end, float).reshape(-1, 8)
+        np.testing.assert_allclose(matrix.T @ matrix, np.eye(8), atol=1e-5)
+    else:
+        bound = 1e-3 if name == "renorm-sgd" else 1e-2  # one step of 0.01 from unit norm
+        assert off_unit(end) < 1e-6 if UPDATES[name].constrained else off_unit(end) > bound
 
 
 @every_update
@@ -355,9 +287,58 @@ def test_dead_filters_and_zero_gradients_give_no_nan(name):
         for w, g in zip(jax.tree.leaves(path), jax.tree.leaves(grads), strict=True):
             assert np.all(np.isfinite(w))
             stays = name not in MOVES_DEAD_FILTERS or not np.any(g)
-            assert np.all(w[..., 1] == 0) == stays
-    if name != "sgd-wd":
+            assert np.all(np.abs(w[..., 1]) < 1e-6) == stays
+    if name not in {"sgd-wd", "manifold-muon"}:
         assert_close(path, jax.tree.map(lambda w: jnp.stack([w] * 3), dead), atol=2e-7)
+
+
+@every_update
+def test_a_gradient_of_none_moves_nothing_and_counts_as_zero(name):
+    params = {"frozen": kernels(3)["conv"], "layer": kernels()["conv"]}
+    grads = {"frozen": None, "layer": arrays(1)["conv"]}
+    zeros = {"frozen": jnp.zeros_like(params["frozen"]), "layer": grads["layer"]}
+    tx = UPDATES[name].filters(0.1)
+    start = tx.init(params)
+    found, state = tx.update(grads, start, params)
+    expected, after = tx.update(zeros, start, params)
+    assert found["frozen"] is None
+    assert_close(found["layer"], expected["layer"])
+    assert_close(state, after)
+
+
+@every_update
+def test_shapes_alone_give_the_shapes_of_a_state(name):
+    tx = build(name, 0.1, {"layer": True, "rest": False})
+    params = {"layer": kernels(dtype=jnp.bfloat16)["conv"], "rest": jnp.ones(4)}
+    shapes = tx.init(jax.eval_shape(lambda: params))
+    real = tx.init(params)
+    assert jax.tree.structure(shapes) == jax.tree.structure(real)
+    assert [(x.shape, x.dtype) for x in jax.tree.leaves(shapes)] == [
+        (x.shape, x.dtype) for x in jax.tree.leaves(real)
+    ]
+
+
+@pytest.mark.parametrize("split", ["filters", "entries"])
+@pytest.mark.parametrize("axis", [0, -1])
+@pytest.mark.parametrize("name", [n for n in UPDATES if "muon" not in n])  # optax's reshapes
+def test_on_a_mesh_with_explicit_axes_it_moves_as_on_one_device(name, axis, split):
+    random = np.random.default_rng(0)
+    w, g = random.normal(size=(2, 64, 128)).astype("f4")
+    w /= np.linalg.norm(w, axis=axis, keepdims=True)
+    expected = last(train(UPDATES[name].filters(0.1, axis=axis), jnp.asarray(w), lambda _: g, 2))
+    mesh = jax.make_mesh((2,), ("x",), (AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        over = (
+            PartitionSpec("x") if (split == "filters") == (axis == -1) else PartitionSpec(None, "x")
+        )
+        w, g = (jax.device_put(a, NamedSharding(mesh, over)) for a in (w, g))
+        tx = UPDATES[name].filters(0.1, axis=axis)
+        found = jax.jit(lambda w: last(train(tx, w, lambda _: g, 2)))(w)
+        assert jax.typeof(found).sharding.spec == jax.typeof(w).sharding.spec
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+    if UPDATES[name].constrained:
+        lengths = np.linalg.norm(np.asarray(found, float), axis=axis)
+        np.testing.assert_allclose(lengths, 1, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", WITH_AXIS)
@@ -377,10 +358,22 @@ def test_explicit_axes(name, axis):
     expected = filters_first(one_update(UPDATES[name].filters(0.1), grads, params))
     grads, params = filters_first(grads), filters_first(params)
     assert_close(one_update(build(name, 0.1, True, axis=axis), grads, params), expected)
-    if name in {"sgdp", "adamp"}:
-        return  # these look at the filters alone where the gradient is nearly tangent
+    if name in {"sgdp", "adamp", "adamwn", "muon", "manifold-muon"}:
+        return  # these notice the filters later, or in certain places alone, or see both axes
     # The axes matter: by default this is another update.
     assert farthest(one_update(UPDATES[name].filters(0.1), grads, params), expected) > 1e-3
+
+
+@every_update
+def test_a_whole_kernel_is_one_filter(name):
+    """Over all axes a kernel moves as a vector does: as the only filter of a matrix."""
+    w, g = (x["conv"] / jnp.linalg.norm(x["conv"]) for x in (kernels(), arrays(1)))
+    every = tuple(range(w.ndim))
+    path = train(UPDATES[name].filters(0.1, axis=every), w, lambda _: g, 2)
+    column = train(UPDATES[name].filters(0.1), w.reshape(-1, 1), lambda _: g.reshape(-1, 1), 2)
+    assert_close(path.reshape(2, -1, 1), column)
+    if UPDATES[name].constrained:
+        np.testing.assert_allclose(jnp.linalg.norm(path[-1]), 1, atol=1e-6)
 
 
 def test_one_explicit_axis_serves_every_leaf():
@@ -658,16 +651,6 @@ def test_un_that_carries_the_norm_may_share_its_median():
         assert (np.abs(found - expected).max() < 1e-12) == close
 
 
-@every_update
-def test_filters_may_have_a_learning_rate_of_their_own(name):
-    params = {"layer": kernels()["conv"], "shift": jnp.ones(4)}
-    grads = {"layer": arrays(1)["conv"], "shift": jnp.full(4, 2.0)}
-    selection = {"layer": True, "shift": False}
-    found = one_update(build(name, 0.1, selection, filters_learning_rate=0.02), grads, params)
-    for leaf, rate in (("layer", 0.02), ("shift", 0.1)):
-        assert_close(found[leaf], one_update(build(name, rate, selection), grads, params)[leaf])
-
-
 def test_the_first_step_with_momentum_is_that_of_un():
     heavy_ball = one_update(updates.un_momentum(0.1), arrays(1), kernels())
     plain = one_update(updates.un(0.1), arrays(1), kernels())
@@ -683,7 +666,7 @@ def test_buffers_are_tangent_where_they_are_used(factory):
         state = tx.init(w)
         for seed in (1, 2, 3):
             displacement, state = tx.update(arrays(seed, w.dtype)["conv"], state, w)
-            buffer = state[1].mu if factory is updates.un_adam else state[1].momentum
+            buffer = state.inner[0].memory[0]
             assert np.abs(jnp.sum(w * buffer, (0, 1, 2))).max() < 1e-14
             assert np.abs(buffer).max() > 1e-2
             w = optax.apply_updates(w, displacement)
@@ -768,13 +751,13 @@ def test_filters_off_the_manifold_are_normalised_or_refused(name):
     strict.init(kernels())
     strict.init(kernels(dtype=jnp.bfloat16))
     strict.init(jax.tree.map(lambda w: w.at[..., 0].set(0), kernels()))
-    with pytest.raises(ValueError, match=r"conv of shape \(3, 3, 2, 4\).*\(0, 1, 2\).*norm 100"):
+    with pytest.raises(ValueError, match=r"conv of shape \(3, 3, 2, 4\).*norm 100"):
         strict.init(off)
     with pytest.raises(ValueError, match=r"conv.* norm nan"):
         strict.init(jax.tree.map(lambda w: w.at[0, 0, 0, 0].set(jnp.nan), kernels()))
     with pytest.raises(ValueError, match="outside jit"):
         jax.jit(strict.init)(kernels())
-    with pytest.raises(ValueError, match="normalize, raise, trust; got 'warn'"):
+    with pytest.raises(ValueError, match="raise, trust, keep; got 'warn'"):
         UPDATES[name].filters(0.1, off_manifold="warn")
     trusting = one_update(UPDATES[name].filters(0.1, off_manifold="trust"), arrays(1), kernels())
     assert_close(trusting, one_update(UPDATES[name].filters(0.1), arrays(1), kernels()))
@@ -829,122 +812,6 @@ def test_selections_that_do_not_fit_are_refused(selection, complaint):
 def test_axes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="axis does not fit"):
         updates.un(0.1, axis={"conv": 0}).init(kernels(layers=BOTH))
-
-
-# --- Choosing the kernels that feed a normalisation ----------------------------------------------
-
-
-class Cnn(nnx.Module):
-    """No name tells a normalised kernel from another, and some start at zero."""
-
-    def __init__(self, rngs):
-        zeros, ones = nnx.initializers.zeros_init(), nnx.initializers.ones_init()
-        self.classifier = nnx.Conv(2, 4, (3, 3), use_bias=False, rngs=rngs)  # ReLU, normalised
-        self.norm0 = nnx.BatchNorm(4, rngs=rngs)
-        self.b = nnx.Linear(4, 4, rngs=rngs)  # its bias, a ReLU, normalised
-        self.norm1 = nnx.BatchNorm(4, rngs=rngs)
-        self.a = nnx.Conv(4, 4, (3, 3), rngs=rngs)  # normalised with a scale that starts at zero
-        self.norm2 = nnx.BatchNorm(4, scale_init=zeros, bias_init=ones, rngs=rngs)
-        self.batchnorm = nnx.Linear(4, 4, rngs=rngs)  # normalised by layer
-        self.norm3 = nnx.LayerNorm(4, rngs=rngs)
-        self.filters = nnx.Linear(4, 3, kernel_init=zeros, rngs=rngs)  # not normalised
-
-    def __call__(self, x):
-        x = self.norm0(nnx.relu(self.classifier(x)))
-        x = self.norm1(nnx.relu(self.b(x)))
-        x = nnx.relu(self.norm2(nnx.max_pool(self.a(x), (2, 2), (2, 2))))
-        return self.filters(self.norm3(self.batchnorm(jnp.mean(x, (1, 2)))))
-
-
-IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(16, 6, 6, 2)), jnp.float32)
-NORMALIZED = {"a", "classifier"}
-
-
-def test_normalized_kernels_of_an_nnx_model_train_at_unit_norm():
-    model = Cnn(nnx.Rngs(0))
-    before = jax.tree.map(jnp.copy, nnx.state(model))
-    mask = normalized_kernels_nnx(model, IMAGES)
-    assert_close(nnx.state(model), before, atol=0)  # its running statistics too
-    params = nnx.state(model, nnx.Param)
-    assert jax.tree.structure(mask) == jax.tree.structure(params)
-    found = {path[0].key for path, chosen in jax.tree.leaves_with_path(mask) if chosen}
-    assert found == NORMALIZED
-    assert sum(jax.tree.leaves(mask)) == len(NORMALIZED)  # their kernels, not their biases
-
-    nnx.update(model, normalize_filters(params, mask))
-    optimizer = nnx.Optimizer(model, build("un-adam", 0.05, mask), wrt=nnx.Param)
-    before = jax.tree.map(jnp.copy, nnx.state(model, nnx.Param))
-
-    @nnx.jit
-    def step(model, optimizer):
-        grads = nnx.grad(lambda model: jnp.mean((model(IMAGES) - 1) ** 2))(model)
-        optimizer.update(model, grads)
-
-    for _ in range(6):
-        step(model, optimizer)
-    for layer in NORMALIZED:
-        kernel = getattr(model, layer).kernel[...]
-        assert off_unit(kernel) < 1e-6
-        assert np.abs(kernel - before[layer]["kernel"][...]).max() > 1e-3
-    assert off_unit(model.batchnorm.kernel[...]) > 1e-2
-    assert np.abs(model.filters.kernel[...]).max() > 1e-3
-
-
-class Mlp(linen.Module):
-    """A residual network of which two kernels are normalised, one is gated and one is unused."""
-
-    @linen.compact
-    def __call__(self, x, train=True):
-        def norm(y):
-            return linen.BatchNorm(use_running_average=not train)(y)
-
-        h = linen.relu(norm(linen.Dense(8, name="first")(x)))
-        h = h + norm(linen.Dense(8, name="skipped")(h))
-        h = h * self.param("gate", linen.initializers.ones, (1, 8))
-        self.param("unused", linen.initializers.ones, (3, 3))
-        return linen.Dense(3, name="norm_kernel")(h)
-
-
-def test_normalized_kernels_of_a_linen_model():
-    x = jnp.asarray(np.random.default_rng(1).normal(size=(32, 5)), jnp.float32)
-    variables = jax.jit(Mlp().init)(jax.random.key(0), x)
-
-    @functools.partial(jax.jit, static_argnames="train")
-    def apply(params, train=True):
-        state = {"params": params, "batch_stats": variables["batch_stats"]}
-        return Mlp().apply(state, x, train=train, mutable=["batch_stats"])[0]
-
-    mask = normalized_kernels(apply, variables["params"])
-    chosen = {path[0].key for path, leaf in jax.tree.leaves_with_path(mask) if leaf}
-    assert chosen == {"first", "skipped"}
-    moved = train(
-        partition(updates.un(0.1), optax.adam(0.1), mask),
-        normalize_filters(variables["params"], mask),
-        jax.grad(lambda p: jnp.mean((apply(p) - 1) ** 2)),
-        3,
-    )
-    for layer in ("first", "skipped"):
-        assert off_unit(moved[layer]["kernel"][-1]) < 1e-6
-    with pytest.raises(ValueError, match="training mode"):
-        normalized_kernels(lambda p: apply(p, train=False), variables["params"])
-    with pytest.raises(ValueError, match="not finite"):
-        normalized_kernels(lambda p: apply(p) / 0, variables["params"])
-
-
-def test_normalized_kernels_over_an_explicit_axis():
-    x = jnp.asarray(np.random.default_rng(1).normal(size=(32, 5)), jnp.float32)
-    params = {"rows": jnp.ones((8, 5)), "out": jnp.ones((8, 3))}
-
-    def apply(params):
-        h = x @ params["rows"].T
-        return ((h - h.mean(0)) / h.std(0)) @ params["out"]
-
-    axis = {"rows": 1, "out": None}
-    rows = {"rows": updates.FilterAxes((1,)), "out": False}
-    assert normalized_kernels(apply, params, axis=axis) == rows
-    assert normalized_kernels(apply, params) == {"rows": updates.FilterAxes((1,)), "out": False}
-    with pytest.raises(ValueError, match="no kernel"):
-        normalized_kernels(apply, params, axis={"rows": 0, "out": 0})
 
 
 def test_normalize_filters_touches_the_selected_alone():

@@ -19,8 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from unitnorm.archbn import training
+from unitnorm.archbn.batches import Images, draw_split
 from unitnorm.archbn.config import Config
+from unitnorm.archbn.model import archbn
+from unitnorm.archbn.protocol import BOLD_DRIVER
+from unitnorm.archbn.run_many import Program
+from unitnorm.archbn.starts import START
+from unitnorm.archbn.training import Arm, Settings, Task, make_training
 from unitnorm.bench.worker import RATE
 from unitnorm.data import Dataset, load_dataset
 from unitnorm.run import checkpoints, devices
@@ -42,13 +47,17 @@ def config_of(images: int, validation_share: float = VALIDATION_SHARE) -> Config
 
 def make_program(
     depth: int, seeds: int, updates: Sequence[str], images: int, variants: int, data: Dataset
-) -> training.Program:
+) -> Program:
     """The program that `unitnorm train` would make of these runs."""
-    config = config_of(images)
     runs = np.repeat(np.arange(seeds), variants)
-    settings = training.Settings(runs, np.full(len(runs), RATE))
-    arms = [(training.Arm(update), settings) for update in updates]
-    return training.Program("bench", config, depth, training.train_phase(config), arms, data)
+    settings = Settings(runs, np.full(len(runs), RATE))
+    arms = [(Arm(update), settings) for update in updates]
+    return Program("bench", make_task(depth, config_of(images), data), arms, data)
+
+
+def make_task(depth: int, config: Config, data: Dataset) -> Task:
+    """ArchBN on a data set."""
+    return Task(config, archbn(config.model, data.train_images.shape[1], data.classes, depth))
 
 
 def make_epoch(
@@ -61,23 +70,21 @@ def make_epoch(
       anything is evaluated in it: its time is that of its steps.
     """
     config = config_of(images, validation_share=0.0)
-    network = training.archbn(config.model, data.train_images.shape[1], data.classes, depth)
-    phase, arm = training.train_phase(config), training.Arm(update)
-    given = training.Settings(
+    trained = make_training(make_task(depth, config, data), Arm(update))
+    given = Settings(
         np.arange(runs, dtype=np.uint32), np.full(runs, RATE, np.float32),
-        schedule=np.full(runs, training.protocol.BOLD_DRIVER, np.int32), spread=np.zeros((runs, 3)),
+        schedule=np.full(runs, BOLD_DRIVER, np.int32), spread=np.zeros((runs, len(START))),
     )  # fmt: skip
-    state = jax.jit(jax.vmap(partial(training.init_run, network, phase, arm)))(given)
-    split = partial(training.init_split, phase, images=len(data.train_labels))
+    state = jax.jit(jax.vmap(trained.init))(given)
+    sizes = config.train.train_images, config.train.validation_images
+    split = partial(draw_split, "train", sizes, len(data.train_labels))
     splits = jax.jit(jax.vmap(split))(given.seed)
     arrays = [
-        training.Images(data.train_images, data.train_labels),
-        training.Images(data.test_images, data.test_labels),
-    ]
-    epoch = partial(training.epoch, network, phase, arm)
-    together = jax.vmap(epoch, in_axes=(0, 0, None, None, None))
-    fixed = jax.device_put((np.int32(0), *arrays))
-    return together, (splits, state, *fixed), lambda state: (splits, state, *fixed)
+        Images(data.train_images, data.train_labels), Images(data.test_images, data.test_labels)
+    ]  # fmt: skip
+    together = jax.vmap(trained.epoch, in_axes=(None, None, None, 0, 0))
+    fixed = jax.device_put((*arrays, np.int32(0)))
+    return together, (*fixed, splits, state), lambda state: (*fixed, splits, state)
 
 
 def nothing() -> Iterator[dict[str, Any]]:
@@ -144,7 +151,7 @@ class OptaxLoop:
         config: Config,
         make: Callable[[Any], optax.GradientTransformation] = lambda _: optax.sgd(RATE),
     ):
-        network = training.archbn(config.model, mnist.train_images.shape[1], mnist.classes, depth)
+        self._network = network = make_task(depth, config, mnist).network
         self.batch = config.loss.batch_size
         self.x = jnp.asarray(mnist.train_images, jnp.float32)
         self.y = jnp.asarray(mnist.train_labels, jnp.int32)
@@ -178,7 +185,7 @@ class OptaxLoop:
 
     def weights(self) -> list[np.ndarray]:
         """Every W and θ, one filter per row, first layer first."""
-        found = [*training.filters(self.params), self.params["theta"]["W"]]
+        found = [*self._network.filters(self.params), self.params["theta"]["W"]]
         return [np.asarray(w) for w in found]
 
 

@@ -37,73 +37,55 @@ import optax
 
 from unitnorm.updates.euclidean import b_sgd, b_sgd_median, sgd_wd, sm, weight_norm
 from unitnorm.updates.manifold import (
+    assert_on_manifold,
     normalize,
+    on_sphere,
     un,
     un_adam,
     un_carried,
     un_momentum,
     un_nesterov,
 )
-from unitnorm.updates.parts import LearningRate, retract, riemannian_gradient, tangent_momentum
+from unitnorm.updates.parts import LearningRate, retract, riemannian_gradient
 from unitnorm.updates.rivals import (
     adam_g,
     adam_srt,
     adamp,
+    adamwn,
+    hyperball,
     lars,
+    manifold_muon,
+    muon,
     nero,
+    ngpt,
+    renorm_sgd,
     rotational_sgd,
     sgd_g,
     sgdp,
 )
 from unitnorm.updates.selection import (
     FilterAxes,
-    KernelReport,
     Selection,
     axes_of_selection,
-    examine_kernels,
     normalize_filters,
+    partition,
+)
+from unitnorm.updates.symmetries import (
+    KernelReport,
+    examine_kernels,
     normalized_kernels,
     normalized_kernels_nnx,
-    partition,
 )
 
 __all__ = [
-    "UPDATES",
-    "FilterAxes",
-    "KernelReport",
-    "Update",
-    "adam_g",
-    "adam_srt",
-    "adamp",
-    "axes_of_selection",
-    "b_sgd",
-    "b_sgd_median",
-    "build",
-    "check_update_name",
-    "examine_kernels",
-    "find_update",
-    "lars",
-    "nero",
-    "normalize",
-    "normalize_filters",
-    "normalized_kernels",
-    "normalized_kernels_nnx",
-    "partition",
-    "retract",
-    "riemannian_gradient",
-    "rotational_sgd",
-    "sgd_g",
-    "sgd_wd",
-    "sgdp",
-    "sm",
-    "tangent_momentum",
-    "un",
-    "un_adam",
-    "un_carried",
-    "un_momentum",
-    "un_nesterov",
-    "weight_norm",
-]
+    "UPDATES", "FilterAxes", "KernelReport", "Update", "adam_g", "adam_srt", "adamp", "adamwn",
+    "assert_on_manifold", "axes_of_selection", "b_sgd", "b_sgd_median", "build",
+    "check_update_name", "examine_kernels", "find_update", "hyperball", "lars", "manifold_muon",
+    "muon", "nero", "ngpt", "normalize", "normalize_filters", "normalized_kernels",
+    "normalized_kernels_nnx", "on_sphere", "partition", "renorm_sgd", "retract",
+    "riemannian_gradient", "rotational_sgd", "sgd_g", "sgd_wd", "sgdp", "sm", "un", "un_adam",
+    "un_carried", "un_momentum", "un_nesterov", "weight_norm",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -119,6 +101,8 @@ class Update:
 
 _heavy_ball = functools.partial(optax.sgd, momentum=0.9)
 _nesterov = functools.partial(optax.sgd, momentum=0.9, nesterov=True)
+_jordan = functools.partial(optax.sgd, momentum=0.85, nesterov=True)
+_adam = functools.partial(optax.adam, b2=0.95)
 
 _UPDATES = (
     Update("b-sgd", b_sgd, optax.sgd, False, "gradient descent (the paper's B-SGD)"),
@@ -140,6 +124,12 @@ _UPDATES = (
     Update("adam-srt", adam_srt, optax.adam, False, "Adam turned along (Roburin et al. 2022)"),
     Update("un-carried", un_carried, optax.sgd, True, "UN at B-SGD's effective rates"),
     Update("b-sgd-median", b_sgd_median, optax.sgd, False, "B-SGD, each layer's median norm held"),
+    Update("hyperball", hyperball, optax.adam, True, "steps of fixed length (Wen et al. 2026)"),
+    Update("ngpt", ngpt, _adam, True, "Adam, then unit norm (Loshchilov et al. 2024)"),
+    Update("renorm-sgd", renorm_sgd, _jordan, False, "unit norm, then a fixed step (Jordan 2024)"),
+    Update("adamwn", adamwn, optax.adam, False, "Adam, norms drawn to a target (Loshchilov 2023)"),
+    Update("muon", muon, optax.adam, False, "orthogonal momentum (Jordan et al. 2024)"),
+    Update("manifold-muon", manifold_muon, optax.adam, False, "orthonormal (Bernstein 2025)"),
 )
 UPDATES: Mapping[str, Update] = MappingProxyType({update.name: update for update in _UPDATES})
 
