@@ -1,10 +1,12 @@
-"""The rivals' published rules in float64 NumPy, one filter per row, written from their sources.
+"""The rules of all updates in float64 NumPy, one filter per row, written from their sources.
 
 Each yields W after every step. The options are those of the publications.
 """
 
 import itertools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -18,6 +20,100 @@ def lengths(A):
 
 def towards_sphere(W):
     return W / lengths(W)
+
+
+def project(W, Z):
+    return Z - np.diag(np.diag(Z @ W.T)) @ W
+
+
+def b_sgd(W, gradient, rate):
+    while True:
+        W = W - rate * gradient(W)
+        yield W
+
+
+def un(W, gradient, rate):
+    while True:
+        W = towards_sphere(W - rate * project(W, gradient(W)))
+        yield W
+
+
+def un_momentum(W, gradient, rate):
+    M = np.zeros_like(W)
+    while True:
+        M = 0.9 * project(W, M) + project(W, gradient(W))
+        W = towards_sphere(W - rate * M)
+        yield W
+
+
+def un_nesterov(W, gradient, rate):
+    M = np.zeros_like(W)
+    while True:
+        R = project(W, gradient(W))
+        M = 0.9 * project(W, M) + R
+        W = towards_sphere(W - rate * (R + 0.9 * M))
+        yield W
+
+
+def un_adam(W, gradient, rate):
+    M, v = np.zeros_like(W), np.zeros(len(W))
+    for t in itertools.count(1):
+        R = project(W, gradient(W))
+        M = 0.9 * project(W, M) + 0.1 * R
+        v = 0.999 * v + 0.001 * np.diag(R @ R.T)
+        size = np.sqrt(v / (1 - 0.999**t)) + 1e-8
+        W = towards_sphere(W - rate * M / (1 - 0.9**t) / size[:, None])
+        yield W
+
+
+def sm(W, gradient, rate):
+    while True:
+        W = W - rate * np.diag(np.diag(W @ W.T)) @ gradient(W)
+        yield W
+
+
+def normalize(W, gradient, rate):
+    while True:
+        W = towards_sphere(W - rate * gradient(W))
+        yield W
+
+
+def weight_norm(W, gradient, rate):
+    """Descent on v and g by automatic differentiation through W(v, g)."""
+
+    def of(v, g):
+        return g[:, None] * v / jnp.linalg.norm(v, axis=1, keepdims=True)
+
+    v, g = jnp.asarray(W), jnp.linalg.norm(W, axis=1)
+    while True:
+        G = gradient(np.asarray(of(v, g)))
+        dv, dg = jax.grad(lambda v, g, G=G: jnp.sum(of(v, g) * G), (0, 1))(v, g)
+        v, g = v - rate * dv, g - rate * dg
+        yield np.asarray(of(v, g))
+
+
+def sgd_wd(W, gradient, rate):
+    while True:
+        W = W - rate * (gradient(W) + 5e-4 * W)
+        yield W
+
+
+def un_carried(W, gradient, rate, median=False):
+    n = np.diag(W @ W.T)
+    while True:
+        R = project(W, gradient(W))
+        size = np.full_like(n, np.median(n)) if median else n
+        W = towards_sphere(W - rate * R / size[:, None])
+        n = n + rate**2 * np.diag(R @ R.T) / n
+        yield W
+
+
+def b_sgd_median(W, gradient, rate):
+    while True:
+        norms = np.sqrt(np.diag(W @ W.T))
+        W = W - rate * np.median(norms) ** 2 * gradient(W)
+        W = W / np.median(np.sqrt(np.diag(W @ W.T)))
+        yield W
 
 
 def heo_projection(W, G, P, delta):

@@ -1,17 +1,14 @@
 """The updates, for any optax training: each is one function and one entry in `UPDATES`.
 
-To add one, write its function in `manifold` (filters keep unit norm) or `euclidean`, out of the
-links in `parts`, and its entry in the table below. It then works with `build`, in every command
-that takes --update, and in the contract tests. All of it, for the sign of the Riemannian gradient:
+To add one, write its function in `manifold` (filters keep unit norm) or `euclidean`, out of optax's
+own transformations and what is in `parts`, and its entry in the table below. It then works with
+`build`, in every command that takes --update, and in the contract tests. All of it, for the sign
+of the Riemannian gradient:
 
     def un_sign(learning_rate, *, axis=None, off_manifold="normalize"):
         \"\"\"Sign of the Riemannian gradient: w ← Orth(w − λ sign(Π_w(∇ℓ))).\"\"\"
-        return optax.chain(
-            riemannian_gradient(axis),
-            optax.scale_by_sign(),
-            optax.scale_by_learning_rate(learning_rate),
-            retract(axis, off_manifold),
-        )
+        inner = optax.sign_sgd(learning_rate)
+        return on_sphere(inner, tangent=["gradient"], axis=axis, off_manifold=off_manifold)
 
     Update("un-sign", un_sign, optax.sgd, True, "sign of UN's direction"),
 
@@ -37,7 +34,6 @@ import optax
 
 from unitnorm.updates.euclidean import b_sgd, b_sgd_median, sgd_wd, sm, weight_norm
 from unitnorm.updates.manifold import (
-    assert_on_manifold,
     normalize,
     on_sphere,
     un,
@@ -46,7 +42,7 @@ from unitnorm.updates.manifold import (
     un_momentum,
     un_nesterov,
 )
-from unitnorm.updates.parts import LearningRate, retract, riemannian_gradient
+from unitnorm.updates.parts import AxisSpec, LearningRate, refuse_off_manifold, widen
 from unitnorm.updates.rivals import (
     adam_g,
     adam_srt,
@@ -82,8 +78,8 @@ __all__ = [
     "assert_on_manifold", "axes_of_selection", "b_sgd", "b_sgd_median", "build",
     "check_update_name", "examine_kernels", "find_update", "hyperball", "lars", "manifold_muon",
     "muon", "nero", "ngpt", "normalize", "normalize_filters", "normalized_kernels",
-    "normalized_kernels_nnx", "on_sphere", "partition", "renorm_sgd", "retract",
-    "riemannian_gradient", "rotational_sgd", "sgd_g", "sgd_wd", "sgdp", "sm", "un", "un_adam",
+    "normalized_kernels_nnx", "on_sphere", "partition", "renorm_sgd",
+    "rotational_sgd", "sgd_g", "sgd_wd", "sgdp", "sm", "un", "un_adam",
     "un_carried", "un_momentum", "un_nesterov", "weight_norm",
 ]  # fmt: skip
 
@@ -248,3 +244,27 @@ def build(
         update.rest(learning_rate) if rest is None else rest,
         filters,
     )
+
+
+def assert_on_manifold(
+    params: optax.Params, filters: Selection = True, *, axis: AxisSpec = None
+) -> None:
+    """Raise unless every selected filter has unit norm: for a test, or every so many steps.
+
+    An update that something scales after it, such as optax.chain(unitnorm.un(0.1), optax.scale(2)),
+    leaves the manifold in silence; this says so.
+
+    Args:
+        params: parameters, not traced.
+        filters: which leaves are filters, as for `build`.
+        axis: axes over which one filter runs, see `parts.AxisSpec`; default: as selected.
+
+    Raises:
+        ValueError: a filter's norm is neither 0 nor 1 within 1e-5, or within four times the
+            precision of a coarser dtype; with the leaf and the norm.
+
+    >>> import jax.numpy as jnp, unitnorm
+    >>> unitnorm.assert_on_manifold({"kernel": jnp.eye(2), "bias": jnp.ones(2)},
+    ...                             {"kernel": True, "bias": False})
+    """
+    refuse_off_manifold(params, normalize_filters(widen(params), filters, axis=axis))

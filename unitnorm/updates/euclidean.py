@@ -3,12 +3,13 @@
 `axis` and `learning_rate` are as in `manifold`.
 """
 
-import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
 
 from unitnorm import geometry
 from unitnorm.updates.parts import (
+    Arrays,
     Axes,
     AxisSpec,
     LearningRate,
@@ -59,14 +60,14 @@ def b_sgd_median(
     [1.118 1.    1.   ]
     """
 
-    def median_norm(axes: Axes, w: jax.Array) -> jax.Array:
+    def median_norm(axes: Axes, w: Array) -> Array:
         found = geometry.median(geometry.norms_of(w, axes))
         return jnp.where(found == 0, 1, found)
 
-    def ahead(axes: Axes, w: jax.Array, g: jax.Array) -> jax.Array:
+    def ahead(axes: Axes, w: Array, g: Array) -> Array:
         return median_norm(axes, w) ** 2 * g
 
-    def divide(axes: Axes, w: jax.Array, u: jax.Array) -> jax.Array:
+    def divide(axes: Axes, w: Array, u: Array) -> Array:
         return (w + u) / median_norm(axes, w + u) - w
 
     rate = optax.scale_by_learning_rate(learning_rate)
@@ -126,7 +127,7 @@ def sm(
     [ 4. -2.]
     """
 
-    def leaf(axes: Axes, w: jax.Array, g: jax.Array) -> jax.Array:
+    def leaf(axes: Axes, w: Array, g: Array) -> Array:
         return geometry.norms_of(w, axes) ** 2 * g
 
     return widened(optax.chain(stateless(leaf, axis), optax.scale_by_learning_rate(learning_rate)))
@@ -152,9 +153,7 @@ def weight_norm(
     [1.5 0. ] [1.5]
     """
 
-    def leaf(
-        axes: Axes, count: jax.Array, w: jax.Array, grad: jax.Array, v: jax.Array, g: jax.Array
-    ) -> tuple[jax.Array, ...]:
+    def leaf(axes: Axes, count: Array, w: Array, grad: Array, v: Array, g: Array) -> Arrays:
         rate = value_at(learning_rate, count)
         norms = geometry.norms_of(v, axes)
         by_norm = jnp.sum(geometry.unit(v, axes) * grad, axes, keepdims=True)
@@ -162,7 +161,7 @@ def weight_norm(
         v, g = v - rate * by_direction, g - rate * by_norm
         return g * geometry.unit(v, axes) - w, v, g
 
-    def direction(axes: Axes, w: jax.Array) -> jax.Array:
+    def direction(axes: Axes, w: Array) -> Array:
         return geometry.wide(w)
 
     return widened(stateful(leaf, (direction, norms_leaf), axis))

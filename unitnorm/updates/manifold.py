@@ -2,7 +2,7 @@
 
 All share the arguments `learning_rate` (a number, a traced scalar or an optax schedule), `axis`
 (axes over which one filter runs, by default every axis but the last; see `parts.AxisSpec`) and
-`off_manifold` ("normalize", "raise", "trust" or "keep"; see `parts.retract`), and all raise
+`off_manifold` ("normalize", "raise", "trust" or "keep"; see `on_sphere`), and all raise
 ValueError for a leaf without filters. Send biases, scales and classifiers elsewhere, with
 `updates.build` or optax.partition. The update is a displacement: optax.apply_updates lands on the
 manifold, and nothing may scale it afterwards; `assert_on_manifold` looks. Weight decay is not
@@ -11,42 +11,38 @@ secret.
 """
 
 from collections.abc import Collection
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
 
 from unitnorm import geometry
 from unitnorm.updates.parts import (
+    Arrays,
     Axes,
     AxisSpec,
     LearningRate,
     Moments,
     Number,
-    OffManifold,
-    Point,
     Schedulable,
     check_filters,
-    check_off_manifold,
     correction,
-    land,
-    locate,
     map_filters,
     norms_leaf,
     per_entry,
     per_filter,
     refuse_off_manifold,
-    riemannian,
     stateful,
     transformation,
     unit_leaf,
     value_at,
     widen,
 )
-from unitnorm.updates.selection import Selection, normalize_filters
 
 Tangent = Literal["gradient", "moments", "step"]
+OffManifold = Literal["normalize", "raise", "trust", "keep"]
 
 
 class OnSphereState(NamedTuple):
@@ -75,8 +71,20 @@ def on_sphere(
             or `trace`, before each update. "step": what it answers. Empty: nothing, and a
             Euclidean step is normalised.
         axis: axes over which one filter runs, see `parts.AxisSpec`.
-        off_manifold: see `parts.retract`. With "keep", each filter keeps the norm R that it starts
-            with, and ‖w‖ ∇ℓ(w) is the gradient by w/R whatever the network.
+        off_manifold: what becomes of filters that do not start at unit norm. "normalize": the
+            first update normalises them. "raise": `init` refuses them, and needs concrete
+            parameters for that. Zero filters, which stay where they are, are allowed by both.
+            "trust": there are none of either kind, and gradients are tangent or nearly so, as those
+            of filters that feed a normalisation layer; nobody looks, and an update may leave out
+            what only others need. "keep": each keeps the norm R that it starts with, and ‖w‖ ∇ℓ(w)
+            is the gradient by w/R whatever the network.
+
+    The new norm is one to the rounding of the larger of w and the new w: for a filter of norm far
+    above one the first update lands only nearly on the manifold, and the second on it.
+
+    Raises:
+        ValueError: by `init`, for a leaf without filters or, with "raise", off the manifold; or for
+            a filter whose squared norm is out of range.
 
     >>> import jax.numpy as jnp, optax, unitnorm
     >>> w, g = jnp.array([[3.0], [4.0]]), jnp.array([[1.0], [0.0]])
@@ -85,7 +93,9 @@ def on_sphere(
     >>> print(unitnorm.filter_norms(w + step).round(4))
     [5.]
     """
-    check_off_manifold(off_manifold)
+    if off_manifold not in get_args(OffManifold):
+        names = ", ".join(get_args(OffManifold))
+        raise ValueError(f"off_manifold must be one of {names}; got {off_manifold!r}")
     inner = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> OnSphereState:
@@ -98,19 +108,18 @@ def on_sphere(
     def update(
         updates: optax.Updates, state: OnSphereState, params: optax.Params, **extra: Any
     ) -> tuple[optax.Updates, OnSphereState]:
-        def project(axes: Axes, _: jax.Array, m: jax.Array, at: Point) -> jax.Array:
+        def project(axes: Axes, _: Array, m: Array, at: _Point) -> Array:
             return geometry.project(at.w, m, axes, at.squared).astype(m.dtype)
 
-        def gradient(axes: Axes, _: jax.Array, g: jax.Array, at: Point) -> jax.Array:
-            return riemannian(axes, at, g) if "gradient" in tangent else at.norms * geometry.wide(g)
+        def gradient(axes: Axes, _: Array, g: Array, at: _Point) -> Array:
+            return (
+                _riemannian(axes, at, g) if "gradient" in tangent else at.norms * geometry.wide(g)
+            )
 
-        def unit(axes: Axes, _: jax.Array, at: Point) -> jax.Array:
+        def unit(axes: Axes, _: Array, at: _Point) -> Array:
             return at.w * geometry.inverse_norms(at.norms)
 
-        def move(axes: Axes, w: jax.Array, u: jax.Array, at: Point, *radius: Any) -> jax.Array:
-            return land(axes, w, at, u, *radius)
-
-        at = map_filters(locate, axis, params)
+        at = map_filters(_locate, axis, params)
         gradients = map_filters(gradient, axis, params, updates, at)
         memory = state.inner
         if "moments" in tangent:
@@ -119,10 +128,37 @@ def on_sphere(
         if "step" in tangent:
             steps = map_filters(project, axis, params, steps, at)
         radius = [state.radius] if off_manifold == "keep" else []
-        moved = map_filters(move, axis, params, steps, at, *radius)
+        moved = map_filters(_land, axis, params, steps, at, *radius)
         return moved, OnSphereState(after, state.radius)
 
     return transformation(init, update)
+
+
+class _Point(NamedTuple):
+    """Where a leaf is, in at least float32."""
+
+    w: Array
+    squared: Array  # ⟨w, w⟩, with the axes of a filter at length one
+
+    @property
+    def norms(self) -> Array:
+        return jnp.sqrt(self.squared)
+
+
+def _locate(axes: Axes, w: Array) -> _Point:
+    return _Point(geometry.wide(w), geometry.inner(geometry.wide(w), geometry.wide(w), axes))
+
+
+def _riemannian(axes: Axes, at: _Point, g: Array) -> Array:
+    """‖w‖ Π_w(g)."""
+    return at.norms * geometry.project(at.w, geometry.wide(g), axes, at.squared)
+
+
+def _land(axes: Axes, w: Array, u: Array, at: _Point, radius: Array | float = 1.0) -> Array:
+    """The displacement from w to Orth(w/‖w‖ + u), or to that times the radius."""
+    # ‖w‖ (w/‖w‖ + u): the retraction divides by the norm, so this needs no division of its own.
+    new = geometry.unit(at.w + at.norms * u, axes)
+    return ((new if isinstance(radius, float) else radius * new) - at.w).astype(w.dtype)
 
 
 def _map_moments(function: Any, state: optax.OptState) -> optax.OptState:
@@ -160,7 +196,7 @@ def un(
     same outputs; UN, as every update here, goes another way from there.
 
     Raises:
-        ValueError: by `init` and `update`, for a leaf without filters; see `parts.retract`.
+        ValueError: by `init` and `update`, for a leaf without filters; see `on_sphere`.
 
     Source: Badrinarayanan, Mishra and Cipolla (2015), equation (2) and Table 1.
 
@@ -183,11 +219,11 @@ def un(
     ) -> tuple[optax.Updates, OnSphereState]:
         factor, after = scale.update(jnp.ones([]), state.inner)  # −λ, also of a schedule
 
-        def leaf(axes: Axes, w: jax.Array, g: jax.Array) -> jax.Array:
+        def leaf(axes: Axes, w: Array, g: Array) -> Array:
             if axes == (w.ndim - 1,) and w.size <= ROW_STEP_SIZE:
                 return _row_step(w, g, factor)
-            at = locate(axes, w)
-            return land(axes, w, at, factor * riemannian(axes, at, g))
+            at = _locate(axes, w)
+            return _land(axes, w, factor * _riemannian(axes, at, g), at)
 
         return map_filters(leaf, axis, params, updates), OnSphereState(after, ())
 
@@ -199,7 +235,7 @@ def un(
 ROW_STEP_SIZE = 1 << 16
 
 
-def _row_step(w: jax.Array, g: jax.Array, factor: jax.Array) -> jax.Array:
+def _row_step(w: Array, g: Array, factor: Array) -> Array:
     """The displacement of UN for unit filters w over the last axis, with tangent gradient g.
 
     Orth(w/‖w‖ − λ ‖w‖ Π_w(g)) = Orth(w − λ ⟨w, w⟩ (g − ⟨w, g⟩/⟨w, w⟩ w)), `factor` being −λ: with
@@ -215,7 +251,7 @@ def _row_step(w: jax.Array, g: jax.Array, factor: jax.Array) -> jax.Array:
     share = inner / jnp.where(squared == 0, 1, squared)
     rate = factor * squared
 
-    def step(w: jax.Array, g: jax.Array) -> jax.Array:
+    def step(w: Array, g: Array) -> Array:
         return w + rate * (g - share * w)
 
     if short:
@@ -254,9 +290,7 @@ def un_momentum(
     [-0.32999998]
     """
 
-    def leaf(
-        axes: Axes, count: jax.Array, w: jax.Array, r: jax.Array, m: jax.Array
-    ) -> tuple[jax.Array, ...]:
+    def leaf(axes: Axes, count: Array, w: Array, r: Array, m: Array) -> Arrays:
         decay = value_at(momentum, count)
         m = decay * m + r
         return r + decay * m if nesterov else m, m
@@ -321,9 +355,7 @@ def un_adam(
     [-0.1]
     """
 
-    def leaf(
-        axes: Axes, count: jax.Array, w: jax.Array, r: jax.Array, mu: jax.Array, nu: jax.Array
-    ) -> tuple[jax.Array, ...]:
+    def leaf(axes: Axes, count: Array, w: Array, r: Array, mu: Array, nu: Array) -> Arrays:
         mu = b1 * mu + (1 - b1) * r
         nu = b2 * nu + (1 - b2) * geometry.inner(r, r, axes)
         size = jnp.sqrt(nu / correction(b2, count)) + eps
@@ -393,12 +425,10 @@ def un_carried(
     [[1.5625]]
     """
 
-    def squares(axes: Axes, w: jax.Array) -> jax.Array:
+    def squares(axes: Axes, w: Array) -> Array:
         return norms_leaf(axes, w) ** 2
 
-    def leaf(
-        axes: Axes, count: jax.Array, w: jax.Array, u: jax.Array, n: jax.Array
-    ) -> tuple[jax.Array, ...]:
+    def leaf(axes: Axes, count: Array, w: Array, u: Array, n: Array) -> Arrays:
         each = jnp.where(n == 0, 1, n)
         grown = n + geometry.norms_of(u, axes) ** 2 / each
         return u / (geometry.median(n) if median else each), grown
@@ -407,28 +437,3 @@ def un_carried(
         optax.scale_by_learning_rate(learning_rate), stateful(leaf, (squares,), axis)
     )
     return on_sphere(inner, tangent=["gradient"], axis=axis, off_manifold=off_manifold)
-
-
-def assert_on_manifold(
-    params: optax.Params, filters: Selection = True, *, axis: AxisSpec = None
-) -> None:
-    """Raise unless every selected filter has unit norm: for a test, or every so many steps.
-
-    An update that something scales after it, such as optax.chain(unitnorm.un(0.1), optax.scale(2)),
-    leaves the manifold in silence; this says so.
-
-    Args:
-        params: parameters, not traced.
-        filters: which leaves are filters, as for `build`.
-        axis: axes over which one filter runs, see `parts.AxisSpec`; default: as selected.
-
-    Raises:
-        ValueError: a filter's norm is neither 0 nor 1 within 1e-5, or within four times the
-            precision of a coarser dtype; with the leaf and the norm.
-
-    >>> import jax.numpy as jnp, unitnorm
-    >>> unitnorm.assert_on_manifold({"kernel": jnp.eye(2), "bias": jnp.ones(2)},
-    ...                             {"kernel": True, "bias": False})
-    """
-    real = jax.tree.map(lambda w: w if jnp.iscomplexobj(w) else geometry.wide(w), params)
-    refuse_off_manifold(params, normalize_filters(real, filters, axis=axis))

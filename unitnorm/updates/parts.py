@@ -1,27 +1,20 @@
-"""The links from which an update is chained: optax transformations that know what a filter is.
+"""What updates are made of: links of a chain, a leaf's geometry, and trees of filters.
 
-An update on the oblique manifold is an optax optimiser inside `manifold.on_sphere`, or reads
-
-    optax.chain(riemannian_gradient(axis), ..., optax.scale_by_learning_rate(lr), retract(axis))
-
-`retract` comes last, for whatever scales an update after it takes the filters off the manifold.
-Whatever shapes the step, the learning rate included, goes between the two. In between, steps are in
-at least float32 and are those of the *normalised* filter w/‖w‖: since the loss of a network does
-not change when a filter that feeds a normalisation layer is scaled, ∇ℓ(w/‖w‖) = ‖w‖ ∇ℓ(w), so a
-filter that starts off the manifold moves exactly as if it had been normalised first.
-
-`stateless` and `stateful` make a link of a function of one leaf. A gradient that is None, as of a
-frozen parameter, counts as zero, and its update is None: the parameter stays.
+A link is an optax transformation that knows what a filter is: `stateless` and `stateful` make one
+of a function of a single leaf. Chain links with optax's own, and put the chain into
+`manifold.on_sphere` for filters at unit norm, or into `widened` for free ones. A gradient that is
+None, as of a frozen parameter, counts as zero, and its update is None: the parameter stays.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, NamedTuple, TypeGuard, get_args
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
 from jax.typing import ArrayLike
 
 from unitnorm import geometry
@@ -32,135 +25,39 @@ AxisSpec = geometry.Axis | Any | Callable[[str], geometry.Axis]
 # A number, a traced scalar, or an optax schedule: from the count of updates to one of these.
 Schedulable = ArrayLike | Callable[[Any], Any]
 LearningRate = Schedulable
-Number = float | jax.Array
+Number = float | Array
 Axes = tuple[int, ...]
-OffManifold = Literal["normalize", "raise", "trust", "keep"]
+Arrays = tuple[Array, ...]
 NEEDS_PARAMS = "this step depends on where the parameters are: call update(grads, state, params)"
 
 
-def riemannian_gradient(axis: AxisSpec = None) -> optax.GradientTransformationExtraArgs:
-    """Turn the gradient g at w into ‖w‖ (g − ⟨w, g⟩ w / ‖w‖²): the Riemannian one at w/‖w‖.
-
-    Equation (2) of the paper, first line, per filter. A zero filter gives zero.
-
-    >>> import jax.numpy as jnp, unitnorm
-    >>> w, g = jnp.array([[2.0], [0.0]]), jnp.array([[5.0], [7.0]])
-    >>> link = unitnorm.riemannian_gradient()
-    >>> print(link.update(g, link.init(w), w)[0].ravel())
-    [ 0. 14.]
-    """
-
-    def leaf(axes: Axes, w: jax.Array, g: jax.Array) -> jax.Array:
-        return riemannian(axes, locate(axes, w), g)
-
-    return stateless(leaf, axis)
-
-
-def retract(
-    axis: AxisSpec = None, off_manifold: OffManifold = "normalize"
-) -> optax.GradientTransformationExtraArgs:
-    """Turn a step u into the displacement Orth(w/‖w‖ + u) − w, so that w + displacement has norm 1.
-
-    The last link of a chain. A zero filter stays where it is. The new norm is one to the rounding
-    of the larger of w and the new w: for a filter of norm far above one the first update lands
-    only nearly on the manifold, and the second on it.
-
-    Args:
-        axis: axes over which one filter runs, see `AxisSpec`.
-        off_manifold: what becomes of filters that do not start at unit norm. "normalize": the
-            first update normalises them. "raise": `init` refuses them, and needs concrete
-            parameters for that. Zero filters are allowed by both. "trust": there are none of
-            either kind, and gradients are tangent or nearly so, as those of filters that feed a
-            normalisation layer; nobody looks, and an update may leave out what only others need.
-            "keep": the filters stay at the norm that they have now.
-
-    Raises:
-        ValueError: by `init`, for a leaf without filters or, with "raise", off the manifold.
-
-    >>> import jax.numpy as jnp, unitnorm
-    >>> w, u = jnp.array([[1.0], [0.0]]), jnp.array([[0.0], [0.75]])
-    >>> link = unitnorm.retract()
-    >>> step, _ = link.update(u, link.init(w), w)
-    >>> print((w + step).ravel())
-    [0.8 0.6]
-    """
-    check_off_manifold(off_manifold)
-
-    def leaf(axes: Axes, w: jax.Array, u: jax.Array) -> jax.Array:
-        at = locate(axes, w)
-        return land(axes, w, at, u, at.norms if off_manifold == "keep" else None)
-
-    link = stateless(leaf, axis)
-
-    def init(params: optax.Params) -> optax.OptState:
-        if off_manifold == "raise":
-            refuse_off_manifold(params, map_filters(unit_leaf, axis, widen(params)))
-        return link.init(params)
-
-    return optax.GradientTransformationExtraArgs(init, link.update)
-
-
-# --- One leaf ------------------------------------------------------------------------------------
-
-
-class Point(NamedTuple):
-    """Where a leaf is, in at least float32."""
-
-    w: jax.Array
-    squared: jax.Array  # ⟨w, w⟩, with the axes of a filter at length one
-
-    @property
-    def norms(self) -> jax.Array:
-        return jnp.sqrt(self.squared)
-
-
-def locate(axes: Axes, w: jax.Array) -> Point:
-    """The point of a leaf."""
-    wide = geometry.wide(w)
-    return Point(wide, geometry.inner(wide, wide, axes))
-
-
-def riemannian(axes: Axes, at: Point, g: jax.Array) -> jax.Array:
-    """‖w‖ Π_w(g)."""
-    return at.norms * geometry.project(at.w, geometry.wide(g), axes, at.squared)
-
-
-def land(
-    axes: Axes, w: jax.Array, at: Point, u: jax.Array, radius: jax.Array | None = None
-) -> jax.Array:
-    """The displacement from w to Orth(w/‖w‖ + u), or to that times the radius."""
-    # ‖w‖ (w/‖w‖ + u): the retraction divides by the norm, so this needs no division of its own.
-    new = geometry.unit(at.w + at.norms * u, axes)
-    return ((new if radius is None else radius * new) - geometry.wide(w)).astype(w.dtype)
-
-
-def norms_leaf(axes: Axes, w: jax.Array) -> jax.Array:
+def norms_leaf(axes: Axes, w: Array) -> Array:
     """Norm of each filter, with the axes of a filter at length one."""
     return geometry.filter_norms(w, axes, keepdims=True)
 
 
-def unit_leaf(axes: Axes, w: jax.Array) -> jax.Array:
+def unit_leaf(axes: Axes, w: Array) -> Array:
     """What `retraction` makes of a leaf."""
     return geometry.retraction(w, axes)
 
 
-def per_entry(axes: Axes, w: jax.Array) -> jax.Array:
+def per_entry(axes: Axes, w: Array) -> Array:
     """Zeros shaped like a leaf, in at least float32."""
     del axes
     return jnp.zeros_like(geometry.wide(w))
 
 
-def per_filter(axes: Axes, w: jax.Array) -> jax.Array:
+def per_filter(axes: Axes, w: Array) -> Array:
     """A zero for each filter, in at least float32, with the axes of a filter at length one."""
     return jnp.zeros_like(jnp.sum(geometry.wide(w), axes, keepdims=True))
 
 
 def widen(tree: Any) -> Any:
-    """Every leaf in at least float32."""
-    return jax.tree.map(geometry.wide, tree)
+    """Every leaf in at least float32; complex ones, which hold no filters, as they are."""
+    return jax.tree.map(lambda w: w if jnp.iscomplexobj(w) else geometry.wide(w), tree)
 
 
-def value_at(value: Schedulable, count: jax.Array) -> Any:
+def value_at(value: Schedulable, count: Array) -> Any:
     """A hyperparameter, or what a schedule of it says after so many updates."""
     return value(count) if callable(value) else value
 
@@ -170,16 +67,22 @@ def map_value(function: Callable[[Any], Any], value: Schedulable) -> Schedulable
     return (lambda count: function(value(count))) if callable(value) else function(value)
 
 
-def correction(decay: Number, count: jax.Array) -> jax.Array:
+def refuse_schedule(name: str, value: Any) -> None:
+    """Raise ValueError for a schedule where only a number is taken."""
+    if callable(value):
+        raise ValueError(
+            f"{name} is a schedule, and a number here: optax.inject_hyperparams(update)(..., "
+            f"{name}=schedule) takes one"
+        )
+
+
+def correction(decay: Number, count: Array) -> Array:
     """1 − decayᵗ for t = count + 1: what a mean of moments that start at zero is divided by.
 
     Without the cancellation that costs float32 four digits at 0.999.
     """
     exact = isinstance(decay, float) and decay > 0
     return -jnp.expm1((count + 1) * (math.log(decay) if exact else jnp.log(decay)))
-
-
-# --- Links ---------------------------------------------------------------------------------------
 
 
 def transformation(
@@ -207,9 +110,7 @@ def transformation(
     return optax.GradientTransformationExtraArgs(init_or_shapes, update_or_none)
 
 
-def stateless(
-    leaf: Callable[..., jax.Array], axis: AxisSpec
-) -> optax.GradientTransformationExtraArgs:
+def stateless(leaf: Callable[..., Array], axis: AxisSpec) -> optax.GradientTransformationExtraArgs:
     """An optax transformation that applies leaf(axes, w, u) to every parameter and its update."""
 
     def init(params: optax.Params) -> optax.OptState:
@@ -235,12 +136,12 @@ class FilterState(NamedTuple):
     """What a link remembers."""
 
     # shape (), int32: updates so far; optax's name, which hides tuple.count
-    count: jax.Array  # type: ignore[assignment]
+    count: Array  # type: ignore[assignment]
     memory: Any  # a tuple of trees, each shaped like the parameters or with a number per filter
 
 
 def stateful(
-    leaf: Callable[..., tuple[jax.Array, ...]], start: tuple[Any, ...], axis: AxisSpec
+    leaf: Callable[..., Arrays], start: tuple[Any, ...], axis: AxisSpec
 ) -> optax.GradientTransformationExtraArgs:
     """An optax transformation with a memory of its own for every parameter.
 
@@ -287,9 +188,6 @@ def widened(inner: optax.GradientTransformation) -> optax.GradientTransformation
         return jax.tree.map(lambda w, u: u.astype(w.dtype), params, steps), state
 
     return transformation(init, update)
-
-
-# --- Trees ---------------------------------------------------------------------------------------
 
 
 def map_filters(
@@ -416,13 +314,6 @@ def check_filters(params: optax.Params, axis: AxisSpec) -> None:
                 f"{leaf_name(path)} of shape {jnp.shape(w)} has a filter of norm {norm:.2g}, whose "
                 f"square is out of the range of {norms.dtype}: normalize_filters first"
             )
-
-
-def check_off_manifold(off_manifold: str) -> None:
-    """Raise ValueError for what is none of `OffManifold`."""
-    if off_manifold not in get_args(OffManifold):
-        names = ", ".join(get_args(OffManifold))
-        raise ValueError(f"off_manifold must be one of {names}; got {off_manifold!r}")
 
 
 def refuse_off_manifold(params: optax.Params, unit: optax.Params) -> None:

@@ -13,17 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import Array
 
 from unitnorm import geometry
 from unitnorm.geometry import inner as dot
-from unitnorm.updates.manifold import on_sphere
+from unitnorm.updates.manifold import OffManifold, on_sphere
 from unitnorm.updates.parts import (
+    Arrays,
     Axes,
     AxisSpec,
     LearningRate,
     Moments,
     Number,
-    OffManifold,
     Schedulable,
     correction,
     map_filters,
@@ -31,6 +32,7 @@ from unitnorm.updates.parts import (
     norms_leaf,
     per_entry,
     per_filter,
+    refuse_schedule,
     stateful,
     stateless,
     value_at,
@@ -40,7 +42,7 @@ from unitnorm.updates.parts import (
 
 def sgdp(
     learning_rate: LearningRate,
-    momentum: Number = 0.9,
+    momentum: Schedulable = 0.9,
     weight_decay: Number = 0.0,
     *,
     nesterov: bool = False,
@@ -67,12 +69,11 @@ def sgdp(
     [ 1.  -0.5]
     """
 
-    def leaf(
-        axes: Axes, count: jax.Array, w: jax.Array, g: jax.Array, m: jax.Array
-    ) -> tuple[jax.Array, ...]:
-        m = momentum * m + g
-        moved, share = _without_radial(axes, w, g, g + momentum * m if nesterov else m, delta, eps)
-        decay = weight_decay / (1 - momentum) * jnp.where(share, wd_ratio, 1)
+    def leaf(axes: Axes, count: Array, w: Array, g: Array, m: Array) -> Arrays:
+        mu = value_at(momentum, count)
+        m = mu * m + g
+        moved, share = _without_radial(axes, w, g, g + mu * m if nesterov else m, delta, eps)
+        decay = weight_decay / (1 - mu) * jnp.where(share, wd_ratio, 1)
         return moved + decay * w, m
 
     rate = optax.scale_by_learning_rate(learning_rate)
@@ -106,9 +107,7 @@ def adamp(
     [ 1.  -0.5]
     """
 
-    def leaf(
-        axes: Axes, count: jax.Array, w: jax.Array, g: jax.Array, m: jax.Array, v: jax.Array
-    ) -> tuple[jax.Array, ...]:
+    def leaf(axes: Axes, count: Array, w: Array, g: Array, m: Array, v: Array) -> Arrays:
         m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
         size = jnp.sqrt(v / correction(b2, count)) + eps
         towards = b1 * m + (1 - b1) * g if nesterov else m
@@ -121,8 +120,8 @@ def adamp(
 
 
 def _without_radial(
-    axes: Axes, w: jax.Array, g: jax.Array, p: jax.Array, delta: Number, eps: float
-) -> tuple[jax.Array, jax.Array]:
+    axes: Axes, w: Array, g: Array, p: Array, delta: Number, eps: float
+) -> tuple[Array, Array]:
     """p without its part along the weights where they look invariant, and whether they do."""
     found, looks = p, jnp.zeros([], bool)
     # The leaf as a whole first, so that filters have the last word.
@@ -138,7 +137,7 @@ def _without_radial(
 
 def sgd_g(
     learning_rate: LearningRate,
-    momentum: Number = 0.9,
+    momentum: Schedulable = 0.9,
     clip: Number | None = 0.1,
     *,
     axis: AxisSpec = None,
@@ -161,10 +160,9 @@ def sgd_g(
     [-0.1]
     """
 
-    def leaf(
-        axes: Axes, count: jax.Array, w: jax.Array, h: jax.Array, m: jax.Array
-    ) -> tuple[jax.Array, ...]:
-        m = momentum * m - value_at(learning_rate, count) * _clipped(h, clip, axes)
+    def leaf(axes: Axes, count: Array, w: Array, h: Array, m: Array) -> Arrays:
+        far = value_at(learning_rate, count)
+        m = value_at(momentum, count) * m - far * _clipped(h, clip, axes)
         return _along_geodesic(w, m, m, axes)
 
     link = stateful(leaf, (per_entry,), axis)
@@ -197,9 +195,7 @@ def adam_g(
     [-0.1]
     """
 
-    def leaf(
-        axes: Axes, count: jax.Array, w: jax.Array, h: jax.Array, m: jax.Array, v: jax.Array
-    ) -> tuple[jax.Array, ...]:
+    def leaf(axes: Axes, count: Array, w: Array, h: Array, m: Array, v: Array) -> Arrays:
         h = _clipped(h, clip, axes)
         m, v = b1 * m + (1 - b1) * h, b2 * v + (1 - b2) * dot(h, h, axes)
         ratio = jnp.sqrt(correction(b2, count)) / correction(b1, count)
@@ -210,16 +206,14 @@ def adam_g(
     return on_sphere(link, tangent=["gradient"], axis=axis, off_manifold=off_manifold)
 
 
-def _clipped(h: jax.Array, clip: Number | None, axes: Axes) -> jax.Array:
+def _clipped(h: Array, clip: Number | None, axes: Axes) -> Array:
     if clip is None:
         return h
     norms = geometry.norms_of(h, axes)
     return h * jnp.where(norms > clip, clip / jnp.where(norms == 0, 1, norms), 1)
 
 
-def _along_geodesic(
-    w: jax.Array, along: jax.Array, m: jax.Array, axes: Axes
-) -> tuple[jax.Array, jax.Array]:
+def _along_geodesic(w: Array, along: Array, m: Array, axes: Axes) -> tuple[Array, Array]:
     """The step to exp_w(along) on the unit sphere, and m transported there; a zero filter stays."""
     angle = geometry.norms_of(along, axes)
     towards = along / jnp.where(angle == 0, 1, angle)
@@ -253,14 +247,12 @@ def nero(
     0.0 [1.]
     """
 
-    def relative(
-        axes: Axes, count: jax.Array, w: jax.Array, g: jax.Array, v: jax.Array
-    ) -> tuple[jax.Array, ...]:
+    def relative(axes: Axes, count: Array, w: Array, g: Array, v: Array) -> Arrays:
         v = beta * v + (1 - beta) * dot(g, g, axes)
         size = jnp.sqrt(v / correction(beta, count))
         return g / jnp.where(size == 0, 1, size), v
 
-    def centre(axes: Axes, w: jax.Array, u: jax.Array) -> jax.Array:
+    def centre(axes: Axes, w: Array, u: Array) -> Array:
         return u - jnp.mean(w + u, axes, keepdims=True)
 
     inner = optax.chain(
@@ -295,6 +287,7 @@ def lars(
     [ 2. -1.]
     """
     del axis
+    refuse_schedule("momentum", momentum)
     options = {"trust_coefficient": trust_coefficient, "momentum": momentum}
     return widened(optax.lars(learning_rate, weight_decay, **options))
 
@@ -328,20 +321,20 @@ def rotational_sgd(
     [-0.0447]
     """
 
-    def centred(axes: Axes, w: jax.Array) -> jax.Array:
+    refuse_schedule("momentum", momentum)
+
+    def centred(axes: Axes, w: Array) -> Array:
         return w - jnp.mean(w, axes, keepdims=True) if zero_mean else w
 
-    def start(axes: Axes, w: jax.Array) -> jax.Array:
+    def start(axes: Axes, w: Array) -> Array:
         return geometry.unit(centred(axes, w), axes) if zero_mean else w
 
-    def turn(
-        axes: Axes, count: jax.Array, w: jax.Array, m: jax.Array, a: jax.Array
-    ) -> tuple[jax.Array, ...]:
+    def turn(axes: Axes, count: Array, w: Array, m: Array, a: Array) -> Arrays:
         d = geometry.project(start(axes, w), centred(axes, m), axes)
         a = average_decay * a + (1 - average_decay) * dot(d, d, axes)
         return d / (jnp.sqrt(a / correction(average_decay, count)) + eps), a
 
-    def from_start(axes: Axes, w: jax.Array, u: jax.Array) -> jax.Array:
+    def from_start(axes: Axes, w: Array, u: Array) -> Array:
         return start(axes, w) + u - w
 
     def angle(rate: Number) -> Number:
@@ -380,9 +373,7 @@ def adam_srt(
     [ 1.    -0.141]
     """
 
-    def leaf(
-        axes: Axes, count: jax.Array, w: jax.Array, g: jax.Array, m: jax.Array, v: jax.Array
-    ) -> tuple[jax.Array, ...]:
+    def leaf(axes: Axes, count: Array, w: Array, g: Array, m: Array, v: Array) -> Arrays:
         m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * dot(g, g, axes)
         size = jnp.sqrt(v / correction(b2, count)) + eps
         far = value_at(learning_rate, count) * (w.size / v.size) ** 0.5
@@ -463,7 +454,7 @@ def ngpt(
 
 def renorm_sgd(
     learning_rate: LearningRate,
-    momentum: Number = 0.85,
+    momentum: Schedulable = 0.85,
     *,
     nesterov: bool = True,
     axis: AxisSpec = None,
@@ -482,12 +473,10 @@ def renorm_sgd(
     [ 1.   -0.07]
     """
 
-    def leaf(
-        axes: Axes, count: jax.Array, w: jax.Array, g: jax.Array, m: jax.Array
-    ) -> tuple[jax.Array, ...]:
-        m = momentum * m + g
-        far = value_at(learning_rate, count)
-        towards = geometry.unit(g + momentum * m if nesterov else m, axes)
+    def leaf(axes: Axes, count: Array, w: Array, g: Array, m: Array) -> Arrays:
+        mu, far = value_at(momentum, count), value_at(learning_rate, count)
+        m = mu * m + g
+        towards = geometry.unit(g + mu * m if nesterov else m, axes)
         return geometry.unit(w, axes) - far * towards - w, m
 
     return widened(stateful(leaf, (per_entry,), axis))
@@ -518,9 +507,7 @@ def adamwn(
     [1. 0.]
     """
 
-    def control(
-        axes: Axes, count: jax.Array, w: jax.Array, u: jax.Array, start: jax.Array
-    ) -> tuple[jax.Array, ...]:
+    def control(axes: Axes, count: Array, w: Array, u: Array, start: Array) -> Arrays:
         target = value_at(norm_ratio, count) * start
         excess = 1 - target * geometry.inverse_norms(geometry.norms_of(w, axes))
         return u - value_at(update_rate, count) * excess * w, start
@@ -554,8 +541,9 @@ def muon(
     >>> print(bool((jnp.diag(step) < -0.04).all()))  # both, whatever their gradients
     True
     """
+    refuse_schedule("momentum", momentum)
 
-    def numbers(axes: Axes, w: jax.Array) -> optax.contrib.MuonDimensionNumbers:
+    def numbers(axes: Axes, w: Array) -> optax.contrib.MuonDimensionNumbers:
         others = tuple(a for a in range(w.ndim) if a not in axes)
         return optax.contrib.MuonDimensionNumbers(axes, others)
 
@@ -598,18 +586,18 @@ def manifold_muon(
      [0. 1.]]
     """
 
-    def leaf(axes: Axes, count: jax.Array, w: jax.Array, g: jax.Array) -> tuple[jax.Array, ...]:
+    def leaf(axes: Axes, count: Array, w: Array, g: Array) -> Arrays:
         order = (*axes, *(a for a in range(w.ndim) if a not in axes))
         entries = math.prod(w.shape[a] for a in axes)
         wide = entries < w.size // max(entries, 1)
 
-        def as_tall(x: jax.Array) -> jax.Array:
+        def as_tall(x: Array) -> Array:
             matrix = x.transpose(order).reshape(entries, -1)
             return matrix.T if wide else matrix
 
         W, G = as_tall(w), as_tall(g)
 
-        def ascend(k: jax.Array, carried: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+        def ascend(k: Array, carried: tuple[Array, Array]) -> Arrays:
             dual = carried[0]
             A = _msign(G + 2 * _times(W, dual))
             off = _times(W.T, A) + _times(A.T, W)
@@ -626,11 +614,11 @@ def manifold_muon(
     return widened(stateful(leaf, (), axis))
 
 
-def _times(a: jax.Array, b: jax.Array) -> jax.Array:
+def _times(a: Array, b: Array) -> Array:
     return jnp.matmul(a, b, precision="highest")
 
 
-def _msign(x: jax.Array) -> jax.Array:
+def _msign(x: Array) -> Array:
     """U Vᵀ of x = U Σ Vᵀ; directions that x does not have are left out."""
     u, s, vt = jnp.linalg.svd(x, full_matrices=False)
     there = s > jnp.finfo(x.dtype).eps * max(x.shape) * jnp.max(s, initial=0)
