@@ -2,7 +2,7 @@
 
 Each step is a command of `unitnorm` with a folder and a log of its own under OUT/DEVICE. A call
 takes the steps in turn. When its time is up it asks the command to stop, as Ctrl-C would; the next
-call goes on from the records and checkpoints. `gpu.csv`, `.json` and `.md` say how far all of it is.
+call goes on from the records and checkpoints. `gpu.csv`, `.json` and `.md` say how far all is.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import click
 import pandas as pd
+from rich.console import Console
 
 from unitnorm.bench.compare import IMAGES
 from unitnorm.bench.measure import Measurement, find_device, make_cells, slug
@@ -27,7 +28,7 @@ from unitnorm.errors import UserError
 from unitnorm.report.tables import Fitting
 from unitnorm.run import records
 from unitnorm.run.config import PRESETS, presets
-from unitnorm.run.job import command_line, print_report
+from unitnorm.run.job import command_line
 
 GRACE_S = 60.0  # to finish an epoch and save; then it is killed, which costs no finished epoch
 STOPPED = (130, -signal.SIGINT, -signal.SIGKILL)  # exit codes of a command that was told to stop
@@ -59,7 +60,8 @@ def list_studies(results: Path, data: Mapping[str, str]) -> Iterator[Step]:
       results: folder of what is recorded already.
       data: folders of the data sets that the package does not bring.
     """
-    studies = [name for name in presets() if name.startswith("study/")]
+    copied = "study/template"  # a plan to start from
+    studies = [name for name in presets() if name.startswith("study/") and name != copied]
     for name in sorted(studies, key=lambda name: name.endswith("-gpu")):
         plan = tomllib.loads((PRESETS / f"{name}.toml").read_text(encoding="utf-8"))
         others = [dataset for dataset in plan.get("datasets", []) if dataset != "mnist"]
@@ -125,7 +127,8 @@ def work(steps: Sequence[Step], out: Path, minutes: float) -> pd.DataFrame:
         elif state != "done" and started < end:
             click.echo(f"{step.name}: {(end - started) / 60:.1f} minutes at most")
             state, said = run_step(step, out, end - started)
-            seconds = time.monotonic() - started + (0.0 if step.whole else seconds)
+            before = 0.0 if step.whole else float(str(seconds))
+            seconds = time.monotonic() - started + before
             frame.loc[step.name] = state, calls[step.name] + 1, round(seconds, 1), said
         records.write_files(out, {known.name: frame.to_csv().encode()})
     return frame.reset_index()
@@ -173,7 +176,8 @@ def main(out: Path, results: Path, places: tuple[str, ...], minutes: float) -> N
             records.write_files(out, files)
     except UserError as error:
         raise click.ClickException(str(error)) from None
-    print_report(Fitting(made.cells), files, out)
+    Console().print(Fitting(made.cells))
+    click.echo(f"{len(files)} files in {out}{os.sep}")
     sys.exit(int("failed" in set(frame["state"])))
 
 
