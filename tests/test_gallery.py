@@ -49,6 +49,34 @@ def test_an_example_learns_with_its_kernels_at_unit_norm(
     assert capsys.readouterr().out == f"test error {error:.4f}\n"
 
 
+def test_the_transformer_learns_with_its_kernels_at_unit_norm(monkeypatch, capsys):
+    from unitnorm.examples import transformer
+
+    models = []
+
+    class Noted(transformer.Transformer):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            models.append(self)
+
+    monkeypatch.setattr(transformer, "Transformer", Noted)
+    for name, size in {"CONTEXT": 32, "WIDTH": 32, "BATCH": 16, "BLOCKS": 1}.items():
+        monkeypatch.setattr(transformer, name, size)
+    loss = transformer.main(30)
+    assert capsys.readouterr().out == f"test loss {loss:.4f} nats a letter\n"
+    plain = transformer.train(0, "adamw", 3e-3, 30)
+    assert 2 < loss < 3.5  # log(100) is 4.6
+    assert 2 < plain < 3.5
+    for model, unit in zip(models, (True, False), strict=True):
+        for block in model.blocks:
+            query, value = block.query.kernel[...], block.value.kernel[...]
+            norms = [*jnp.sqrt(jnp.sum(query**2, (0, 2))), jnp.linalg.norm(value)]
+            norms += [jnp.linalg.norm(layer.kernel[...]) for layer in (block.up, block.down)]
+            assert all(abs(norm - 1) < 1e-5 for norm in norms) == unit
+    lines = (ROOT / "unitnorm" / "examples" / "transformer.py").read_text().splitlines()
+    assert len(lines) < 100
+
+
 # --- What the documentation shows -----------------------------------------------------------------
 
 

@@ -68,7 +68,7 @@ def test_filters_that_come_first_are_found_and_trained_so():
     assert by_hand.selection == report.selection
     reasons = {found.name: found.reason for found in by_hand.findings}
     assert reasons["conv"] == "a factor for each index of axis 0"
-    assert "axis=(1, 2, 3)" in reasons["bias"]
+    assert "axis=(1, 2, 3)" in reasons["out"]
     lines = str(report).splitlines()
     assert [line.split()[0] for line in lines[:4]] == ["leaf", "bias", "conv", "out"]
     assert "(1, 2, 3)" in lines[2]
