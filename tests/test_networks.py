@@ -31,7 +31,7 @@ class Cnn(nnx.Module):
         self.norm1 = nnx.BatchNorm(4, rngs=rngs)
         self.a = nnx.Conv(4, 4, (3, 3), rngs=rngs)  # normalised with a scale that starts at zero
         self.norm2 = nnx.BatchNorm(4, scale_init=zeros, bias_init=ones, rngs=rngs)
-        self.batchnorm = nnx.Linear(4, 4, rngs=rngs)  # normalised by layer
+        self.batchnorm = nnx.Linear(4, 4, rngs=rngs)  # its bias, normalised by layer
         self.norm3 = nnx.LayerNorm(4, rngs=rngs)
         self.filters = nnx.Linear(4, 3, kernel_init=zeros, rngs=rngs)  # not normalised
 
@@ -43,7 +43,8 @@ class Cnn(nnx.Module):
 
 
 IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(16, 6, 6, 2)), jnp.float32)
-NORMALIZED = {"a", "classifier"}
+NORMALIZED = {"a": (0, 1, 2), "classifier": (0, 1, 2)}
+WITH_BIAS = {"b": (0,), "batchnorm": (0, 1)}  # each kernel and its bias as one, over these axes
 
 
 def test_normalized_kernels_of_an_nnx_model_train_at_unit_norm():
@@ -54,8 +55,10 @@ def test_normalized_kernels_of_an_nnx_model_train_at_unit_norm():
     params = nnx.state(model, nnx.Param)
     assert jax.tree.structure(mask) == jax.tree.structure(params)
     found = {path[0].key for path, chosen in jax.tree.leaves_with_path(mask) if chosen}
-    assert found == NORMALIZED
-    assert sum(jax.tree.leaves(mask)) == len(NORMALIZED)  # their kernels, not their biases
+    assert found == NORMALIZED.keys() | WITH_BIAS.keys()
+    pure = nnx.to_pure_dict(mask)
+    assert pure["a"] == {"kernel": True, "bias": False}
+    assert pure["classifier"] == {"kernel": True}
 
     nnx.update(model, normalize_filters(params, mask))
     optimizer = nnx.Optimizer(model, build("un-adam", 0.05, mask), wrt=nnx.Param)
@@ -72,7 +75,10 @@ def test_normalized_kernels_of_an_nnx_model_train_at_unit_norm():
         kernel = getattr(model, layer).kernel[...]
         assert off_unit(kernel) < 1e-6
         assert np.abs(kernel - before[layer]["kernel"][...]).max() > 1e-3
-    assert off_unit(model.batchnorm.kernel[...]) > 1e-2
+    for layer, axes in WITH_BIAS.items():
+        kernel, bias = getattr(model, layer).kernel[...], getattr(model, layer).bias[...]
+        squares = jnp.sum(kernel**2, axes), bias**2 if axes == (0,) else jnp.sum(bias**2)
+        np.testing.assert_allclose(jnp.sqrt(sum(squares)), 1, atol=1e-6)
     assert np.abs(model.filters.kernel[...]).max() > 1e-3
 
 
