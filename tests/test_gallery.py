@@ -5,6 +5,7 @@ import importlib
 import inspect
 import operator
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
