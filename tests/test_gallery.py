@@ -5,7 +5,6 @@ import importlib
 import inspect
 import operator
 import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +13,6 @@ import pytest
 import unitnorm
 from unitnorm.examples.mnist import mnist_arrays
 from unitnorm.updates.parts import leaf_name
-
-ROOT = Path(__file__).parents[1]
 
 
 def selected(selection):
@@ -114,20 +111,10 @@ def test_every_public_function_has_an_example_and_it_says_what_comes_out(name):
     assert doctest.DocTestRunner().run(found).failed == 0
 
 
-def quickstarts():
-    """The code of the package docstring and, between its marks, of the README."""
+def test_the_quickstart_runs_as_it_stands():
+    """The code of the package docstring; the README's is tested with the README."""
     indented = re.search(r"(?:^    .*\n|^\n)+", inspect.cleandoc(unitnorm.__doc__) + "\n", re.M)
-    yield pytest.param(inspect.cleandoc(indented[0]), id="docstring")
-    marked = re.search(
-        r"<!-- quickstart -->\s*```python\n(.*?)```\s*<!-- end quickstart -->",
-        (ROOT / "README.md").read_text(),
-        re.DOTALL,
-    )
-    yield pytest.param(marked[1], id="README")
-
-
-@pytest.mark.parametrize("code", list(quickstarts()))
-def test_the_quickstart_runs_as_it_stands(code):
+    code = inspect.cleandoc(indented[0])
     names = {}
     exec(compile(code, "quickstart", "exec"), names)
     assert len([line for line in code.splitlines() if line.strip()]) <= 8

@@ -61,14 +61,16 @@ from unitnorm.updates.rivals import (
 )
 from unitnorm.updates.selection import (
     FilterAxes,
-    KernelReport,
     Selection,
     axes_of_selection,
-    examine_kernels,
     normalize_filters,
+    partition,
+)
+from unitnorm.updates.symmetries import (
+    KernelReport,
+    examine_kernels,
     normalized_kernels,
     normalized_kernels_nnx,
-    partition,
 )
 
 __all__ = [
