@@ -20,6 +20,7 @@ from tests.test_updates import (
     kernels,
     last,
     norms,
+    off_unit,
     one_update,
     train,
 )
@@ -313,3 +314,35 @@ def test_what_leaves_the_manifold_is_named():
     bf16 = jax.tree.map(lambda w: w.astype(jnp.bfloat16), kernels())
     updates.assert_on_manifold(bf16)
     updates.assert_on_manifold(jax.tree.map(lambda w: w.at[..., 0].set(0), kernels()))
+
+
+def test_what_wraps_an_update_has_a_way_that_ends_on_the_sphere():
+    """The recipes of .docs/updates.md, each beside what it stands for."""
+
+    def off(tx, **extra):
+        params = kernels()
+        state = tx.init(params)
+        for _ in range(8):
+            step, state = tx.update(arrays(1), state, params, **extra)
+            params = optax.apply_updates(params, step)
+        return off_unit(params)
+
+    un, plateau = updates.un(0.1), optax.contrib.reduce_on_plateau(patience=1)
+    assert off(optax.chain(un, plateau), value=1.0) > 1e-3
+    inside = updates.on_sphere(optax.chain(optax.sgd(0.1), plateau))
+    assert off(inside, value=1.0) < 1e-6
+    assert off(optax.chain(un, optax.scale(2))) > 1e-3
+    assert max(off(optax.MultiSteps(un, 2)), off(optax.apply_if_finite(un, 3))) < 1e-6
+    free = optax.contrib.schedule_free(un, 0.1)
+    params, state = kernels(), free.init(kernels())
+    for _ in range(8):
+        step, state = free.update(arrays(1), state, params)
+        params = optax.apply_updates(params, step)
+    average = optax.contrib.schedule_free_eval_params(state, params)
+    assert off_unit(average) > 1e-3
+    updates.assert_on_manifold(updates.normalize_filters(average, True))
+    whole = updates.hyperball(1e-2, optax.contrib.scale_by_muon(), axis=(0, 1), off_manifold="keep")
+    w = arrays(0, layers=("dense",))["dense"]
+    end = last(train(whole, w, jnp.sin, 5))
+    np.testing.assert_allclose(jnp.linalg.norm(end), jnp.linalg.norm(w), rtol=1e-6)
+    assert farthest(end, w) > 1e-2
