@@ -346,3 +346,13 @@ def test_what_wraps_an_update_has_a_way_that_ends_on_the_sphere():
     end = last(train(whole, w, jnp.sin, 5))
     np.testing.assert_allclose(jnp.linalg.norm(end), jnp.linalg.norm(w), rtol=1e-6)
     assert farthest(end, w) > 1e-2
+
+
+@pytest.mark.parametrize("rate", [float("nan"), float("inf"), -1.0, "0.1", True, None, 1j])
+def test_a_rate_that_is_none_is_refused_by_every_update(rate):
+    for update in (*UPDATES.values(), UPDATES["un"]):
+        with pytest.raises(ValueError, match=r"learning_rate = .*: expected a finite number"):
+            update.filters(rate)
+    for sound in (0.0, 1, np.float32(0.1), jnp.asarray(-1.0), optax.constant_schedule(0.1)):
+        UPDATES["un"].filters(sound)
+        UPDATES["un"].filters(learning_rate=sound)

@@ -20,9 +20,11 @@ from unitnorm.updates.parts import (
     stateless,
     value_at,
     widened,
+    with_rate,
 )
 
 
+@with_rate
 def b_sgd(learning_rate: LearningRate, *, axis: AxisSpec = None) -> optax.GradientTransformation:
     """Plain stochastic gradient descent, w ← w − λ ∇ℓ: optax.sgd, which needs no `axis`.
 
@@ -41,6 +43,7 @@ def b_sgd(learning_rate: LearningRate, *, axis: AxisSpec = None) -> optax.Gradie
     return optax.sgd(learning_rate)
 
 
+@with_rate
 def b_sgd_median(
     learning_rate: LearningRate, *, axis: AxisSpec = None
 ) -> optax.GradientTransformationExtraArgs:
@@ -74,6 +77,7 @@ def b_sgd_median(
     return widened(optax.chain(stateless(ahead, axis), rate, stateless(divide, axis)))
 
 
+@with_rate
 def sgd_wd(
     learning_rate: LearningRate,
     weight_decay: Schedulable = 5e-4,
@@ -104,6 +108,7 @@ def sgd_wd(
     return widened(optax.chain(optax.add_decayed_weights(decay), optax.sgd(learning_rate)))
 
 
+@with_rate
 def sm(
     learning_rate: LearningRate, *, axis: AxisSpec = None
 ) -> optax.GradientTransformationExtraArgs:
@@ -133,6 +138,7 @@ def sm(
     return widened(optax.chain(stateless(leaf, axis), optax.scale_by_learning_rate(learning_rate)))
 
 
+@with_rate
 def weight_norm(
     learning_rate: LearningRate, *, axis: AxisSpec = None
 ) -> optax.GradientTransformationExtraArgs:

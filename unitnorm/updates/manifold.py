@@ -39,6 +39,7 @@ from unitnorm.updates.parts import (
     unit_leaf,
     value_at,
     widen,
+    with_rate,
 )
 
 Tangent = Literal["gradient", "moments", "step"]
@@ -174,6 +175,7 @@ def _map_moments(function: Any, state: optax.OptState) -> optax.OptState:
     return jax.tree.map(moved, state, is_leaf=lambda node: bool(names(node)))
 
 
+@with_rate
 def un(
     learning_rate: LearningRate,
     *,
@@ -263,6 +265,7 @@ def _row_step(w: Array, g: Array, factor: Array) -> Array:
     return (new - w_wide).astype(w.dtype)
 
 
+@with_rate
 def un_momentum(
     learning_rate: LearningRate,
     momentum: Schedulable = 0.9,
@@ -303,6 +306,7 @@ def un_momentum(
     return on_sphere(inner, tangent=tangent, axis=axis, off_manifold=off_manifold)
 
 
+@with_rate
 def un_nesterov(
     learning_rate: LearningRate,
     momentum: Schedulable = 0.9,
@@ -327,6 +331,7 @@ def un_nesterov(
     return un_momentum(learning_rate, momentum, nesterov=True, axis=axis, off_manifold=off_manifold)
 
 
+@with_rate
 def un_adam(
     learning_rate: LearningRate,
     b1: Number = 0.9,
@@ -369,6 +374,7 @@ def un_adam(
     return on_sphere(inner, tangent=tangent, axis=axis, off_manifold=off_manifold)
 
 
+@with_rate
 def normalize(
     learning_rate: LearningRate,
     *,
@@ -394,6 +400,7 @@ def normalize(
     return on_sphere(scale, tangent=(), axis=axis, off_manifold=off_manifold)
 
 
+@with_rate
 def un_carried(
     learning_rate: LearningRate,
     *,

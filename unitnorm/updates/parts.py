@@ -7,9 +7,11 @@ None, as of a frozen parameter, counts as zero, and its update is None: the para
 """
 
 import dataclasses
+import functools
 import math
+import numbers
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeGuard, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +67,32 @@ def value_at(value: Schedulable, count: Array) -> Any:
 def map_value(function: Callable[[Any], Any], value: Schedulable) -> Schedulable:
     """A function of a hyperparameter, or the schedule of it for a schedule."""
     return (lambda count: function(value(count))) if callable(value) else function(value)
+
+
+Build = TypeVar("Build", bound=Callable[..., optax.GradientTransformation])
+
+
+def with_rate(update: Build) -> Build:
+    """An update whose learning rate is looked at, where it is a number, before anything is built.
+
+    Raises:
+        ValueError: by the update, for a rate that is negative, not finite, or no rate at all.
+    """
+
+    @functools.wraps(update)
+    def checked(learning_rate: Schedulable, *args: Any, **options: Any) -> Any:
+        plain = learning_rate is None or isinstance(learning_rate, bool | str | bytes | complex)
+        sound = not plain
+        if sound and isinstance(learning_rate, numbers.Real):
+            sound = 0 <= float(learning_rate) < math.inf
+        if not sound:
+            raise ValueError(
+                f"learning_rate = {learning_rate!r}: expected a finite number of at least 0, an "
+                "array, or an optax schedule"
+            )
+        return update(learning_rate, *args, **options)
+
+    return cast(Build, checked)
 
 
 def refuse_schedule(name: str, value: Any) -> None:

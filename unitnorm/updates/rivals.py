@@ -37,9 +37,11 @@ from unitnorm.updates.parts import (
     stateless,
     value_at,
     widened,
+    with_rate,
 )
 
 
+@with_rate
 def sgdp(
     learning_rate: LearningRate,
     momentum: Schedulable = 0.9,
@@ -80,6 +82,7 @@ def sgdp(
     return widened(optax.chain(stateful(leaf, (per_entry,), axis), rate))
 
 
+@with_rate
 def adamp(
     learning_rate: LearningRate,
     b1: Number = 0.9,
@@ -135,6 +138,7 @@ def _without_radial(
     return found, looks
 
 
+@with_rate
 def sgd_g(
     learning_rate: LearningRate,
     momentum: Schedulable = 0.9,
@@ -169,6 +173,7 @@ def sgd_g(
     return on_sphere(link, tangent=["gradient"], axis=axis, off_manifold=off_manifold)
 
 
+@with_rate
 def adam_g(
     learning_rate: LearningRate,
     b1: Number = 0.9,
@@ -223,6 +228,7 @@ def _along_geodesic(w: Array, along: Array, m: Array, axes: Axes) -> tuple[Array
     return (jnp.cos(angle) - 1) * w + chord, transported
 
 
+@with_rate
 def nero(
     learning_rate: LearningRate,
     beta: Number = 0.999,
@@ -263,6 +269,7 @@ def nero(
     return on_sphere(inner, tangent=(), axis=axis, off_manifold=off_manifold)
 
 
+@with_rate
 def lars(
     learning_rate: LearningRate,
     momentum: Number = 0.9,
@@ -292,6 +299,7 @@ def lars(
     return widened(optax.lars(learning_rate, weight_decay, **options))
 
 
+@with_rate
 def rotational_sgd(
     learning_rate: LearningRate,
     momentum: Number = 0.9,
@@ -349,6 +357,7 @@ def rotational_sgd(
     return on_sphere(inner, tangent=(), axis=axis, off_manifold=off_manifold)
 
 
+@with_rate
 def adam_srt(
     learning_rate: LearningRate,
     b1: Number = 0.9,
@@ -388,6 +397,7 @@ def adam_srt(
 # --- Since 2023: norm or effective rate held ------------------------------------------------------
 
 
+@with_rate
 def hyperball(
     learning_rate: LearningRate,
     inner: optax.GradientTransformation | None = None,
@@ -423,6 +433,7 @@ def hyperball(
     return on_sphere(inner, tangent=(), axis=axis, off_manifold=off_manifold)
 
 
+@with_rate
 def ngpt(
     learning_rate: LearningRate,
     b1: Number = 0.9,
@@ -452,6 +463,7 @@ def ngpt(
     return on_sphere(adam, tangent=(), axis=axis, off_manifold=off_manifold)
 
 
+@with_rate
 def renorm_sgd(
     learning_rate: LearningRate,
     momentum: Schedulable = 0.85,
@@ -482,6 +494,7 @@ def renorm_sgd(
     return widened(stateful(leaf, (per_entry,), axis))
 
 
+@with_rate
 def adamwn(
     learning_rate: LearningRate,
     b1: Number = 0.9,
@@ -516,6 +529,7 @@ def adamwn(
     return widened(optax.chain(adam, stateful(control, (norms_leaf,), axis)))
 
 
+@with_rate
 def muon(
     learning_rate: LearningRate,
     momentum: Number = 0.95,
@@ -558,6 +572,7 @@ def muon(
     )
 
 
+@with_rate
 def manifold_muon(
     learning_rate: LearningRate,
     *,
