@@ -4,17 +4,17 @@ Whatever a command or the package can say is asked of it here, at each build, an
 pages as a substitution: nothing of it is typed by hand.
 """
 
-import inspect
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
+import pictures  # noqa: E402
 from sphinx.util import logging  # noqa: E402
 
 import unitnorm  # noqa: E402
@@ -69,8 +69,8 @@ def _rest(rest: Any) -> str:
 
 
 def _quickstart() -> str:
-    block = re.search(r"(?:^    .*\n|^\n)+", inspect.getdoc(unitnorm) + "\n", re.M)
-    return f"```python\n{inspect.cleandoc(block[0])}\n```"
+    text = (ROOT / "README.md").read_text()
+    return text.partition("<!-- quickstart -->")[2].partition("<!-- end quickstart -->")[0].strip()
 
 
 def _kernels() -> str:
@@ -87,36 +87,25 @@ def _kernels() -> str:
     return f"```text\n{unitnorm.examine_kernels(apply, params)}\n```"
 
 
-def _result(name: str, pattern: str = r"(.*)") -> str:
-    """What a file of results/ says, or the part of it that `pattern` finds."""
-    text = (ROOT / "results" / name).read_text()
-    return "\n".join(re.findall(pattern, text, re.DOTALL if pattern == r"(.*)" else re.M)).strip()
-
-
-def _study() -> str:
-    """The findings of each plan in results/study/, as its report wrote them."""
-    found = sorted((ROOT / "results" / "study").glob("*/summary.md"))
-    if not found:
-        return (
-            "Nothing of the study is published yet. Until it is, this page has no advice on "
-            "momentum, Adam, weight decay or the rivals: no figure stands behind any."
-        )
-    return "\n\n".join(f"### {path.parent.name}\n\n{path.read_text()}" for path in found)
+def _result(name: str, *parts: int) -> str:
+    """What a file of results/ says, or its parts, each of which begins with a bold line."""
+    text = (ROOT / "results" / name).read_text().strip()
+    found = re.split(r"\n\n(?=\*\*)", text)
+    return "\n\n".join(found[part - 1] for part in parts) if parts else text
 
 
 _log = logging.getLogger(__name__)
-_BULLETS = r"^(- .*)$"
 myst_substitutions = {
     "quickstart": _quickstart(),
     "updates": _updates(),
     "kernels": _kernels(),
-    "ten_runs": _result("table2/table2.md", _BULLETS),
-    "fifty_runs": _result("50-runs/table2.md"),
-    "rates": _result("50-runs/runs.md"),
-    "costs": _result("bench/amd-epyc-avx-512-2-cores.md", r"^(- An epoch .* instead of .*)$"),
-    "segnet": _result("segnet/table.md"),
-    "study": _study(),
+    "best_rates": _result("study/best-rates/summary.md"),
+    "annealed": _result("study/annealed/summary.md"),
+    "fifty_runs": _result("50-runs/table2.md", 1, 2),
+    "rates": _result("50-runs/runs.md", 2),
+    "segnet": _result("segnet/table.md", 3),
 }
+pictures.draw(ROOT / "build" / "pictures")
 
 
 # Unions that autodoc spells out, by the names that the source gives them.

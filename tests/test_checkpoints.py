@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from unitnorm.archbn import training
 from unitnorm.archbn.config import Config
 from unitnorm.data import load_dataset
 from unitnorm.errors import UserError
 from unitnorm.run import checkpoints, provenance
 from unitnorm.run.checkpoints import Folder, Part
 from unitnorm.run.config import load
+from unitnorm.run.loop import Session
+from unitnorm.run.planner import Group
 from unitnorm.table2 import experiment
 
 PART = Part("train depth 2", "f" * 64, ("runs/2/un/0", "runs/2/un/1"))
@@ -363,28 +364,27 @@ def test_another_seed_rate_data_set_or_code_is_another_fingerprint(idx_folder, m
 
     monkeypatch.setattr(experiment, "train", stop)
 
-    def fingerprint(table="runs", updates=("un",), seeds=(0, 1), rate=1e-2, data=data, **changes):
-        changed = load(None, settings | changes, Config)
-        phase = training.train_phase(changed)
-        group = experiment.Group(2, updates, (0, 1))
-        rates = np.full((len(seeds), len(updates)), rate)
+    def fingerprint(sweep=False, updates=("un",), runs=(0, 1), rate=1e-2, data=data, **changes):
+        rates = None if sweep else np.full((len(runs), len(updates)), rate)
+        cells = experiment.Cells(2, updates, runs, rates)
+        group = Group("train", "sweep" if sweep else "runs", cells.table(), cells)
         with pytest.raises(Stop):
-            experiment.train_program(
-                table, phase, changed, data, group, np.asarray(seeds), rates, None
+            experiment.Table2(load(None, settings | changes, Config)).compute(
+                group, data, Session()
             )
         return parts[-1].fingerprint
 
     found = [
         fingerprint(),
-        fingerprint(table="sweep"),
+        fingerprint(sweep=True),
         fingerprint(updates=("b-sgd",)),
-        fingerprint(seeds=(0, 2)),
+        fingerprint(runs=(0, 2)),
         fingerprint(rate=1e-3),
         fingerprint(data=dataclasses.replace(data, sha256="0" * 64)),
         fingerprint(**{"loss.batch_size": 50}),
     ]
     with monkeypatch.context() as patch:
-        patch.setattr(provenance, "code_identity", lambda module: f"another {module}")
+        patch.setattr(provenance, "code_identity", lambda *rooms: f"another {rooms}")
         found.append(fingerprint())
     with monkeypatch.context() as patch:
         patch.setattr("importlib.metadata.version", lambda name: f"another {name}")

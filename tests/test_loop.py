@@ -72,7 +72,9 @@ class Outside:
         self.looks = 0
         self.stop_at = stop_at
         self.kept = Checkpoints() if kept is None else kept
-        self.session = Session(self.report, self.told.append, self.kept, self.interrupted)
+        self.session = Session(
+            self.report, self.told.append, checkpoints=self.kept, interrupted=self.interrupted
+        )
 
     def report(self, program: Trainable, status: Status, seconds: float) -> None:
         assert isinstance(program, Counter)
@@ -102,9 +104,9 @@ def test_every_epoch_is_reported_once_after_its_records():
     outside = Outside()
     assert outside.train() == 6
     assert outside.told == [
-        (0, True, "0 counted", "step 1"), ("epoch", 1, 2), (1, True, "1 counted", ""),
-        (1, True, "1 counted", "step 1"), ("epoch", 2, 4), (2, True, "2 counted", ""),
-        (2, True, "2 counted", "step 1"), ("epoch", 3, 6), (3, False, "3 counted", ""),
+        Status(0, True, "0 counted", "step 1"), ("epoch", 1, 2), Status(1, True, "1 counted"),
+        Status(1, True, "1 counted", "step 1"), ("epoch", 2, 4), Status(2, True, "2 counted"),
+        Status(2, True, "2 counted", "step 1"), ("epoch", 3, 6), Status(3, False, "3 counted"),
     ]  # fmt: skip
 
 

@@ -9,9 +9,9 @@ import pytest
 from flax import nnx
 
 from tests import reference
-from unitnorm.archbn import training
 from unitnorm.archbn.config import Config
-from unitnorm.archbn.model import ArchBN, filter_mask, max_pool_pairs
+from unitnorm.archbn.minibatch import cross_entropy
+from unitnorm.archbn.model import ArchBN, archbn, filter_mask, max_pool_pairs
 
 
 def as_numpy(params):
@@ -27,7 +27,7 @@ def as_numpy(params):
 
 @pytest.fixture(scope="module")
 def network():
-    return training.archbn(Config().model, 784, 10, 2)
+    return archbn(Config().model, 784, 10, 2)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_the_papers_shapes_and_no_biases(network):
 
 @pytest.mark.parametrize("depth", [1, 4])
 def test_initial_rows_are_gaussian_directions_of_unit_norm(depth):
-    params, _ = training.archbn(Config().model, 784, 10, depth).init(jax.random.key(3))
+    params, _ = archbn(Config().model, 784, 10, depth).init(jax.random.key(3))
     layers, theta = as_numpy(params)
     assert len(layers) == depth
     for rows in [W for W, *_ in layers] + [theta]:
@@ -70,16 +70,14 @@ def test_forward_pass_and_loss(network, batch):
     logits, _ = network.apply(params, stats, x, True)
     loss, expected, _ = reference.forward(*as_numpy(params), x.astype(np.float64), y, 1e-5)
     np.testing.assert_allclose(logits, expected, atol=2e-5)
-    assert float(training.cross_entropy(logits, y).sum()) == pytest.approx(loss, rel=1e-5)
+    assert float(cross_entropy(logits, y).sum()) == pytest.approx(loss, rel=1e-5)
 
 
 def test_gradient(network, batch):
     x, y = batch
     params, stats = network.init(jax.random.key(1))
     found, found_theta = as_numpy(
-        jax.grad(lambda p: training.cross_entropy(network.apply(p, stats, x, True)[0], y).sum())(
-            params
-        )
+        jax.grad(lambda p: cross_entropy(network.apply(p, stats, x, True)[0], y).sum())(params)
     )
     expected, theta = reference.gradients(*as_numpy(params), x.astype(np.float64), y, 1e-5)
     for ours, theirs in zip(found, expected, strict=True):
@@ -96,7 +94,7 @@ def test_loss_unchanged_under_positive_scaling_of_filters(network, batch):
 
     def loss(change):
         moved = jax.tree.map(lambda w, m: change(w) if m else w, params, mask)
-        return float(training.cross_entropy(network.apply(moved, stats, x, True)[0], y).sum())
+        return float(cross_entropy(network.apply(moved, stats, x, True)[0], y).sum())
 
     before = loss(lambda w: w)
     factors = iter(alpha)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from unitnorm.archbn import protocol
+from unitnorm.archbn.batches import draw_split
 
 INF, NAN = float("inf"), float("nan")
 
@@ -117,8 +117,8 @@ def test_what_counts_as_diverged(loss, first, error, expected):
 
 
 def test_a_split_is_disjoint_and_random():
-    train, validation = protocol.split(jax.random.key(0), 1000, 700, 250)
-    assert (len(train), len(validation)) == (700, 250)
-    assert len(set(np.asarray(train)) | set(np.asarray(validation))) == 950
-    other, _ = protocol.split(jax.random.key(1), 1000, 700, 250)
-    assert not np.array_equal(np.sort(train), np.sort(other))
+    split = draw_split("train", (700, 250), 1000, jnp.uint32(0))
+    assert (len(split.train), len(split.validation)) == (700, 250)
+    assert len(set(np.asarray(split.train)) | set(np.asarray(split.validation))) == 950
+    other = draw_split("train", (700, 250), 1000, jnp.uint32(1))
+    assert not np.array_equal(np.sort(split.train), np.sort(other.train))

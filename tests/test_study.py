@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,11 +16,12 @@ from unitnorm import cli
 from unitnorm.cli import study
 from unitnorm.data import load_dataset
 from unitnorm.errors import UserError
-from unitnorm.run.config import load, presets
+from unitnorm.run.config import PRESETS, load, presets
 from unitnorm.run.loop import Session
 from unitnorm.run.records import Records, read
 from unitnorm.study import experiment
-from unitnorm.study.config import Plan, Seeds
+from unitnorm.study.config import ArmPlan, ComparisonPlan, Plan, Seeds
+from unitnorm.study.report import plan_of
 from unitnorm.study.schema import SCHEMA
 from unitnorm.study.statistics import unpack_wrong
 
@@ -33,32 +35,20 @@ compare = { first = 200, count = 3 }
 model = { width = 8, bn_momentum = 0.9 }
 loss = { batch_size = 20 }
 train = { train_images = 400, validation_images = 150, min_epochs = 6, max_epochs = 6 }
-[arms.b-sgd]
-update = "b-sgd"
+[all_arms]
 rates = [0.01]
-[arms.un]
-update = "un"
-rates = [0.01, 0.001]
-[arms.carried]
-update = "un-carried"
-rates = [0.01]
-schedule = "follow"
-[arms.constant]
-update = "un"
-rates = [0.002]
-filters_rates = [0.01]
-schedule = "constant"
-[arms.spread]
-update = "un"
-rates = [0.01]
-start = "filters"
-spreads = [0.0, 2.0]
+[arms]
+b-sgd = {}
+un = { rates = [0.01, 0.001] }
+carried = { update = "un-carried", schedule = "follow" }
+constant = { update = "un", rates = [0.002], filters_rates = [0.01], schedule = "constant" }
+spread = { update = "un", start = "filters", spreads = [0.0, 2.0] }
 [[comparisons]]
 name = "UN − B-SGD"
 arm = "un"
 baseline = "b-sgd"
 """
-SESSION = Session()
+RESULTS = Path(__file__).parents[1] / "results" / "study"
 
 
 @pytest.fixture(scope="module")
@@ -73,11 +63,30 @@ def blobs(idx_folder):
     return load_dataset("blobs", idx_folder)
 
 
+def run_all(plan: Plan, blobs, records: Records) -> list[Records]:
+    """The records each time that a group has been added."""
+    stages, trials = [], experiment.Study(plan)
+    while groups := list(trials.missing(records)):
+        records = trials.compute(groups[0], blobs, Session()).added_to(records)
+        stages.append(records)
+    return stages
+
+
 @pytest.fixture(scope="module")
-def done(plan_file, blobs) -> Records:
-    plan = load(plan_file, {}, Plan)
-    *_, records = experiment.run_study(plan, {"blobs": blobs}, Records.empty(SCHEMA), SESSION)
-    return records
+def stages(plan_file, blobs) -> list[Records]:
+    return run_all(load(plan_file, {}, Plan), blobs, Records.empty(SCHEMA))
+
+
+@pytest.fixture(scope="module")
+def done(stages) -> Records:
+    return stages[-1]
+
+
+def missing(plan: Plan, runs: pd.DataFrame) -> list[tuple[list[str], tuple[int, ...]]]:
+    """The arms and seeds of each group that is to be computed."""
+    known = replace(Records.empty(SCHEMA), tables={"runs": runs})
+    groups = [group.what for group in experiment.Study(plan).missing(known)]
+    return [([variant.arm for variant in what.variants], what.seeds) for what in groups]
 
 
 def command(plan_file, idx_folder, out, *more) -> str:
@@ -89,11 +98,11 @@ def command(plan_file, idx_folder, out, *more) -> str:
 
 def test_every_declared_run_is_there_and_no_other(done, plan_file):
     runs = done["runs"]
-    counts = runs.groupby(["arm", "purpose"]).size().to_dict()
-    assert counts == {
+    assert runs.groupby(["arm", "purpose"]).size().to_dict() == {
         ("b-sgd", "compare"): 3, ("un", "tune"): 4, ("un", "compare"): 3,
         ("carried", "compare"): 3, ("constant", "compare"): 3, ("spread", "compare"): 6,
     }  # fmt: skip
+    assert set(runs.loc[runs["purpose"] == "tune", "seed"]) == {100, 101}
     plan = load(plan_file, {}, Plan)
     assert experiment.count_runs(plan) == {"tune": 4, "compare": 18}
     assert experiment.count_recorded(plan, runs) == {"tune": 4, "compare": 18}
@@ -101,7 +110,9 @@ def test_every_declared_run_is_there_and_no_other(done, plan_file):
     assert experiment.count_recorded(fewer, runs) == {"tune": 4, "compare": 6}
     elsewhere = plan.model_copy(update={"depths": [7]})
     assert experiment.count_recorded(elsewhere, runs) == {"tune": 0, "compare": 0}
-    assert set(runs.loc[runs["purpose"] == "tune", "seed"]) == {100, 101}
+    tuned = (runs["arm"] == "un") & (runs["purpose"] == "compare")
+    other = runs.assign(rest_rate=runs["rest_rate"].mask(tuned, 7.0))
+    assert experiment.count_recorded(plan, other)["compare"] == 15  # not at the chosen rate
 
 
 def test_the_tuned_rate_is_the_one_of_the_lowest_mean_validation_error(done):
@@ -122,73 +133,52 @@ def test_what_is_recorded_of_a_run_agrees_with_itself(done):
     assert constant["filters_rate"] == pytest.approx(0.01)
 
 
-def test_un_that_carries_the_norms_is_b_sgd_and_follows_its_rate(done):
+def test_controls_are_controls(done):
     runs = done["runs"].set_index(["arm", "seed"])
-    for seed in (200, 201, 202):
-        b_sgd, carried = runs.loc[("b-sgd", seed)], runs.loc[("carried", seed)]
-        # float32 and ε part them in time; five epochs of a small network do not
-        assert carried["train_loss_5"] == pytest.approx(b_sgd["train_loss_5"], rel=2e-2)
-
-
-def test_un_does_not_see_how_the_filters_are_scaled(done):
     spread = done["runs"].query("arm == 'spread'").set_index(["seed", "spread"])["test_error_5"]
     for seed in (200, 201, 202):
+        b_sgd, carried = runs.loc[("b-sgd", seed)], runs.loc[("carried", seed)]
+        # UN at B-SGD's rates is B-SGD; float32 and ε part them in time, five epochs do not
+        assert carried["train_loss_5"] == pytest.approx(b_sgd["train_loss_5"], rel=2e-2)
+        # UN does not see how the filters are scaled
         assert spread[seed, 2.0] == pytest.approx(spread[seed, 0.0], abs=0.03)
 
 
-def test_a_plan_goes_on_where_it_was_and_takes_more_seeds(plan_file, blobs, done):
+def test_a_plan_goes_on_where_it_was_and_takes_more_seeds(plan_file, blobs, stages, done):
     plan = load(plan_file, {}, Plan)
-    first = next(experiment.run_study(plan, {"blobs": blobs}, Records.empty(SCHEMA), SESSION))
-    *_, resumed = experiment.run_study(plan, {"blobs": blobs}, first, SESSION)
+    resumed = run_all(plan, blobs, stages[0])[-1]
     pd.testing.assert_frame_equal(resumed["runs"], done["runs"])
+    recorded = json.loads(json.dumps(plan.protocol()))
     more = load(plan_file, {"compare.count": 4}, Plan)
-    batches = list(experiment.list_batches(more, done["runs"]))
-    assert [batch.seeds for batch in batches] == [(203,)]
-    assert more.conflict(json.loads(json.dumps(plan.protocol()))) is None
-
-
-def test_an_arm_may_have_more_seeds_than_the_others(plan_file, done):
-    plan = load(plan_file, {}, Plan)
-    more = load(plan_file, {"arms.un.count": 5}, Plan)
-    (batch,) = experiment.list_batches(more, done["runs"])
-    assert ([variant.arm for variant in batch.variants], batch.seeds) == (["un"], (203, 204))
-    assert experiment.count_runs(more) == {"tune": 4, "compare": 20}
-    assert experiment.count_recorded(more, done["runs"]) == {"tune": 4, "compare": 18}
-    assert more.conflict(json.loads(json.dumps(plan.protocol()))) is None
-    assert plan.conflict(json.loads(json.dumps(more.protocol()))) is None
+    assert [seeds for _, seeds in missing(more, done["runs"])] == [(203,)]
+    assert more.conflict(recorded) is None
+    some = load(plan_file, {"arms.un.count": 5}, Plan)  # more of one arm than of the others
+    assert missing(some, done["runs"]) == [(["un"], (203, 204))]
+    assert experiment.count_runs(some) == {"tune": 4, "compare": 20}
+    assert some.conflict(recorded) is None
+    changed = load(plan_file, {"arms.un.rates": [0.1]}, Plan)
+    assert "arm un" in str(changed.conflict(recorded))
 
 
 def test_of_a_seed_what_is_missing_is_trained_and_the_arm_that_it_follows(plan_file, done):
-    plan = load(plan_file, {}, Plan)
-    runs = done["runs"]
-    for missing, trained in (
+    plan, runs = load(plan_file, {}, Plan), done["runs"]
+    for lost, trained in (
         (["constant"], ["constant"]),
         (["carried"], ["b-sgd", "carried"]),
         (["b-sgd", "carried"], ["b-sgd", "carried"]),
     ):
-        kept = runs[~(runs["arm"].isin(missing) & (runs["seed"] == 201))]
-        (batch,) = experiment.list_batches(plan, kept)
-        assert ([variant.arm for variant in batch.variants], batch.seeds) == (trained, (201,))
-
-
-def test_only_runs_at_the_chosen_rate_count_as_recorded(plan_file, done):
-    plan, runs = load(plan_file, {}, Plan), done["runs"].copy()
-    other = (runs["purpose"] == "compare") & (runs["arm"] == "un") & (runs["seed"] == 200)
-    runs.loc[other, ["filters_rate", "rest_rate"]] = 7.0
-    assert experiment.count_recorded(plan, runs) == {"tune": 4, "compare": 17}
+        kept = runs[~(runs["arm"].isin(lost) & (runs["seed"] == 201))]
+        assert missing(plan, kept) == [(trained, (201,))]
 
 
 def test_the_command_trains_reports_and_verifies(plan_file, idx_folder, tmp_path, done):
     out = tmp_path / "study"
     assert "compare: 18 runs, 0 recorded" in command(plan_file, idx_folder, out, "--dry-run")
     assert not out.exists()
-    said = command(plan_file, idx_folder, out)
-    assert "22 of 22 runs" in said
+    assert "22 of 22 runs" in command(plan_file, idx_folder, out)
     pd.testing.assert_frame_equal(read(out, SCHEMA)["runs"], done["runs"])
     assert (out / "plan.toml").read_text() == PLAN
-    compared = pd.read_csv(out / "comparisons.csv")
-    assert list(compared["n"]) == [3]
-    assert {"ci_low", "ci_high", "p", "p_holm", "verdict", "dataset"} <= set(compared.columns)
+    assert list(pd.read_csv(out / "comparisons.csv")["n"]) == [3]
     assert "| comparison   |   blobs, depth 2 |" in (out / "summary.md").read_text()
     words = ["verify", "--out", str(out), "--data-dir", str(idx_folder), "--run", "7"]
     result = CliRunner().invoke(cli.main, words, catch_exceptions=False)
@@ -196,10 +186,31 @@ def test_the_command_trains_reports_and_verifies(plan_file, idx_folder, tmp_path
     assert "verified" in result.output
 
 
+def test_a_study_that_grows_tells_its_looks_and_a_page_that_is_there_is_kept_up_to_date(
+    plan_file, idx_folder, tmp_path
+):
+    out, page = tmp_path / "study", tmp_path / "index.html"
+    page.write_text("my own page")
+    command(plan_file, idx_folder, out, "--set", "compare.count=2")
+    assert page.read_text() == "my own page"  # which is nobody's to replace
+    command(plan_file, idx_folder, out, "--report-only", "--page")
+    assert "extended" not in (out / "comparisons.md").read_text()
+    before, looks = page.read_bytes(), (out / "looks.csv").read_text()
+    assert len(looks.splitlines()) == 2  # the same pairs again are no new look
+    said = " ".join(command(plan_file, idx_folder, out).split())
+    assert "extended after a look at n = 2: " in said
+    assert b"extended after a look at n = 2: " in page.read_bytes() != before
+    assert (out / "looks.csv").read_text().startswith(looks)
+    (out / "looks.csv").write_text("dataset,n\nblobs,2\n")
+    words = ["study", str(plan_file), "--report-only", "--out", str(out)]
+    result = CliRunner().invoke(cli.main, words)
+    assert "looks.csv: damaged" in result.output
+    assert result.exit_code == 2
+
+
 def test_a_plan_that_was_changed_after_its_first_runs_says_so():
     empty = Records.empty(SCHEMA)
     assert study.tell_when_declared(empty, b"50 seeds", "monday") == "monday"
-    assert study.tell_when_declared(empty, b"50 seeds", None) is None
     known = replace(
         empty.with_files({"plan.toml": b"50 seeds"}), provenance={"plan_committed": "monday"}
     )
@@ -214,16 +225,16 @@ def test_a_plan_that_was_changed_after_its_first_runs_says_so():
 def test_the_time_of_a_run_is_that_of_one_that_goes_on(tmp_path, blobs, monkeypatch):
     """The first rate of a grid may end every run at once, which takes no time."""
     told = []
-    status = experiment.training.Program.status
+    status = experiment.run_many.Program.status
     monkeypatch.setattr(
-        experiment.training.Program,
+        experiment.run_many.Program,
         "status",
         lambda self, state: told.append(status(self, state)) or told[-1],
     )
     path = tmp_path / "plan.toml"
-    alone = PLAN.split("[arms.b-sgd]")[0] + "[arms.b-sgd]\nupdate = 'b-sgd'\nrates = [1e6, 0.01]\n"
+    alone = PLAN.split("un = ")[0].replace("rates = [0.01]", "rates = [1e6, 0.01]")
     path.write_text(alone.replace("depths = [2]", "depths = [1, 2]"))
-    assert experiment.time_run(load(path, {}, Plan), blobs, images=100) > 0
+    assert min(experiment.measure_pace(load(path, {}, Plan), blobs, images=100)) > 0
     assert [one.active for one in told] == [True] * 4  # two epochs of each depth
 
 
@@ -235,8 +246,14 @@ def test_the_time_of_a_run_is_that_of_one_that_goes_on(tmp_path, blobs, monkeypa
         ({"compare.first": 50, "arms.un.count": 51}, "share seeds"),
         ({"arms.carried.count": 5}, "carried follows the first arm, but has another"),
         ({"tune.count": 0}, "several rates"),
+        ({"tune.count": 0, "arms.un": {"decays": [0.0, 0.1]}}, "several rates"),
+        ({"depths": []}, "nothing to train"),
         ({"training.loss.batch": 3}, "unknown key loss.batch"),
         ({"arms.un.schedule": "linear"}, "schedule"),
+        ({"arms.un": 3}, "arms.un = 3"),
+        ({"all_arms": 3}, "all_arms = 3"),
+        ({"comparisons": [{"name": "x", "arms": ["un", "b-sgd"], "baseline": "un"}]}, "named by"),
+        ({"comparisons": [{"arms": ["sm"], "baseline": "un"}]}, "no arm 'sm'"),
     ],
 )
 def test_a_plan_that_makes_no_sense_is_refused_in_a_line(changes, said, plan_file):
@@ -245,49 +262,52 @@ def test_a_plan_that_makes_no_sense_is_refused_in_a_line(changes, said, plan_fil
     assert "\n" not in str(refused.value)
 
 
-def test_an_arm_that_is_recorded_must_stay_what_it_was(plan_file):
-    recorded = json.loads(json.dumps(load(plan_file, {}, Plan).protocol()))
-    changed = load(plan_file, {"arms.un.rates": [0.1]}, Plan)
-    assert "arm un" in str(changed.conflict(recorded))
+def test_what_is_no_plan_and_a_data_set_without_a_place_name_what_to_do():
+    for words, said in (
+        (["study", "segnet"], "`unitnorm segment train --config segnet` takes it"),
+        (["study", "study/annealed", "--out", "nowhere"], "--data fashion=FOLDER"),
+    ):
+        result = CliRunner().invoke(cli.main, words)
+        assert said in result.output
+        assert "--data-dir" not in result.output
+        assert result.exit_code == 2
 
 
-def test_an_arm_with_lists_stands_for_one_of_each_combination(plan_file, tmp_path):
-    written = tmp_path / "each.toml"
-    written.write_text(
-        PLAN
-        + """
-[[comparisons]]
-each = { update = ["un", "sm"], spread = [0.5, 2] }
-name = "{update} over {spread} decades"
-arm = "{update}@{spread}"
-baseline = "b-sgd"
-[arms."{update}@{spread}"]
-each = { update = ["un", "sm"], spread = [0.5, 2] }
-update = "{update}"
-rates = [0.01]
-start = "filters"
-spreads = ["{spread}"]
-"""
-    )
-    plan, plain = load(written, {"arms.sm@2.rates": [0.1]}, Plan), load(plan_file, {}, Plan)
-    arms = {name: arm for name, arm in plan.arms.items() if name not in plain.arms}
-    told = {name: (arm.update, arm.spreads, arm.rates) for name, arm in arms.items()}
-    assert told == {
-        "un@0.5": ("un", [0.5], [0.01]), "un@2": ("un", [2.0], [0.01]),
-        "sm@0.5": ("sm", [0.5], [0.01]), "sm@2": ("sm", [2.0], [0.1]),
-    }  # fmt: skip
-    assert [(c.name, c.arm) for c in plan.comparisons[-2:]] == [
-        ("sm over 0.5 decades", "sm@0.5"), ("sm over 2 decades", "sm@2"),
-    ]  # fmt: skip
-    with pytest.raises(UserError, match="expected lists by name"):
-        load(written, {"arms.un.each": 3}, Plan)
+def test_arms_share_what_is_said_once_and_several_may_have_one_baseline(plan_file):
+    several = [{"arms": ["un", "constant"], "baseline": "b-sgd", "metric": "test_loss"}]
+    plan = load(plan_file, {"comparisons": several, "arms.un@slow": {"rates": [0.1]}}, Plan)
+    assert (plan.arms["un@slow"].update, plan.arms["un@slow"].rates) == ("un", [0.1])
+    assert plan.arms["spread"].rates == [0.01]
+    told = [(c.name, c.arm, c.metric) for c in plan.comparisons]
+    assert told == [
+        ("un − b-sgd", "un", "test_loss"),
+        ("constant − b-sgd", "constant", "test_loss"),
+    ]
+    assert "all_arms" not in plan.protocol()  # the records hold each arm as it is
 
 
-def test_every_plan_of_the_package_can_be_read():
+def test_a_decay_is_an_axis_of_the_grid():
+    arm = ArmPlan(update="un", rates=[1.0], filters_rates=[2.0, 3.0], decays=[0.0, 0.5])
+    assert set(arm.grid()) == {(f, 1.0, eta) for f in (2.0, 3.0) for eta in (0.0, 0.5)}
+    assert ArmPlan(update="un", rates=[1.0]).grid() == [(1.0, 1.0, 0.0)]
+
+
+@pytest.mark.parametrize("name", [path.name for path in sorted(RESULTS.iterdir()) if path.is_dir()])
+def test_a_plan_of_the_package_means_the_arms_and_comparisons_of_its_records(name):
+    plan, recorded = load(f"study/{name}", {}, Plan), plan_of(read(RESULTS / name, SCHEMA))
+    assert plan.arms == recorded.arms
+    assert plan.comparisons == recorded.comparisons
+    assert plan.conflict(recorded.model_dump()) is None
+
+
+def test_every_plan_of_the_package_can_be_read_and_the_template_has_every_key():
     plans = [name for name in presets() if name.startswith("study/")]
-    assert len(plans) >= 5
-    fewer = {"study/starts": 20}  # so declared before its results
+    fewer = {"study/starts": 20, "study/template": 3}  # so declared before its results; to be quick
     for name in plans:
         plan = load(name, {}, Plan)
         assert plan.compare.count >= fewer.get(name, 100)
-        assert list(experiment.list_batches(plan, SCHEMA.frame("runs", [])))
+        assert missing(plan, SCHEMA.frame("runs", []))
+    template = (PRESETS / "study" / "template.toml").read_text()
+    for section in (Plan, ArmPlan, ComparisonPlan, Seeds):
+        for key in section.model_fields:
+            assert re.search(rf"(^|[\s\[{{`]){key}\b", template, re.M), key

@@ -6,25 +6,25 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import pandas as pd
 import pytest
 
-from tests.study_example import COMPARISONS, invent_runs, invent_spread_runs, plan_comparison
+from tests.study_example import COMPARISONS, find, invent_runs, invent_spread_runs, plan_comparison
 from unitnorm.errors import UserError
-from unitnorm.study.config import ComparisonPlan
-from unitnorm.study.page import StudyFrames, build_charts, build_page
-from unitnorm.study.statistics import compare, pair_runs, rank
+from unitnorm.study.figures import CHARTS
+from unitnorm.study.page import build_page, is_page
+from unitnorm.study.report import Findings
+from unitnorm.study.statistics import pair_runs, rank
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 NASTY = '</script><b id="injected">x & /*{DATA}*/'
 
 
 @pytest.fixture(scope="module")
-def studies() -> dict[str, StudyFrames]:
-    runs, starts = invent_runs(), invent_spread_runs()
+def studies() -> dict[str, Findings]:
+    one = [plan_comparison("starts", "un", "b-sgd")]
     return {
-        "best-rates": StudyFrames(runs, compare(runs, COMPARISONS), "At their best rates."),
-        "starts": StudyFrames(starts, compare(starts, [plan_comparison("starts", "un", "b-sgd")])),
+        "best-rates": find(invent_runs(), looked_at=5),
+        "starts": find(invent_spread_runs(), one),
     }
 
 
@@ -41,19 +41,23 @@ def test_page_is_one_small_file_that_loads_nothing(page, studies):
     assert len(page) < 3e6
     assert b"default-src 'none'" in page  # what the browser's tests see it obey
     assert build_page(studies) == page
+    assert is_page(page)
+    assert not is_page(b"<!doctype html><title>my own</title>")
+    with pytest.raises(UserError, match="no study to show"):
+        build_page({})
 
 
 def test_page_holds_the_pairs_and_tables_of_each_study(page, studies):
     data = data_of(page)
     assert list(data) == ["best-rates", "starts"]
-    runs, table = studies["best-rates"].runs, studies["best-rates"].comparisons
+    runs, table = studies["best-rates"].known["runs"], studies["best-rates"].compared
     packed = data["best-rates"]["comparisons"]
     assert [row["verdict"] for row in packed] == list(table["verdict"])
     cell = runs.query("purpose == 'compare' and dataset == 'fashion' and depth == 2")
-    sides = (cell[cell["arm"] == arm] for arm in ("un", "b-sgd"))
-    both = pair_runs(*sides, "test_error")
+    both = pair_runs(*(cell[cell["arm"] == arm] for arm in ("un", "b-sgd")), "test_error")
     assert packed[0]["pairs"]["seed"] == list(both.index)
     assert packed[0]["pairs"]["difference"] == pytest.approx(list(both["difference"]), rel=1e-4)
+    assert packed[0]["looks"].startswith("extended after a look at n = 5: ")
     assert data["best-rates"]["ranks"]["arm"] == list(rank(runs)["arm"])
     assert b"wrong" not in json.dumps(data).encode()
     levels = [row["level"] for row in data["starts"]["comparisons"][:3]]
@@ -61,43 +65,22 @@ def test_page_holds_the_pairs_and_tables_of_each_study(page, studies):
     assert len(set(levels)) == 3
 
 
-def test_no_two_arms_look_the_same():
-    runs = invent_runs(seeds=3, images=200, datasets=("mnist",))
-    many = [runs[runs["arm"] == "un"].assign(arm=f"un@{i}") for i in range(25)]
-    arms = data_of(build_page({"many": frames_of(pd.concat(many), [])}))["many"]["arms"]
-    assert len({(look["colour"], look["shape"]) for look in arms.values()}) == 25
+def test_charts_draw_only_columns_that_the_rows_have(page):
+    data = data_of(page)
+    for name, spec in CHARTS.items():
+        rows = data["starts" if name == "spreads" else "best-rates"]["charts"][name]
+        fields = set(re.findall(r'"field": "([^"]+)"', json.dumps(spec)))
+        assert fields - {"lost", "is_best"} <= set(rows), name
 
 
-def frames_of(runs: pd.DataFrame, comparisons: list[ComparisonPlan]) -> StudyFrames:
-    return StudyFrames(runs, compare(runs, comparisons))
-
-
-def test_unfinished_studies_have_a_page_and_none_has_not():
+def test_unfinished_studies_have_a_page():
     runs = invent_runs(seeds=3, images=200, datasets=("mnist",))
     compared = runs[runs["purpose"] == "compare"]
-    assert data_of(build_page({"x": frames_of(compared, [])}))["x"]["rates"] == {}
+    assert "rates" not in data_of(build_page({"x": find(compared, [])}))["x"]["charts"]
     lost = compared.assign(diverged=True, test_error=float("nan"))
-    packed = data_of(build_page({"x": frames_of(lost, [COMPARISONS[0]])}))["x"]
+    packed = data_of(build_page({"x": find(lost, COMPARISONS[:1])}))["x"]
     assert packed["comparisons"][0]["difference"] is None
-    assert packed["budgets"] == {}
-    with pytest.raises(UserError, match="no study to show"):
-        build_page({})
-
-
-def test_charts_draw_only_columns_that_the_page_gives_them(page):
-    data = data_of(page)["best-rates"]
-    arm = {"arm", *data["arms"]["un"]}
-    row = set(data["comparisons"][0]) | {"colour", "label", "text", "margin_low", "margin_high"}
-    given = {
-        "forest": row | {"zero"},
-        "rates": set(data["rates"]) | arm,
-        "budgets": set(data["budgets"]) | arm,
-        "pairs": set(data["comparisons"][0]["pairs"]) | {"zero"},
-    }
-    for name, spec in build_charts().items():
-        fields = set(re.findall(r'"field": "([^"]+)"', json.dumps(spec)))
-        assert fields, name
-        assert fields <= given[name], name
+    assert packed["charts"] == {}
 
 
 @pytest.fixture(scope="module")
@@ -113,8 +96,10 @@ def browser() -> Iterator:
         browser.close()
 
 
-def open_page(browser, file: Path, width: int):
+def open_page(browser, folder: Path, content: bytes, width: int):
     """The page at this width; every complaint and every request of it is kept."""
+    file = folder / "index.html"
+    file.write_bytes(content)
     tab = browser.new_page(viewport={"width": width, "height": 844})
     tab.complaints, tab.requests = [], []
     tab.on("pageerror", lambda error: tab.complaints.append(str(error)))
@@ -125,33 +110,27 @@ def open_page(browser, file: Path, width: int):
     return tab
 
 
-@pytest.fixture(scope="module")
-def file(page, tmp_path_factory) -> Path:
-    file = tmp_path_factory.mktemp("study") / "index.html"
-    file.write_bytes(page)
-    return file
-
-
 @pytest.mark.parametrize("width", [1280, 390])
-def test_filters_and_comparisons_work_by_keyboard(browser, file, width):
-    tab = open_page(browser, file, width)
-    assert tab.locator("#comparisons tr").count() == 20
+def test_filters_and_comparisons_work_by_keyboard(browser, page, tmp_path, width):
+    tab = open_page(browser, tmp_path, page, width)
+    assert tab.locator("#comparisons > tr").count() == 20
     tab.keyboard.press("Tab")
     assert tab.evaluate("document.activeElement.id") == "study"
     tab.keyboard.press("Tab")
     tab.keyboard.press("m")  # a list by its first letter: mnist
     assert tab.locator("#dataset").input_value() == "mnist"
-    tab.wait_for_function("document.querySelectorAll('#comparisons tr').length === 10")
+    tab.wait_for_function("document.querySelectorAll('#comparisons > tr').length === 10")
     assert "10 of 20" in tab.locator("#count").inner_text()
-    for _ in range(3):  # depth, update, the first comparison
+    for _ in range(3):  # network, update, the first comparison
         tab.keyboard.press("Tab")
     assert tab.evaluate("document.activeElement.textContent") == "UN against B-SGD"
     tab.keyboard.press("Enter")
     tab.wait_for_function("document.querySelectorAll('.detail svg').length === 3")
     assert tab.locator(".detail tbody tr").count() == 12
-    assert tab.locator("[aria-expanded=true]").count() == 1
-    wide = tab.evaluate("document.documentElement.scrollWidth")
-    assert wide <= width  # nothing sticks out
+    assert "Extended after a look at n = 5" in tab.locator(".detail").inner_text()
+    texts = tab.locator("#forest text").all_text_contents()
+    assert "difference [percentage points]" in texts
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width  # nothing sticks out
     tab.keyboard.press("Enter")
     assert tab.locator(".detail").count() == 0
     assert tab.complaints == []
@@ -159,14 +138,15 @@ def test_filters_and_comparisons_work_by_keyboard(browser, file, width):
     tab.close()
 
 
-def test_another_study_and_an_update_are_chosen(browser, file):
-    tab = open_page(browser, file, 1280)
+def test_another_study_and_an_update_are_chosen(browser, page, tmp_path):
+    tab = open_page(browser, tmp_path, page, 1280)
     tab.select_option("#update", "weight-norm")
-    assert tab.locator("#comparisons tr").count() == 4
+    assert tab.locator("#comparisons > tr").count() == 4
     assert set(tab.locator("#ranks td:nth-child(3)").all_inner_texts()) == {"weight-norm"}
     tab.select_option("#study", "starts")  # which has no such update: all are shown
     assert tab.locator("#update").input_value() == ""
-    assert tab.locator("#rates").inner_text() == "Nothing here for this choice."
+    tab.wait_for_selector("#spreads svg")
+    assert tab.locator("#rates").count() == 0
     assert "spread 2" in tab.locator("#comparisons").inner_text()
     assert tab.complaints == []
     tab.close()
@@ -175,10 +155,8 @@ def test_another_study_and_an_update_are_chosen(browser, file):
 def test_names_are_text_whatever_they_hold(browser, tmp_path):
     runs = invent_runs(seeds=3, images=200, datasets=("mnist",))
     runs = runs[runs["arm"].isin(["un", "b-sgd"])].replace({"arm": {"un": NASTY}})
-    frames = frames_of(runs, [plan_comparison(NASTY, NASTY, "b-sgd")])
-    file = tmp_path / "index.html"
-    file.write_bytes(build_page({NASTY: frames}))
-    tab = open_page(browser, file, 1280)
+    found = find(runs, [plan_comparison(NASTY, NASTY, "b-sgd")])
+    tab = open_page(browser, tmp_path, build_page({NASTY: found}), 1280)
     assert tab.locator("#injected").count() == 0
     assert tab.locator("#comparisons button").first.inner_text() == NASTY
     assert tab.complaints == []

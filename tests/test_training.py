@@ -10,8 +10,19 @@ import pytest
 from tests import reference
 from tests.conftest import blobs
 from tests.test_model import as_numpy
-from unitnorm.archbn import protocol, training
+from unitnorm.archbn import evaluation, protocol, run_many
+from unitnorm.archbn.batches import (
+    ORDER,
+    START,
+    Images,
+    argsort,
+    draw_split,
+    stream,
+)
 from unitnorm.archbn.config import Config
+from unitnorm.archbn.model import FILTER_AXIS, archbn
+from unitnorm.archbn.starts import unbalance
+from unitnorm.archbn.training import Arm, Batches, Settings, Task, make_training
 from unitnorm.data import Dataset, load_dataset
 from unitnorm.run.config import load, parse
 from unitnorm.updates import UPDATES, rivals
@@ -40,22 +51,32 @@ def configured(**changes):
     return parse({**BASE, **changes}, "", Config)
 
 
-def program(seeds=3, updates=("b-sgd", "un"), rates=1e-2, depth=2, phase=None, **changes):
+def task_of(depth=2, options=(), **changes):
+    """What the runs of a program have in common; `options` are of `Task`."""
+    network = archbn(configured(**changes).model, 36, CLASSES, depth)
+    return Task(configured(**changes), network)._replace(**dict(options))
+
+
+def split_of(seed, sizes=(410, 150)):
+    return draw_split("train", sizes, 600, jnp.uint32(seed))
+
+
+def program(
+    seeds=3, updates=("b-sgd", "un"), rates=1e-2, depth=2, task=None, schedule=0, **changes
+):
     """A program, and its state at the start.
 
     Args:
       seeds: 0 to seeds − 1, or an array of them.
       rates: of all runs, or an array of shape (seeds, updates).
     """
-    config = configured(**changes)
     seeds = np.arange(seeds) if isinstance(seeds, int) else seeds
     rates = np.broadcast_to(rates, (len(seeds), len(updates)))
     arms = [
-        (training.Arm(update), training.Settings(seeds, rates[:, which]))
+        (Arm(update), Settings(seeds, rates[:, which], schedule=schedule))
         for which, update in enumerate(updates)
     ]
-    phase = phase or training.train_phase(config)
-    p = training.Program("train", config, depth, phase, arms, DATA)
+    p = run_many.Program("train", task or task_of(depth, **changes), arms, DATA)
     return p, p.start()
 
 
@@ -90,8 +111,8 @@ def test_an_epoch_is_table_1_step_by_step(both):
     """One epoch of both updates against float64 NumPy that shares nothing but the order."""
     runs = both.start()
     start = [run_of(both.take(runs), u, 1) for u in (0, 1)]
-    split = training.init_split(training.train_phase(configured()), jnp.uint32(1), 600)
-    key = jax.random.fold_in(training.stream(split.order_seed, training.TRAIN_ORDER), 0)
+    split = split_of(1)
+    key = jax.random.fold_in(stream(split.order_seed, ORDER["train"]), 0)
     order = np.asarray(split.train[jnp.argsort(jax.random.bits(key, (410,)))])
     assert sorted(order) == sorted(np.asarray(split.train))
     after = both.take(both.advance(runs))
@@ -130,8 +151,7 @@ def test_runs_of_a_seed_share_start_split_and_order_and_seeds_differ(both):
         assert_same(run_of(runs, 0, seed).params, run_of(runs, 1, seed).params)
         assert_same(run_of(runs, 0, seed).stats, run_of(runs, 1, seed).stats)
     assert len({np.asarray(w).tobytes() for w in runs[0].params["theta"]["W"]}) == 3
-    phase = training.train_phase(configured())
-    splits = [training.init_split(phase, jnp.uint32(seed), 600) for seed in range(3)]
+    splits = [split_of(seed) for seed in range(3)]
     for part in ("train", "validation"):
         assert len({np.asarray(getattr(split, part)).tobytes() for split in splits}) == 3
     assert not set(np.asarray(splits[0].train)) & set(np.asarray(splits[0].validation))
@@ -139,11 +159,10 @@ def test_runs_of_a_seed_share_start_split_and_order_and_seeds_differ(both):
 
 def test_a_runs_bits_depend_on_its_seed_alone(both, healthy):
     """Not on how many runs, devices or other updates are trained along."""
-    for seeds, updates in ((5, ("un",)), (1, ("sm", "un")), (np.array([2, 0, 2]), ("un",))):
-        p, runs = program(seeds, updates)
-        first = list(np.arange(3) if isinstance(seeds, int) else seeds).index(0)
+    for seeds, updates in (([0], ("sm", "un")), ([2, 0, 2, 4, 1], ("un",))):
+        p, runs = program(np.array(seeds), updates)
         found = p.take(advanced(p, runs, 2))
-        assert_same(run_of(found, updates.index("un"), first), run_of(healthy, 1, 0))
+        assert_same(run_of(found, updates.index("un"), seeds.index(0)), run_of(healthy, 1, 0))
 
 
 def test_a_measured_loss_does_not_depend_on_what_is_trained_along():
@@ -160,9 +179,8 @@ def test_what_is_said_of_the_norms_does_not_depend_on_what_is_trained_along():
     """At the size of Table 2, where a sum over two runs at once rounds in another order."""
     config, data, found = load("quick", {"train.train_images": 500}, Config), load_dataset(), []
     for updates in (("un",), ("b-sgd", "un")):
-        settings = training.Settings(np.arange(1), np.full(1, 1e-2))
-        arms = [(training.Arm(update), settings) for update in updates]
-        p = training.Program("train", config, 2, training.train_phase(config), arms, data)
+        arms = [(Arm(update), Settings(np.arange(1), np.full(1, 1e-2))) for update in updates]
+        p = run_many.Program("train", Task(config, archbn(config.model, 784, 10, 2)), arms, data)
         history = run_of(p.take(p.advance(p.start())), updates.index("un"), 0).history
         found.append((history.norm_deviation, history.norm_mean, history.effective_rate))
     assert_same(*found)
@@ -227,8 +245,7 @@ def test_every_update_learns_and_keeps_to_its_manifold():
 def test_errors_and_losses_count_every_image_once(both):
     state = both.advance(both.start())
     found, runs = both.find_wrong(state), both.take(state)
-    network = training.archbn(configured().model, 36, CLASSES, 2)
-    split = training.init_split(training.train_phase(configured()), jnp.uint32(2), 600)
+    network, split = task_of().network, split_of(2)
     for update in (0, 1):
         run = run_of(runs, update, 2)
         logits, _ = network.apply(run.params, run.stats, np.float32(DATA.test_images), False)
@@ -247,26 +264,25 @@ def test_the_order_of_random_bits_is_that_of_a_stable_sort():
     bits = np.random.default_rng(0).integers(0, 2**32, (2, 5000), dtype=np.uint32)
     bits[:, ::3] = bits[:, :1]  # many ties
     bits[0, 7], bits[1, 7] = 0, 2**32 - 1
-    found = jax.jit(jax.vmap(training.argsort))(bits)
+    found = jax.jit(jax.vmap(argsort))(bits)
     assert found.dtype == np.int32
     np.testing.assert_array_equal(found, np.argsort(bits, axis=-1, kind="stable"))
 
 
 def test_statistics_computed_anew_are_those_of_the_training_images():
-    phase = training.train_phase(configured())._replace(statistics="anew")
-    p, runs = program(seeds=1, updates=("un",), phase=phase)
+    task = task_of(options={"statistics": "anew"})
+    p, runs = program(seeds=1, updates=("un",), task=task)
     run = run_of(p.take(advanced(p, runs, epochs=2)), 0, 0)
     layers = run.stats["layers"]
     found = layers[min(layers)]["norm"]
-    split = training.init_split(phase, jnp.uint32(0), 600)
-    w = np.asarray(training.filters(run.params)[0], float)
+    split = split_of(0)
+    w = np.asarray(task.network.filters(run.params)[0], float)
     h = (DATA.train_images[np.asarray(split.train)] @ w.T)[:400].reshape(20, 20, -1)
     np.testing.assert_allclose(found["mean"], h.mean((0, 1)), rtol=1e-4)
     np.testing.assert_allclose(found["var"], h.var(1).mean(0), rtol=1e-4)
     # and validation is measured with them
-    network = training.archbn(configured().model, 36, CLASSES, 2)
-    images = training.Images(DATA.train_images, DATA.train_labels)
-    error, loss = training.evaluate(network, run.params, run.stats, images, split.validation)
+    images = Images(DATA.train_images, DATA.train_labels)
+    error, loss = evaluation.evaluate(task.network, run.params, run.stats, images, split.validation)
     assert float(error) == run.history.val_error[1]
     np.testing.assert_allclose(loss, run.history.val_loss[1], rtol=1e-5)
 
@@ -286,8 +302,9 @@ def test_the_rate_follows_the_bold_driver_and_the_history_the_epochs(both):
 
 def test_the_sweep_has_a_fixed_rate_and_no_early_stop():
     sweep = {"train_images": 100, "validation_images": 50, "epochs": 4}
-    phase = training.sweep_phase(configured(sweep=sweep))
-    p, state = program(np.array([0, 0]), ("un",), [[1e-2], [1e-3]], 1, phase, sweep=sweep)
+    task = task_of(1, {"part": "sweep"}, sweep=sweep)
+    rates, fixed = [[1e-2], [1e-3]], protocol.CONSTANT
+    p, state = program(np.array([0, 0]), ("un",), rates, 1, task, schedule=fixed)
     start = p.take(state)
     assert_same(run_of(start, 0, 0).params, run_of(start, 0, 1).params)
     state = advanced(p, state, 4)
@@ -298,28 +315,94 @@ def test_the_sweep_has_a_fixed_rate_and_no_early_stop():
     assert p.status(state)[:2] == (4, False)
 
 
-def test_mean_and_sum_differ_by_the_batch_size_in_the_rate(both):
-    run = jax.tree.map(jnp.asarray, run_of(both.take(both.start()), 0, 0))
-    zero, arm = jnp.asarray(0.0), training.Arm("b-sgd")
-    state = training.transformation(arm, zero, run.params).init(run.params)
-    at = training.Stepping(run.params, run.stats, state, zero, zero)
-    network, phase = (
-        training.archbn(configured().model, 36, CLASSES, 2),
-        training.train_phase(configured()),
-    )
+def a_step(task, arm, rate, ratio=None, decay=None, start=None):
+    """The parameters before and after a mini-batch of a run, and its loss."""
+    trained = make_training(task, arm)
+    run = trained.init(Settings(jnp.uint32(0), jnp.float32(rate), ratio, decay=decay))
+    run = run._replace(params=start or run.params)
+    zero = jnp.asarray(0.0)
+    at = Batches(run.params, run.stats, run.opt_state, zero, zero)
     x, y = np.float32(DATA.train_images[:20]), DATA.train_labels[:20]
-    by_sum, by_mean = (
-        training.train_step(
-            network, phase._replace(reduction=reduction), arm, jnp.float32(rate), at, x, y
-        )
+    after = trained.step(run, at, x, y)
+    return run.params, after.params, after.loss
+
+
+def test_mean_and_sum_differ_by_the_batch_size_in_the_rate():
+    (start, by_sum, loss), (_, by_mean, same) = (
+        a_step(task_of(loss={"batch_size": 20, "reduction": reduction}), Arm("b-sgd"), rate)
         for reduction, rate in (("sum", 1e-3), ("mean", 2e-2))
     )
-    moved = np.abs(by_sum.params["theta"]["W"] - run.params["theta"]["W"]).max()
+    moved = np.abs(by_sum["theta"]["W"] - start["theta"]["W"]).max()
     assert moved > 1e-3
-    np.testing.assert_allclose(
-        by_sum.params["theta"]["W"], by_mean.params["theta"]["W"], atol=1e-4 * moved
+    np.testing.assert_allclose(by_sum["theta"]["W"], by_mean["theta"]["W"], atol=1e-4 * moved)
+    assert loss == pytest.approx(same)  # recorded per image either way
+
+
+def test_the_filters_rates_go_by_run_and_by_layer():
+    """A ratio scales all filters' steps, factors those of a layer, decay pulls them to zero."""
+    task, filters = task_of(), task_of().network.filters
+    start, plain, _ = a_step(task, Arm("b-sgd"), 1e-3)
+    steps = [after - before for before, after in zip(*map(filters, (start, plain)), strict=True)]
+    for arm, settings, factors in (
+        (Arm("b-sgd"), {"ratio": 3.0}, (3, 3)),
+        (Arm("b-sgd", factors=(0.5, 2.0)), {}, (0.5, 2)),
+    ):
+        _, found, _ = a_step(task, arm, 1e-3, **settings)
+        np.testing.assert_array_equal(found["theta"]["W"], plain["theta"]["W"])
+        for w, moved, step, factor in zip(
+            filters(start), filters(found), steps, factors, strict=True
+        ):
+            np.testing.assert_allclose(moved - w, factor * step, atol=1e-6)
+    _, found, _ = a_step(task, Arm("sgd-wd"), 1e-3, decay=jnp.float32(50.0))
+    for w, moved, step in zip(filters(start), filters(found), steps, strict=True):
+        np.testing.assert_allclose(moved - w, step - 1e-3 * 50.0 * w, atol=1e-6)
+
+
+@pytest.mark.parametrize("update", ["un", "b-sgd", "un-carried"])
+def test_the_size_of_a_step_is_measured_layer_by_layer(update):
+    """The effective rate is λ at norm 1 and λ/‖w‖² beyond, and the angle that of the filters."""
+    task, rate, norm = task_of(), 1e-4, 1.0 if update == "un" else 3.0
+    network = task.network
+    start = make_training(task, Arm("un")).init(Settings(jnp.uint32(0), jnp.float32(rate))).params
+    start = network.with_filters(start, lambda w: norm * w)
+    options = (("off_manifold", "normalize"),) if update == "un-carried" else ()
+    _, after, _ = a_step(task, Arm(update, options), rate, start=start)
+    x, y = np.float32(DATA.train_images[:20]), DATA.train_labels[:20]
+    layers, theta = as_numpy(start)
+    steps, _ = reference.gradients(layers, theta, x.astype(float), y, 1e-5)
+    gradient = network.with_filters(start, lambda w: w)
+    grads = iter([np.asarray(d, np.float32) for d, _, _ in steps])
+    gradient = network.with_filters(gradient, lambda w: next(grads))
+    rates, angles = evaluation.measure_step(network, start, gradient, after)
+    expected = rate if update == "un-carried" else rate / norm**2
+    np.testing.assert_allclose(rates, expected, rtol=2e-2)
+    pairs = zip(network.filters(start), network.filters(after), angles, strict=True)
+    for before, moved, angle in pairs:
+        units = [w / np.linalg.norm(w, axis=FILTER_AXIS, keepdims=True) for w in (before, moved)]
+        chord = np.linalg.norm(np.subtract(*units, dtype=float), axis=FILTER_AXIS)
+        np.testing.assert_allclose(angle, (2 * np.arcsin(chord / 2)).mean(), rtol=1e-3)
+
+
+def test_to_look_at_the_layers_changes_nothing_else(healthy):
+    p, runs = program(task=task_of(options={"layers": True}))
+    found = run_of(p.take(advanced(p, runs, 2)), 1, 0)
+    plain = run_of(healthy, 1, 0)
+    assert found.history.layer_rate.shape == found.history.layer_angle.shape == (6, 2)
+    np.testing.assert_allclose(found.history.layer_rate[:2], 1e-2, rtol=0.2)
+    assert_same(
+        found._replace(history=found.history._replace(layer_rate=None, layer_angle=None)), plain
     )
-    assert by_sum.loss == pytest.approx(by_mean.loss)  # recorded per image either way
+
+
+def test_starts_of_one_norm_compute_the_same():
+    network = task_of().network
+    params, stats = network.init(stream(jnp.uint32(0), 0))
+    moved = unbalance(params, jnp.array([0.0, 0.0, 0.0, 1.0]), stream(jnp.uint32(0), START))
+    for w in network.filters(moved):
+        np.testing.assert_allclose(np.linalg.norm(w, axis=FILTER_AXIS), 10, rtol=1e-5)
+    x = np.float32(DATA.train_images[:20])
+    (old, _), (new, _) = (network.apply(p, stats, x, True) for p in (params, moved))
+    np.testing.assert_allclose(new, old, atol=1e-3)
 
 
 def test_a_program_computes_float32_products_in_float32(monkeypatch):
@@ -331,19 +414,21 @@ def test_a_program_computes_float32_products_in_float32(monkeypatch):
     def compute(*_: object) -> None:
         raise TracedError(jax.config.jax_default_matmul_precision)
 
-    training.compile_parts.cache_clear()  # what another test has traced would not be traced here
+    run_many.compile_parts.cache_clear()  # what another test has traced would not be traced here
     p, runs = program(1, ("un",))
-    for name, method in (("train_step", p.advance), ("find_wrong", p.find_wrong)):
-        monkeypatch.setattr(training, name, compute)
+    for module, name, method in (
+        (evaluation, "evaluate", p.advance), (run_many, "find_wrong", p.find_wrong)
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, compute)
         with jax.default_matmul_precision("bfloat16"), pytest.raises(TracedError, match="highest"):
             method(runs)
 
 
 @pytest.mark.parametrize("devices", [1, 2, 3, 8])
-def test_blocks_are_dealt_to_devices_like_cards(devices):
+def test_blocks_are_dealt_to_devices_in_turn(devices):
     """Every run has one place, and no device has more than one block more than another."""
     counts, blocks = (20, 7, 1, 9), (2, 2, 2, 3)
-    dealt = training.deal(counts, blocks, devices)
+    dealt = run_many.deal(counts, blocks, devices)
     load = np.zeros(devices, int)
     for places, count, block in zip(dealt, counts, blocks, strict=True):
         assert sorted(places[places >= 0]) == list(range(count))
@@ -357,12 +442,11 @@ def test_a_run_that_follows_has_its_leaders_rate():
     """That of its seed's first run in the first arm, wherever the two are computed."""
     driver, follow, constant = protocol.BOLD_DRIVER, protocol.FOLLOW, protocol.CONSTANT
     seeds = np.array([4, 5, 6, 4, 5, 6])
-    leading = training.Settings(seeds, np.full(6, 0.3), None, np.repeat([driver, constant], 3))
-    following = training.Settings(seeds[::-1][:5], np.full(5, 0.3), None, follow)
-    config = configured()
-    arms = [(training.Arm("b-sgd"), leading), (training.Arm("un"), following)]
-    phase = training.train_phase(config)._replace(min_epochs=6)
-    p = training.Program("train", config, 1, phase, arms, DATA)
+    leading = Settings(seeds, np.full(6, 0.3), None, np.repeat([driver, constant], 3))
+    following = Settings(seeds[::-1][:5], np.full(5, 0.3), None, follow)
+    arms = [(Arm("b-sgd"), leading), (Arm("un"), following)]
+    task = task_of(1, train={**BASE["train"], "min_epochs": 6})
+    p = run_many.Program("train", task, arms, DATA)
     runs = p.take(advanced(p, p.start(), 5))
     leaders, followers = runs[0].history.lr, runs[1].history.lr
     assert len({rates[:5].tobytes() for rates in leaders[:3]}) > 1  # or any order would pass

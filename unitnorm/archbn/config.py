@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from unitnorm.errors import UserError
-from unitnorm.run.config import ExperimentConfig, Section, check_updates
+from unitnorm.run.config import ExperimentConfig, Section
 
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -62,6 +62,16 @@ class Sweep(Section):
     train_images: Count = Field(1_000, description="training images, drawn at random per run")
     validation_images: Count = Field(500, description="validation images, drawn at random per run")
     epochs: Annotated[int, Field(ge=1, le=100_000)] = Field(50, description="at a fixed rate")
+
+    @property
+    def min_epochs(self) -> int:
+        """As many as `max_epochs`: a sweep has no early stop."""
+        return self.epochs
+
+    @property
+    def max_epochs(self) -> int:
+        """`epochs`, by the name that a full training has for them."""
+        return self.epochs
 
     @field_validator("rates")
     @classmethod
@@ -132,7 +142,16 @@ class Config(ExperimentConfig):
     bold_driver: BoldDriver = BoldDriver()
     stopping: Stopping = Stopping()
 
-    _known = field_validator("updates")(check_updates)
+    @field_validator("updates")
+    @classmethod
+    def _known(cls, updates: list[str]) -> list[str]:
+        from unitnorm.updates import check_update_name  # which imports JAX
+
+        return list(dict.fromkeys(map(check_update_name, updates)))
+
+    def __hash__(self) -> int:
+        """Its lists have none; equal configs, which programs are kept by, have equal protocols."""
+        return hash(self.fingerprint())
 
     @field_validator("depths")
     @classmethod

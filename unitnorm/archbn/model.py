@@ -13,6 +13,7 @@ weight gradient on CPUs.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -20,7 +21,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from unitnorm.geometry import retraction
+from unitnorm.archbn.config import Model
+from unitnorm.geometry import unit
 
 FILTER_AXIS = -1
 
@@ -30,7 +32,7 @@ class Rows(nnx.Module):
 
     def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
         rows = jax.random.normal(rngs.params(), (outputs, inputs))
-        self.W = nnx.Param(retraction(rows, FILTER_AXIS))
+        self.W = nnx.Param(unit(rows, (1,)))
 
     def __call__(self, x: Array) -> Array:
         return jnp.einsum("...i,oi->...o", x, self.W[...])
@@ -128,15 +130,49 @@ class Network(NamedTuple):
     """A module as pure functions of its parameters and statistics (nested dicts of arrays).
 
     `init(key)` gives (parameters, statistics); `apply(parameters, statistics, x, train)` gives
-    (logits, statistics), the statistics moved where `train` is true. Both can be traced.
+    (logits, statistics), the statistics moved where `train` is true. `mask(parameters)` is true for
+    the kernels whose filters feed a normalisation layer, which run over the axes `axis` of theirs
+    (None: all but the last). `augment(key, x)` changes a mini-batch that is trained on; None: it
+    stays. All can be traced.
     """
 
     init: Callable[[Array], tuple[Any, Any]]
     apply: Callable[[Any, Any, Array, bool], tuple[Array, Any]]
+    mask: Callable[[Any], Any]
+    axis: int | tuple[int, ...] | None
+    bn_momentum: float  # of the running statistics
+    augment: Callable[[Array, Array], Array] | None = None
+
+    def filters(self, params: Any) -> list[Array]:
+        """Every kernel of filters, first layer first."""
+        chosen = jax.tree.leaves(self.mask(params))
+        return [w for w, mine in zip(jax.tree.leaves(params), chosen, strict=True) if mine]
+
+    def with_filters(self, params: Any, change: Callable[[Array], Array]) -> Any:
+        """The parameters with every kernel of filters changed."""
+        return jax.tree.map(lambda w, mine: change(w) if mine else w, params, self.mask(params))
 
 
-def split_network(make: Callable[[nnx.Rngs], nnx.Module]) -> Network:
-    """Split the module that `make` builds into pure functions."""
+@lru_cache(maxsize=16)
+def archbn(settings: Model, features: int, classes: int, depth: int) -> Network:
+    """ArchBN as pure functions, the same ones for the same arguments.
+
+    Args:
+      settings: of a config, `config.model`.
+    """
+    named = settings.model_dump()
+    network = split_network(
+        lambda rngs: ArchBN(features, depth, classes=classes, rngs=rngs, **named)
+    )
+    return network._replace(bn_momentum=settings.bn_momentum)
+
+
+def split_network(
+    make: Callable[[nnx.Rngs], nnx.Module],
+    mask: Callable[[Any], Any] = lambda params: filter_mask(params),
+    axis: int | tuple[int, ...] | None = FILTER_AXIS,
+) -> Network:
+    """The module that `make` builds as pure functions; `mask` and `axis` as of `Network`."""
     graph = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), nnx.Param, nnx.BatchStat)[0]
 
     def init(key: Array) -> tuple[Any, Any]:
@@ -149,11 +185,11 @@ def split_network(make: Callable[[nnx.Rngs], nnx.Module]) -> Network:
         logits = model(x, train=train)
         return logits, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
 
-    return Network(init, apply)
+    return Network(init, apply, mask, axis, bn_momentum=0.99)  # Flax's own
 
 
 def filter_mask(params: Any) -> Any:
-    """True for every W, the filters that feed a normalisation layer; False for all else."""
+    """True for every W of ArchBN, whose filters feed a normalisation; False for all else."""
     return {
         **jax.tree.map(lambda _: False, params),
         "layers": {

@@ -6,9 +6,6 @@ they need are arguments; their values live in `unitnorm.archbn.config`.
 
 from __future__ import annotations
 
-from typing import Any
-
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
@@ -34,13 +31,10 @@ SCHEDULES = (
     "constant",
     "cosine",  # from the base rate to zero after the last epoch, along half a cosine
     "follow",  # that of the seed's first run, so that both have one rate for all but the filters
+    "warm-up",  # by mini-batch: up from zero in a tenth of the training, then along half a cosine
 )
-BOLD_DRIVER, BOLD_DRIVER_BACK, CONSTANT, COSINE, FOLLOW = range(5)
-
-# What of a start can be unbalanced without changing the network, each by a factor of its own within
-# so many decades: filters in front of batch normalisation; the scales and shifts of pooled pairs
-# against the columns of the next layer's filters; the same of the last layer against those of θ.
-START = ("filters", "pairs", "theta")
+BOLD_DRIVER, BOLD_DRIVER_BACK, CONSTANT, COSINE, FOLLOW, WARM_UP = range(6)
+WARM = 0.1  # of a training
 
 
 def next_rate(
@@ -65,43 +59,16 @@ def next_rate(
     """
     driven = bold_driver(rate, watched, previous, up=up, down=down)
     cosine = base * 0.5 * (1 + jnp.cos(jnp.pi * epoch / epochs))
+    warm = rate_within(schedule, base, base, epoch / epochs)
     return jnp.select(
-        [schedule <= BOLD_DRIVER_BACK, schedule == COSINE], [driven, cosine], default=base
+        [schedule <= BOLD_DRIVER_BACK, schedule == COSINE], [driven, cosine], default=warm
     )
 
 
-def unbalance(params: Any, spread: Array, key: Array) -> Any:
-    """The parameters moved along symmetries of the network, which computes the same from there.
-
-    Args:
-      params: of ArchBN.
-      spread: float32 (3,): for each of `START`, over how many decades the factors are spread
-        (uniform in the logarithm, about 1); 0 leaves everything as it is.
-      key: of the factors.
-    """
-    names = sorted(params["layers"])
-    layers = {name: params["layers"][name] for name in names}
-    theta = params["theta"]
-    for place, name in enumerate(names):
-        layer, keys = layers[name], jax.random.split(jax.random.fold_in(key, place), 2)
-        w, norm = layer["rows"]["W"], layer["norm"]
-        alpha = _factors(keys[0], w.shape[0], spread[0])
-        is_last = place == len(names) - 1
-        # both features of a pooled pair have one factor: their maximum has it then, too
-        c = _factors(keys[1], w.shape[0] // 2, spread[2 if is_last else 1])
-        both = jnp.repeat(c, 2)
-        norm = {"scale": norm["scale"] * both, "bias": norm["bias"] * both}
-        layers[name] = layer | {"rows": {"W": w * alpha[:, None]}, "norm": norm}
-        if is_last:
-            theta = {"W": theta["W"] / c}
-        else:
-            after = layers[names[place + 1]]
-            layers[names[place + 1]] = after | {"rows": {"W": after["rows"]["W"] / c}}
-    return {**params, "layers": layers, "theta": theta}
-
-
-def _factors(key: Array, count: int, decades: Array) -> Array:
-    return 10.0 ** (decades * jax.random.uniform(key, (count,), minval=-0.5, maxval=0.5))
+def rate_within(schedule: Array, base: Array, rate: Array, done: Array) -> Array:
+    """The rate of a mini-batch, when the part `done` of all are over: `rate`, but of WARM_UP."""
+    cosine = 0.5 * (1 + jnp.cos(jnp.pi * (done - WARM) / (1 - WARM)))
+    return jnp.where(schedule == WARM_UP, base * jnp.minimum(done / WARM, cosine), rate)
 
 
 def bold_driver(rate: Array, watched: Array, previous: Array, *, up: float, down: float) -> Array:
@@ -194,13 +161,3 @@ def choose_rate(rates: ArrayLike, val_errors: ArrayLike, diverged: ArrayLike) ->
     best = errors == errors.min(-1, keepdims=True)
     index = jnp.argmax(jnp.where(best, rates, -jnp.inf), axis=-1)
     return jnp.where(jnp.all(diverged, axis=-1), -1, index).astype(jnp.int32)
-
-
-def split(key: Array, images: int, train: int, validation: int) -> tuple[Array, Array]:
-    """Indices of a random training and a random validation set, disjoint, out of `images`.
-
-    Returns:
-      int32 of shape (train,) and (validation,).
-    """
-    order = jax.random.permutation(key, images).astype(jnp.int32)
-    return order[validation : validation + train], order[:validation]

@@ -1,27 +1,37 @@
 """Training samples per second of ours, of the peers and of the machine; and what UN costs.
 
-Every peer has two rows: one process, and an independent one for each core, as anybody would start
-them who has several runs to train. The better one is what we compare with.
+Every peer has two rows: one process, and several independent ones, as anybody would start them who
+has several runs to train: one for each core, or a few that share a GPU. The better one is what we
+compare with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
 
-from unitnorm.bench import figures, measure, roofline
+from unitnorm.bench import figures, roofline
 from unitnorm.bench.contestants import VALIDATION_SHARE
-from unitnorm.bench.measure import Contestant, Measurement, Say, Spread
-from unitnorm.report.tables import Cells
-from unitnorm.run.devices import count_cores
+from unitnorm.bench.measure import (
+    Contestant,
+    Measurement,
+    Say,
+    Spread,
+    find_device,
+    make_cells,
+    measure,
+    slug,
+)
 
 UPDATES = ("b-sgd", "un")
 SEEDS = 10  # of each update, as in Table 2
 IMAGES = 50_000  # training images of an epoch, as in Table 2
 UN_COST, SAVE_COST = "UN instead of B-SGD", "a checkpoint after every epoch"
 COST_STARTS = 2  # where the memory of a process comes to lie makes a percent or two
+GPU_COPIES = 4  # processes of a peer on one GPU
+LIMITS = ("flops_per_s", "bytes_per_s")
 PEERS = {
     "geoopt": "geoopt",
     "oblique-sgd": "oblique_sgd",
@@ -34,7 +44,7 @@ COLUMNS = [
 ]  # fmt: skip
 WHAT = {
     "unitnorm": "an epoch of `unitnorm train` for all runs of a depth, or for one, with its "
-    "evaluation on a fifth as many images (10,000 in Table 2), its report and its checkpoint",
+    "evaluation on a fifth as many images (10,000 in Table 2), its status and its checkpoint",
     "geoopt": "PyTorch, geoopt.RiemannianSGD on Sphere",
     "oblique-sgd": "PyTorch, ObliqueSGD of NVIDIA's Emerging-Optimizers, torch.optim.SGD for the "
     "rest",
@@ -61,35 +71,30 @@ class Entry(NamedTuple):
 
 
 OURS = Entry("unitnorm", SEEDS * len(UPDATES))
-SINGLE = Entry("unitnorm", 1)
 BOUND = Entry("bound", OURS.runs)
 
 
-def list_contestants(depth: int, images: int, cores: int) -> dict[Entry, Contestant]:
+def list_contestants(depth: int, images: int, copies: int) -> dict[Entry, Contestant]:
     """Everything that is compared at a depth; each of a peer's processes trains one run."""
-    table2 = {"depth": depth, "seeds": SEEDS, "updates": UPDATES, "images": images}
     loop = {"depth": depth, "images": images}
+    table2 = {**loop, "seeds": SEEDS, "updates": UPDATES}
     peers = {
         Entry(name, count, count): Contestant(kind, loop, count)
         for name, kind in PEERS.items()
-        for count in sorted({1, cores})
+        for count in sorted({1, copies})
     }
     return {
         OURS: Contestant("program", table2),
-        SINGLE: Contestant("program", {**table2, "seeds": 1, "updates": ["un"]}),
+        Entry("unitnorm", 1): Contestant("program", {**table2, "seeds": 1, "updates": ["un"]}),
         **peers,
         BOUND: Contestant("machine"),
     }
 
 
 def measure_speed(
-    depths: Sequence[int],
-    rounds: int,
-    images: int = IMAGES,
-    *,
-    quick: bool = False,
+    depths: Sequence[int], rounds: int, images: int = IMAGES, *, quick: bool = False,
     say: Say = lambda _: None,
-) -> Measurement:
+) -> Measurement:  # fmt: skip
     """Measure everything, depth after depth.
 
     Args:
@@ -106,38 +111,36 @@ def measure_speed(
     Raises:
       UserError: a contestant fails.
     """
+    device = find_device()
+    copies = device["count"] if device["platform"] == "cpu" else GPU_COPIES
     rows: list[list[Any]] = []
     costs: list[dict[str, Any]] = []
     missing: dict[str, str] = {}
-    device: dict[str, Any] = {}
-    limits: dict[str, list[float]] = {"flops_per_s": [], "bytes_per_s": []}
+    limits: dict[str, list[float]] = {name: [] for name in LIMITS}
     for depth in depths:
 
         def told(text: str, depth: int = depth) -> None:
             say(f"depth {depth}, {text}")
 
-        chosen = list_contestants(depth, images, count_cores())
-        told(f"starting {sum(c.processes for c in chosen.values())} processes")
-        with measure.started(chosen) as (workers, lacking):
-            found = measure.take_turns(workers, rounds, told)
+        found, lacking = measure(list_contestants(depth, images, copies), rounds, told)
         missing |= {entry.name: package for entry, package in lacking.items()}
-        device = workers[OURS].about["device"]
         rates = {
-            entry: [workers[entry].samples / answer["seconds"] for answer in answers]
-            for entry, answers in found.items()
+            entry: [each.samples / answer["seconds"] for answer in each.answers]
+            for entry, each in found.items()
         }
         work = work_of(depth, ours=True)
         rates[BOUND] = [
-            roofline.bound(*work, *(answer[name] for name in limits)) for answer in found[BOUND]
+            roofline.bound(*work, *(answer[name] for name in LIMITS))
+            for answer in found[BOUND].answers
         ]
-        for name, values in limits.items():
-            values += [answer[name] for answer in found[BOUND]]
+        for name in LIMITS:
+            limits[name] += [answer[name] for answer in found[BOUND].answers]
         for entry, values in rates.items():
             times = [ours / theirs for ours, theirs in zip(rates[OURS], values, strict=True)]
             rows.append([*entry, depth, *Spread.of(values), *Spread.of(times)])
         if not quick:
             costs += measure_costs(depth, rounds, images, told)
-    speeds, cost_frame = pd.DataFrame(rows, columns=COLUMNS), pd.DataFrame(costs)
+    speeds = pd.DataFrame(rows, columns=COLUMNS)
     machine = {name: Spread.of(values) for name, values in limits.items()}
     facts = {
         "device": device,
@@ -153,10 +156,20 @@ def measure_speed(
             for depth in depths
         },
     }
+    bounds = speeds[speeds["name"] == BOUND.name].set_index("depth")["samples_per_s"]
+    shown = speeds.assign(share=speeds["samples_per_s"] / speeds["depth"].map(bounds))
+    shown[["speed", "slow", "fast"]] = shown[["samples_per_s", "low", "high"]] / 1e3
+    columns = {
+        "depth": "{depth}", "what": "{name}", "runs": "{runs}", "samples/s": "{speed:,.0f}k",
+        "(range)": "{slow:,.0f}k–{fast:,.0f}k", "ours ×": "{times:.2f}",
+        "(range) ": "{times_low:.2f}–{times_high:.2f}", "of bound": "{share:.0%}",
+    }  # fmt: skip
+    title = f"Training samples per second: medians and ranges of {rounds} rounds"
+    cells = make_cells(title, shown, columns, list_remarks(set(speeds["name"]), costs, missing))
     return Measurement(
-        measure.slug(device),
-        {"": speeds} | ({} if quick else {"-costs": cost_frame}),
-        make_cells(speeds, rounds, list_remarks(speeds, cost_frame, missing)),
+        slug(device),
+        {"": speeds} | ({} if quick else {"-costs": pd.DataFrame(costs)}),
+        cells,
         facts,
         {"-roofline": figures.draw_roofs(place_points(speeds), machine)},
     )
@@ -179,39 +192,27 @@ def measure_costs(depth: int, rounds: int, images: int, say: Say) -> Iterator[di
         seconds: dict[str, list[float]] = {name: [] for name in both}
         for start in range(COST_STARTS):
             say(f"{what}, start {start + 1} of {COST_STARTS}")
-            with measure.started(both) as (workers, _):
-                for name, answers in measure.take_turns(workers, rounds).items():
-                    seconds[name] += [answer["seconds"] for answer in answers]
+            for name, found in measure(both, rounds)[0].items():
+                seconds[name] += [answer["seconds"] for answer in found.answers]
         old, new = seconds["without"], seconds["with"]
-        ratio = Spread.of([one / other for one, other in zip(new, old, strict=True)])
         yield {
-            "what": what,
-            "depth": depth,
-            "runs": SEEDS,
-            "without_s": Spread.of(old).median,
-            "with_s": Spread.of(new).median,
-            **ratio._asdict(),
+            "what": what, "depth": depth, "runs": SEEDS,
+            "without_s": Spread.of(old).median, "with_s": Spread.of(new).median,
+            **Spread.of([one / other for one, other in zip(new, old, strict=True)])._asdict(),
             "rounds": len(old),
-        }
+        }  # fmt: skip
 
 
 def work_of(depth: int, *, ours: bool) -> tuple[float, float]:
     """Floating-point operations and bytes of a training sample, as `roofline` counts them.
 
     Args:
-      ours: which keeps images as bytes and is evaluated; or a peer.
+      ours: which keeps images as bytes and is evaluated, for its logits alone; or a peer.
     """
-    shape = roofline.Shape(depth)
-    flops: float = roofline.training_flops(shape)
-    if not ours:
-        return flops, roofline.training_bytes(shape, pixel_bytes=4)
-    # every run is evaluated after the epoch: its logits alone
-    share = VALIDATION_SHARE
-    moved = roofline.training_bytes(shape, pixel_bytes=1)
-    return (
-        flops + share * roofline.forward_flops(shape),
-        moved + share * shape.features,
-    )
+    flops, moved = roofline.training_flops(depth), roofline.training_bytes(depth, 1 if ours else 4)
+    evaluated = VALIDATION_SHARE if ours else 0.0
+    more = roofline.forward_flops(depth), roofline.FEATURES
+    return flops + evaluated * more[0], moved + evaluated * more[1]
 
 
 def place_points(speeds: pd.DataFrame) -> pd.DataFrame:
@@ -229,59 +230,21 @@ def place_points(speeds: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def make_cells(speeds: pd.DataFrame, rounds: int, remarks: Iterable[str]) -> Cells:
-    """Speeds, and how many times as fast ours is."""
-    found = speeds.to_dict("records")
-    bounds = {row["depth"]: row["samples_per_s"] for row in found if row["name"] == BOUND.name}
-    rows = []
-    for row in found:
-        ours = (row["name"], row["runs"]) == (OURS.name, OURS.runs)
-        rows.append(
-            {
-                "depth": str(row["depth"]),
-                "what": row["name"],
-                "runs": str(row["runs"]),
-                "samples/s": f"{row['samples_per_s'] / 1e3:,.0f}k",
-                "(range)": f"{row['low'] / 1e3:,.0f}k–{row['high'] / 1e3:,.0f}k",
-                "ours ×": "" if ours else f"{row['times']:.2f}",
-                "(range) ": "" if ours else f"{row['times_low']:.2f}–{row['times_high']:.2f}",
-                "of bound": f"{row['samples_per_s'] / bounds[row['depth']]:.0%}",
-            }
-        )
-    return Cells(
-        f"Training samples per second: medians and ranges of {rounds} rounds",
-        pd.DataFrame(rows),
-        measure.list_remarks(remarks),
-    )
-
-
 def list_remarks(
-    speeds: pd.DataFrame, costs: pd.DataFrame, missing: dict[str, str]
+    names: set[str], costs: list[dict[str, Any]], missing: dict[str, str]
 ) -> Iterator[str]:
-    """What stands below the table: the better row of each peer first."""
-    best: dict[tuple[int, str], dict[Hashable, Any]] = {}
-    for row in speeds.to_dict("records"):
-        old = best.setdefault((row["depth"], row["name"]), row)
-        if row["samples_per_s"] > old["samples_per_s"]:
-            best[row["depth"], row["name"]] = row
-    for (depth, name), row in best.items():
-        if name in PEERS:
-            way = f"{row['processes']} processes" if row["processes"] > 1 else "one process"
-            yield f"Depth {depth}: {row['times']:.1f} times as fast as {name} in {way}, its best."
+    """What stands below the table."""
     yield f"ours ×: how many times as fast unitnorm is with {OURS.runs} runs, round by round."
-    for name, what in WHAT.items():
-        if name in {shown for _, shown in best}:
-            yield f"{name}: {what}."
+    yield from (f"{name}: {what}." for name, what in WHAT.items() if name in names)
     yield (
         "Peers: one run in each process, an epoch without evaluation; several processes have data "
         "and one thread each, and count all their samples over the seconds of the slowest."
     )
-    for cost in costs.to_dict("records"):
+    for cost in costs:
         yield (
-            f"An epoch of {cost['runs']} runs at depth {cost['depth']} with {cost['what']} takes "
-            f"{cost['median']:.3f} times as long (median of {cost['rounds']} pairs; "
-            f"{cost['low']:.3f}–{cost['high']:.3f})."
-        )
+            "An epoch of {runs} runs at depth {depth} with {what} takes {median:.3f} times as long "
+            "(median of {rounds} pairs; {low:.3f}–{high:.3f})."
+        ).format(**cost)
     for name, package in missing.items():
         what = INSTALL.get(package, "'unitnorm[bench]'")
         yield f"{name} is left out: {package} is not installed (pip install {what})."

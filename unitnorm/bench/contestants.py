@@ -1,7 +1,7 @@
-"""What one repetition is, for everything written in JAX.
+"""What one repetition is, for everything written in JAX; the one file that knows our training.
 
-Each function serves one kind of contestant in a worker: it sets up, tells that it is ready and
-repeats. To add one, write a function here and name it in `worker.KINDS`.
+Each generator serves one kind of contestant in a worker. To add one, write it here and name it in
+`worker.MODULES`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from unitnorm.archbn import training
+from unitnorm.archbn.batches import Images, draw_split
 from unitnorm.archbn.config import Config
-from unitnorm.bench.worker import RATE, Orders
+from unitnorm.archbn.model import archbn
+from unitnorm.archbn.protocol import BOLD_DRIVER
+from unitnorm.archbn.run_many import Program
+from unitnorm.archbn.starts import START
+from unitnorm.archbn.training import Arm, Settings, Task, make_training
+from unitnorm.bench.worker import RATE
 from unitnorm.data import Dataset, load_dataset
 from unitnorm.run import checkpoints, devices
 from unitnorm.run.config import parse
-from unitnorm.run.loop import Interrupted, Session, train
-from unitnorm.run.processes import is_first_process, join
 from unitnorm.run.provenance import device
 
 VALIDATION_SHARE = 0.2  # validation images over training images, as in Table 2
@@ -34,64 +37,93 @@ MOST_EPOCHS = 60  # a program serves so many repetitions
 TRIES = 5  # the quickest of them: a limit is what can be reached
 
 
-def config_of(images: int, seeds: int) -> Config:
+def config_of(images: int, validation_share: float = VALIDATION_SHARE) -> Config:
     """The paper's protocol, without an early stop and with so many training images."""
     epochs = {"min_epochs": MOST_EPOCHS, "max_epochs": MOST_EPOCHS}
-    validation = max(1, round(VALIDATION_SHARE * images))
+    validation = max(2, round(validation_share * images))
     sizes = {"train_images": images, "validation_images": validation}
-    values = {"runs": seeds, "train": {**sizes, **epochs}}
-    return parse(values, "bench", Config)
+    return parse({"train": {**sizes, **epochs}}, "bench", Config)
+
+
+def make_program(
+    depth: int, seeds: int, updates: Sequence[str], images: int, variants: int, data: Dataset
+) -> Program:
+    """The program that `unitnorm train` would make of these runs."""
+    runs = np.repeat(np.arange(seeds), variants)
+    settings = Settings(runs, np.full(len(runs), RATE))
+    arms = [(Arm(update), settings) for update in updates]
+    return Program("bench", make_task(depth, config_of(images), data), arms, data)
+
+
+def make_task(depth: int, config: Config, data: Dataset) -> Task:
+    """ArchBN on a data set."""
+    return Task(config, archbn(config.model, data.train_images.shape[1], data.classes, depth))
+
+
+def make_epoch(
+    depth: int, update: str, runs: int, images: int, data: Dataset
+) -> tuple[Callable[..., Any], tuple[Any, ...], Callable[..., Any]]:
+    """An epoch of many runs of one update, all of them together, as a GPU computes them.
+
+    Returns:
+      A function that can be traced, what it takes, and from its result what it takes next. Hardly
+      anything is evaluated in it: its time is that of its steps.
+    """
+    config = config_of(images, validation_share=0.0)
+    trained = make_training(make_task(depth, config, data), Arm(update))
+    given = Settings(
+        np.arange(runs, dtype=np.uint32), np.full(runs, RATE, np.float32),
+        schedule=np.full(runs, BOLD_DRIVER, np.int32), spread=np.zeros((runs, len(START))),
+    )  # fmt: skip
+    state = jax.jit(jax.vmap(trained.init))(given)
+    sizes = config.train.train_images, config.train.validation_images
+    split = partial(draw_split, "train", sizes, len(data.train_labels))
+    splits = jax.jit(jax.vmap(split))(given.seed)
+    arrays = [
+        Images(data.train_images, data.train_labels), Images(data.test_images, data.test_labels)
+    ]  # fmt: skip
+    together = jax.vmap(trained.epoch, in_axes=(None, None, None, 0, 0))
+    fixed = jax.device_put((*arrays, np.int32(0)))
+    return together, (*fixed, splits, state), lambda state: (*fixed, splits, state)
+
+
+def nothing() -> Iterator[dict[str, Any]]:
+    """Which devices there are."""
+    devices.prepare()
+    yield {"device": device()}
 
 
 def program(
-    orders: Orders,
     depth: int,
     seeds: int,
     updates: Sequence[str],
     images: int,
     variants: int = 1,
     devices_used: int | None = None,
-    coordinator: str | None = None,
-    processes: int | None = None,
-    process: int | None = None,
     save_every_s: float | None = checkpoints.EVERY_S,
-) -> None:
-    """An epoch of `unitnorm train`: every run, its evaluation, the report and the checkpoint.
+) -> Iterator[dict[str, Any]]:
+    """An epoch of `unitnorm train`: every run, its evaluation, its status and its checkpoint.
 
     Args:
       variants: of each seed and update, as a study has them.
       save_every_s: of the checkpoints; None: there are none.
     """
     devices.prepare(devices_used)
-    join(coordinator, processes, process)
-    config = config_of(images, seeds)
-    runs = np.repeat(np.arange(seeds), variants)
-    settings = training.Settings(runs, np.full(len(runs), RATE))
-    arms = [(training.Arm(update), settings) for update in updates]
-    task = training.Program(
-        "bench", config, depth, training.train_phase(config), arms, load_dataset()
-    )
+    trained = make_program(depth, seeds, updates, images, variants, load_dataset())
+    yield {"samples": trained.samples, "device": device()}
     part = checkpoints.Part("bench", "bench")
-    orders.ready(samples=task.samples, device=device())
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         keep = checkpoints.Checkpoints()
-        if is_first_process() and save_every_s is not None:
-            place = Path(folder) / "checkpoints"
-            kept = checkpoints.Folder(place, every_s=save_every_s, say=lambda _: None)
-            stack.callback(kept.finish)
-            keep = kept
-        epochs = 0
-
-        def is_over() -> bool:  # asked before the first epoch and after each
-            nonlocal epochs
-            if epochs:
-                orders.done(**device_memory())
-            epochs += 1
-            return not orders.wait()
-
-        session = Session(checkpoints=keep, interrupted=is_over)
-        with contextlib.suppress(Interrupted):
-            train(part, task, session)
+        if save_every_s is not None:
+            keep = checkpoints.Folder(Path(folder), every_s=save_every_s, say=lambda _: None)
+            stack.callback(keep.finish)
+        state = trained.start()
+        while True:  # as `run.loop.train` does
+            state = trained.advance(state)
+            trained.status(state)
+            if keep.due():
+                keep.save(part, trained.take(state), wait=False)
+            yield device_memory()
 
 
 def device_memory() -> dict[str, float]:
@@ -119,7 +151,7 @@ class OptaxLoop:
         config: Config,
         make: Callable[[Any], optax.GradientTransformation] = lambda _: optax.sgd(RATE),
     ):
-        network = training.archbn(config.model, mnist.train_images.shape[1], mnist.classes, depth)
+        self._network = network = make_task(depth, config, mnist).network
         self.batch = config.loss.batch_size
         self.x = jnp.asarray(mnist.train_images, jnp.float32)
         self.y = jnp.asarray(mnist.train_labels, jnp.int32)
@@ -153,22 +185,22 @@ class OptaxLoop:
 
     def weights(self) -> list[np.ndarray]:
         """Every W and θ, one filter per row, first layer first."""
-        found = [*training.filters(self.params), self.params["theta"]["W"]]
+        found = [*self._network.filters(self.params), self.params["theta"]["W"]]
         return [np.asarray(w) for w in found]
 
 
-def optax_loop(orders: Orders, depth: int, images: int) -> None:
+def optax_loop(depth: int, images: int) -> Iterator[dict[str, Any]]:
     """`OptaxLoop` over so many images in a new order."""
     mnist = load_dataset()
     loop = OptaxLoop(depth, mnist, Config())
     rng = np.random.default_rng(0)
-    orders.serve(
-        lambda: loop.train(rng.permutation(len(mnist.train_labels))[:images].astype(np.int32)),
-        samples=images,
-    )
+    yield {"samples": images}
+    while True:
+        loop.train(rng.permutation(len(mnist.train_labels))[:images].astype(np.int32))
+        yield {}
 
 
-def machine(orders: Orders) -> None:
+def machine() -> Iterator[dict[str, Any]]:
     """The machine's two limits: the rate of matrix products and that of the memory, in float32.
 
     Products of square matrices, a stack on every device, as large as is quick.
@@ -185,17 +217,12 @@ def machine(orders: Orders) -> None:
         # each product needs the one before it, so that none can be left out
         return jax.lax.fori_loop(0, times, lambda _, c: jnp.matmul(a, c), b)
 
-    stack = jnp.ones((len(found), side, side), jnp.float32) / side
-    stack = jax.device_put(stack, by_device)
-
-    def repetition() -> dict[str, float]:
+    stack = jax.device_put(jnp.full((len(found), side, side), 1 / side, jnp.float32), by_device)
+    yield {}
+    while True:
         seconds = min(seconds_of(lambda: multiply(stack, stack)) for _ in range(TRIES))
-        return {
-            "flops_per_s": 2.0 * side**3 * times * len(found) / seconds,
-            "bytes_per_s": memory_rate(by_device),
-        }
-
-    orders.serve(repetition)
+        flops = 2.0 * side**3 * times * len(found)
+        yield {"flops_per_s": flops / seconds, "bytes_per_s": memory_rate(by_device)}
 
 
 def memory_rate(sharding: jax.sharding.Sharding) -> float:
@@ -206,6 +233,7 @@ def memory_rate(sharding: jax.sharding.Sharding) -> float:
     length = 1 << (25 if jax.default_backend() == "cpu" else 29)
     count = len(sharding.device_set)
     array = jax.device_put(jnp.ones((count, length // count), jnp.float32), sharding)
+    negate = jax.jit(jnp.negative, donate_argnums=0)
 
     def negate_in_place() -> jax.Array:
         nonlocal array
@@ -213,12 +241,6 @@ def memory_rate(sharding: jax.sharding.Sharding) -> float:
         return array
 
     return 2.0 * array.nbytes / min(seconds_of(negate_in_place) for _ in range(TRIES))
-
-
-@partial(jax.jit, donate_argnums=0)
-def negate(x: jax.Array) -> jax.Array:
-    """−x, in the memory of x."""
-    return -x
 
 
 def seconds_of(compute: Callable[[], Any]) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -12,16 +12,18 @@ import pandas as pd
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from unitnorm.bench import measure
 from unitnorm.bench.contestants import seconds_of
-from unitnorm.bench.measure import Contestant, Measurement, Say, Spread
-from unitnorm.bench.worker import Orders
-from unitnorm.report.tables import Cells
+from unitnorm.bench.measure import (
+    Contestant,
+    Measurement,
+    Say,
+    Spread,
+    make_cells,
+    measure_each,
+    slug,
+)
 from unitnorm.run.devices import prepare
 from unitnorm.run.provenance import device
-from unitnorm.segment.config import SegNetConfig
-from unitnorm.segment.evaluation import make_mesh
-from unitnorm.segment.model import choose_convolution
 
 # rows and columns of pixels of layers with 64 channels in and out: of images of 90×120, of crops of
 # 180×240, and of whole images
@@ -31,12 +33,14 @@ COLUMNS = ["height", "width", "direct_s", "fourier_s", "times", "low", "high"]
 
 
 def convolution(
-    orders: Orders, height: int, width: int, batch: int = BATCH, channels: int = CHANNELS
-) -> None:
+    height: int, width: int, batch: int = BATCH, channels: int = CHANNELS
+) -> Iterator[dict[str, Any]]:
     """A layer's convolution of 7 × 7 with its two derivatives, both ways in each repetition.
 
     As in training, the images are shared among the devices.
     """
+    from unitnorm.segment.evaluation import make_mesh
+
     prepare()
     rng, mesh = np.random.default_rng(0), make_mesh()
     kernel = rng.normal(size=(7, 7, channels, channels)).astype(np.float32)
@@ -50,14 +54,16 @@ def convolution(
         way: jax.jit(partial(with_derivatives, layer(way, mesh))).lower(*arguments).compile()
         for way in ("direct", "fourier")
     }
-    orders.serve(
-        lambda: {name: seconds_of(partial(f, *arguments)) for name, f in programs.items()},
-        device=device(),
-    )
+    yield {"device": device()}
+    while True:
+        yield {name: seconds_of(partial(f, *arguments)) for name, f in programs.items()}
 
 
 def layer(way: str, mesh: Mesh | None = None) -> Callable[[Array, Array], Array]:
     """A layer's convolution in one of SegNet's ways: (N, H, W, in), (h, w, in, out) → as x."""
+    from unitnorm.segment.config import SegNetConfig
+    from unitnorm.segment.model import choose_convolution
+
     compute = choose_convolution(SegNetConfig.model_validate({"convolution": way}), mesh)
     numbers = ("NHWC", "HWIO", "NHWC")
     return partial(compute, window_strides=(1, 1), padding="SAME", dimension_numbers=numbers)
@@ -77,33 +83,27 @@ def measure_convolution(rounds: int, *, quick: bool, say: Say) -> Measurement:
     Raises:
       UserError: a worker fails.
     """
+    chosen = {
+        (height, width): Contestant("convolution", {"height": height, "width": width})
+        for height, width in (SIZES[:-1] if quick else SIZES)
+    }
     rows, about = [], {}
-    for height, width in SIZES[:-1] if quick else SIZES:
-        name = f"{height}×{width}"
-        contestant = Contestant("convolution", {"height": height, "width": width})
-        say(f"{name}: compiling")
-        with measure.started({name: contestant}) as (workers, _):
-            about = workers[name].about["device"]
-            answers = measure.take_turns(workers, rounds, say)[name]
-        seconds = [Spread.of([a[way] for a in answers]).median for way in ("direct", "fourier")]
-        times = Spread.of([answer["direct"] / answer["fourier"] for answer in answers])
-        rows.append([height, width, *seconds, *times])
+    for size, found in measure_each(chosen, rounds, say):
+        about = found.about["device"]
+        times = Spread.of([answer["direct"] / answer["fourier"] for answer in found.answers])
+        seconds = [found.spread(way).median for way in ("direct", "fourier")]
+        rows.append([*size, *seconds, *times])
     frame = pd.DataFrame(rows, columns=COLUMNS)
-    facts = {"device": about, "rounds": rounds, "batch": BATCH, "channels": CHANNELS}
-    return Measurement(f"{measure.slug(about)}-convolution", {"": frame}, make_cells(frame), facts)
-
-
-def make_cells(frame: pd.DataFrame) -> Cells:
-    """A row for each size."""
-    rows = [
-        [f"{height}×{width}", f"{direct:.3f}", f"{fourier:.3f}", f"{times:.1f}",
-         f"{low:.1f}–{high:.1f}"]
-        for height, width, direct, fourier, times, low, high in frame.itertuples(index=False)
-    ]  # fmt: skip
-    header = ["pixels", "XLA s", "Fourier s", "times as fast", "(range)"]
-    note = (
-        f"- A convolution of 7 × 7 with {CHANNELS} channels in and out for {BATCH} images on "
-        "each device (core), with its two derivatives; medians of the rounds."
+    columns = {
+        "pixels": "{height:.0f}×{width:.0f}", "XLA s": "{direct_s:.3f}",
+        "Fourier s": "{fourier_s:.3f}", "times as fast": "{times:.1f}",
+        "(range)": "{low:.1f}–{high:.1f}",
+    }  # fmt: skip
+    remark = (
+        f"A convolution of 7 × 7 with {CHANNELS} channels in and out for {BATCH} images on each "
+        "device (core), with its two derivatives; medians of the rounds."
     )
     title = "Seconds of a layer of SegNet, by XLA's convolution and by Fourier transforms"
-    return Cells(title, pd.DataFrame(rows, columns=header), note)
+    cells = make_cells(title, frame, columns, [remark])
+    facts = {"device": about, "rounds": rounds, "batch": BATCH, "channels": CHANNELS}
+    return Measurement(f"{slug(about)}-convolution", {"": frame}, cells, facts)

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
@@ -65,7 +64,9 @@ def draw_roofs(points: pd.DataFrame, machine: Mapping[str, Spread]) -> Figure:
             )  # fmt: skip
         axis.set_xscale("log")
         axis.set_xlim(left, right)
-        _label_ticks(axis)
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.xaxis.set_minor_locator(NullLocator())
         set_log_scale(axis, min(points["low"].min(), moved * left) / 1e9 / 1.3, flops / 1e9 * 1.3)
         axis.annotate(
             f"matrix products: {flops / 1e9:,.0f} GFLOP/s", (right, flops / 1e9), (-4, 5),
@@ -84,10 +85,9 @@ def draw_scaling(frame: pd.DataFrame) -> Figure:
     """Cost and memory over runs, over depth, and over the variants of a seed.
 
     Args:
-      frame: as `scaling.measure_points` gives it; points on fewer devices or in several processes
-        are left to the table.
+      frame: columns `scaling.COLUMNS`; points on fewer devices are left to the table.
     """
-    common = frame[(frame["devices"] == frame["devices"].max()) & (frame["processes"] == 1)]
+    common = frame[frame["devices"] == frame["devices"].max()]
     table2, study = (common[common["way"] == way] for way in ("table 2", "study"))
     few = table2["depth"].min()
     usual = table2[table2["depth"] != few]["runs"].max()
@@ -100,56 +100,28 @@ def draw_scaling(frame: pd.DataFrame) -> Figure:
     handles = [
         make_handle("o", "-", color=_BLUE, lw=2, ms=5, label="measured"),
         make_handle("", ":", color=GREY, lw=1.5, label="in proportion to the first"),
-        make_handle("", "--", color=_ORANGE, lw=1.5, label="Table 2's way, 20 runs"),
     ]
-    if not len(study):
-        handles.pop()
     images, devices = int(common["images"].iloc[0]), int(common["devices"].iloc[0])
     note = (
         f"Epochs of {images:,} training images, {devices} device{'s' * (devices > 1)}; median, "
-        "fastest and slowest; memory of the whole process. Runs an hour: of 25 epochs each."
+        "fastest and slowest; memory of the whole process."
     )
     with settings():
         figure, axes = lay_out(2, len(parts), 2.2, handles, note, sharex=False, sharey=False)
         for (top, bottom), ((name, title), part) in zip(axes.T, parts.items(), strict=True):
             x, seconds = part[name].to_numpy(float), part["epoch_s"].to_numpy(float)
-            top.set_title(title)
             for axis in (top, bottom):
                 axis.set_xscale("log")
                 axis.set_xticks(x, [f"{value:.0f}" for value in x])
                 axis.xaxis.set_minor_locator(NullLocator())
-            if name == "variants":
-                hourly = part["runs_per_hour"].to_numpy(float)
-                _plot(
-                    top, x, hourly, hourly * seconds / part["high"], hourly * seconds / part["low"]
-                )
-                at_table2 = (table2["depth"] == few) & (table2["runs"] == 20)
-                for reference in table2.loc[at_table2, "runs_per_hour"]:
-                    top.axhline(reference, color=_ORANGE, ls="--", lw=1.5)
-                top.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-                top.set_ylim(0, None)
-                top.set_ylabel("runs an hour")
-            else:
-                line = seconds[0] * x / x[0]
-                top.plot(x, line, color=GREY, ls=":", lw=1.5)
-                _plot(top, x, seconds, part["low"], part["high"])
-                set_log_scale(top, seconds.min(), max(*line, *seconds))
-                top.set_ylabel("seconds of an epoch")
+            line = seconds[0] * x / x[0]
+            top.plot(x, line, color=GREY, ls=":", lw=1.5)
+            top.plot(x, seconds, color=_BLUE, marker="o", lw=2, ms=5, zorder=3)
+            top.vlines(x, part["low"], part["high"], color=_BLUE, lw=1.2)
+            set_log_scale(top, seconds.min(), max(*line, *seconds))
+            top.set(title=title, ylabel="seconds of an epoch")
             memory = part["peak_memory_mb"].to_numpy(float) / 1e3
-            _plot(bottom, x, memory, memory, memory)
-            bottom.set_ylim(0, 1.15 * memory.max())
+            bottom.plot(x, memory, color=_BLUE, marker="o", lw=2, ms=5, zorder=3)
+            bottom.set(ylim=(0, 1.15 * memory.max()), xlabel=_AXES[name])
             bottom.set_ylabel("peak memory [GB]")
-            bottom.set_xlabel(_AXES[name])
     return figure
-
-
-def _plot(axis: Axes, x: np.ndarray, y: np.ndarray, low: object, high: object) -> None:
-    axis.plot(x, y, color=_BLUE, marker="o", lw=2, ms=5, zorder=3)
-    axis.vlines(x, low, high, color=_BLUE, lw=1.2)  # type: ignore[arg-type]
-
-
-def _label_ticks(axis: Axes) -> None:
-    """Numbers as people write them along a logarithmic horizontal axis."""
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axis.xaxis.set_minor_locator(NullLocator())

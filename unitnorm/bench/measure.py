@@ -1,4 +1,4 @@
-"""Starts workers, takes turns among them and condenses what they answer."""
+"""How everything is measured and written: workers, turns, medians, tables and files."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ import json
 import os
 import platform
 import re
-import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -69,163 +68,193 @@ class Measurement:
     figures: Mapping[str, Figure] = field(default_factory=dict)
 
     def files(self, command: str, started: float, wall_s: float) -> dict[str, bytes]:
-        """The files of the results folder by name, with the command and when it was started."""
-        facts = {**describe_setting(command, started, wall_s), **self.facts}
-        return {
-            **{f"{self.name}{k}.csv": to_csv(t, 7).encode() for k, t in self.tables.items()},
-            f"{self.name}.json": (json.dumps(facts, indent=2, ensure_ascii=False) + "\n").encode(),
-            f"{self.name}.md": (to_markdown(self.cells) + "\n").encode(),
-            **{
-                f"{self.name}{part}.{ending}": content
-                for part, figure in self.figures.items()
-                for ending, content in encode(figure).items()
-            },
+        """The files of the results folder by name, with the command and when it was started.
+
+        Args:
+          started: seconds since the epoch.
+        """
+        when = datetime.datetime.fromtimestamp(started, datetime.UTC).isoformat("T", "seconds")
+        versions = {"python": platform.python_version()}
+        for name in PACKAGES:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                versions[name] = importlib.metadata.version(name)
+        facts = {
+            "command": command, "started": when, "wall_s": round(wall_s, 1), "commit": commit(),
+            "versions": versions, "processor": cpu_model(), "cores": count_cores(), **self.facts,
+        }  # fmt: skip
+        texts = {f"{self.name}{part}.csv": to_csv(t, 7) for part, t in self.tables.items()}
+        texts[f"{self.name}.json"] = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
+        texts[f"{self.name}.md"] = to_markdown(self.cells) + "\n"
+        return {name: text.encode() for name, text in texts.items()} | {
+            f"{self.name}{part}.{ending}": content
+            for part, figure in self.figures.items()
+            for ending, content in encode(figure).items()
         }
+
+
+def make_cells(
+    title: str, frame: pd.DataFrame, columns: Mapping[str, str], remarks: Iterable[str] = ()
+) -> Cells:
+    """A table to be read.
+
+    Args:
+      columns: header → format of what stands below, filled with the values of a row of `frame`:
+        "{low:.2f}–{high:.2f}".
+      remarks: below the table, a line each.
+    """
+    rows = [
+        {header: text.format_map(row) for header, text in columns.items()}
+        for row in frame.to_dict("records")
+    ]
+    note = "\n".join(f"- {remark}" for remark in remarks)
+    return Cells(title, pd.DataFrame(rows, columns=list(columns)), note)
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """Something to be measured: a kind of `worker.KINDS`, its options, in how many processes.
+    """Something to be measured: a kind of `worker.MODULES`, its options, in how many processes.
 
-    Several processes are independent copies, each with data of its own and one thread; or they
-    work together (`joint`), as ours can.
+    Several processes are independent copies, each with data of its own and one thread.
     """
 
     kind: str
     options: Mapping[str, Any] = field(default_factory=dict)
     processes: int = 1
-    joint: bool = False
+
+
+class Found(NamedTuple):
+    """What a contestant has told.
+
+    Attributes:
+      about: what it said of itself.
+      samples: of a repetition, over all copies; 0 where there are none.
+      answers: of each repetition; of several processes the longest time and the sum of the memory.
+    """
+
+    about: dict[str, Any]
+    samples: int
+    answers: list[dict[str, float]]
+
+    def spread(self, name: str, scale: float = 1.0) -> Spread:
+        """Of one of its figures, times `scale`."""
+        return Spread.of([scale * answer[name] for answer in self.answers])
 
 
 class Worker:
-    """A contestant in its own process, or in several; `wait_until_ready` before the first use.
-
-    Attributes:
-      about: what it tells of itself when it is ready.
-      samples: of a repetition, over all copies; 0 where there are none.
-      missing: the package that it needs and that is not installed.
-    """
+    """A contestant's processes; `ready`, then `repeat` as often as wanted."""
 
     def __init__(self, contestant: Contestant, stack: contextlib.ExitStack):
-        self._contestant, count = contestant, contestant.processes
-        copies = count > 1 and not contestant.joint
+        self._kind = contestant.kind
+        command = [sys.executable, "-m", "unitnorm.bench.worker", contestant.kind]
         # several JAX processes share one GPU: none may take it whole
         environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
-        environment |= ONE_THREAD if copies else {}
-        port = find_free_port()
-        self.about: dict[str, Any] = {}
-        self.samples, self.missing = 0, ""
-        self._members: list[tuple[subprocess.Popen[str], IO[str]]] = []
+        environment |= ONE_THREAD if contestant.processes > 1 else {}
+        errors = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
+        self._errors = stack.enter_context(errors)
+        self._processes: list[subprocess.Popen[str]] = []
         stack.callback(self._end)
-        for number in range(count):
-            options = dict(contestant.options)
-            if contestant.joint:
-                place = {"coordinator": f"127.0.0.1:{port}", "processes": count, "process": number}
-                options |= place
-            errors = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
-            stack.enter_context(errors)
+        for _ in range(contestant.processes):
             process = subprocess.Popen(
-                [sys.executable, "-m", "unitnorm.bench.worker", contestant.kind,
-                 json.dumps(options)],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
-                env=environment,
+                [*command, json.dumps(dict(contestant.options))], stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE, stderr=self._errors, text=True, env=environment,
             )  # fmt: skip
-            self._members.append((process, errors))
+            self._processes.append(process)
 
-    def wait_until_ready(self) -> None:
-        """Return when all processes are set up, or lack a package."""
-        answers = self._answers()
-        self.missing = next((a["missing"] for a in answers if "missing" in a), "")
-        if not self.missing:
-            self.about = answers[0]["ready"]
-            copies = 1 if self._contestant.joint else len(answers)
-            self.samples = copies * self.about.get("samples", 0)
+    def ready(self) -> list[dict[str, Any]]:
+        """What each process tells of itself, or the package that it lacks."""
+        return [self._answer(process) for process in self._processes]
 
     def repeat(self) -> dict[str, float]:
-        """One repetition; of several processes the longest time and the sum of their memory."""
-        for process, _ in self._members:
+        """One repetition."""
+        for process in self._processes:
             assert process.stdin is not None
             with contextlib.suppress(BrokenPipeError):
-                process.stdin.write("again\n")
-                process.stdin.flush()
-        answers = self._answers()
+                print(file=process.stdin, flush=True)
+        answers = self.ready()
         return {
             **answers[0],
             "seconds": max(answer["seconds"] for answer in answers),
             "peak_memory_mb": sum(answer["peak_memory_mb"] for answer in answers),
         }
 
-    def _answers(self) -> list[dict[str, Any]]:
-        return [self._answer(*member) for member in self._members]
-
-    def _answer(self, process: subprocess.Popen[str], errors: IO[str]) -> dict[str, Any]:
+    def _answer(self, process: subprocess.Popen[str]) -> dict[str, Any]:
         assert process.stdout is not None
-        line = process.stdout.readline()
-        if not line:
-            process.wait()
-            errors.seek(0)
-            said = [text.strip() for text in errors if text.strip()]
-            last = said[-1] if said else f"exit code {process.returncode}"
-            raise UserError(f"bench: {self._contestant.kind} failed while it was measured: {last}")
-        return json.loads(line)
+        if line := process.stdout.readline():
+            return json.loads(line)
+        process.wait()
+        self._errors.seek(0)
+        said = [text.strip() for text in self._errors if text.strip()]
+        last = said[-1] if said else f"exit code {process.returncode}"
+        raise UserError(f"bench: {self._kind} failed while it was measured: {last}")
 
     def _end(self) -> None:
-        """Ask all to leave, then see to it: processes that work together leave together."""
-        for process, _ in self._members:
-            assert process.stdin is not None
-            with contextlib.suppress(OSError):
-                process.stdin.close()
-        for process, _ in self._members:
+        for process in self._processes:
             try:
-                process.wait(PATIENCE_S)
+                process.communicate(timeout=PATIENCE_S)  # the end of its input ends it
             except subprocess.TimeoutExpired:
                 process.kill()
-                process.wait()
-            assert process.stdout is not None
-            process.stdout.close()
+                process.communicate()
 
 
-@contextlib.contextmanager
-def started(
+def measure(
     contestants: Mapping[Key, Contestant],
-) -> Iterator[tuple[dict[Key, Worker], dict[Key, str]]]:
-    """Workers by name, all of them ready; and for the others the package that is missing."""
-    with contextlib.ExitStack() as stack:
-        everyone = {key: Worker(contestant, stack) for key, contestant in contestants.items()}
-        for worker in everyone.values():
-            worker.wait_until_ready()
-        yield (
-            {key: worker for key, worker in everyone.items() if not worker.missing},
-            {key: worker.missing for key, worker in everyone.items() if worker.missing},
-        )
-
-
-def take_turns(
-    workers: Mapping[Key, Worker], rounds: int, say: Say = lambda _: None
-) -> dict[Key, list[dict[str, float]]]:
-    """Repeat all of them in turn, after `WARM_UP` repetitions of each that do not count.
+    rounds: int,
+    say: Say = lambda _: None,
+    warm_up: int = WARM_UP,
+) -> tuple[dict[Key, Found], dict[Key, str]]:
+    """Start all of them, and repeat them in turn.
 
     Each round begins with another one, so that none is always measured after the same neighbour.
+
+    Args:
+      rounds: repetitions of each that count; without any there is no warm-up either.
+      say: told what is being done.
+
+    Returns:
+      What was found, and for the others the package that is missing.
+
+    Raises:
+      UserError: a contestant fails.
     """
-    keys = list(workers)
-    for key in keys:
-        say(f"warming up {key}")
-        for _ in range(WARM_UP):
-            workers[key].repeat()
-    found: dict[Key, list[dict[str, float]]] = {key: [] for key in keys}
-    for number in range(rounds):
-        first = number % len(keys)
-        for key in keys[first:] + keys[:first]:
-            say(f"round {number + 1} of {rounds}: {key}")
-            found[key].append(workers[key].repeat())
-    return found
+    with contextlib.ExitStack() as stack:
+        say(f"starting {sum(c.processes for c in contestants.values())} processes")
+        workers = {key: Worker(contestant, stack) for key, contestant in contestants.items()}
+        told = {key: worker.ready() for key, worker in workers.items()}
+        missing = {
+            k: a["missing"] for k, answers in told.items() for a in answers if "missing" in a
+        }
+        keys = [key for key in workers if key not in missing]
+        for key in keys:
+            for _ in range(warm_up if rounds else 0):
+                say(f"warming up {key}")
+                workers[key].repeat()
+        answers: dict[Key, list[dict[str, float]]] = {key: [] for key in keys}
+        for number in range(rounds):
+            first = number % len(keys)
+            for key in keys[first:] + keys[:first]:
+                say(f"round {number + 1} of {rounds}: {key}")
+                answers[key].append(workers[key].repeat())
+    abouts = {key: told[key][0]["ready"] for key in keys}
+    return {
+        key: Found(about, len(told[key]) * about.get("samples", 0), answers[key])
+        for key, about in abouts.items()
+    }, missing
 
 
-def find_free_port() -> int:
-    """A port of this machine that nobody uses."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+def measure_each(
+    contestants: Mapping[Key, Contestant], rounds: int, say: Say
+) -> Iterator[tuple[Key, Found]]:
+    """`measure`, one contestant after the other, each alone on the machine."""
+    for key, contestant in contestants.items():
+        found, _ = measure({key: contestant}, rounds, say)
+        yield key, found[key]
+
+
+def find_device() -> dict[str, Any]:
+    """What JAX computes on, as `run.provenance.device` tells it; asked in another process, which
+    leaves a GPU's memory to the workers."""
+    found, _ = measure({"device": Contestant("nothing")}, 0)
+    return found["device"].about["device"]
 
 
 def slug(device: Mapping[str, Any]) -> str:
@@ -238,28 +267,3 @@ def slug(device: Mapping[str, Any]) -> str:
     name = re.sub(r"[^a-z0-9]+", "-", name).strip("-") or str(device["platform"])
     count, unit = device["count"], "cores" if device["platform"] == "cpu" else "devices"
     return name if count == 1 and unit == "devices" else f"{name}-{count}-{unit}"
-
-
-def describe_setting(command: str, started: float, wall_s: float) -> dict[str, Any]:
-    """What a measurement was made with: command, time, code, versions and processor.
-
-    It asks JAX for no device: those are for the workers.
-    """
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return {
-        "command": command,
-        "started": datetime.datetime.fromtimestamp(started, datetime.UTC).isoformat("T", "seconds"),
-        "wall_s": round(wall_s, 1),
-        "commit": commit(),
-        "versions": versions,
-        "processor": cpu_model(),
-        "cores": count_cores(),
-    }
-
-
-def list_remarks(remarks: Iterable[str]) -> str:
-    """The note of a table: a line each."""
-    return "\n".join(f"- {remark}" for remark in remarks)

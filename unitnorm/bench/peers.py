@@ -7,6 +7,8 @@ DataLoader.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ import torch
 from torch import nn
 
 from unitnorm.archbn.config import Config
-from unitnorm.bench.worker import RATE, Orders
+from unitnorm.bench.worker import RATE
 from unitnorm.data import Dataset, load_dataset
 
 
@@ -94,31 +96,21 @@ class Loop:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def epoch(self, images: int) -> None:
-        """So many images in a new order."""
-        self.train(torch.randperm(len(self.y), device=self.device)[:images])
-
     def weights(self) -> list[np.ndarray]:
         """Every W and θ, one filter per row, first layer first."""
         found = [*self.model.linear, self.model.theta]
         return [linear.weight.detach().cpu().numpy() for linear in found]
 
 
-def _serve(orders: Orders, depth: int, images: int, optimiser: str) -> None:
+def serve(optimiser: str, depth: int, images: int) -> Iterator[dict[str, Any]]:
+    """`Loop` over so many images in a new order."""
     loop = Loop(depth, load_dataset(), Config(), optimiser)
-    orders.serve(lambda: loop.epoch(images), samples=images)
+    yield {"samples": images}
+    while True:
+        loop.train(torch.randperm(len(loop.y), device=loop.device)[:images])
+        yield {}
 
 
-def torch_sgd(orders: Orders, depth: int, images: int) -> None:
-    """`Loop` with PyTorch's own SGD."""
-    _serve(orders, depth, images, "SGD")
-
-
-def geoopt(orders: Orders, depth: int, images: int) -> None:
-    """`Loop` with geoopt's RiemannianSGD."""
-    _serve(orders, depth, images, "RiemannianSGD")
-
-
-def oblique_sgd(orders: Orders, depth: int, images: int) -> None:
-    """`Loop` with Emerging-Optimizers' ObliqueSGD."""
-    _serve(orders, depth, images, "ObliqueSGD")
+torch_sgd = partial(serve, "SGD")
+geoopt = partial(serve, "RiemannianSGD")
+oblique_sgd = partial(serve, "ObliqueSGD")

@@ -8,53 +8,43 @@ each mini-batch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+# ArchBN of Table 2 on MNIST
+FEATURES, WIDTH, CLASSES, BATCH = 784, 64, 10, 100
 FLOAT = 4  # bytes of a float32
 
 
-@dataclass(frozen=True)
-class Shape:
-    """The network and the mini-batch."""
-
-    depth: int
-    features: int = 784
-    width: int = 64
-    classes: int = 10
-    batch: int = 100
-
-    def products(self) -> list[tuple[int, int]]:
-        """(inputs, outputs) of every product with a matrix of weights, first layer first."""
-        inner = [(self.width // 2, self.width)] * (self.depth - 1)
-        return [(self.features, self.width), *inner, (self.width // 2, self.classes)]
-
-    def parameters(self) -> int:
-        """Numbers trained: weights, and scale and shift of every normalised feature."""
-        return sum(i * o for i, o in self.products()) + self.depth * 2 * self.width
+def products(depth: int) -> list[tuple[int, int]]:
+    """(inputs, outputs) of every product with a matrix of weights, first layer first."""
+    inner = [(WIDTH // 2, WIDTH)] * (depth - 1)
+    return [(FEATURES, WIDTH), *inner, (WIDTH // 2, CLASSES)]
 
 
-def forward_flops(shape: Shape) -> int:
+def count_parameters(depth: int) -> int:
+    """Numbers trained: weights, and scale and shift of every normalised feature."""
+    return sum(i * o for i, o in products(depth)) + depth * 2 * WIDTH
+
+
+def forward_flops(depth: int) -> int:
     """Floating-point operations of one image's logits."""
-    return sum(2 * i * o for i, o in shape.products())
+    return sum(2 * i * o for i, o in products(depth))
 
 
-def training_flops(shape: Shape) -> int:
+def training_flops(depth: int) -> int:
     """Floating-point operations of one image's share of a step.
 
     Backwards there is a product for the weights' gradient, and one for the inputs' but in the first
     layer, whose inputs are the pixels.
     """
-    features, width = shape.products()[0]
-    return 3 * forward_flops(shape) - 2 * features * width
+    return 3 * forward_flops(depth) - 2 * FEATURES * WIDTH
 
 
-def training_bytes(shape: Shape, pixel_bytes: int) -> float:
+def training_bytes(depth: int, pixel_bytes: int) -> float:
     """Bytes that one image's share of a step must move.
 
     Args:
       pixel_bytes: 1 where images are kept as uint8, 4 as float32.
     """
-    return shape.features * pixel_bytes + 2 * FLOAT * shape.parameters() / shape.batch
+    return FEATURES * pixel_bytes + 2 * FLOAT * count_parameters(depth) / BATCH
 
 
 def bound(flops: float, bytes_moved: float, flops_per_s: float, bytes_per_s: float) -> float:

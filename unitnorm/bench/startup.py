@@ -11,45 +11,29 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from unitnorm.bench.measure import Measurement, Say, Spread
+from unitnorm.bench.measure import Contestant, Measurement, Say, make_cells, measure
 from unitnorm.errors import UserError
-from unitnorm.report.tables import Cells
 
 COLUMNS = ["what", "cache", "seconds", "low", "high"]
 COMMAND = [sys.executable, "-m", "unitnorm"]
 HELP, TRAIN = "unitnorm --help", "unitnorm train"
 
 
-def time_starts(rounds: int, *, say: Say = lambda _: None) -> pd.DataFrame:
-    """Start the commands and wait.
-
-    Args:
-      rounds: how often each; the median counts.
-      say: told what is being done.
-
-    Returns:
-      Rows of `COLUMNS`; low and high are the fastest and the slowest start.
-
-    Raises:
-      UserError: a command fails.
-    """
-    found: dict[tuple[str, str], list[float]] = {}
-
-    def note(what: str, cache: str, seconds: float) -> None:
-        found.setdefault((what, cache), []).append(seconds)
-
-    for number in range(rounds):
-        say(f"start {number + 1} of {rounds}")
-        note(HELP, "", seconds_of_help())
+def startup() -> Iterator[dict[str, Any]]:
+    """Seconds of each start, by (command, cache)."""
+    yield {}
+    while True:
         with tempfile.TemporaryDirectory() as folder:
-            for cache in ("cold", "warm"):
-                note(TRAIN, cache, seconds_to_first_epoch(Path(folder), cache))
-    rows = [[what, cache, *Spread.of(times)] for (what, cache), times in found.items()]
-    return pd.DataFrame(rows, columns=COLUMNS)
+            yield {
+                "help": seconds_of_help(),
+                **{c: seconds_to_first_epoch(Path(folder), c) for c in ("cold", "warm")},
+            }
 
 
 def seconds_of_help() -> float:
@@ -58,7 +42,7 @@ def seconds_of_help() -> float:
     done = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - start
     if done.returncode != 0:
-        raise UserError(f"bench: unitnorm --help failed: {done.stderr.strip()}")
+        raise UserError(f"unitnorm --help failed: {done.stderr.strip()}")
     return seconds
 
 
@@ -88,27 +72,28 @@ def seconds_to_first_epoch(folder: Path, name: str) -> float:
             process.communicate()
         errors.seek(0)
         detail = " ".join((errors.read() or "".join(said)).split())[-300:]
-    raise UserError(f"bench: unitnorm train ended without an epoch: {detail}")
+    raise UserError(f"unitnorm train ended without an epoch: {detail}")
 
 
 def measure_startup(rounds: int, *, say: Say) -> Measurement:
-    """`time_starts`, with its files and its table."""
-    frame = time_starts(rounds, say=say)
+    """Every start, with its files and its table; low and high are the fastest and the slowest.
+
+    Raises:
+      UserError: a command fails.
+    """
+    found, _ = measure({"startup": Contestant("startup")}, rounds, say, warm_up=0)
+    starts = {"help": (HELP, ""), "cold": (TRAIN, "cold"), "warm": (TRAIN, "warm")}
+    rows = [[*what, *found["startup"].spread(name)] for name, what in starts.items()]
+    frame = pd.DataFrame(rows, columns=COLUMNS)
     facts = {
         "rounds": rounds,
         "what": "seconds of the whole of --help, and from the start of `unitnorm train` to the end "
         "of its first epoch; cold: no compiled program cached; low and high the fastest and the "
         "slowest of the rounds",
     }
-    return Measurement("startup", {"": frame}, make_cells(frame), facts)
-
-
-def make_cells(frame: pd.DataFrame) -> Cells:
-    """Seconds of every start."""
-    rows = [
-        [what, cache, f"{seconds:.2f}", f"{low:.2f} – {high:.2f}"]
-        for what, cache, seconds, low, high in frame.itertuples(index=False)
-    ]
-    header = ["what", "cache", "seconds", "(range)"]
+    columns = {
+        "what": "{what}", "cache": "{cache}", "seconds": "{seconds:.2f}",
+        "(range)": "{low:.2f} – {high:.2f}",
+    }  # fmt: skip
     title = "Seconds until --help is over, or the first epoch"
-    return Cells(title, pd.DataFrame(rows, columns=header))
+    return Measurement("startup", {"": frame}, make_cells(title, frame, columns), facts)

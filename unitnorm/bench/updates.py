@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,15 +18,20 @@ import optax
 import pandas as pd
 from jax.sharding import SingleDeviceSharding
 
-from unitnorm.bench import measure
 from unitnorm.bench.contestants import memory_rate, seconds_of
-from unitnorm.bench.measure import Contestant, Measurement, Say, Spread
-from unitnorm.bench.worker import Orders
+from unitnorm.bench.measure import (
+    Contestant,
+    Found,
+    Measurement,
+    Say,
+    find_device,
+    make_cells,
+    measure_each,
+    slug,
+)
 from unitnorm.geometry import retraction
 from unitnorm.report.style import label
 from unitnorm.report.tables import Cells
-from unitnorm.run.devices import count_cores
-from unitnorm.run.provenance import device
 from unitnorm.updates import UPDATES
 
 # (filters, inputs) of a dense layer and (height, width, inputs, filters) of a convolution's kernel
@@ -61,7 +66,7 @@ def list_transformations(shape: Sequence[int]) -> dict[str, optax.GradientTransf
     }
 
 
-def updates(orders: Orders, shape: Sequence[int]) -> None:
+def updates(shape: Sequence[int]) -> Iterator[dict[str, Any]]:
     """Every update's step at a shape, all of them in each repetition; JAX as after its import."""
     size = math.prod(shape)
     on_cpu = jax.default_backend() == "cpu"
@@ -71,22 +76,19 @@ def updates(orders: Orders, shape: Sequence[int]) -> None:
     programs, compile_s, moved = {}, {}, {}
     made = list_transformations(shape)
     for name, update in made.items():
-        state = update.init(w)
         start = time.perf_counter()
         programs[name] = compile_steps(update, steps, w, g)
         compile_s[name] = time.perf_counter() - start
-        held = sum(x.nbytes for x in jax.tree.leaves(state))
+        held = sum(x.nbytes for x in jax.tree.leaves(update.init(w)))
         moved[name] = 3 * w.nbytes + 2 * held  # w and state in and out, the gradient in
-
-    def repetition() -> dict[str, float]:
+    yield {"parameters": size, "compile_s": compile_s, "bytes": moved}
+    while True:
         found = {"bytes_per_s": memory_rate(SingleDeviceSharding(w.devices().pop()))}
         for name, update in made.items():
             # copies, as some states hold the weights themselves, which would be used up
             taken = jax.block_until_ready(jax.tree.map(jnp.copy, (w, update.init(w))))
             found[name] = seconds_of(partial(programs[name], taken, g)) / steps
-        return found
-
-    orders.serve(repetition, parameters=size, compile_s=compile_s, bytes=moved, device=device())
+        yield found
 
 
 def compile_steps(
@@ -113,60 +115,50 @@ def measure_updates(rounds: int, *, quick: bool, say: Say) -> Measurement:
     Raises:
       UserError: a worker fails.
     """
-    frames, about = [], {}
-    for shape in SHAPES:
-        name = "×".join(map(str, shape))
-        contestant = Contestant("updates", {"shape": shape})
-        if quick and math.prod(shape) > SMALL:
-            continue
-        say(f"{name}: compiling")
-        with measure.started({name: contestant}) as (workers, _):
-            about = workers[name].about
-            answers = measure.take_turns(workers, rounds, say)[name]
-        frames.append(tabulate(name, about, answers))
-    frame = pd.concat(frames)
-    where = about["device"]
-    if where["platform"] == "cpu":  # one device of all cores
-        where = {**where, "count": count_cores()}
+    device = find_device()
+    chosen = {
+        "×".join(map(str, shape)): Contestant("updates", {"shape": shape})
+        for shape in SHAPES
+        if not quick or math.prod(shape) <= SMALL
+    }
+    frame = pd.concat([tabulate(*each) for each in measure_each(chosen, rounds, say)])
     facts = {
-        "device": where,
+        "device": device,
         "rounds": rounds,
         "what": "nanoseconds of a step per parameter, medians of the rounds; low and high the "
         "fastest and the slowest; what the memory needs for weights and state, read and written, "
         "and the gradient, read; compile_s: tracing and compiling, nothing cached",
     }
-    return Measurement(f"{measure.slug(where)}-updates", {"": frame}, make_cells(frame), facts)
+    return Measurement(f"{slug(device)}-updates", {"": frame}, show(frame), facts)
 
 
-def tabulate(shape: str, about: dict[str, Any], answers: list[dict[str, float]]) -> pd.DataFrame:
-    """Rows of `COLUMNS` of a shape, from what its worker said."""
-    ns, size = 1e9 / about["parameters"], about["parameters"]
-    rate = Spread.of([answer["bytes_per_s"] for answer in answers]).median
-    rows = []
-    for name, compile_s in about["compile_s"].items():
-        spread = Spread.of([ns * answer[name] for answer in answers])
-        rows.append([shape, name, size, *spread, ns * about["bytes"][name] / rate, compile_s])
+def tabulate(shape: str, found: Found) -> pd.DataFrame:
+    """Rows of `COLUMNS` of a shape."""
+    size = found.about["parameters"]
+    ns, rate = 1e9 / size, found.spread("bytes_per_s").median
+    rows = [
+        [shape, name, size, *found.spread(name, ns), ns * found.about["bytes"][name] / rate, s]
+        for name, s in found.about["compile_s"].items()
+    ]
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def make_cells(frame: pd.DataFrame) -> Cells:
+def show(frame: pd.DataFrame) -> Cells:
     """A row for each update: what it costs at every shape, beside the memory's time."""
-    names = frame["update"].unique()
-    wide = frame.pivot(index="update", columns="shape", values="ns_per_parameter").loc[names]
-    shown = wide[frame["shape"].unique()].map("{:.2f}".format)
+    wide = frame.pivot(index="update", columns="shape", values="ns_per_parameter")
     by_update = frame.groupby("update", sort=False)
-    shown["memory"] = by_update["memory_ns_per_parameter"].median().map("{:.2f}".format)
-    shown["compile s"] = by_update["compile_s"].median().map("{:.2f}".format)
-    return Cells(
-        "Nanoseconds of a step per parameter",
-        shown.rename_axis(index="update", columns=None).reset_index(),
-        measure.list_remarks(
-            [
-                "memory: the time that its bandwidth needs for weights and state, read and "
-                "written, and the gradient, read; what fits into the caches can be faster.",
-                "n×m: n dense filters of m inputs; h×w×n×m: a convolution's kernel of m filters.",
-                "optax muon: optax.contrib.muon, filters by inputs; all with their defaults.",
-                "compile s: seconds to trace and compile a step, median of the shapes.",
-            ]
-        ),
-    )
+    others = by_update[["memory_ns_per_parameter", "compile_s"]].median()
+    shapes = frame["shape"].unique()
+    columns = {
+        "update": "{update}", **{shape: f"{{{shape}:.2f}}" for shape in shapes},
+        "memory": "{memory_ns_per_parameter:.2f}", "compile s": "{compile_s:.2f}",
+    }  # fmt: skip
+    remarks = [
+        "memory: the time that its bandwidth needs for weights and state, read and written, and "
+        "the gradient, read; what fits into the caches can be faster.",
+        "n×m: n dense filters of m inputs; h×w×n×m: a convolution's kernel of m filters.",
+        "optax muon: optax.contrib.muon, filters by inputs; all with their defaults.",
+        "compile s: seconds to trace and compile a step, median of the shapes.",
+    ]
+    title = "Nanoseconds of a step per parameter"
+    return make_cells(title, others.join(wide).reset_index(), columns, remarks)

@@ -16,6 +16,7 @@ from unitnorm.cli import options as opt
 MEASURES = {  # flag → what it says of itself; without any, the comparison
     "scaling": "Cost and memory against runs, depth, variants and devices.",
     "updates": "What a step of each update costs by itself.",
+    "kernels": "Kernels of a training step, and what a GPU would need for them.",
     "convolution": "What SegNet's Fourier convolution gains over XLA's.",
     "startup": "The time from typing a command to its first epoch.",
 }
@@ -54,7 +55,7 @@ def bench(
 
     from unitnorm.report.tables import Fitting
     from unitnorm.run import records
-    from unitnorm.run.job import command_line, print_report
+    from unitnorm.run.job import command_line
 
     console, started = Console(), time.time()
     show: Callable[[str], None] = partial(console.print, highlight=False, soft_wrap=True)
@@ -65,14 +66,14 @@ def bench(
             measured = measure(what, depth, rounds, quick, show)
         files = measured.files(command_line(), started, time.time() - started)
         records.write_files(out, files)
-    print_report(Fitting(measured.cells), files, out)
+    opt.print_report(Fitting(measured.cells), files, out)
 
 
 def measure(
     what: str | None, depth: tuple[int, ...], rounds: int | None, quick: bool, say: Any
 ) -> Any:
     """The `Measurement` that is asked for; see `bench`."""
-    from unitnorm.bench import compare, convolution, scaling, startup, updates
+    from unitnorm.bench import compare, convolution, kernels, scaling, startup, updates
 
     images = compare.IMAGES // 10 if quick else compare.IMAGES
     rounds = rounds or (2 if quick else 3 if what else 7)
@@ -80,6 +81,8 @@ def measure(
         return scaling.measure_scaling(rounds, images, quick=quick, say=say)
     if what == "updates":
         return updates.measure_updates(rounds, quick=quick, say=say)
+    if what == "kernels":
+        return kernels.measure_kernels(rounds, quick=quick, say=say)
     if what == "convolution":
         return convolution.measure_convolution(rounds, quick=quick, say=say)
     if what == "startup":

@@ -7,32 +7,63 @@ To add an option for every training, add it to `training_options` and to `Traini
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import importlib
+import math
+import os
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.shell_completion import CompletionItem
 
+from unitnorm.errors import UserError
 from unitnorm.run.job import TrainingOptions
 
 if TYPE_CHECKING:
     from unitnorm.run.config import Schema
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
-SELECTION, DATA, RECORDS, SEVERAL = "What is run", "Data", "Records", "Devices and processes"
+SELECTION, DATA, RECORDS, SEVERAL = "What is run", "Data", "Records", "Devices and workers"
+CONFIGS = {  # whose configs are of which class
+    "unitnorm reproduce": "unitnorm.archbn.config:Config",
+    "unitnorm study": "unitnorm.study.config:Plan",
+    "unitnorm segment train": "unitnorm.segment.config:SegmentConfig",
+}
 
 
 class GroupedOption(click.Option):
-    """An option that the help shows under a heading of its own."""
+    """An option that the help shows under a heading of its own; a number must be finite."""
 
     def __init__(self, *args: Any, group: str = "", **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.group = group
 
+    def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
+        cast = super().type_cast_value(ctx, value)
+        for number in cast if isinstance(cast, tuple) else (cast,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise click.BadParameter(f"{number} is not a finite number.", ctx, self)
+        return cast
+
+
+class GroupedArgument(click.Argument):
+    """An argument that the help explains, with every version of click."""
+
+    group = "Arguments"
+
+    def __init__(self, *args: Any, text: str, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.text = text
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str]:
+        return self.human_readable_name, self.text
+
 
 class GroupedCommand(click.Command):
-    """A command whose help shows its options under headings."""
+    """A command whose help shows its arguments and options under headings."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}
@@ -67,6 +98,15 @@ class UpdateName(click.ParamType):
         return [CompletionItem(name) for name in UPDATES if name.startswith(incomplete)]
 
 
+class FolderPath(click.Path):
+    """A folder, which need not exist."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if Path(value).is_file():
+            self.fail(f"{value} is a file; expected a folder", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 class ConfigName(click.ParamType):
     """A TOML file, or the name of a preset."""
 
@@ -86,6 +126,11 @@ def option(*names: str, group: str = "", **settings: Any) -> Decorator:
     return click.option(*names, cls=GroupedOption, group=group, **settings)
 
 
+def argument(name: str, text: str, **settings: Any) -> Decorator:
+    """A click argument with a text in the help."""
+    return click.argument(name, cls=GroupedArgument, text=text, **settings)
+
+
 def together(*decorators: Decorator) -> Decorator:
     """Several options as one decorator, in this order in the help."""
 
@@ -100,7 +145,7 @@ def together(*decorators: Decorator) -> Decorator:
 def out_option(default: str, text: str = "Folder of the records and the report.") -> Decorator:
     """--out, which every command that reads or writes records takes."""
     return option(
-        "--out", group=RECORDS, type=click.Path(path_type=Path, file_okay=False),
+        "--out", group=RECORDS, type=FolderPath(path_type=Path, file_okay=False),
         default=Path(default), show_default=True, help=text,
     )  # fmt: skip
 
@@ -147,29 +192,90 @@ def training_options(out: str) -> Decorator:
         option(
             "--checkpoint-every", group=RECORDS, type=click.FloatRange(0.0), metavar="SECONDS",
             help="Save the state at most so often; 0: at every chance.  "
-            "[default: 5; 0 with several processes]",
+            "[default: 5]",
         ),
         option(
             "--devices", group=SEVERAL, type=click.IntRange(1, 4096),
             help="CPU devices to share the work among.  [default: one per core]",
         ),
         option(
-            "--distributed", group=SEVERAL, is_flag=True,
-            help="Join the processes that Slurm, Kubernetes, Open MPI or a TPU pod has started.",
+            "--workers", group=SEVERAL, type=click.IntRange(1, 4096),
+            help="Compute in so many processes on this machine (needs unitnorm[cluster]).",
         ),
         option(
-            "--coordinator", group=SEVERAL, metavar="HOST:PORT",
-            help="Several processes: where to meet, on the host of process 0.",
+            "--scheduler", group=SEVERAL, metavar="ADDRESS",
+            help="Compute on the workers of a Dask scheduler, such as tcp://host:8786.",
         ),
-        option("--processes", group=SEVERAL, type=click.IntRange(1), help="How many there are."),
-        option("--process", group=SEVERAL, type=click.IntRange(0), help="Which this one is."),
+        *(
+            click.option(name, hidden=True, expose_value=False, is_flag=is_flag, callback=_refuse)
+            for name, is_flag in (
+                ("--distributed", True), ("--coordinator", False), ("--processes", False),
+                ("--process", False),
+            )
+        ),
     )  # fmt: skip
+
+
+def _refuse(ctx: click.Context, param: click.Parameter, value: Any) -> None:
+    if value not in (None, False):
+        raise UserError(
+            f"{param.opts[0]}: runs are independent, and need no processes in lock step: give "
+            "--workers N on one machine, or --scheduler tcp://HOST:8786 for workers on several"
+        )
+
+
+def to_go_on(words: Sequence[str]) -> str:
+    """The command of these words, to be repeated: with its name, without --fresh."""
+    return shlex.join(["unitnorm", *(word for word in words[1:] if word != "--fresh")])
 
 
 def take_training_options(options: dict[str, Any]) -> TrainingOptions:
     """The values of `training_options`, taken out of a command's."""
     names = TrainingOptions.__dataclass_fields__
     return TrainingOptions(**{name: options.pop(name) for name in names})
+
+
+json_option = option(
+    "--json", "as_json", group=RECORDS, is_flag=True, help="Print JSON, for scripts."
+)
+output_options = together(
+    json_option,
+    option("--quiet", group=RECORDS, is_flag=True, help="Print nothing but faults."),
+)
+
+
+def print_report(
+    shown: Any, files: Mapping[str, bytes], out: Path, *, written: bool = True,
+    as_json: bool = False, quiet: bool = False,
+) -> None:  # fmt: skip
+    """Print what a report shows, and where its files are.
+
+    Args:
+      written: they are there; another process may be at work in the folder.
+      files: content by name; the tables among them, NAME.csv, are what is printed as JSON.
+      as_json, quiet: of `output_options`.
+    """
+    if as_json:
+        import io
+        import json
+
+        import pandas as pd
+
+        tables = {
+            name.removesuffix(".csv"): json.loads(
+                pd.read_csv(io.BytesIO(content)).to_json(orient="records")
+            )
+            for name, content in files.items()
+            if name.endswith(".csv")
+        }
+        click.echo(json.dumps({"folder": str(out), "files": sorted(files), "tables": tables}))
+    elif not quiet:
+        from rich.console import Console
+
+        Console().print(shown)
+        place = f"{out}{os.sep}"
+        at_work = f"no files written: another process is at work in {place}"
+        click.echo(f"{len(files)} files in {place}" if written else at_work)
 
 
 def read_config(
@@ -180,6 +286,9 @@ def read_config(
     Args:
       given: values by key of the config, with __ for dots; None and () are of options that were not
         given, and set nothing.
+
+    Raises:
+      UserError: it is none; where the file is one for other commands, they are named.
     """
     from unitnorm.run.config import load, parse_override
 
@@ -187,4 +296,22 @@ def read_config(
     for key, value in given.items():
         if value not in (None, ()):
             values[key.replace("__", ".")] = list(value) if isinstance(value, tuple) else value
-    return load(config_path, values, schema)
+    try:
+        return load(config_path, values, schema)
+    except UserError:
+        if config_path is not None and (command := _command_of(config_path, schema)):
+            raise UserError(f"config {config_path}: is one for `{command}`, not for this") from None
+        raise
+
+
+def _command_of(config_path: str, schema: type[Schema]) -> str | None:
+    """The command whose config a file is, where that is another than `schema`."""
+    from unitnorm.run.config import load
+
+    for command, place in CONFIGS.items():
+        module, _, name = place.partition(":")
+        other = getattr(importlib.import_module(module), name)
+        with contextlib.suppress(UserError):
+            if other is not schema and load(config_path, None, other):
+                return command
+    return None

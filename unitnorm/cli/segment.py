@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +17,10 @@ import click
 
 from unitnorm.cli import options as opt
 from unitnorm.errors import UserError
-from unitnorm.run.job import Job, open_job
+from unitnorm.run.job import Loaded, open_job
 
 if TYPE_CHECKING:
+    from unitnorm.report.tables import Cells
     from unitnorm.run.records import Records
     from unitnorm.segment.config import SegmentConfig
     from unitnorm.segment.data import SceneData
@@ -43,6 +44,7 @@ def segment() -> None:
     """
 
 
+command = partial(segment.command, cls=opt.GroupedCommand)
 scene_options = opt.together(
     opt.option("--data-dir", "data__data_dir", group=opt.DATA,
                help="Folder of CamVid: train/, trainannot/, val/ …"),
@@ -53,12 +55,18 @@ scene_options = opt.together(
 
 def weights_option(*, multiple: bool = False) -> opt.Decorator:
     """--weights, once or several times."""
+    often = "; may be repeated" if multiple else ""
     return opt.option(
         "--weights", group=opt.RECORDS, type=click.Path(path_type=Path), multiple=multiple,
         default=[PUBLISHED] if multiple else PUBLISHED,
-        help=f"File that train wrote{'; may be repeated' if multiple else ''}.  [default: UN's, "
-        "which are part of unitnorm]",
+        help=f"File that train wrote{often}.  [default: UN's, which are part of unitnorm]",
     )  # fmt: skip
+
+
+def file_option(name: str, text: str, **settings: Any) -> opt.Decorator:
+    """An option that names a file to write."""
+    kind = click.Path(path_type=Path, dir_okay=False)
+    return opt.option(name, group=opt.RECORDS, type=kind, help=text, **settings)
 
 
 training_options = opt.together(
@@ -71,7 +79,7 @@ training_options = opt.together(
 )
 
 
-@segment.command(cls=opt.GroupedCommand, short_help="Choose each update's learning rate.")
+@command(short_help="Choose each update's learning rate.")
 @training_options
 @opt.option("--rate", "sweep__rates", group=opt.SELECTION, type=float, multiple=True,
             help="Rate to try; may be repeated.  [default: the config's]")  # fmt: skip
@@ -82,12 +90,10 @@ def sweep(**options: Any) -> None:
     Example
       unitnorm segment sweep --config segnet --data-dir CamVid --rate 0.3 --rate 1
     """
-    with open_segmentation(options) as (config, job):
-        do_sweep(config, job)
-        _print_tables(job.records)
+    do_training(options, sweep_only=True)
 
 
-@segment.command(cls=opt.GroupedCommand, short_help="Train SegNet-Basic with each update.")
+@command(short_help="Train SegNet-Basic with each update.")
 @training_options
 def train(**options: Any) -> None:
     """Train SegNet-Basic with each update; stop with Ctrl-C, go on by the same command.
@@ -98,23 +104,12 @@ def train(**options: Any) -> None:
     Example
       unitnorm segment train --config segnet --data-dir CamVid --update un
     """
-    from unitnorm.segment import experiment
-
-    with open_segmentation(options) as (config, job):
-        if not experiment.list_missing(experiment.list_cells(config), job.records["runs"]):
-            job.session.say("train: every selected run is recorded; --fresh starts over")
-        unswept = experiment.find_unswept(config, job.records)
-        if unswept:
-            job.session.say(f"train: {', '.join(unswept)}: no learning rate yet, sweeping first")
-            do_sweep(config.model_copy(update={"updates": unswept}), job)
-        experiment.train_missing(config, job.data, job.records, job.session, job.store)
-        _print_tables(job.records)
+    do_training(options)
 
 
-@segment.command(cls=opt.GroupedCommand, short_help="Measure trained weights on a split.")
+@command(short_help="Measure trained weights on a split.")
 @weights_option(multiple=True)
-@opt.option("--save", group=opt.RECORDS, type=click.Path(path_type=Path, dir_okay=False),
-            help="Markdown file to write the table to, too.")  # fmt: skip
+@file_option("--save", "Markdown file to write the table to, too.")
 @opt.option("--split", group=opt.DATA, type=click.Choice(["train", "val", "test"]),
             default="test", show_default=True, help="Which images.")  # fmt: skip
 @scene_options
@@ -125,59 +120,42 @@ def evaluate(weights: tuple[Path, ...], save: Path | None, split: str, **scene_c
     Example
       unitnorm segment evaluate --data-dir CamVid --weights un.safetensors
     """
-    from unitnorm.run import devices
-
-    devices.prepare()
-    import numpy as np
-    from rich.console import Console
-
-    from unitnorm.report.tables import Fitting, to_markdown
-    from unitnorm.run import records
-    from unitnorm.segment import tables
+    _prepare()
+    from unitnorm.report.tables import to_markdown
     from unitnorm.segment.evaluation import Evaluator
-    from unitnorm.segment.metrics import measure
+    from unitnorm.segment.tables import tabulate
     from unitnorm.segment.weights import read_weights
 
-    loaded = {path: read_weights(path) for path in weights}
-    if len({trained.size for trained in loaded.values()}) > 1:
+    loaded = [read_weights(path) for path in weights]
+    if len({trained.size for trained in loaded}) > 1:
         raise UserError("--weights: trained on images of different sizes; measure them one by one")
-    data = _scenes_for(next(iter(loaded.values())), **scene_choice)
+    data = _load_for(loaded[0], scene_choice)
     scenes, (height, width) = data.splits[split], data.size
-    names = [trained.update for trained in loaded.values()]
-    drives = np.unique(scenes.sequences)
-    if len(loaded) > 1:
-        names = [f"{path.parent.name}/{path.stem}" for path in loaded]
-        if len(set(names)) < len(names):
-            names = [str(path) for path in loaded]
-    columns = {}
-    for name, trained in zip(names, loaded.values(), strict=True):
-        matrices = Evaluator(trained.network).confusion(trained.weights, scenes)
-        columns[name] = measure(matrices.sum(0))
-        for drive in drives if len(loaded) == 1 < len(drives) else ():
-            columns[str(drive)] = measure(matrices[scenes.sequences == drive].sum(0))
+    matrices = [Evaluator(x.network).confusion(x.weights, scenes) for x in loaded]
+    names = [f"{path.parent.name}/{path.stem}" for path in weights]
+    if len(set(names)) < len(names):
+        names = list(map(str, weights))
+    columns = {name: found.sum(0) for name, found in zip(names, matrices, strict=True)}
+    if len(loaded) == 1:
+        columns = {loaded[0].update: matrices[0].sum(0)}
+        drives = sorted(set(scenes.sequences.tolist()))
+        for drive in drives if len(drives) > 1 else ():
+            columns[drive] = matrices[0][scenes.sequences == drive].sum(0)
     title = f"{data.name} {split}, {len(scenes.labels)} images of {height}×{width}"
-    table = tables.tabulate(title, columns)
+    table = tabulate(title, columns)
     if save is not None:
-        with records.locked(save.parent):
-            records.write_files(save.parent, {save.name: to_markdown(table).encode() + b"\n"})
-    Console().print(Fitting(table))
+        _write(save.parent, {save.name: to_markdown(table).encode() + b"\n"})
+    _print([table])
 
 
-@segment.command(cls=opt.GroupedCommand, short_help="Average batch statistics anew.")
+@command(short_help="Recompute batch statistics.")
 @opt.config_option("segnet_small")
 @weights_option()
 @scene_options
-@opt.option("--out", group=opt.RECORDS, type=click.Path(path_type=Path, dir_okay=False),
-            default=Path("runs/renewed.safetensors"), show_default=True,
-            help="File to write.")  # fmt: skip
-def renew(
-    config_path: str | None,
-    overrides: tuple[str, ...],
-    weights: Path,
-    out: Path,
-    **scene_choice: Any,
-) -> None:
-    """Average the batch statistics of trained weights anew, as the config's train.statistics says.
+@file_option("--out", "File to write.", default=Path("runs/renewed.safetensors"),
+             show_default=True)  # fmt: skip
+def renew(weights: Path, out: Path, **options: Any) -> None:
+    """Recompute the batch statistics of trained weights, as the config's train.statistics says.
 
     Over the training images of the data given, at the size that the weights were trained for.
 
@@ -185,82 +163,68 @@ def renew(
     Example
       unitnorm segment renew --config segnet --data-dir CamVid
     """
-    from unitnorm.run import devices
-
-    devices.prepare(1)
-    from unitnorm.run import records
+    _prepare(1)
     from unitnorm.segment.training import SegNetProgram
     from unitnorm.segment.weights import pack_weights, read_weights
 
-    config = _read_config(config_path, overrides, **scene_choice)
+    config = _read_config(**options)
     if config.train.statistics == "running":
         raise UserError(
-            'train.statistics = "running": nothing to average; expected "batches", "anew"'
+            'train.statistics = "running": nothing to average; expected "batches" or "images"'
         )
     trained = read_weights(weights)
-    data = _scenes_for(trained, **scene_choice)
+    data = _load_for(trained, options)
     program = SegNetProgram(
         "renew", config.model_copy(update={"network": trained.network}), trained.update,
         config.seed, 1.0, [1.0], data.splits["train"], data.splits["val"],
     )  # fmt: skip
-    found = program.renewed(trained.weights, 1)
+    found = program.with_statistics(trained.weights, 1)
     packed = pack_weights(found, trained.network, trained.update, trained.size)
-    with records.locked(out.parent):
-        records.write_files(out.parent, {out.name: packed})
-    click.echo(f"{weights}: statistics of {len(data.splits['train'].labels)} images in {out}")
+    _write(out.parent, {out.name: packed})
+    click.echo(f"{weights}: statistics of {program.samples} images in {out}")
 
 
-@segment.command(cls=opt.GroupedCommand, short_help="Segment photos.")
-@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@command(short_help="Segment photos.")
+@opt.argument("images", "Photos.", nargs=-1, required=True, type=click.Path(path_type=Path))
 @weights_option()
 @opt.option("--overlay", is_flag=True, help="NAME_overlay.png too: the photo under the colours.")
 @opt.out_option("runs/predictions", "Folder of the PNGs.")
 def predict(images: tuple[Path, ...], weights: Path, overlay: bool, out: Path) -> None:
-    """Segment photos of any size, and write PNGs.
+    """Segment photos of any size, files or whole folders, and write PNGs.
 
     NAME_labels.png has the photo's size, the classes as its numbers and CamVid's colours as its
     palette; NAME_figure.png shows photo and prediction with a legend. The classes' shares of the
-    photo are printed.
+    photo are printed. Files that cannot be read are named at the end.
 
     \b
     Example
       unitnorm segment predict street.jpg --overlay
     """
-    stems = [path.stem for path in images]
-    for stem in stems:
-        if stems.count(stem) > 1:
-            raise UserError(f"{stem}: two images of this name; their predictions would collide")
-    from unitnorm.run import devices
-
-    devices.prepare(1)
-    import numpy as np
-
-    from unitnorm.report.style import encode
-    from unitnorm.run import records
-    from unitnorm.segment import pictures, predicting
+    _prepare(1)
+    from unitnorm.segment import predicting
     from unitnorm.segment.weights import read_weights
 
+    paths, failed = predicting.list_photos(images), []
     trained = read_weights(weights)
     predictor = predicting.make_predictor(trained)
-    for path in images:
-        photo = predicting.open_photo(path)
+    for path in paths:
+        try:
+            photo = predicting.open_photo(path)
+        except UserError as error:
+            failed.append(str(error))
+            continue
         labels = predicting.segment_photo(predictor, photo, trained.size)
-        drawn = predicting.draw_labels(labels)
-        files = {f"{path.stem}_labels.png": predicting.to_png(drawn)}
-        if overlay:
-            over = predicting.draw_overlay(photo, labels)
-            files[f"{path.stem}_overlay.png"] = predicting.to_png(over)
-        photo.thumbnail((1600, 1600))  # more than a figure shows
-        small = np.asarray(drawn.resize(photo.size, 0))
-        figure = pictures.draw_photo(np.asarray(photo), small)
-        files[f"{path.stem}_figure.png"] = encode(figure)["png"]
-        with records.locked(out):  # makes the folder: not before there is something to keep
-            records.write_files(out, files)
+        drawn = predicting.draw_all(photo, labels, overlay=overlay)
+        files = {f"{path.stem}_{name}.png": content for name, content in drawn.items()}
+        _write(out, files)
         click.echo(f"{path}: {predicting.describe_shares(labels)}")
         click.echo(f"  {', '.join(files)} in {out}{os.sep}")
+    if failed:
+        many = f"{len(failed)} of {len(paths)} images failed: " if len(paths) > 1 else ""
+        raise UserError(many + "; ".join(failed))
 
 
-@segment.command(cls=opt.GroupedCommand, short_help="Tables and figures, from the records.")
+@command(short_help="Tables and figures, from the records.")
 @opt.out_option(OUT)
 @scene_options
 @opt.option("--images", "count", type=click.IntRange(1, 8), default=4, show_default=True,
@@ -272,26 +236,23 @@ def report(out: Path, count: int, **scene_choice: Any) -> None:
     Example
       unitnorm segment report --data-dir CamVid
     """
-    from unitnorm.run import devices
-
-    devices.prepare(1)
+    _prepare(1)
     from unitnorm.report.style import encode
     from unitnorm.report.tables import to_markdown
     from unitnorm.run import records
-    from unitnorm.segment import pictures, tables
-    from unitnorm.segment.schema import SCHEMA
+    from unitnorm.segment import pictures, schema, tables
 
     with records.locked(out, make=False):
-        known = records.read(out, SCHEMA)
+        known = records.read(out, schema.SCHEMA)
         if known.is_empty():
             raise UserError(f"{out}: no records here; run `unitnorm segment train --out {out}`")
-        shown = tables.list_tables(known)
-        files = {"table.md": "\n\n".join(to_markdown(c) for c in shown).encode() + b"\n"}
+        shown = map(to_markdown, tables.list_tables(known))
+        files = {"table.md": "\n\n".join(shown).encode() + b"\n"}
         if not known["history"].empty:
             drawn = encode(pictures.draw_curves(known["metrics"], known["history"]))
             files |= {f"figures/curves.{ending}": drawn[ending] for ending in ("png", "svg")}
         if any(scene_choice.values()) and known.files:
-            figure = _draw_figure2(out, known, count, **scene_choice)
+            figure = _draw_figure2(out, known, count, scene_choice)
             # pictures of pixels gain nothing as SVG
             files["figures/figure2.png"] = encode(figure)["png"]
         else:
@@ -304,42 +265,35 @@ def report(out: Path, count: int, **scene_choice: Any) -> None:
 # ---------------------------------------------------------------- shared
 
 
-@contextmanager
-def open_segmentation(options: dict[str, Any]) -> Iterator[tuple[SegmentConfig, Job]]:
-    """The config and the opened folder of a command with `training_options`."""
+def do_training(options: dict[str, Any], *, sweep_only: bool = False) -> None:
+    """Sweep and train what is missing in the folder of a command with `training_options`."""
     from unitnorm.run.devices import count_cores
-    from unitnorm.segment.schema import SCHEMA
+    from unitnorm.run.planner import complete
+    from unitnorm.segment.experiment import Segmentation, describe_data, list_cells
 
     chosen = opt.take_training_options(options)
     config = _read_config(**options)
 
-    def load() -> tuple[Any, ...]:
-        from unitnorm.segment.data import COUNTS, load_scenes
-        from unitnorm.segment.experiment import describe_data, list_cells
-
-        data = load_scenes(config.data)
-        about = describe_data(data)
-        for name, count in COUNTS.items():
-            if data.name == "camvid" and about["images"][name] != count:
-                click.echo(
-                    f"note: {about['images'][name]} images in {name}/; the whole of CamVid has "
-                    f"{count}"
-                )
-        return data, about, list_cells(config)
+    def load() -> Loaded:
+        data, cells = _load(config), list_cells(config)
+        return Loaded({"": data}, describe_data(data), 0 if sweep_only else len(cells), cells)
 
     # a CPU device per core, as many as divide a mini-batch
     devices = chosen.devices or math.gcd(count_cores(), config.train.batch_size)
-    with open_job(SCHEMA, config, load, replace(chosen, devices=devices)) as job:
-        yield config, job
-
-
-def do_sweep(config: SegmentConfig, job: Job) -> None:
-    """Sweep the updates without a recorded sweep."""
-    from unitnorm.segment import experiment
-
-    if not experiment.list_missing(experiment.list_cells(config, 1), job.records["sweep"]):
-        job.session.say("sweep: every selected update has its learning rate; --fresh starts over")
-    experiment.sweep_missing(config, job.data, job.records, job.session, job.store)
+    experiment = Segmentation(config, sweep_only)
+    with open_job(experiment, config, load, replace(chosen, devices=devices)) as job:
+        groups = list(experiment.missing(job.records))
+        swept = [group.what[0] for group in groups if group.table == "sweep"]
+        if sweep_only and not groups:
+            job.session.say(
+                "sweep: every selected update has its learning rate; --fresh starts over"
+            )
+        elif not groups:
+            job.session.say("train: every selected run is recorded; --fresh starts over")
+        elif not sweep_only and swept:
+            job.session.say(f"train: {', '.join(swept)}: no learning rate yet, sweeping first")
+        complete(job)
+        _print_tables(job.records)
 
 
 def _read_config(
@@ -352,50 +306,66 @@ def _read_config(
     return opt.read_config(SegmentConfig, config_path, overrides, **given)
 
 
-def _scenes_for(trained: TrainedSegNet, **scene_choice: Any) -> SceneData:
-    """The images at the size that the weights were trained on."""
+def _prepare(cpu_devices: int | None = None) -> None:
+    from unitnorm.run import devices
+
+    devices.prepare(cpu_devices)
+
+
+def _load(config: SegmentConfig) -> SceneData:
+    """The config's images, with their notes printed."""
     from unitnorm.segment.data import load_scenes
 
+    data = load_scenes(config.data)
+    for note in data.notes:
+        click.echo(f"note: {note}")
+    return data
+
+
+def _load_for(trained: TrainedSegNet, options: dict[str, Any]) -> SceneData:
+    """The images at the size that the weights were trained on."""
     height, width = trained.size
-    return load_scenes(_read_config(data__height=height, data__width=width, **scene_choice).data)
+    return _load(_read_config(data__height=height, data__width=width, **options))
 
 
-def _draw_figure2(out: Path, known: Records, count: int, **scene_choice: Any) -> Any:
-    import numpy as np
+def _write(folder: Path, files: dict[str, bytes]) -> None:
+    """Files into a folder, which is made if need be."""
+    from unitnorm.run import records
 
+    with records.locked(folder):
+        records.write_files(folder, files)
+
+
+def _print(tables: Iterable[Cells]) -> None:
+    from rich.console import Console
+
+    from unitnorm.report.tables import Fitting
+
+    Console().print(*map(Fitting, tables), sep="")
+
+
+def _print_tables(known: Records) -> None:
+    from unitnorm.segment.schema import FIGURES
+    from unitnorm.segment.tables import list_tables
+
+    _print(list_tables(known, FIGURES))  # with the classes it would be too wide
+
+
+def _draw_figure2(out: Path, known: Records, count: int, scene_choice: dict[str, Any]) -> Any:
     from unitnorm.report.style import label, sort_updates
     from unitnorm.segment import pictures, predicting
     from unitnorm.segment.weights import read_weights
 
-    names = sort_updates(name.removesuffix(".safetensors") for name in known.files)
-    loaded = {update: read_weights(out / f"{update}.safetensors") for update in names}
-    data = _scenes_for(next(iter(loaded.values())), **scene_choice)
+    updates = sort_updates(name.removesuffix(".safetensors") for name in known.files)
+    loaded = {update: read_weights(out / f"{update}.safetensors") for update in updates}
+    data = _load_for(loaded[updates[0]], scene_choice)
     about = known.provenance["data"]
     if data.size == (about["height"], about["width"]) and data.sha256 != about["sha256"]:
         raise UserError(
             f"{scene_choice['data__data_dir'] or 'synthetic'}: not the images of these records; "
             f"expected {about['name']} with SHA-256 {about['sha256'][:12]}…"
         )
-    test = data.splits["test"]
-    # evenly over the test set, whose images stand in the order of the drive
-    chosen = np.linspace(0, len(test.labels), count, endpoint=False).astype(int)
-    shown = test.only(np.unique(chosen + len(test.labels) // (2 * count)))
-    predictions = {}
-    for update, trained in loaded.items():
-        predictor = predicting.make_predictor(trained)
-        predictions[label(update)] = [
-            predicting.predict_labels(predictor, image) for image in shown.images
-        ]
-    return pictures.draw_samples(list(shown.images), list(shown.labels), predictions)
-
-
-def _print_tables(known: Records) -> None:
-    from rich.console import Console
-
-    from unitnorm.report.tables import Fitting
-    from unitnorm.segment.schema import FIGURES
-    from unitnorm.segment.tables import list_tables
-
-    console = Console()
-    for cells in list_tables(known, FIGURES):  # with the classes it would be too wide
-        console.print(Fitting(cells))
+    images, labels, _ = data.splits["test"].spread(count)
+    return pictures.draw_samples(
+        images, labels, {label(u): predicting.predict_all(loaded[u], images) for u in updates}
+    )

@@ -11,17 +11,19 @@ import click
 
 from unitnorm.cli import options as opt
 from unitnorm.errors import UserError
-from unitnorm.run.job import Job, open_job, print_report
+from unitnorm.run.job import Job, Loaded, open_job
 
 if TYPE_CHECKING:
     from unitnorm.run.records import Records
     from unitnorm.study.config import Plan
+    from unitnorm.study.report import Findings
 
 RUNS = "runs/study"
 
 
 @click.command(cls=opt.GroupedCommand, short_help="Many runs compared, from a declared plan.")
-@click.argument("plan_name", metavar="NAME|FILE", type=opt.ConfigName())
+@opt.argument("plan_name", "Plan: a preset, or a TOML file.", metavar="NAME|FILE",
+              type=opt.ConfigName())  # fmt: skip
 @opt.option(
     "--data", "places", group=opt.DATA, multiple=True, metavar="NAME=FOLDER",
     help="Where a data set of the plan lies: four IDX files; may be repeated. mnist needs none.",
@@ -64,10 +66,9 @@ def study(
       unitnorm study study/effective-rate --set compare.count=20 --dry-run
     """
     from unitnorm.run.config import find_config
-    from unitnorm.study.config import Plan
-    from unitnorm.study.schema import SCHEMA
+    from unitnorm.study.experiment import Study, count_runs
 
-    plan = opt.read_config(Plan, plan_name, overrides)
+    plan = read_plan(plan_name, overrides)
     training = opt.take_training_options(options)
     if training.out == Path(RUNS):
         training = replace(training, out=Path(RUNS) / Path(plan_name).stem)
@@ -79,19 +80,45 @@ def study(
         do_dry_run(plan, training.out)
         return
 
-    def load_all() -> tuple[Any, ...]:
+    def load_all() -> Loaded:
         from unitnorm.data import load_dataset
 
-        data = {name: load_dataset(name, folders.get(name)) for name in plan.datasets}
+        data = {}
+        for name in plan.datasets:
+            try:
+                data[name] = load_dataset(name, folders.get(name))
+            except UserError as error:  # which knows the option of the other commands
+                told = str(error).replace("--data-dir", f"--data {name}=FOLDER")
+                raise UserError(told) from None
         for name in plan.arms:
             for images in data.values():
                 plan.config_of(name).check_images(len(images.train_labels), ("train",))
-        return data, {name: {"sha256": images.sha256} for name, images in data.items()}, None
+        about = {name: {"sha256": images.sha256} for name, images in data.items()}
+        lines = tuple(images.describe() for images in data.values())
+        return Loaded(data, about, sum(count_runs(plan).values()), lines=lines)
 
-    with open_job(SCHEMA, plan, load_all, training) as job:
+    with open_job(Study(plan), plan, load_all, training) as job:
         do_study(plan, find_config(plan_name), job)
-    if job.writes:
-        do_study_report(training.out, page)
+        write_study_report(training.out, job.records, page)
+
+
+def read_plan(name: str, overrides: tuple[str, ...]) -> Plan:
+    """The plan of this name or file.
+
+    Raises:
+      UserError: it is no plan, or one that makes no sense.
+    """
+    from unitnorm.run.config import presets
+    from unitnorm.study.config import Plan
+
+    plans = [preset for preset in presets() if preset.startswith("study/")]
+    if name in presets() and name not in plans:
+        command = "segment train" if name.startswith("segnet") else "reproduce"
+        raise UserError(
+            f"config {name}: no plan of a study; `unitnorm {command} --config {name}` takes it. "
+            f"Plans: {', '.join(plans)}"
+        )
+    return opt.read_config(Plan, name, overrides)
 
 
 def find_folders(plan: Plan, places: tuple[str, ...]) -> dict[str, Path]:
@@ -117,9 +144,10 @@ def find_folders(plan: Plan, places: tuple[str, ...]) -> dict[str, Path]:
 
 def do_study(plan: Plan, path: Path, job: Job) -> None:
     """Train what is missing, and record it batch by batch, with the plan as it was declared."""
+    from unitnorm.run.planner import complete
     from unitnorm.run.progress import clock
     from unitnorm.run.provenance import committed
-    from unitnorm.study.experiment import count_recorded, count_runs, run_study
+    from unitnorm.study.experiment import count_recorded, count_runs
 
     plan_file = path.read_bytes()
     declared = tell_when_declared(job.records, plan_file, committed(path))
@@ -129,14 +157,17 @@ def do_study(plan: Plan, path: Path, job: Job) -> None:
     before = sum(count_recorded(plan, records["runs"]).values())
     job.session.say(f"study: {before} of {total} runs are recorded")
     started = time.monotonic()
-    for records in run_study(plan, job.data, job.records, job.session):
-        job.store(records)
+
+    def tell(records: Records) -> None:
         done = sum(count_recorded(plan, records["runs"]).values())
         pace = (time.monotonic() - started) / max(done - before, 1)
         job.session.say(
             f"study: {done} of {total} runs, {3600 / pace:,.0f} an hour, about "
             f"{clock(pace * max(total - done, 0))} left"
         )
+
+    job.after = tell
+    complete(job)
 
 
 def tell_when_declared(known: Records, plan_file: bytes, committed: str | None) -> str | None:
@@ -159,7 +190,7 @@ def do_dry_run(plan: Plan, out: Path) -> None:
     """Say what is missing, and for how long: as recorded, or as a part of a run takes here."""
     from unitnorm.run.progress import clock
     from unitnorm.run.records import read
-    from unitnorm.study.experiment import count_recorded, count_runs, time_run
+    from unitnorm.study.experiment import Pace, count_recorded, count_runs, measure_pace
     from unitnorm.study.schema import SCHEMA
 
     known = read(out, SCHEMA)
@@ -170,37 +201,63 @@ def do_dry_run(plan: Plan, out: Path) -> None:
     commands = known.provenance.get("commands", [])
     rows = sum(command["rows"] for command in commands)
     if rows:
-        pace, whence = sum(command["wall_s"] for command in commands) / rows, "as recorded there"
+        pace = Pace(sum(command["wall_s"] for command in commands) / rows, 0.0)
+        whence = "as recorded there"
     else:
         from unitnorm.data import load_dataset
         from unitnorm.run import devices
 
         devices.prepare()
-        pace, whence = time_run(plan, load_dataset()), "measured on a few steps"
-    click.echo(f"about {clock(pace * missing)} at {pace:.2f} s a run, {whence}")
+        pace, whence = measure_pace(plan, load_dataset()), "measured on a few steps"
+    seconds = pace.of(plan, missing)
+    click.echo(f"about {clock(seconds)} at {pace.run:.2f} s a run, {whence}")
 
 
 def do_study_report(out: Path, page: bool) -> None:
-    """Write and print what the records show."""
+    """Write and print what the records of a folder show."""
     from unitnorm.run import records
-    from unitnorm.study import report
     from unitnorm.study.schema import SCHEMA
 
     with records.locked(out, make=False):
-        known = records.read(out, SCHEMA)
-        if known["runs"].empty:
-            raise UserError(f"{out}: no runs of a study here; `unitnorm study` records some")
-        compared = report.comparisons_of(known)
-        files = report.build(known, compared)
-        records.write_files(out, files, replacing="figures/*")
+        write_study_report(out, records.read(out, SCHEMA), page)
+
+
+def write_study_report(out: Path, known: Records, page: bool) -> None:
+    """The same of a folder that is held; a page that is there already is kept up to date."""
+    from unitnorm.run import records
+    from unitnorm.study import report
+    from unitnorm.study.page import is_page
+
+    if known["runs"].empty:
+        raise UserError(f"{out}: no runs of a study here; `unitnorm study` records some")
+    study = report.look(out, known)
+    files = report.build(study)
+    records.write_files(out, files, replacing="figures/*")
+    path = out.resolve().parent / "index.html"
     if page:
-        beside = sorted(p.parent for p in out.resolve().parent.glob("*/provenance.json"))
-        studies = {
-            folder.name: records.read_alone(folder, SCHEMA)
-            for folder in beside
-            if records.kind_of(folder) == "study"
-        }
-        with records.locked(out.parent):
-            records.write_files(out.parent, {"index.html": report.build_index(studies)})
-        click.echo(f"{out.parent / 'index.html'}: {', '.join(studies)}")
-    print_report(report.show(known, compared), files, out)
+        write_page(path, out.resolve(), study)
+    elif path.is_file() and is_page(path.read_bytes()):
+        try:
+            write_page(path, out.resolve(), study)
+        except UserError as error:  # such as a training in a folder beside, which goes on
+            click.echo(f"{path} is not brought up to date: {error}")
+    opt.print_report(report.show(study), files, out)
+
+
+def write_page(path: Path, mine: Path, study: Findings) -> None:
+    """The page of all studies in the folders beside it, one of which is held."""
+    from unitnorm.run import records
+    from unitnorm.study import report
+    from unitnorm.study.page import build_page
+    from unitnorm.study.schema import SCHEMA
+
+    studies = {
+        folder.name: study
+        if folder == mine
+        else report.look(folder, records.read_alone(folder, SCHEMA))
+        for folder in sorted(found.parent for found in path.parent.glob("*/provenance.json"))
+        if records.kind_of(folder) == "study"
+    }
+    with records.locked(path.parent):
+        records.write_files(path.parent, {path.name: build_page(studies)})
+    click.echo(f"{path}: {', '.join(studies)}")

@@ -9,7 +9,7 @@ import click
 
 from unitnorm.cli import options as opt
 from unitnorm.cli.table2 import selection_options
-from unitnorm.run.job import interruptible, print_report
+from unitnorm.run.job import interruptible
 
 
 @click.command(cls=opt.GroupedCommand, short_help="What scaling the filters does, made visible.")
@@ -57,6 +57,6 @@ def symmetry(out: Path, rate: float | None, steps: int, epochs: int, **options: 
         config.check_images(len(dataset.train_labels))
         with records.locked(out):
             with console.status("measuring"):
-                result = run(config, dataset, updates, rate, steps, epochs, say)
-            records.write_files(out, result.files)
-    print_report(result.shown, result.files, out)
+                files, shown = run(config, dataset, updates, rate, steps, epochs, say)
+            records.write_files(out, files)
+    opt.print_report(shown, files, out)

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from unitnorm.cli import options as opt
 from unitnorm.errors import UserError
-from unitnorm.run.job import Job, open_job, open_recomputation, print_report
+from unitnorm.run.job import Job, Loaded, open_job, open_recomputation, so_far
+
+if TYPE_CHECKING:
+    from unitnorm.run.planner import Experiment
+    from unitnorm.run.records import Records
 
 OUT = "runs/table2"
 
@@ -25,29 +32,37 @@ selection_options = opt.together(
 shared_options = opt.together(selection_options, opt.runs_option, opt.training_options(OUT))
 
 
-def add_missing(options: dict[str, Any], *, sweep_only: bool = False) -> Job:
-    """Sweep and train what is missing in the folder of a command with `shared_options`."""
+@contextlib.contextmanager
+def completed(options: dict[str, Any], *, sweep_only: bool = False) -> Iterator[Job]:
+    """The folder of a command with `shared_options`, held, with all that was missing added."""
     from unitnorm.archbn.config import Config
-    from unitnorm.table2.schema import SCHEMA
+    from unitnorm.run.planner import complete
+    from unitnorm.table2.experiment import Table2, describe_data, list_cells
 
     training = opt.take_training_options(options)
     config = opt.read_config(Config, **options)
 
-    def load() -> tuple[Any, ...]:
+    def load() -> Loaded:
         from unitnorm.data import load_dataset
-        from unitnorm.table2.experiment import describe_data, list_cells
 
         data = load_dataset(config.data.dataset, config.data.data_dir)
         config.check_images(len(data.train_labels))
-        return data, describe_data(data), list_cells(config)
+        cells = list_cells(config)
+        runs, lines = 0 if sweep_only else len(cells), (data.describe(),)
+        return Loaded({"": data}, describe_data(data), runs, cells, lines)
 
-    with open_job(SCHEMA, config, load, training) as job:
-        from unitnorm.table2.experiment import sweep_missing, train_missing
-
-        add = sweep_missing if sweep_only else train_missing
-        for records in add(config, job.data, job.records, job.session):
-            job.store(records)
-    return job
+    experiment = Table2(config, sweep_only)
+    with open_job(experiment, config, load, training) as job:
+        groups = list(experiment.missing(job.records))
+        if not groups and sweep_only:
+            job.session.say("sweep: every selected run has its base learning rate")
+        elif not groups:
+            job.session.say("train: every selected run is recorded; --fresh starts over")
+        elif not sweep_only and groups[0].table == "sweep":
+            count = sum(len(group.cells) for group in groups if group.table == "sweep")
+            job.session.say(f"train: {count} runs have no base learning rate yet, sweeping first")
+        complete(job)
+        yield job
 
 
 @click.command(cls=opt.GroupedCommand, short_help="Choose the base learning rate of every run.")
@@ -61,7 +76,8 @@ def sweep(**options: Any) -> None:
     Example
       unitnorm sweep --depth 4 --update un
     """
-    add_missing(options, sweep_only=True)
+    with completed(options, sweep_only=True):
+        pass
 
 
 @click.command(cls=opt.GroupedCommand, short_help="Train every run in full.")
@@ -75,37 +91,51 @@ def train(**options: Any) -> None:
     Example
       unitnorm train --depth 4 --update un --runs 10 --seed 0
     """
-    add_missing(options)
+    with completed(options):
+        pass
 
 
 @click.command(cls=opt.GroupedCommand, short_help="The table and figures, from the records.")
-@click.argument("folders", nargs=-1, type=click.Path(path_type=Path))
+@opt.argument("folders", "One results folder, or two to compare.  [default: that of --out]",
+              nargs=-1, type=click.Path(path_type=Path))  # fmt: skip
 @opt.out_option(OUT)
-def report(folders: tuple[Path, ...], out: Path) -> None:
-    """Table 2, its figures and what they show, from the records alone.
+@opt.output_options
+@click.pass_context
+def report(context: click.Context, folders: tuple[Path, ...], out: Path, **output: bool) -> None:
+    """Table 2 and its figures, from the records alone.
 
-    With two folders, A and B, their runs side by side instead, with paired differences where
-    seeds agree; what is written goes to --out then.
+    With two folders, A and B, their runs side by side, and where data and config differ. Runs that
+    started alike are compared in pairs, others as two samples; nothing is written without --out.
 
     \b
     Example
       unitnorm report --out results/table2
       unitnorm report results/table2 results/50-runs --out runs/compared
     """
-    if len(folders) > 2:
-        raise UserError(f"report: one or two folders, not {len(folders)}")
+    given = context.get_parameter_source("out") is not click.core.ParameterSource.DEFAULT
+    if len(folders) > 2 or (given and len(folders) == 1):
+        named = f"{len(folders)} folders" if len(folders) > 2 else f"{folders[0]} and --out {out}"
+        raise UserError(f"report: one folder, or two to compare, not {named}")
     if len(folders) < 2:
-        do_report(*folders or [out])
+        do_report(folders[0] if folders else out, **output)
         return
+    from rich.console import Console
+
     from unitnorm.run import records
     from unitnorm.table2.report import build_comparison
     from unitnorm.table2.schema import SCHEMA
 
-    first, second = (records.read_alone(folder, SCHEMA)["runs"] for folder in folders)
-    files, shown = build_comparison(first, second, (str(folders[0]), str(folders[1])))
+    first, second = (records.read_alone(folder, SCHEMA) for folder in folders)
+    files, shown = build_comparison(
+        (first["runs"], second["runs"]), (first.provenance, second.provenance),
+        (str(folders[0]), str(folders[1])),
+    )  # fmt: skip
+    if not given:
+        Console().print(shown)
+        return
     with records.locked(out):
         records.write_files(out, files)
-    print_report(shown, files, out)
+    opt.print_report(shown, files, out, **output)
 
 
 @click.command(cls=opt.GroupedCommand, short_help="Sweep, train and report: all of Table 2.")
@@ -117,12 +147,13 @@ def reproduce(**options: Any) -> None:
     Example
       unitnorm reproduce --config quick --out runs/quick
     """
-    job = add_missing(options)
-    if job.writes:
-        do_report(job.out)
+    with completed(options) as job:
+        write_report(job.out, job.records)
 
 
-@click.command(cls=opt.GroupedCommand, short_help="Compute a recorded run again and compare.")
+@click.command(
+    "verify", cls=opt.GroupedCommand, short_help="Compute a recorded run again and compare."
+)
 @opt.option("--depth", group=opt.SELECTION, type=int,
             help="Depth of the run.  [default: the first recorded]")  # fmt: skip
 @opt.option("--update", group=opt.SELECTION, type=opt.UpdateName(),
@@ -132,7 +163,7 @@ def reproduce(**options: Any) -> None:
 @opt.option("--data-dir", group=opt.DATA,
             help="Folder with the IDX files, if the records are of such.")  # fmt: skip
 @opt.out_option(OUT)
-def verify(out: Path, data_dir: str | None, **wanted: Any) -> None:
+def verify_command(out: Path, data_dir: str | None, **wanted: Any) -> None:
     """Compute a recorded run again and say whether every bit matches.
 
     Hashes the records and the data as well. Exit code 0 if all match, 1 if not. In the folder of a
@@ -142,60 +173,82 @@ def verify(out: Path, data_dir: str | None, **wanted: Any) -> None:
     Example
       unitnorm verify --out results/table2 --depth 4 --update un --run 0
     """
-    from unitnorm.run import devices, records
+    from unitnorm.run import devices, records, verify
 
     devices.prepare()
+    from unitnorm.archbn.config import Config
     from unitnorm.data import load_dataset
-    from unitnorm.table2.verify import choose, elsewhere
+    from unitnorm.run.config import parse
+    from unitnorm.study.experiment import Study
+    from unitnorm.study.report import plan_of
+    from unitnorm.study.schema import SCHEMA as STUDY
+    from unitnorm.table2.experiment import Table2
+    from unitnorm.table2.schema import SCHEMA
 
     of_study = records.kind_of(out) == "study"
-    if of_study:
-        from unitnorm.study.schema import SCHEMA
-        from unitnorm.study.verify import verify as recompute
-    else:
-        from unitnorm.table2.schema import SCHEMA
-        from unitnorm.table2.verify import verify as recompute
-    known = records.read_alone(out, SCHEMA)
-    runs = known["runs"]
-    chosen = choose(runs.assign(run=runs.index) if of_study else runs, **wanted)
-    images = chosen.iloc[0] if of_study else known.provenance["config"]["data"]
+    known = records.read_alone(out, STUDY if of_study else SCHEMA)
+    runs, recorded = known["runs"], known.provenance
+    chosen = verify.choose(runs.assign(run=runs.index) if of_study else runs, **wanted)
+    images = chosen.iloc[0] if of_study else recorded["config"]["data"]
     data = load_dataset(images["dataset"], data_dir)
-    click.echo(f"records: {len(known.provenance['files'])} files with the SHA-256 recorded")
+    experiment: Experiment
+    if of_study:
+        experiment, about = Study(plan_of(known)), recorded["data"][images["dataset"]]
+        checks = []
+    else:
+        config = parse(recorded["config"], records.PROVENANCE, Config)
+        experiment, about = Table2(config), recorded["data"]
+        found = config.fingerprint()
+        checks = [verify.compare_hashes("config", recorded["config_sha256"], found)]
+    checks.append(verify.compare_hashes("data", about["sha256"], data.sha256))
+    click.echo(f"records: {len(recorded['files'])} files with the SHA-256 recorded")
     same = True
     with open_recomputation() as session:
-        for check in recompute(known, data, chosen, session):
+        again = verify.verify(experiment, known, data, chosen, session)
+        for check in itertools.chain(checks, again):
             click.echo(f"{check.what}: {check.found}")
             same = same and check.matches
     named = ", ".join(f"{column} {chosen[column].item()}" for column in known.schema.cell)
     click.echo(f"{named}: {'verified' if same else 'DOES NOT MATCH its record'}")
     if not same:
-        if note := elsewhere(known.provenance):
+        if note := verify.elsewhere(known.provenance):
             click.echo(f"note: recorded elsewhere, where other bits are to be expected: {note}")
         sys.exit(1)
 
 
-def do_report(out: Path) -> None:
-    """Print the report and write its files."""
+def do_report(out: Path, **output: bool) -> None:
+    """Print the report of a folder and write its files, unless another process is at work there."""
+    from unitnorm.run import records
+    from unitnorm.table2.schema import SCHEMA
+
+    with records.held_if_free(out) as held:
+        known = records.read_to_show(out, SCHEMA, held)
+        if progress := so_far(known):
+            click.echo(progress)
+        if not (progress and known["runs"].empty):
+            write_report(out, known, write=held, **output)
+
+
+def write_report(out: Path, known: Records, *, write: bool = True, **output: bool) -> None:
+    """Print the report of records; `write` its files too, to a folder that is held."""
     from unitnorm.archbn.config import Config
     from unitnorm.run import records
     from unitnorm.table2 import report
-    from unitnorm.table2.experiment import unpack_filters
-    from unitnorm.table2.schema import SCHEMA
+    from unitnorm.table2.experiment import filters_of
 
-    with records.locked(out, make=False):
-        known = records.read(out, SCHEMA)
-        if known["runs"].empty:
-            raise UserError(
-                f"{out}: no records of trained runs here; run `unitnorm train --out {out}` first"
-            )
-        image_shape = tuple(known.provenance["data"]["image_shape"])
-        # the paper's figures stand beside runs of its protocol alone, from any seed, on MNIST
-        protocol = known.provenance["config"] | {"seed": 0}
-        on_mnist = known.provenance["data"]["name"] == "mnist"
-        paper = report.PAPER if on_mnist and protocol == Config().protocol() else {}
-        files = report.build(
-            known["runs"], known["history"], known["sweep"], unpack_filters(known),
-            image_shape, paper,
-        )  # fmt: skip
+    if known["runs"].empty:
+        raise UserError(
+            f"{out}: no records of trained runs here; run `unitnorm train --out {out}` first"
+        )
+    image_shape = tuple(known.provenance["data"]["image_shape"])
+    # the paper's figures stand beside runs of its protocol alone, from any seed, on MNIST
+    protocol = known.provenance["config"] | {"seed": 0}
+    on_mnist = known.provenance["data"]["name"] == "mnist"
+    paper = report.PAPER if on_mnist and protocol == Config().protocol() else {}
+    files = report.build(
+        known["runs"], known["history"], known["sweep"], filters_of(known), image_shape, paper
+    )
+    if write:
         records.write_files(out, files, replacing="figures/filters_depth*")
-    print_report(report.show(known["runs"], paper), files, out)
+    shown = report.show(known["runs"], paper)
+    opt.print_report(shown, files, out, written=write, **output)

@@ -4,5 +4,5 @@
     tables      a table as Markdown, LaTeX, CSV and for the terminal
     statistics  means, intervals, paired tests, outliers, mean curves
 
-What an experiment shows of its records stands beside it: `table2.report`, `symmetry.findings`.
+What an experiment shows of its records stands beside it, in its own `report` or `tables`.
 """

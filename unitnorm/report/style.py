@@ -19,7 +19,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 from PIL import Image
 
 WIDTH = 8.3  # inches: 800 pixels at the 96 pixels per inch of a browser
@@ -86,10 +86,7 @@ def sort_updates(updates: Iterable[str]) -> list[str]:
 
 
 def assign_styles(updates: Iterable[str]) -> dict[str, Style]:
-    """A style for each update: its own where it has one, else one that is still free.
-
-    The styles of the nine updates of the paper's comparison never change, whichever are drawn.
-    """
+    """A style for each update: always the same for one of the nine, else one that is still free."""
     updates = sort_updates(updates)
     free = [name for name in _STYLES if name not in updates] or list(_STYLES)
     others = [name for name in updates if name not in _STYLES]
@@ -153,9 +150,7 @@ def lay_out(
     """A figure of equal panels, a legend above and a note below, within `settings`.
 
     Args:
-        rows, columns: of panels.
         height: inches of a row of panels, with its title and its ticks.
-        handles: of the legend.
         note: below the panels; wrapped.
         sharex, sharey: as in `Figure.subplots`; every panel shows its own numbers all the same.
         legend_columns: at most.
@@ -194,9 +189,7 @@ def make_handle(marker: str = "", line: Any = "none", **options: Any) -> Line2D:
 def make_handles(styles: Mapping[str, Style], *, markers: bool = True) -> list[Line2D]:
     """An entry of the legend for each update."""
     return [
-        make_handle(
-            s.marker if markers else "", s.line, color=s.colour, lw=2, ms=5, label=label(update)
-        )
+        make_handle(markers * s.marker, s.line, color=s.colour, lw=2, ms=5, label=label(update))
         for update, s in styles.items()
     ]
 
@@ -208,9 +201,18 @@ def set_log_scale(axis: Axes, low: float, high: float) -> None:
     axis.set_ylim(low / margin, high * margin)
     decades = math.log10(high / low)
     if decades < 2:  # too few powers of ten
-        subs = (
-            (1, 2, 5) if decades > 1 else (1, 2, 3, 5, 7) if decades > 0.7 else (1, 1.5, 2, 3, 5, 7)
-        )
+        few, more = (1, 2, 5), (1, 2, 3, 5, 7)
+        subs = few if decades > 1 else more if decades > 0.7 else (1, 1.5, 2, 3, 5, 7)
         axis.yaxis.set_major_locator(LogLocator(subs=subs))
         axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.yaxis.set_minor_formatter(NullFormatter())
+
+
+def set_log_axes(axes: Iterable[Axes], low: float | None = None) -> None:
+    """Both axes logarithmic, with no more numbers than fit; the vertical one from `low` on."""
+    for axis in axes:
+        axis.set(xscale="log", yscale="log")
+        for side, ticks in ((axis.xaxis, 6), (axis.yaxis, 7)):
+            side.set_major_locator(LogLocator(numticks=ticks))
+            side.set_minor_locator(NullLocator())
+        axis.set_ylim(bottom=low)

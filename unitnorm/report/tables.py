@@ -5,11 +5,13 @@ a table shows where its cells are made, and how any table looks here.
 """
 
 import math
-from typing import NamedTuple
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import pandas as pd
 from rich import box
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -22,6 +24,17 @@ class Cells(NamedTuple):
     title: str
     frame: pd.DataFrame  # of text, its columns the header; a column of words is left-aligned
     note: str = ""
+
+
+def to_page(tables: Iterable[Cells]) -> str:
+    """Several tables as a Markdown file; those without rows are left out."""
+    return "\n\n".join(to_markdown(cells) for cells in tables if len(cells.frame)) + "\n"
+
+
+def to_screen(tables: Iterable[Cells]) -> Group:
+    """Several tables for the terminal, a line apart; those without rows are left out."""
+    shown = [cells for cells in tables if len(cells.frame)]
+    return Group(*[part for cells in shown for part in (Fitting(cells), Text())])
 
 
 def to_csv(frame: pd.DataFrame, digits: int | None = None) -> str:
@@ -113,14 +126,26 @@ def _escape_tex(text: str) -> str:
 # ---------------------------------------------------------------- cells
 
 
+def format_columns(table: pd.DataFrame, columns: Mapping[str, tuple[Any, ...]]) -> pd.DataFrame:
+    """A table of text: by header, a format and the names of the columns of numbers it takes."""
+    each = {header: (form, [table[n] for n in names]) for header, (form, *names) in columns.items()}
+    return pd.DataFrame({header: list(map(form, *given)) for header, (form, given) in each.items()})
+
+
 def format_number(value: float, digits: int = 4) -> str:
     """A fraction: 0.0207; a dash where it is not known."""
     return "–" if math.isnan(value) else f"{value:.{digits}f}"
 
 
-def format_spread(mean: float, std: float) -> str:
+def format_short(value: float, digits: int = 6) -> str:
+    """Any number in few digits, with no padded exponent: 0.013, 1e−5, −2.2e−16."""
+    text = re.sub(r"e([+-])0*", lambda match: "e" + match[1].strip("+"), f"{value:.{digits}g}")
+    return "–" if math.isnan(value) else text.replace("-", "−")
+
+
+def format_spread(mean: float, std: float, form: Callable[[float], str] = format_number) -> str:
     """A mean and its standard deviation: 0.0207 ± 0.0017."""
-    return "–" if math.isnan(mean) else f"{mean:.4f} ± {format_number(std)}"
+    return "–" if math.isnan(mean) else f"{form(mean)} ± {form(std).lstrip('+')}"
 
 
 def format_signed(value: float, digits: int) -> str:
@@ -137,6 +162,11 @@ def format_points(value: float) -> str:
 def format_p(value: float) -> str:
     """A p-value: 0.012, < 0.001."""
     return "–" if math.isnan(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def format_range(low: float, high: float, form: Callable[[float], str] = format_number) -> str:
+    """An interval: 0.0195 to 0.0219."""
+    return format_interval(form(low), form(high))
 
 
 def format_interval(low: str, high: str) -> str:

@@ -1,22 +1,21 @@
 """The frame of every command that trains: devices, data, the locked folder, signals, progress.
 
 The edge of the program: files, clocks and the terminal are here and in what it calls. An experiment
-brings its schema, its config and a function that loads its data. JAX and pandas are imported inside
-the functions, so that --help stays quick.
+brings its config, its groups (`planner.Experiment`) and a function that loads its data. JAX and
+pandas are imported inside the functions, so that --help stays quick.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -27,7 +26,8 @@ if TYPE_CHECKING:
 
     from unitnorm.run.config import ExperimentConfig
     from unitnorm.run.loop import Session
-    from unitnorm.run.records import Records, Schema
+    from unitnorm.run.planner import Done, Engine, Experiment
+    from unitnorm.run.records import Records
 
 CHECKPOINTS = ".checkpoints"  # in a results folder
 
@@ -40,46 +40,63 @@ class TrainingOptions:
     fresh: bool = False
     checkpoint_every: float | None = None
     devices: int | None = None
-    distributed: bool = False
-    coordinator: str | None = None
-    processes: int | None = None
-    process: int | None = None
+    workers: int | None = None
+    scheduler: str | None = None
+
+
+class Loaded(NamedTuple):
+    """What an experiment's data are."""
+
+    data: Mapping[str, Any]  # the data sets by the names that groups have for them
+    about: dict[str, Any]  # what the provenance says of them
+    runs: int  # how many the command asks for, recorded or not
+    selected: pd.DataFrame | None = None  # cells that --fresh starts over; None: all
+    lines: tuple[str, ...] = ()  # what to say of them at the start
 
 
 @dataclass
 class Job:
     """An opened results folder and all that a command needs to add to it."""
 
-    data: Any
+    experiment: Experiment
+    data: Mapping[str, Any]
     out: Path
     records: Records
     session: Session
+    engine: Engine | None
     started: float
-    writes: bool  # only process 0 touches the folder
+    runs: int  # how many are asked for
     rows: int = 0  # added to the records so far
+    workers: dict[str, list[str]] = field(default_factory=dict)  # what each has computed
+    after: Callable[[Records], None] = lambda records: None  # sees them after every group
 
-    def store(self, records: Records) -> None:
+    def store(self, records: Records, done: Sequence[Done] = ()) -> None:
         """Write the records, with what this command did, and drop the checkpoints they replace."""
         from unitnorm.run.provenance import command_entry
         from unitnorm.run.records import write
 
+        for group, _, worker in done:
+            if worker:
+                self.workers.setdefault(worker, []).append(group.title)
         self.rows += sum(len(records[name]) - len(self.records[name]) for name in records.tables)
-        self.records = records
-        if not self.writes:
-            return
+        known = records.provenance
         entry = command_entry(command_line(), self.started, time.time() - self.started, self.rows)
-        others = [c for c in records.provenance["commands"] if c["started"] != entry["started"]]
-        noted = {**records.provenance, "commands": [*others, entry]}
-        self.records = write(self.out, replace(records, provenance=noted))
+        entry["asked"] = self.runs
+        if self.workers:
+            entry["workers"] = self.workers
+        others = [c for c in known["commands"] if c["started"] != entry["started"]]
+        noted = replace(records, provenance={**known, "commands": [*others, entry]})
+        self.records = write(self.out, noted)
         self.session.checkpoints.drop(records.recorded())
+        if done:
+            self.after(self.records)
 
 
-def print_report(shown: Any, files: Collection[str], out: Path) -> None:
-    """Print what a report shows, and where its files are."""
-    from rich.console import Console
-
-    Console().print(shown)
-    click.echo(f"{len(files)} files in {out}{os.sep}")
+def so_far(known: Records) -> str:
+    """How many of the runs that the last command asked for are recorded; "" if all are."""
+    asked = max((command.get("asked", 0) for command in known.provenance["commands"]), default=0)
+    done = len(known["runs"])
+    return f"{done:,} of {asked:,} runs so far" if done < asked else ""
 
 
 def command_line() -> str:
@@ -89,18 +106,16 @@ def command_line() -> str:
 
 @contextlib.contextmanager
 def open_job(
-    schema: Schema,
+    experiment: Experiment,
     config: ExperimentConfig,
-    load: Callable[[], tuple[Any, dict[str, Any], pd.DataFrame | None]],
+    load: Callable[[], Loaded],
     options: TrainingOptions,
 ) -> Iterator[Job]:
     """Check everything, lock the results folder and show progress; the frame of every training.
 
     Args:
-      schema: of the records.
       config: of the experiment.
-      load: gives the data, what the provenance says of it, and the runs that --fresh starts over,
-        as cells of the schema; None: all.
+      load: gives its data.
       options: of the command line.
     """
     started = time.time()
@@ -108,63 +123,57 @@ def open_job(
         stopping = stack.enter_context(interruptible())
         from rich.console import Console
 
-        from unitnorm.run import devices as device_setup
-        from unitnorm.run import processes, progress, provenance, records
-        from unitnorm.run.checkpoints import EVERY_S, Checkpoints, Folder
+        from unitnorm.run import devices, progress, provenance, records
+        from unitnorm.run.checkpoints import EVERY_S, Folder
         from unitnorm.run.loop import Session
 
-        stack.enter_context(processes.together())
-        device_setup.prepare(options.devices)
-        meet = options.coordinator, options.processes, options.process
-        processes.join(*meet, detect=options.distributed)
-        is_first = processes.is_first_process()
-        console = Console(stderr=False, quiet=not is_first)
+        devices.prepare(options.devices)
+        console = Console()
 
         def say(text: str) -> None:
             console.print(text, highlight=False, soft_wrap=True)
 
-        data, about, selected = processes.in_all(load)
-        expected = provenance.describe(config, about)
-        asked = config.model_dump_json(exclude={"data": {"data_dir"}})
-        sources = provenance.hash_sources() if processes.several() else ""
-        processes.check_same(
-            "config, data set or version of unitnorm", f"{asked} {about} {sources}"
-        )
-        checkpoints = Checkpoints()
-
-        def open_folder() -> Records:
-            nonlocal checkpoints
-            if not is_first:
-                return records.Records.empty(schema)
-            stack.enter_context(records.locked(options.out))
-            known = records.read(options.out, schema)
-            dropped = None
-            if options.fresh:
-                dropped = known.cells() if selected is None else selected
-                known = known.without(dropped)
-            known = check_matching(known, config, expected, options)
-            every_s = options.checkpoint_every
-            if every_s is None:  # one of several processes can die at any time, and take all along
-                every_s = 0.0 if processes.several() else EVERY_S
-            folder = Folder(options.out / CHECKPOINTS, every_s=every_s, say=say)
-            stack.callback(folder.finish)
-            checkpoints = folder
-            done = known.recorded()
-            if dropped is not None:  # from the disk at once: the command goes on without --fresh
-                done |= {name for t in schema.tables for name in schema.names(t, dropped)}
-                if (options.out / records.PROVENANCE).exists():
-                    known = records.write(options.out, known)
-            checkpoints.drop(done)
-            return known
-
-        known = processes.in_all(open_folder)
-        told = processes.text_from_first(records.to_text(known))
-        if not is_first:
-            known = replace(records.from_text(told, schema), provenance=expected)
+        loaded = load()
+        schema, expected = experiment.schema, provenance.describe(config, loaded.about)
+        stack.enter_context(records.locked(options.out))
+        known = records.read(options.out, schema)
+        dropped = None
+        if options.fresh:
+            dropped = known.cells() if loaded.selected is None else loaded.selected
+            known = known.without(dropped)
+        known = check_matching(known, config, expected, options)
+        every_s = EVERY_S if options.checkpoint_every is None else options.checkpoint_every
+        checkpoints = Folder(options.out / CHECKPOINTS, every_s=every_s, say=say)
+        stack.callback(checkpoints.finish)
+        done = known.recorded()
+        if dropped is not None:  # from the disk at once: the command goes on without --fresh
+            done |= {name for t in schema.tables for name in schema.names(t, dropped)}
+            if (options.out / records.PROVENANCE).exists():
+                known = records.write(options.out, known)
+        checkpoints.drop(done)
+        for line in loaded.lines:
+            say(line)
+        engine = stack.enter_context(find_engine(options, say))
         reporter = stack.enter_context(progress.shown(console))
-        session = Session(reporter, say, checkpoints, lambda: stopping.is_set)
+        session = Session(
+            reporter, say, checkpoints=checkpoints, interrupted=lambda: stopping.is_set
+        )
         stopping.after_the_epoch = True
-        yield Job(data, options.out, known, session, started, is_first)
+        yield Job(
+            experiment, loaded.data, options.out, known, session, engine, started, loaded.runs
+        )
+
+
+@contextlib.contextmanager
+def find_engine(options: TrainingOptions, say: Callable[[str], None]) -> Iterator[Engine | None]:
+    """The workers that the options ask for; None: this process computes."""
+    if options.workers is None and options.scheduler is None:
+        yield None
+        return
+    from unitnorm.run.cluster import connect
+
+    with connect(options.scheduler, options.workers, options.devices, say) as engine:
+        yield engine
 
 
 @contextlib.contextmanager

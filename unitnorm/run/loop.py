@@ -1,4 +1,4 @@
-"""The loop that every experiment is trained by, and what it asks of the outside world.
+"""The loop that every program is trained by, and what it asks of the outside world.
 
 An experiment brings a `Trainable`; `train` restores its state, advances it until it has ended,
 reports every epoch, keeps checkpoints and stops when it is asked to. Nothing here knows what is
@@ -7,13 +7,13 @@ trained, nor where the reports and states go: that is in the `Session`.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from unitnorm.errors import Interrupted
-from unitnorm.run import processes
 from unitnorm.run.checkpoints import Checkpoints, Part
 
 
@@ -24,6 +24,7 @@ class Status(NamedTuple):
     active: bool  # something goes on
     text: str  # what to show of it
     place: str = ""  # within an epoch, such as "step 3"; "" at its end
+    val_error: float = math.nan  # to draw its course; NaN where there is none
 
 
 class Trainable(Protocol):
@@ -56,12 +57,14 @@ class Session:
     Attributes:
       report: shows how far a program is, after a unit and so many seconds of its epoch.
       say: shows a line.
+      grow: stores what is known of a group before its end, see `planner.Found`.
       checkpoints: keeps states.
       interrupted: whether somebody has asked to stop.
     """
 
     report: Callable[[Trainable, Status, float], None] = lambda program, status, seconds: None
     say: Callable[[str], None] = lambda line: None
+    grow: Callable[[Any], None] = lambda found: None
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
     interrupted: Callable[[], bool] = lambda: False
 
@@ -82,8 +85,7 @@ def train(
       Interrupted: on request, after a unit; the state is saved.
     """
     state = program.start()
-    like = program.take(state)
-    saved = processes.from_first(session.checkpoints.restore(part, like), like)
+    saved = session.checkpoints.restore(part, program.take(state))
     if saved is not None:
         state = program.put(saved)
     status = program.status(state)
@@ -91,20 +93,16 @@ def train(
         where = f"epoch {status.epoch}" + (f", {status.place}" if status.place else "")
         session.say(f"{part.title}: going on after {where}")
     started = time.perf_counter()
-    (stopping,) = processes.any_process(session.interrupted())
-    if stopping and status.active:
+    if status.active and session.interrupted():
         raise Interrupted
     while status.active:
         state = program.advance(state)
         before, status = status, program.status(state)
-        ended = status.epoch > before.epoch
+        ended, stopping = status.epoch > before.epoch, session.interrupted()
         if ended:
             after_epoch(state, status)
-        stopping, due = processes.any_process(session.interrupted(), session.checkpoints.due())
-        # another process can take the last epoch along, too, until it is recorded
-        if stopping or (due and (status.active or processes.several())):
+        if stopping or (session.checkpoints.due() and status.active):
             session.checkpoints.save(part, program.take(state), wait=stopping)
-        # afterwards, so that what was reported is kept whatever happens to the other processes
         session.report(program, status, time.perf_counter() - started)
         if ended:
             started = time.perf_counter()

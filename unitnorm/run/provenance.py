@@ -1,11 +1,11 @@
 """Where records come from: versions, device, commit, and the identity of the code.
 
-Every results folder tells them for each command that added to it; checkpoints use the identity.
+Every results folder tells them for each command that added to it; checkpoints and workers of a
+cluster are compared by the identity.
 """
 
 from __future__ import annotations
 
-import ast
 import datetime
 import functools
 import hashlib
@@ -21,13 +21,12 @@ from typing import Any
 import jax
 import numpy as np
 
-import unitnorm
 from unitnorm.run import devices
 from unitnorm.run.config import ExperimentConfig
-from unitnorm.updates import UPDATES, check_update_name, find_update
+from unitnorm.updates import find_update
 
-# What these do to the numbers is told by other parts of an identity: the data's hash, the config.
-APART = ("unitnorm.run", "unitnorm.data", "unitnorm.report", "unitnorm.errors")
+PACKAGE = Path(__file__).parents[1]
+LIBRARY = ("geometry.py", "updates")  # what every program computes with
 VERSIONS = ("unitnorm", "jax", "jaxlib", "flax", "optax", "numpy")
 
 
@@ -57,7 +56,6 @@ def device() -> dict[str, Any]:
         "platform": found[0].platform,
         "kind": devices.cpu_model() if kind == "cpu" else kind,
         "count": len(found),
-        "processes": jax.process_count(),
         "machine": platform.machine(),
     }
 
@@ -65,15 +63,25 @@ def device() -> dict[str, Any]:
 @functools.cache
 def commit() -> str | None:
     """The commit of the code, with "+" if it has been changed since; None outside a checkout."""
-    folder = Path(__file__).parents[1]
     try:
         # a package may be installed inside a checkout of something else
-        _git(folder, "ls-files", "--error-unmatch", "__init__.py")
-        head = _git(folder, "rev-parse", "HEAD")
-        changed = _git(folder, "status", "--porcelain", "--", ".")
+        _git(PACKAGE, "ls-files", "--error-unmatch", "__init__.py")
+        head = _git(PACKAGE, "rev-parse", "HEAD")
+        changed = _git(PACKAGE, "status", "--porcelain", "--", ".")
     except (OSError, subprocess.SubprocessError):
         return None
     return head + ("+" if changed else "")
+
+
+def committed(path: Path) -> str | None:
+    """When a file was last committed, as it stands now; None if it is not, or has changed since."""
+    folder, name = path.resolve().parent, path.resolve().name
+    try:
+        if _git(folder, "status", "--porcelain", "--", name):
+            return None
+        return _git(folder, "log", "-1", "--format=%cI %h", "--", name) or None
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def _git(folder: Path, *words: str) -> str:
@@ -83,81 +91,36 @@ def _git(folder: Path, *words: str) -> str:
     return done.stdout.strip()
 
 
-def fingerprint(module: str, updates: Iterable[str], *parts: Any) -> str:
+def fingerprint(rooms: Iterable[str], updates: Iterable[str], *parts: Any) -> str:
     """SHA-256 of all that a program's numbers depend on, for its checkpoints.
 
     Args:
-      module: the module that computes, such as `unitnorm.archbn.training`; see `code_identity`.
+      rooms: the folders of the code that computes, beside the library: ("archbn",).
       updates: their names; the code of those from other packages counts as well.
       *parts: texts, numbers and arrays: the config, the data's hash, seeds, rates.
     """
-    code = [code_identity(module), *map(outside_code, updates)]
-    told = [*code, *versions().values(), jax.devices()[0].platform, *parts]
-    text = json.dumps([p if isinstance(p, str) else np.asarray(p).tolist() for p in told])
+    code = [code_identity(*LIBRARY, *rooms), *map(code_of_update, updates)]
+    known = [*code, *versions().values(), jax.devices()[0].platform, *parts]
+    text = json.dumps([p if isinstance(p, str) else np.asarray(p).tolist() for p in known])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 @functools.cache
-def code_identity(module: str) -> str:
-    """SHA-256 of what a module computes with: itself and all of unitnorm that it imports.
-
-    Comments, docstrings and layout are left out, so that they discard no state, and so are the
-    packages `APART`.
-    """
-    found = {name: ast.dump(tree) for name, tree in modules_of(module).items()}
-    return hashlib.sha256(json.dumps(sorted(found.items())).encode()).hexdigest()
-
-
-def outside_code(update: str) -> str:
-    """An update's name, and the SHA-256 of the module that it lives in where that is not ours."""
-    name = check_update_name(update)
-    source = None if name in UPDATES else inspect.getsourcefile(find_update(name).filters)
-    return name if source is None else name + hashlib.sha256(Path(source).read_bytes()).hexdigest()
-
-
-def hash_sources() -> str:
-    """SHA-256 of every source file of unitnorm: whether two hosts have the same version of it."""
+def code_identity(*rooms: str) -> str:
+    """SHA-256 of the source files in these folders of the package, or of these files; all: "."."""
     digest = hashlib.sha256()
-    for root in map(Path, unitnorm.__path__):
-        for path in sorted(root.rglob("*.py")):
-            digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    for room in map(PACKAGE.joinpath, rooms):
+        for path in sorted(room.rglob("*.py")) if room.is_dir() else [room]:
+            digest.update(f"{path.relative_to(PACKAGE)}\n".encode() + path.read_bytes())
     return digest.hexdigest()
 
 
-def modules_of(module: str) -> dict[str, ast.Module]:
-    """A module and all of unitnorm that it imports but `APART`, by name, without docstrings."""
-    found: dict[str, ast.Module] = {}
-    waiting = [module]
-    while waiting:
-        name = waiting.pop()
-        path = _source(name)
-        if path is None or name in found or name.startswith(APART):
-            continue
-        found[name] = tree = ast.parse(path.read_bytes())
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("unitnorm"):
-                # a name is a module, or in one; those of unitnorm itself are imported on first use
-                waiting += [f"{node.module}.{alias.name}" for alias in node.names]
-                waiting += [str(node.module)] if node.module != "unitnorm" else []
-            elif isinstance(node, ast.Import):
-                waiting += [a.name for a in node.names if a.name.startswith("unitnorm.")]
-            elif isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-                node.body = [statement for statement in node.body if not _is_text(statement)]
-    return found
-
-
-def _source(module: str) -> Path | None:
-    """The file of a module of unitnorm, without importing anything; None if there is none."""
-    for root in unitnorm.__path__:
-        place = Path(root, *module.split(".")[1:])
-        for path in (place / "__init__.py", place.with_suffix(".py")):
-            if path.is_file():
-                return path
-    return None
-
-
-def _is_text(statement: ast.stmt) -> bool:
-    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+def code_of_update(name: str) -> str:
+    """An update's name, and the SHA-256 of the module that it lives in where that is not ours."""
+    source = inspect.getsourcefile(find_update(name).filters)
+    if source is None or Path(source).is_relative_to(PACKAGE):
+        return name
+    return name + hashlib.sha256(Path(source).read_bytes()).hexdigest()
 
 
 def describe(config: ExperimentConfig, data: dict[str, Any]) -> dict[str, Any]:
@@ -168,14 +131,3 @@ def describe(config: ExperimentConfig, data: dict[str, Any]) -> dict[str, Any]:
         "data": data,
         "commands": [],
     }
-
-
-def committed(path: Path) -> str | None:
-    """When a file was last committed, as it stands now; None if it is not, or has changed since."""
-    try:
-        if _git(path.resolve().parent, "status", "--porcelain", "--", path.resolve().name):
-            return None
-        form = ("log", "-1", "--format=%cI %h", "--", path.resolve().name)
-        return _git(path.resolve().parent, *form) or None
-    except (OSError, subprocess.SubprocessError):
-        return None

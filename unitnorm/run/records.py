@@ -18,6 +18,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,6 +28,8 @@ import filelock
 import numpy as np
 import pandas as pd
 import pydantic
+import safetensors
+import safetensors.numpy
 
 from unitnorm.errors import UserError
 
@@ -34,6 +37,7 @@ FORMAT = 1  # of provenance.json and the tables; raised when an older reader wou
 PROVENANCE = "provenance.json"
 REPAIR = "restore the folder from a copy, or give another --out"
 
+WRITING_S = 2.0  # so long a reader waits for a writer to have put its set in place
 _DTYPES = {"i": "int64", "f": "float64", "d": "float64", "b": "bool", "s": "object"}
 _STAGED, _VALID, _LOCK = ".records-staged", ".records-valid", ".lock"
 
@@ -48,14 +52,14 @@ class Table:
       key: the columns that name a row, in the order in which rows are sorted.
       descending: those of `key` that are sorted from the largest on.
       packed: the file is NAME.csv.gz, for tables of many thousand rows.
-      later: columns of numbers that older records lack; they are read as NaN.
+      later: columns that older records lack, each with the value that is read for them then.
     """
 
     columns: Mapping[str, str]
     key: tuple[str, ...]
     descending: tuple[str, ...] = ()
     packed: bool = False
-    later: tuple[str, ...] = ()
+    later: Mapping[str, Any] = field(default_factory=dict)
 
 
 class About(pydantic.BaseModel):
@@ -95,8 +99,13 @@ class Schema:
         for name in (name for name, kind in spec.columns.items() if kind == "f"):
             result[name] = result[name].map(shortest).astype("float64")
         result = result.astype({name: _DTYPES[kind] for name, kind in spec.columns.items()})
-        ascending = [name not in spec.descending for name in spec.key]
-        return result.sort_values(list(spec.key), ascending=ascending, ignore_index=True)
+        return self.sorted(table, result)
+
+    def sorted(self, table: str, rows: pd.DataFrame) -> pd.DataFrame:
+        """Rows of a table in its order."""
+        key, falling = list(self.tables[table].key), self.tables[table].descending
+        ascending = [name not in falling for name in key]
+        return rows.sort_values(key, ascending=ascending, ignore_index=True)
 
     def names(self, table: str, cells: pd.DataFrame) -> set[str]:
         """What the runs of `cells` are called in a table, such as "runs/4/un/0"."""
@@ -145,12 +154,34 @@ class Records:
         """With these rows in place of whatever the table holds of the same runs."""
         old = self.tables[table]
         kept = old[~self.schema.among(old, rows)]
-        merged = self.schema.frame(table, kept.to_dict("records") + rows.to_dict("records"))
-        return replace(self, tables={**self.tables, table: merged})
+        merged = pd.concat([part for part in (kept, rows) if len(part)] or [kept])
+        return replace(self, tables={**self.tables, table: self.schema.sorted(table, merged)})
 
     def with_files(self, files: Mapping[str, bytes]) -> Records:
         """With these files added or replaced."""
         return replace(self, files={**self.files, **files})
+
+    def with_arrays(self, arrays: Mapping[str, Mapping[str, np.ndarray]]) -> Records:
+        """With these arrays put into safetensors files, beside those that are there."""
+        files = {
+            name: safetensors.numpy.save(dict(sorted({**self.arrays(name), **mine}.items())))
+            for name, mine in arrays.items()
+        }
+        return self.with_files(files)
+
+    def arrays(self, name: str) -> dict[str, np.ndarray]:
+        """The arrays of a safetensors file; none where there is no such file.
+
+        Raises:
+          UserError: the file holds something else.
+        """
+        if name not in self.files:
+            return {}
+        try:
+            found: dict[str, np.ndarray] = safetensors.numpy.load(self.files[name])
+        except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+            raise UserError(f"{name}: not arrays of runs: {_one_line(error)}; {REPAIR}") from None
+        return found
 
     def without(self, cells: pd.DataFrame) -> Records:
         """Without the rows of these runs."""
@@ -170,6 +201,7 @@ class Records:
 
 
 class _Command(About):
+    command: str
     started: str
     rows: int
     versions: dict[str, str]
@@ -187,6 +219,10 @@ class _Provenance(About):
 def shortest(value: float) -> float:
     """The shortest decimal that is this float32: 0.0701 and not 0.07010000199079514."""
     return float(str(np.float32(value)))
+
+
+class BusyError(UserError):
+    """Another process holds a folder."""
 
 
 # ---------------------------------------------------------------- files
@@ -219,7 +255,7 @@ def locked(folder: Path, *, make: bool = True) -> Iterator[None]:
     try:
         lock.acquire()
     except filelock.Timeout:
-        raise UserError(
+        raise BusyError(
             f"{folder}: another unitnorm process is at work here; wait for it to end, or give "
             "another --out"
         ) from None
@@ -246,8 +282,11 @@ def recover(folder: Path) -> None:
         raise _cannot(folder, "repaired after an interrupted write", error) from None
 
 
-def read(folder: Path, schema: Schema) -> Records:
+def read(folder: Path, schema: Schema, *, repair: bool = True) -> Records:
     """The records of a folder, checked against their hashes; empty ones if there are none.
+
+    Args:
+      repair: complete what a killed process has left; not where one may be writing.
 
     Raises:
       UserError: a file is missing, altered, cut or of another format, or the folder is of another
@@ -255,7 +294,7 @@ def read(folder: Path, schema: Schema) -> Records:
     """
     if not os.path.isdir(folder):  # unlike Path.is_dir, without errors for impossible names
         return Records.empty(schema)
-    if (folder / _VALID).is_dir():
+    if repair and (folder / _VALID).is_dir():
         recover(folder)
     path = folder / PROVENANCE
     if not path.exists():
@@ -285,37 +324,53 @@ def kind_of(folder: Path) -> str | None:
     """Which kind of experiment a folder's records are of; None where there are none to be read."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
         provenance = json.loads((folder / PROVENANCE).read_bytes())
-        return str(provenance.get("kind", "table2"))
+        return str(provenance["kind"])
     return None
 
 
-def read_alone(folder: Path, schema: Schema) -> Records:
-    """`read`, while no other process writes; also from a folder that cannot be written.
+@contextlib.contextmanager
+def held_if_free(folder: Path) -> Iterator[bool]:
+    """Hold a folder to read from, and perhaps write to; false where another process is at work.
 
     Raises:
-      UserError: as `read`, or another process is at work, or there are no records.
+      UserError: there is no such folder.
     """
-    alone = locked(folder, make=False) if os.access(folder, os.W_OK) else contextlib.nullcontext()
-    with alone:
-        records = read(folder, schema)
+    with contextlib.ExitStack() as stack:
+        free = True
+        if os.path.isdir(folder) and not os.access(folder, os.W_OK):
+            free = False
+        else:
+            try:
+                stack.enter_context(locked(folder, make=False))
+            except BusyError:
+                free = False
+        yield free
+
+
+def read_alone(folder: Path, schema: Schema) -> Records:
+    """`read`, to look at: also where another process is at work, or the folder is not writable.
+
+    Raises:
+      UserError: as `read`, or there are no records.
+    """
+    with held_if_free(folder) as held:
+        return read_to_show(folder, schema, held)
+
+
+def read_to_show(folder: Path, schema: Schema, held: bool) -> Records:
+    """The same of a folder that is `held`, or not: then until no other process is in between."""
+    until = time.monotonic() + (0.0 if held else WRITING_S)
+    while True:
+        try:
+            records = read(folder, schema, repair=held)
+            break
+        except UserError:  # of a set that is being put in place, or damaged
+            if time.monotonic() >= until:
+                raise
+            time.sleep(0.02)
     if not records.provenance:
         raise UserError(f"{folder}: no records here; name another folder with --out")
     return records
-
-
-def to_text(records: Records) -> str:
-    """The tables, for another process."""
-    schema = records.schema
-    return json.dumps({n: _to_csv(schema.tables[n], t).hex() for n, t in records.tables.items()})
-
-
-def from_text(text: str, schema: Schema) -> Records:
-    """The tables of `to_text`; without files and provenance, which only a writer needs."""
-    told = json.loads(text)
-    tables = {
-        name: _parse_csv(schema, name, bytes.fromhex(told[name]), Path()) for name in schema.tables
-    }
-    return Records(schema, tables)
 
 
 def write(folder: Path, records: Records) -> Records:
@@ -400,7 +455,7 @@ def sync_folder(folder: Path) -> None:
 
 def _to_csv(spec: Table, table: pd.DataFrame) -> bytes:
     content = table.to_csv(index=False, lineterminator="\n").encode()
-    return gzip.compress(content, mtime=0) if spec.packed else content
+    return gzip.compress(content, 6, mtime=0) if spec.packed else content  # 9 takes twice as long
 
 
 def _parse_csv(schema: Schema, name: str, content: bytes, folder: Path) -> pd.DataFrame:
@@ -420,10 +475,10 @@ def _parse_csv(schema: Schema, name: str, content: bytes, folder: Path) -> pd.Da
             if column in table:  # by Python: not every version of pandas reads to the last bit
                 table[column] = np.array([float(text) for text in table[column]], np.float64)
     except (ValueError, OverflowError, FloatingPointError, TypeError, OSError, EOFError) as error:
-        detail = " ".join(str(error).split())
-        raise UserError(f"{path}: not a table of records: {detail}; {REPAIR}") from None
-    if [*table.columns] == [column for column in spec.columns if column not in spec.later]:
-        table = table.reindex(columns=list(spec.columns))
+        raise UserError(f"{path}: not a table of records: {_one_line(error)}; {REPAIR}") from None
+    table = table.assign(**{c: x for c, x in spec.later.items() if c not in table})
+    if set(table.columns) == set(spec.columns):
+        table = table[list(spec.columns)]
     if list(table.columns) != list(spec.columns):
         raise UserError(
             f"{path}: columns {','.join(map(str, table.columns))}; expected "
@@ -453,15 +508,16 @@ def _read_provenance(path: Path, schema: Schema) -> dict[str, Any]:
                 f"{path}: records of format {provenance['format']!r:.20}, this version of unitnorm "
                 f"reads format {FORMAT}; give another --out"
             )
-        kind = provenance.get("kind", "table2")  # that of the records before there were others
+        kind = provenance.get("kind", schema.kind)  # the first records name none
+        _Provenance.model_validate(provenance)
         if kind != schema.kind and isinstance(kind, str):
+            wrote = provenance["commands"][-1]["command"] if provenance["commands"] else "another"
             raise UserError(
-                f"{path.parent}: holds records of the kind {kind:.40}, not {schema.kind}; "
-                f"{_COMMANDS.get(kind, 'another command')} reads them"
+                f"{path.parent}: holds records of the kind {kind:.40}, not {schema.kind}; they are "
+                f"of the command `{wrote:.80}`"
             )
         if kind != schema.kind:
             raise KeyError("kind")
-        _Provenance.model_validate(provenance)
         schema.about.model_validate(provenance["data"])
         # only the names of this schema: a provenance from elsewhere must not lead out of the folder
         expected = {*map(schema.file_of, schema.tables), *schema.required}
@@ -477,12 +533,8 @@ def _read_provenance(path: Path, schema: Schema) -> dict[str, Any]:
     return provenance
 
 
-_COMMANDS = {
-    "table2": "`unitnorm report`",
-    "segmentation": "`unitnorm segment report`",
-    "study": "`unitnorm study`",
-    "symmetry": "`unitnorm symmetry`, which wrote them,",
-}
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _read_bytes(path: Path) -> bytes:

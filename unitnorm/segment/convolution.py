@@ -27,33 +27,29 @@ class Transforms(NamedTuple):
     block: np.ndarray  # (2f, m²), real and imaginary parts alternate: of the first block
     kernel: np.ndarray  # (2f, k²)
     inverse: np.ndarray  # (m², 2f): the upper left m × m values
-    down: np.ndarray  # (f,), ±1: the factor of a shift by m rows
-    right: np.ndarray  # (f,), ±1: the factor of a shift by m columns
+    down: np.ndarray  # (2f, 1, 1, 1), ±1: the factor of a shift by m rows
+    right: np.ndarray  # the same by m columns
 
 
 @functools.cache
 def transforms(k: int) -> Transforms:
     """The matrices for kernels of k × k, float32."""
-    m = k - 1
-    size = 2 * m
-    pairs = [(u, v) for u in range(size) for v in range(size)]
-    # of each pair of conjugate frequencies one is kept, and counted twice
-    kept = np.array([p for p in pairs if p <= ((-p[0]) % size, (-p[1]) % size)])
-    twice = np.array([1.0 if (u, v) == ((-u) % size, (-v) % size) else 2.0 for u, v in kept])
+    m, size = k - 1, 2 * (k - 1)
+    u, v = np.indices((size, size)).reshape(2, -1)
+    own, conjugate = u * size + v, -u % size * size + -v % size
+    kept = own <= conjugate  # one of each pair, counted twice
+    frequencies = np.stack([u, v], 1)[kept]
 
     def matrix(side: int) -> np.ndarray:
-        places = np.array([(i, j) for i in range(side) for j in range(side)])
-        angle = 2 * np.pi / size * (kept @ places.T)
+        angle = 2 * np.pi / size * (frequencies @ np.indices((side, side)).reshape(2, -1))
         return np.stack([np.cos(angle), -np.sin(angle)], axis=1)  # (f, 2, side²)
 
-    inverse = matrix(m) * twice[:, None, None] / size**2
-    return Transforms(
-        block=matrix(m).reshape(-1, m * m).astype(np.float32),
-        kernel=matrix(k).reshape(-1, k * k).astype(np.float32),
-        inverse=inverse.reshape(-1, m * m).T.astype(np.float32),
-        down=((-1.0) ** kept[:, 0]).astype(np.float32),
-        right=((-1.0) ** kept[:, 1]).astype(np.float32),
-    )
+    inverse = matrix(m) * np.where(own == conjugate, 1, 2)[kept][:, None, None] / size**2
+    found = (
+        matrix(m).reshape(-1, m * m), matrix(k).reshape(-1, k * k), inverse.reshape(-1, m * m).T,
+        *(np.repeat((-1.0) ** f, 2)[:, None, None, None] for f in frequencies.T),
+    )  # fmt: skip
+    return Transforms(*(x.astype(np.float32) for x in found))
 
 
 def fourier_convolution(x: Array, kernel: Array) -> Array:
@@ -66,9 +62,7 @@ def fourier_convolution(x: Array, kernel: Array) -> Array:
     k, _, _, d = kernel.shape
     m, before = k - 1, (k - 1) // 2
     rows, columns = -(-h // m), -(-w // m)  # of blocks of outputs
-    pads = [
-        (before, (blocks + 1) * m - size - before) for blocks, size in [(rows, h), (columns, w)]
-    ]
+    pads = [(before, (n + 1) * m - size - before) for n, size in ((rows, h), (columns, w))]
     x = jnp.pad(x.astype(jnp.float32), [(0, 0), *pads, (0, 0)])
     x = x.reshape(n, rows + 1, m, columns + 1, m, c).transpose(1, 2, 4, 0, 3, 5)
     x = x.reshape(rows + 1, m * m, n, columns + 1, c)
@@ -81,14 +75,11 @@ def fourier_convolution(x: Array, kernel: Array) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _row_by_row(k: int, x: Array, weights: Array) -> Array:
-    """All rows of outputs, one after another: what belongs to one fits the cache.
+    """All rows of outputs, (rows, m², n, columns, d), one after another: one fits the cache.
 
     Args:
       x: blocks (rows + 1, m², n, columns + 1, c).
       weights: the kernel's transform (3, f, c, d): real part, imaginary − real, real + imaginary.
-
-    Returns:
-      (rows, m², n, columns, d).
     """
     block = transforms(k).block
 
@@ -127,27 +118,20 @@ _row_by_row.defvjp(_forward, _backward)
 
 
 def _one_row(k: int, upper: Array, lower: Array, weights: Array) -> Array:
-    """A row of outputs.
+    """A row of outputs, (m², n, columns, d).
 
     Args:
       upper, lower: the transforms of the two rows of blocks that it depends on,
         (2f, n, columns + 1, c).
       weights: the kernel's, (3, f, c, d).
-
-    Returns:
-      (m², n, columns, d).
     """
     matrices = transforms(k)
     _, n, columns, c = upper.shape
-    down, right = (
-        np.repeat(sign, 2)[:, None, None, None] for sign in (matrices.down, matrices.right)
-    )
-    blocks = upper + down * lower
-    tiles = blocks[:, :, :-1] + right * blocks[:, :, 1:]
+    blocks = upper + matrices.down * lower
+    tiles = blocks[:, :, :-1] + matrices.right * blocks[:, :, 1:]
     x = tiles.reshape(-1, 2, n * (columns - 1), c)
     x_re, x_im = x[:, 0], x[:, 1]
-    # times the kernel's conjugate
-    common = (x_re + x_im) @ weights[0]
+    common = (x_re + x_im) @ weights[0]  # times the kernel's conjugate
     y = jnp.stack([common + x_im @ weights[1], common - x_re @ weights[2]], 1)
     return _transformed(matrices.inverse, y.reshape(-1, n, columns - 1, weights.shape[-1]))
 
@@ -158,16 +142,8 @@ def _transformed(matrix: np.ndarray, x: Array) -> Array:
     Its derivative is the transposed matrix times the first axis, too. The one that JAX finds is the
     same, but with that axis last, which takes turning all values around and back.
     """
-
-    @jax.custom_vjp
-    def times(x: Array) -> Array:
-        return jnp.tensordot(matrix, x, 1)
-
-    def forward(x: Array) -> tuple[Array, None]:
-        return times(x), None
-
-    def backward(_: None, gradient: Array) -> tuple[Array]:
-        return (jnp.tensordot(matrix.T, gradient, 1),)
-
-    times.defvjp(forward, backward)
+    times = jax.custom_vjp(lambda x: jnp.tensordot(matrix, x, 1))
+    times.defvjp(
+        lambda x: (times(x), None), lambda _, gradient: (jnp.tensordot(matrix.T, gradient, 1),)
+    )
     return times(x)

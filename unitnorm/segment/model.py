@@ -31,8 +31,7 @@ def local_response_normalisation(x: Array) -> Array:
 
     Krizhevsky, Sutskever and Hinton (2012), as Caffe computes it (α is divided by n).
     """
-    window = (1,) * (x.ndim - 1) + (LRN_SIZE,)
-    strides = (1,) * x.ndim
+    window, strides = (1,) * (x.ndim - 1) + (LRN_SIZE,), (1,) * x.ndim
     squares = jax.lax.reduce_window(x * x, 0.0, jax.lax.add, window, strides, "SAME")
     return x * (1 + LRN_ALPHA / LRN_SIZE * squares) ** -LRN_BETA
 
@@ -44,35 +43,27 @@ def pool_indices(x: Array) -> Array:
     of an odd size hold the pixels that exist.
     """
     a, b, c, d = _corners(x, -jnp.inf)
-    top, bottom = jnp.maximum(a, b), jnp.maximum(c, d)
-    in_top = jnp.where(a >= b, 0, 1)
-    in_bottom = jnp.where(c >= d, 2, 3)
-    return jnp.where(top >= bottom, in_top, in_bottom).astype(jnp.uint8)
+    in_top, in_bottom = jnp.where(a >= b, 0, 1), jnp.where(c >= d, 2, 3)
+    is_top = jnp.maximum(a, b) >= jnp.maximum(c, d)
+    return jnp.where(is_top, in_top, in_bottom).astype(jnp.uint8)
 
 
 def pool(x: Array, indices: Array) -> Array:
     """The values at `indices` (of `pool_indices`): (n, h, w, c) → (n, ⌈h/2⌉, ⌈w/2⌉, c)."""
     a, b, c, d = _corners(x, 0)
-    upper = jnp.where(indices == 0, a, b)
-    lower = jnp.where(indices == 2, c, d)
+    upper, lower = jnp.where(indices == 0, a, b), jnp.where(indices == 2, c, d)
     return jnp.where(indices < 2, upper, lower)
 
 
 def unpool(x: Array, indices: Array, height: int, width: int) -> Array:
     """Values back at their indices, zeros elsewhere; the transpose of `pool`.
 
-    Args:
-      x: (n, ⌈height/2⌉, ⌈width/2⌉, c).
-      indices: of that shape, from the pooling of an array of the height and width asked for.
-
-    Returns:
-      (n, height, width, c).
+    (n, ⌈height/2⌉, ⌈width/2⌉, c) → (n, height, width, c); `indices` are shaped like x.
     """
     n, h, w, c = x.shape
     corners = [jnp.where(indices == corner, x, 0) for corner in range(4)]
-    upper = jnp.stack(corners[:2], axis=3)  # (n, h, w, 2, c): left and right
-    lower = jnp.stack(corners[2:], axis=3)
-    whole = jnp.stack([upper, lower], axis=2)  # (n, h, 2, w, 2, c)
+    rows = [jnp.stack(corners[i : i + 2], axis=3) for i in (0, 2)]  # (n, h, w, 2, c)
+    whole = jnp.stack(rows, axis=2)  # (n, h, 2, w, 2, c)
     return whole.reshape(n, 2 * h, 2 * w, c)[:, :height, :width]
 
 
@@ -90,29 +81,19 @@ class Convolution(nnx.Module):
     at unit norm.
     """
 
-    def __init__(
-        self, inputs: int, config: SegNetConfig, mesh: Mesh | None = None, *, rngs: nnx.Rngs
-    ):
+    def __init__(self, inputs: int, config: SegNetConfig, mesh: Mesh | None, *, rngs: nnx.Rngs):
         rounded = config.dtype == "tensorfloat32"
         dtype = jnp.dtype("float32" if rounded else config.dtype)
         self.conv = nnx.Conv(
-            inputs,
-            config.features,
-            (config.kernel_size, config.kernel_size),
-            use_bias=False,
-            dtype=dtype,
+            inputs, config.features, (config.kernel_size, config.kernel_size), use_bias=False,
+            dtype=dtype, kernel_init=_unit_filters,
             precision=jax.lax.Precision.HIGH if rounded else None,  # None: as the process has it
-            kernel_init=_unit_filters,
-            conv_general_dilated=choose_convolution(config, mesh),
+            conv_general_dilated=choose_convolution(config, mesh), rngs=rngs,
+        )  # fmt: skip
+        self.norm = nnx.BatchNorm(  # dtype: of the output; statistics are float32 all the same
+            config.features, momentum=config.bn_momentum, epsilon=config.bn_epsilon, dtype=dtype,
             rngs=rngs,
-        )
-        self.norm = nnx.BatchNorm(
-            config.features,
-            momentum=config.bn_momentum,
-            epsilon=config.bn_epsilon,
-            dtype=dtype,  # of the output: statistics are in float32 all the same
-            rngs=rngs,
-        )
+        )  # fmt: skip
 
     def __call__(self, x: Array, *, train: bool) -> Array:
         return self.norm(self.conv(x), use_running_average=not train)
@@ -121,18 +102,13 @@ class Convolution(nnx.Module):
 class SegNetBasic(nnx.Module):
     """Images (n, h, w, 3) of values 0 to 255, any h and w → float32 logits (n, h, w, classes)."""
 
-    def __init__(
-        self, config: SegNetConfig, classes: int, mesh: Mesh | None = None, *, rngs: nnx.Rngs
-    ):
-        def layer(inputs: int) -> Convolution:
-            return Convolution(inputs, config, mesh, rngs=rngs)
-
-        later = range(1, config.stages)
-        self.encoders = nnx.List([layer(3)] + [layer(config.features) for _ in later])
-        self.decoders = nnx.List([layer(config.features) for _ in range(config.stages)])
-        self.classifier = nnx.Conv(
-            config.features, classes, (1, 1), kernel_init=_unit_filters, rngs=rngs
-        )
+    def __init__(self, config: SegNetConfig, classes: int, mesh: Mesh | None, *, rngs: nnx.Rngs):
+        width = config.features
+        inputs = [3] + [width] * (2 * config.stages - 1)
+        layers = [Convolution(size, config, mesh, rngs=rngs) for size in inputs]
+        self.encoders = nnx.List(layers[: config.stages])
+        self.decoders = nnx.List(layers[config.stages :])
+        self.classifier = nnx.Conv(width, classes, (1, 1), kernel_init=_unit_filters, rngs=rngs)
 
     def __call__(self, x: Array, *, train: bool = False) -> Array:
         """Logits. `train` normalises with the whole batch and moves the running statistics."""
@@ -159,21 +135,16 @@ def segnet(config: SegNetConfig, classes: int, mesh: Mesh | None = None) -> Netw
 
 def choose_convolution(config: SegNetConfig, mesh: Mesh | None) -> Callable[..., Array]:
     """What computes a layer's convolution, called like `jax.lax.conv_general_dilated`."""
-    direct = jax.lax.conv_general_dilated
-    way = config.convolution
+    direct, fourier, way = jax.lax.conv_general_dilated, fourier_convolution, config.convolution
     if way == "auto":
         way = "fourier" if jax.default_backend() == "cpu" else "direct"
     if way == "direct" or config.kernel_size == 1:
         return direct
-    fourier = fourier_convolution
     if mesh is not None:  # so that devices add their kernels' gradients once, at the end
-        images = PartitionSpec(*mesh.axis_names)
+        images, kernel = PartitionSpec(*mesh.axis_names), PartitionSpec()
+        # with check_vma they would do so at every frequency
         fourier = jax.shard_map(
-            fourier_convolution,
-            mesh=mesh,
-            in_specs=(images, PartitionSpec()),
-            out_specs=images,
-            check_vma=False,  # with it they would do so at every frequency
+            fourier, mesh=mesh, in_specs=(images, kernel), out_specs=images, check_vma=False
         )
 
     def same_size_stride_1(x: Array, kernel: Array, *others: Any, **options: Any) -> Array:

@@ -19,36 +19,30 @@ from unitnorm.report import style
 from unitnorm.segment.palette import COLOURS, NAMES, coloured
 
 TALLEST = 12.0  # inches
+Images = Sequence[NDArray[np.uint8]]
 
 
 def draw_samples(
-    images: Sequence[NDArray[np.uint8]],
-    truth: Sequence[NDArray[np.uint8]],
-    predictions: Mapping[str, Sequence[NDArray[np.uint8]]],
+    images: NDArray[np.uint8], truth: NDArray[np.uint8], predictions: Mapping[str, Images]
 ) -> Figure:
     """Figure 2: a column per image; below it the ground truth and each prediction.
 
     Args:
-      images: uint8 (h, w, 3), all of one size.
-      truth: labels uint8 (h, w) of each image.
+      images: (n, h, w, 3).
+      truth: labels of each image, (n, h, w).
       predictions: by the title of their row, labels of each image.
     """
-    rows = {"image": list(images), "ground truth": [coloured(labels) for labels in truth]}
-    rows |= {title: [coloured(x) for x in labels] for title, labels in predictions.items()}
-    return _draw_grid(rows, [*NAMES, "unlabelled"])
+    below = {"ground truth": truth} | dict(predictions)
+    rows = {title: [coloured(x) for x in labels] for title, labels in below.items()}
+    return _draw_grid({"image": list(images)} | rows, [*NAMES, "unlabelled"])
 
 
 def draw_photo(image: NDArray[np.uint8], labels: NDArray[np.uint8]) -> Figure:
-    """One photo and its prediction: beside each other, or stacked if it is very wide.
-
-    Args:
-      image: uint8 (h, w, 3).
-      labels: uint8 (h, w).
-    """
+    """A photo (h, w, 3) and its prediction (h, w), beside each other; stacked if it is wide."""
     height, width = labels.shape
-    pictures = [image, coloured(labels)]
-    stacked = width > 2 * height
-    rows = {" " * i: [picture] for i, picture in enumerate(pictures)} if stacked else {"": pictures}
+    rows: dict[str, Images] = {"": [image, coloured(labels)]}
+    if width > 2 * height:
+        rows = {"": [image], " ": [coloured(labels)]}
     return _draw_grid(rows, list(NAMES))
 
 
@@ -66,19 +60,16 @@ def draw_curves(metrics: pd.DataFrame, history: pd.DataFrame) -> Figure:
     ]
     styles = style.assign_styles(history["update"])
     with style.settings():
-        figure, axes = style.lay_out(
-            2, 2, 2.4, style.make_handles(styles, markers=False), "", sharey=False
-        )
+        handles = style.make_handles(styles, markers=False)
+        figure, axes = style.lay_out(2, 2, 2.4, handles, "", sharey=False)
         for axis, (table, column, factor, name) in zip(axes.flat, panels, strict=True):
             # the first on top: its dashes show the line below where the two coincide
-            for update, drawn in reversed(styles.items()):
+            for update, (colour, dashes, _) in reversed(styles.items()):
                 rows = table[table["update"] == update]
                 lines = factor * rows.pivot(index="epoch", columns="run", values=column)
                 if lines.shape[1] > 1:
-                    axis.plot(lines.index, lines, color=drawn.colour, lw=0.5, alpha=0.5)
-                axis.plot(
-                    lines.index, lines.mean(axis=1), color=drawn.colour, ls=drawn.line, lw=1.5
-                )
+                    axis.plot(lines.index, lines, color=colour, lw=0.5, alpha=0.5)
+                axis.plot(lines.index, lines.mean(axis=1), color=colour, ls=dashes, lw=1.5)
             axis.set_ylabel(name)
             axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         for axis in axes[-1]:
@@ -86,10 +77,10 @@ def draw_curves(metrics: pd.DataFrame, history: pd.DataFrame) -> Figure:
         return figure
 
 
-def _draw_grid(rows: Mapping[str, Sequence[NDArray[np.uint8]]], classes: list[str]) -> Figure:
+def _draw_grid(rows: Mapping[str, Images], classes: list[str]) -> Figure:
     """Pictures of one size, a row each with its title, above a legend of classes."""
-    columns = len(next(iter(rows.values())))
-    height, width = next(iter(rows.values()))[0].shape[:2]
+    first = next(iter(rows.values()))
+    columns, (height, width) = len(first), first[0].shape[:2]
     tall = style.WIDTH / columns * height / width * len(rows) + 0.5
     with style.settings():
         tight = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)

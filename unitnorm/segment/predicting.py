@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
@@ -14,8 +14,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from unitnorm.errors import UserError
+from unitnorm.report.style import encode
+from unitnorm.segment.data import opened
 from unitnorm.segment.model import segnet
 from unitnorm.segment.palette import CLASSES, COLOURS, NAMES, coloured
+from unitnorm.segment.pictures import draw_photo
 from unitnorm.segment.weights import TrainedSegNet
 
 Predictor = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
@@ -32,27 +35,57 @@ def make_predictor(trained: TrainedSegNet) -> Predictor:
     return lambda image: np.asarray(logits(jnp.asarray(image)))
 
 
-def predict_labels(predict: Predictor, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The most likely class of each pixel of an image of the training's size: uint8 (h, w)."""
-    return predict(image).argmax(-1).astype(np.uint8)
+def predict_all(trained: TrainedSegNet, images: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
+    """The most likely class of each pixel of images of the training's size, uint8 (h, w) each."""
+    predict = make_predictor(trained)
+    return [predict(image).argmax(-1).astype(np.uint8) for image in images]
+
+
+def list_photos(paths: Iterable[Path]) -> list[Path]:
+    """The files, and the images of the folders, each by name.
+
+    Raises:
+      UserError: a folder holds no image, or two images would have predictions of one name.
+    """
+    kinds = Image.registered_extensions()
+    found: dict[str, Path] = {}
+    for path in paths:
+        try:
+            inside = sorted(path.iterdir()) if path.is_dir() else ()
+        except OSError as problem:
+            raise UserError(f"{path}: cannot be read ({problem.strerror})") from None
+        files = [x for x in inside if kinds.get(x.suffix.lower()) in Image.OPEN]
+        if path.is_dir() and not files:
+            raise UserError(f"{path}: holds no image; expected PNGs, JPEGs or the like")
+        for file in files or [path]:
+            if found.setdefault(file.stem, file) != file:
+                raise UserError(f"{file} and {found[file.stem]}: their predictions would collide")
+    return list(found.values())
 
 
 def open_photo(path: Path) -> Image.Image:
     """A photo, upright and in RGB.
 
+    16 bits become 8; floating-point numbers are brightness from 0 to 1.
+
     Raises:
-      UserError: it cannot be read as an image.
+      UserError: it cannot be read as an image, or its range of brightness is not known.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as problem:
-        reason = " ".join(str(problem).split())
-        raise UserError(
-            f"{path}: cannot be read as an image ({reason}); expected a PNG, JPEG or the like"
-        ) from None
+    with warnings.catch_warnings(), opened(path) as image:
+        warnings.simplefilter("ignore")
+        upright, mode = ImageOps.exif_transpose(image), image.mode
+        values = np.asarray(upright) if mode[0] in "IF" else np.zeros(1)
+        # mode I has 32 bits, but for these formats, whose numbers Pillow brings to 16
+        if mode.startswith("I;16") or (mode == "I" and image.format in ("PNG", "PPM")):
+            values = values / 65535
+        elif mode == "I" or not (values.min() >= 0 and values.max() <= 1):
+            raise UserError(
+                f"{path}: has mode {mode} and values from {values.min():g} to {values.max():g}; "
+                "expected 8 or 16 bits, or floating-point numbers from 0 to 1"
+            )
+        if mode[0] in "IF":
+            upright = Image.fromarray(np.rint(255 * values).astype(np.uint8))
+        return upright.convert("RGB")
 
 
 def segment_photo(
@@ -60,12 +93,9 @@ def segment_photo(
 ) -> NDArray[np.uint8]:
     """The class of each pixel of a photo: uint8 (photo.height, photo.width).
 
-    The photo is brought to the number of pixels that the network was trained on, in its own
+    The photo is brought to the number of pixels that the network was trained on, `size`, in its own
     proportions, so that things have the size that the network knows; the scores of each class are
     then stretched back, and the highest wins.
-
-    Args:
-      size: height and width of the training's images.
     """
     scale = (size[0] * size[1] / (photo.width * photo.height)) ** 0.5
     small = (max(1, round(photo.width * scale)), max(1, round(photo.height * scale)))
@@ -85,16 +115,26 @@ def segment_photo(
     return labels
 
 
-def draw_labels(labels: NDArray[np.uint8]) -> Image.Image:
-    """Labels as a palette image: the numbers are the classes, the palette has CamVid's colours."""
-    image = Image.fromarray(labels, "L")
-    image.putpalette(COLOURS.ravel().tolist())
-    return image
+def draw_all(photo: Image.Image, labels: NDArray[np.uint8], *, overlay: bool) -> dict[str, bytes]:
+    """PNGs of a prediction by name.
 
-
-def draw_overlay(photo: Image.Image, labels: NDArray[np.uint8], share: float = 0.5) -> Image.Image:
-    """The photo with its classes' colours over it, of the photo's size."""
-    return Image.blend(photo, Image.fromarray(coloured(labels)), share)
+    labels: a palette image, whose numbers are the classes and whose palette is CamVid's colours;
+    figure: the photo and its prediction with a legend; overlay: the photo under the colours.
+    """
+    drawn = Image.fromarray(labels)
+    drawn.putpalette(COLOURS.ravel().tolist())
+    images = {"labels": drawn}
+    if overlay:
+        images["overlay"] = Image.blend(photo, Image.fromarray(coloured(labels)), 0.5)
+    files = {}
+    for name, image in images.items():
+        content = io.BytesIO()
+        image.save(content, "PNG")
+        files[name] = content.getvalue()
+    small = photo.copy()
+    small.thumbnail((1600, 1600))  # more than a figure shows
+    figure = draw_photo(np.asarray(small), np.asarray(drawn.resize(small.size, 0)))
+    return files | {"figure": encode(figure)["png"]}
 
 
 def describe_shares(labels: NDArray[np.uint8]) -> str:
@@ -102,10 +142,3 @@ def describe_shares(labels: NDArray[np.uint8]) -> str:
     shares = np.bincount(labels.ravel(), minlength=CLASSES)[:CLASSES] / labels.size
     order = np.argsort(-shares, kind="stable")
     return ", ".join(f"{NAMES[c]} {shares[c]:.0%}" for c in order if shares[c] >= 0.005)
-
-
-def to_png(image: Image.Image) -> bytes:
-    """The image as a file."""
-    content = io.BytesIO()
-    image.save(content, "PNG")
-    return content.getvalue()

@@ -10,8 +10,10 @@ from unitnorm.run.records import About, Schema, Table
 from unitnorm.segment.palette import NAMES
 
 CELL = ("update", "run")  # what names a run
+RUN = {"update": "s", "run": "i"}
 ALL = "all"  # the sequence of the rows that count all images of a split
 FIGURES = ("global_accuracy", "class_accuracy", "mean_iou")
+COLUMNS = (*FIGURES, *NAMES)
 
 
 class AboutScenes(About):
@@ -29,29 +31,24 @@ SCHEMA = Schema(
     tables={
         # of a run whose training is complete; the epoch with the highest mean IoU on val
         "runs": Table(
-            {"update": "s", "run": "i", "seed": "i", "base_lr": "f", "epochs": "i",
-             "best_epoch": "i"},
-            CELL,
+            RUN | {"seed": "i", "base_lr": "f", "epochs": "i", "best_epoch": "i"}, CELL
         ),
         # loss: mean over the epoch's mini-batches; norm_deviation: max |‖w‖ − 1| of the filters
         "history": Table(
-            {"update": "s", "run": "i", "epoch": "i", "scale": "f", "lr": "f", "train_loss": "f",
-             "norm_deviation": "f"},
+            RUN | {"epoch": "i", "scale": "f", "lr": "f", "train_loss": "f", "norm_deviation": "f"},
             (*CELL, "epoch"),
         ),
         # fractions; by class the IoU, empty where undefined. val where it was measured; test of
         # the best epoch and the last, also by sequence
         "metrics": Table(
-            {"update": "s", "run": "i", "split": "s", "sequence": "s", "epoch": "i",
-             **dict.fromkeys((*FIGURES, *NAMES), "f")},
+            RUN | {"split": "s", "sequence": "s", "epoch": "i"} | dict.fromkeys(COLUMNS, "f"),
             (*CELL, "split", "sequence", "epoch"),
         ),
         # on the training images held out
         "sweep": Table(
-            {"update": "s", "run": "i", "seed": "i", "base_lr": "f", "train_loss": "f",
-             **dict.fromkeys(FIGURES, "f"), "chosen": "b"},
-            (*CELL, "base_lr"),
-            descending=("base_lr",),
+            RUN | {"seed": "i", "base_lr": "f", "train_loss": "f"} | dict.fromkeys(FIGURES, "f")
+            | {"chosen": "b"},
+            (*CELL, "base_lr"), descending=("base_lr",),
         ),
     },
     cell=CELL,

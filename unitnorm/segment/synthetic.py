@@ -1,8 +1,7 @@
 """Invented road scenes with all eleven classes, for tests and a first look without data.
 
-Each scene is drawn from a seed: sky over buildings and trees, a road in perspective between
-pavements, fences, poles with signs, cars, people on foot and on bicycles. Coordinates are fractions
-of the height and width, so that scenes of any size look alike.
+Each scene is drawn from a seed. Coordinates are fractions of the height and width, so that scenes
+of any size look alike.
 """
 
 from __future__ import annotations
@@ -22,8 +21,6 @@ _LOOKS = {
     "sign": (215, 190, 50), "fence": (120, 100, 70), "car": (150, 30, 40),
     "pedestrian": (205, 150, 120), "bicyclist": (40, 90, 190),
 }  # fmt: skip
-_NOISE = 9.0  # standard deviation of the pixels' noise, of 255
-_EDGE = 0.01  # part of a scene's pixels that nobody labelled
 
 
 def scenes(
@@ -61,17 +58,11 @@ def scene(
         canvas.ellipse("tree", x - r * 0.8, horizon - 2.4 * r, x + r * 0.8, horizon - 0.3 * r)
     canvas.box("pavement", 0, horizon, 1, 1)
     left, right = u(-0.1, 0.12), u(0.88, 1.1)
-    canvas.polygon(
-        "road", (vanishing - 0.03, horizon), (vanishing + 0.03, horizon), (right, 1), (left, 1)
-    )
+    tip = (vanishing - 0.03, horizon), (vanishing + 0.03, horizon)
+    canvas.draw("polygon", "road", *tip, (right, 1), (left, 1))
     far, near = (vanishing - 0.1, 0.0) if rng.integers(2) else (vanishing + 0.1, 1.0)
-    canvas.polygon(
-        "fence",
-        (far, horizon),
-        (near, horizon + 0.02),
-        (near, horizon + 0.2),
-        (far, horizon + 0.04),
-    )
+    upper, lower = (far, horizon), (far, horizon + 0.04)
+    canvas.draw("polygon", "fence", upper, (near, horizon + 0.02), (near, horizon + 0.2), lower)
     for _ in range(rng.integers(1, 4)):
         size = u(0.08, 0.24)
         x, foot = u(0.25, 0.75), horizon + size * u(0.8, 1.4)
@@ -99,7 +90,7 @@ class _Canvas:
         self._image = Image.new("RGB", (width, height))
         self._label = Image.new("L", (width, height), UNLABELLED)
 
-    def _stroke(self, shape: str, name: str, *points: tuple[float, float]) -> None:
+    def draw(self, shape: str, name: str, *points: tuple[float, float]) -> None:
         at = [tuple(np.round(np.array(point) * self._scale).tolist()) for point in points]
         tone = np.array(_LOOKS[name]) * self._rng.uniform(0.8, 1.2)
         fill = tuple(np.clip(tone, 0, 255).astype(int).tolist())
@@ -107,17 +98,14 @@ class _Canvas:
         getattr(ImageDraw.Draw(self._label), shape)(at, fill=NAMES.index(name))
 
     def box(self, name: str, left: float, top: float, right: float, bottom: float) -> None:
-        self._stroke("rectangle", name, (left, top), (right, bottom))
+        self.draw("rectangle", name, (left, top), (right, bottom))
 
     def ellipse(self, name: str, left: float, top: float, right: float, bottom: float) -> None:
-        self._stroke("ellipse", name, (left, top), (right, bottom))
-
-    def polygon(self, name: str, *corners: tuple[float, float]) -> None:
-        self._stroke("polygon", name, *corners)
+        self.draw("ellipse", name, (left, top), (right, bottom))
 
     def arrays(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         """The picture under noise, and the labels, of which a few are missing."""
         image, label = np.asarray(self._image, float), np.array(self._label)
-        noisy = image + self._rng.normal(0, _NOISE, image.shape)
-        label[self._rng.random(label.shape) < _EDGE] = UNLABELLED
+        noisy = image + self._rng.normal(0, 9.0, image.shape)
+        label[self._rng.random(label.shape) < 0.01] = UNLABELLED
         return np.clip(noisy, 0, 255).astype(np.uint8), label

@@ -1,11 +1,9 @@
 """Training: the compiled step, and the program that the loop of `unitnorm.run` trains.
 
-A state holds all that a training needs to go on; `advance` moves it by one mini-batch, and measures
-at the end of an epoch. Which images a mini-batch has and how they are changed depends on the seed,
-the epoch, the step and the image's place in it alone, so that every update sees the same and an
-interrupted training goes on exactly. Mini-batches are sharded over all devices while parameters are
-on each; statistics of batch normalisation are those of the whole mini-batch, as the program is
-compiled for the whole and then divided.
+Which images a mini-batch has and how they are changed depends on the seed, the epoch, the step and
+the image's place in it alone, so that every update sees the same and an interrupted training goes
+on exactly. Mini-batches are sharded over all devices, parameters are on each; statistics of batch
+normalisation are those of the whole mini-batch.
 """
 
 from __future__ import annotations
@@ -19,10 +17,10 @@ import optax
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
+from unitnorm.archbn.minibatch import cross_entropy
 from unitnorm.errors import UserError
 from unitnorm.geometry import filter_norms
 from unitnorm.run.loop import Status
-from unitnorm.run.processes import to_host
 from unitnorm.segment.augment import augment
 from unitnorm.segment.config import SegmentConfig
 from unitnorm.segment.data import Scenes
@@ -71,34 +69,25 @@ class SegNetProgram:
     """
 
     def __init__(
-        self,
-        title: str,
-        config: SegmentConfig,
-        update: str,
-        seed: int,
-        rate: float,
-        scales: list[float],
-        train: Scenes,
-        held_out: Scenes,
-    ):
-        part, images = config.train, len(train.labels)
-        mesh = make_mesh()
+        self, title: str, config: SegmentConfig, update: str, seed: int, rate: float,
+        scales: list[float], train: Scenes, held_out: Scenes,
+    ):  # fmt: skip
+        part, images, mesh = config.train, len(train.labels), make_mesh()
         if part.batch_size % mesh.size:
             raise UserError(
                 f"train.batch_size = {part.batch_size} does not divide among {mesh.size} "
                 f"devices; expected a multiple of {mesh.size}: set it, or --devices"
             )
         if part.batch_size > images:
-            raise UserError(
-                f"train.batch_size = {part.batch_size}, but there are {images} training images"
-            )
+            few = f"there are {images} training images"
+            raise UserError(f"train.batch_size = {part.batch_size}, but {few}")
         self.title, self.epochs, self.samples = title, len(scales), images
         self.steps = -(-images // part.batch_size)  # mini-batches per epoch
-        self.update, self.scales, self._config = update, scales, config
+        self.update, self.scales, self.final_size = update, scales, train.size_at(scales[-1])
+        self._config, self._network = config, segnet(config.network, CLASSES, mesh)
         self._run = jnp.uint32(seed), jnp.float32(rate)  # traced: all runs share what is compiled
         self._full = train, held_out
         self._scaled: tuple[float, Scenes, Scenes, Any] | None = None
-        self._network = segnet(config.network, CLASSES, mesh)
         self._by_image = NamedSharding(mesh, PartitionSpec("image"))
         self._everywhere = NamedSharding(mesh, PartitionSpec())
         self._class_weights = {
@@ -107,15 +96,14 @@ class SegNetProgram:
             "none": lambda: np.ones(CLASSES, np.float32),
         }[part.class_weights]()
         # as many pixels at a time as in training, if there are as many devices as images
-        _, height, width = train.labels.shape
+        height, width = train.size_at(1.0)
         crop = min(part.crop[0], height) * min(part.crop[1], width)
-        self.evaluator = Evaluator(
-            config.network, max(1, part.batch_size * crop // (height * width))
-        )
-        self._step = jax.jit(self._train_step, donate_argnums=0, out_shardings=self._everywhere)
+        batch = max(1, part.batch_size * crop // (height * width))
+        self.evaluator = Evaluator(config.network, batch)
         self._init = jax.jit(self._start, out_shardings=self._everywhere)
+        self._step = jax.jit(self._train_step, donate_argnums=0, out_shardings=self._everywhere)
+        self._record = jax.jit(record, donate_argnums=0, out_shardings=self._everywhere)
         self._draw = jax.jit(self._batch)
-        self._deviation = jax.jit(norm_deviation)
 
     # ------------------------------------------------------------ what the loop calls
 
@@ -129,7 +117,7 @@ class SegNetProgram:
 
     def take(self, state: SegNetState) -> Any:
         """The state as NumPy arrays, which a later step leaves alone."""
-        return to_host(state)
+        return jax.tree.map(np.array, jax.device_get(state))
 
     def advance(self, state: SegNetState) -> SegNetState:
         """One mini-batch; the last of an epoch measures. The state given is used up."""
@@ -142,40 +130,33 @@ class SegNetProgram:
         epoch, place = divmod(int(state.step), self.steps)
         if place or not epoch:
             return Status(epoch, True, "", f"mini-batch {place}/{self.steps}" if place else "")
-        figures = to_host(state.figures)
-        loss = float(figures.loss[epoch - 1])
-        text = f"loss {loss:.3f}"
-        known = np.flatnonzero(figures.confusion.any((1, 2))[:epoch])
+        loss, _, confusion = jax.device_get(state.figures)
+        text = f"loss {loss[epoch - 1]:.3f}"
+        known = np.flatnonzero(confusion.any((1, 2))[:epoch])
         if known.size:
-            found = measure(figures.confusion[known[-1]])
+            found = measure(confusion[known[-1]])
             text += f", global {found.global_accuracy:.1%}, mean IoU {found.mean_iou:.1%}"
-        return Status(epoch, epoch < self.epochs and bool(np.isfinite(loss)), text)
+        return Status(epoch, epoch < self.epochs and bool(np.isfinite(loss[epoch - 1])), text)
 
     # ------------------------------------------------------------ measurement
-
-    @property
-    def final_size(self) -> tuple[int, int]:
-        """Height and width of whole images in the last epoch."""
-        _, height, width = self._full[0].only(np.arange(1)).scaled(self.scales[-1]).labels.shape
-        return height, width
 
     def measured(self, weights: Weights, epoch: int) -> Weights:
         """Weights as they are measured after an epoch, counted from 1."""
         if self._config.train.class_prior == "labels":
             weights = divide_out(weights, self._class_weights)
-        return self.renewed(weights, epoch)
+        return self.with_statistics(weights, epoch)
 
-    def renewed(self, weights: Weights, epoch: int) -> Weights:
+    def with_statistics(self, weights: Weights, epoch: int) -> Weights:
         """Weights with the batch statistics that the config asks for after an epoch."""
-        way = self._config.train.statistics
-        if way == "running":
+        source = self._config.train.statistics
+        if source == "running":
             return weights
         train, _, on_devices = self._at(self.scales[epoch - 1])
-        if way == "anew":
-            return self.evaluator.renew_statistics(weights, self.evaluator.whole_images(train))
-        steps = range(epoch * self.steps, (epoch + 1) * self.steps)  # those of the next epoch
-        drawn = (self._draw(jnp.int32(step), *on_devices, self._run[0])[0] for step in steps)
-        return self.evaluator.renew_statistics(weights, drawn)
+        batches = self.evaluator.whole_images(train)
+        if source == "batches":
+            steps = range(epoch * self.steps, (epoch + 1) * self.steps)  # of the next epoch
+            batches = (self._draw(jnp.int32(i), *on_devices, self._run[0])[0] for i in steps)
+        return self.evaluator.recompute_statistics(weights, batches)
 
     def _at(self, scale: float) -> tuple[Scenes, Scenes, tuple[Array, Array]]:
         """Both sets of images at a part of their size, and the first on the devices."""
@@ -185,50 +166,45 @@ class SegNetProgram:
         return self._scaled[1:]
 
     def _finish_epoch(self, state: SegNetState) -> SegNetState:
-        """Write the figures; where it is time to, measure and keep the best.
+        """Record the epoch; where it is time to, measure and keep the weights that are best.
 
-        The best is looked for among the epochs at the scale of the last: others are not comparable.
+        The best are looked for among the epochs at the scale of the last: others are not
+        comparable.
         """
-        epoch = int(state.step) // self.steps
-        figures, before = to_host((state.figures, state.best_epoch))
-        figures.loss[epoch - 1] = float(state.loss) / self.steps
-        figures.norm_deviation[epoch - 1] = float(self._deviation(state.now.params))
-        finite = np.isfinite(figures.loss[epoch - 1])
-        if finite and (epoch == self.epochs or epoch % self._config.train.measure_every == 0):
+        epoch, before = int(state.step) // self.steps, int(state.best_epoch)
+        loss, matrix = np.float32(float(state.loss) / self.steps), np.zeros((CLASSES,) * 2)
+        due = epoch == self.epochs or epoch % self._config.train.measure_every == 0
+        if due and np.isfinite(loss):
             scale = self.scales[epoch - 1]
             weights = self.measured(state.now, epoch)
             matrix = self.evaluator.confusion(weights, self._at(scale)[1]).sum(0)
-            figures.confusion[epoch - 1] = matrix
-            best = measure(figures.confusion[before - 1]).mean_iou if before else -1.0
+            best = (
+                measure(np.asarray(state.figures.confusion[before - 1])).mean_iou
+                if before
+                else -1.0
+            )
             if scale == self.scales[-1] and not measure(matrix).mean_iou <= best:
                 copy = jax.tree.map(jnp.copy, weights)  # a step uses up the arrays of its state
                 state = state._replace(best=copy, best_epoch=jnp.int32(epoch))
-        return self.put(state._replace(loss=jnp.zeros_like(state.loss), figures=figures))
+        return self._record(state, epoch - 1, loss, matrix.astype(np.int32))
 
     # ------------------------------------------------------------ traced
 
     def _start(self, seed: Array) -> SegNetState:
         params, stats = self._network.init(jax.random.fold_in(jax.random.key(seed), INIT))
         weights = Weights(params, stats)
+        nothing = jnp.zeros(self.epochs, jnp.float32)
+        confusion = jnp.zeros((self.epochs, CLASSES, CLASSES), jnp.int32)
         return SegNetState(
-            now=weights,
-            opt_state=self._optimiser(0.0, params).init(params),
-            step=jnp.int32(0),
-            loss=jnp.float32(0),
-            figures=EpochFigures(
-                jnp.zeros(self.epochs, jnp.float32),
-                jnp.zeros(self.epochs, jnp.float32),
-                jnp.zeros((self.epochs, CLASSES, CLASSES), jnp.int32),
-            ),
-            best=jax.tree.map(jnp.copy, weights),
-            best_epoch=jnp.int32(0),
-        )
+            weights, self._optimiser(0.0, params).init(params), step=jnp.int32(0),
+            loss=jnp.float32(0), figures=EpochFigures(nothing, nothing, confusion),
+            best=jax.tree.map(jnp.copy, weights), best_epoch=jnp.int32(0),
+        )  # fmt: skip
 
     def _optimiser(self, rate: Array | float, params: Any) -> optax.GradientTransformation:
         rest = UPDATES[self.update].rest(rate)
-        if self._config.train.weight_decay:
-            decay = optax.add_decayed_weights(self._config.train.weight_decay)
-            rest = optax.chain(decay, rest)
+        if decay := self._config.train.weight_decay:
+            rest = optax.chain(optax.add_decayed_weights(decay), rest)
         return build(self.update, rate, filters=filter_mask(params), rest=rest)
 
     def rate_at(self, step: Array | int, base: Array | None = None) -> Array:
@@ -236,7 +212,7 @@ class SegNetProgram:
         base = self._run[1] if base is None else base
         if self._config.train.decay == "none":
             return base
-        return base * 0.5 * (1 + jnp.cos(jnp.pi * step / (self.steps * self.epochs)))
+        return optax.cosine_decay_schedule(base, self.steps * self.epochs)(step)
 
     def _batch(self, step: Array, images: Array, labels: Array, seed: Array) -> tuple[Array, Array]:
         """A mini-batch, changed at random: images float32 and labels int32.
@@ -244,19 +220,18 @@ class SegNetProgram:
         Each epoch has an order of its own. Where the batch size does not divide the images, the
         first of an order stand again at its end, so that all batches are of one size.
         """
-        key = jax.random.key(seed)
-        count, size = len(labels), self._config.train.batch_size
+        key, part = jax.random.key(seed), self._config.train
         epoch, place = step // self.steps, step % self.steps
         order_key = jax.random.fold_in(jax.random.fold_in(key, ORDER), epoch)
-        order = jax.random.permutation(order_key, count)
-        index = order[(place * size + jnp.arange(size)) % count]
-        keys = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, AUGMENT), step), size)
+        order = jax.random.permutation(order_key, len(labels))
+        index = order[(place * part.batch_size + jnp.arange(part.batch_size)) % len(labels)]
+        keys = jax.random.fold_in(jax.random.fold_in(key, AUGMENT), step)
+        keys = jax.random.split(keys, part.batch_size)
         index, keys = jax.lax.with_sharding_constraint((index, keys), self._by_image)
         _, height, width = labels.shape
-        crop = self._config.train.crop
-        part = min(crop[0], height), min(crop[1], width)
+        size = min(part.crop[0], height), min(part.crop[1], width)
         batch = jax.vmap(
-            lambda key, image, label: augment(key, image, label, part, self._config.augmentation)
+            lambda key, image, label: augment(key, image, label, size, self._config.augmentation)
         )(keys, images[index], labels[index])
         return jax.lax.with_sharding_constraint(batch, self._by_image)
 
@@ -273,26 +248,25 @@ class SegNetProgram:
         optimiser = self._optimiser(self.rate_at(state.step, rate), state.now.params)
         steps, opt_state = optimiser.update(gradient, state.opt_state, state.now.params)
         params = optax.apply_updates(state.now.params, steps)
-        return state._replace(
-            now=Weights(params, stats),
-            opt_state=opt_state,
-            step=state.step + 1,
-            loss=state.loss + loss,
-        )
+        now = Weights(params, stats)
+        loss = state.loss + loss
+        return state._replace(now=now, opt_state=opt_state, step=state.step + 1, loss=loss)
+
+
+def record(state: SegNetState, row: Array, loss: Array, confusion: Array) -> SegNetState:
+    """The state with an epoch's figures in their row, ready for the next."""
+    new = EpochFigures(loss, norm_deviation(state.now.params), confusion)
+    figures = jax.tree.map(lambda old, x: old.at[row].set(x), state.figures, new)
+    return state._replace(loss=jnp.zeros_like(state.loss), figures=figures)
 
 
 def weighted_cross_entropy(logits: Array, labels: Array, weights: np.ndarray | Array) -> Array:
     """Mean over the labelled pixels of weights[label] times cross-entropy, in nats.
 
-    Args:
-      logits: (…, classes).
-      labels: int32 (…); `classes` and above are unlabelled and count nowhere.
-      weights: (classes,).
+    The arguments are those of `cross_entropy`.
     """
-    picked = labels[..., None] == jnp.arange(logits.shape[-1])
-    # a sum over a mask, since its gradient is a subtraction where an index's is a scatter
-    weighted = jnp.where(picked, weights * jax.nn.log_softmax(logits), 0.0)
-    return -weighted.sum() / jnp.maximum(picked.sum(), 1)
+    labelled = (labels < logits.shape[-1]).sum()
+    return cross_entropy(logits, labels, weights).sum() / jnp.maximum(labelled, 1)
 
 
 def divide_out(weights: Weights, class_weights: np.ndarray) -> Weights:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,22 +29,21 @@ class Weights(NamedTuple):
 def pack_weights(
     weights: Weights, network: SegNetConfig, update: str, size: tuple[int, int]
 ) -> bytes:
-    """The content of a file of weights.
-
-    Args:
-      size: height and width of the images that it was trained on.
-    """
+    """The content of a file of weights; `size`: height and width of the images trained on."""
     about = {
         "format": str(FORMAT), "network": network.model_dump_json(), "update": update,
         "height": str(size[0]), "width": str(size[1]), "classes": " ".join(NAMES),
     }  # fmt: skip
-    return safetensors.numpy.save(
-        {name: np.asarray(x) for name, x in _named(weights).items()}, about
-    )
+    tensors = {name: np.asarray(x) for name, x in _named(weights).items()}
+    content = safetensors.numpy.save(tensors, about)
+    # the library orders `about` as it happens; here the same weights are the same bytes
+    size_of_header = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size_of_header])
+    header = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    return content[:8] + header.ljust(size_of_header) + content[8 + size_of_header :]
 
 
-@dataclass(frozen=True)
-class TrainedSegNet:
+class TrainedSegNet(NamedTuple):
     """A network with its weights, and the size of image that it was trained on."""
 
     network: SegNetConfig

@@ -1,16 +1,15 @@
 """A study's plan: arms, how they are trained, seeds for tuning and for comparing, comparisons.
 
-The plan is a TOML file, written and committed before its results. To add a factor, give it a field
-here, a column in `schema` and its place in `experiment.settings_of`. Nothing here touches JAX.
-
-An arm or comparison with `each = { key = [values], … }` stands for one of every combination of the
-values, the last key's fastest; `{key}` in its texts and its name is the value.
+The plan is a TOML file, written and committed before its results; `configs/study/template.toml`
+explains every key. To add a factor, give it a field here, a column in `schema` and its place in
+`experiment.settings_of`. Nothing here touches JAX.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -20,8 +19,8 @@ from unitnorm.run.config import ExperimentConfig, Section, parse
 
 Rate = Annotated[float, Field(gt=0.0, le=1e6)]
 Name = Annotated[str, Field(pattern=r"^[\w.+@=-]+$", max_length=60)]
-Schedule = Literal["bold-driver", "bold-driver-back", "constant", "cosine", "follow"]
-Start = Literal["balanced", "filters", "pairs", "theta"]
+Schedule = Literal["bold-driver", "bold-driver-back", "constant", "cosine", "follow", "warm-up"]
+Start = Literal["balanced", "filters", "pairs", "theta", "norms"]
 
 
 class Seeds(Section):
@@ -38,7 +37,7 @@ class Seeds(Section):
 class ArmPlan(Section):
     """One thing that is compared: an update with its options, rates, schedule and start."""
 
-    update: str
+    update: str = Field(description="if not given: the arm's name, as far as its @")
     options: dict[str, float | int | bool | str] = Field({}, description="of the update")
     rates: list[Rate] = Field(
         min_length=1,
@@ -48,6 +47,12 @@ class ArmPlan(Section):
     )
     filters_rates: list[Rate] = Field(
         [], description="of the filters, apart from the rest; empty: one rate for both"
+    )
+    decays: list[Annotated[float, Field(ge=0.0, le=1e3)]] = Field(
+        [], description="weight decay of the filters, tuned with the rates; empty: the update's"
+    )
+    factors: list[Rate] = Field(
+        [], description="of the filters' rate, layer by layer; empty: one rate for all layers"
     )
     schedule: Schedule = Field(
         "bold-driver", description="follow: the rate of the first arm, epoch by epoch"
@@ -79,11 +84,12 @@ class ArmPlan(Section):
         """What all variants of a program have in common, beside the config."""
         return self.stop_by, self.statistics
 
-    def rate_pairs(self) -> list[tuple[float, float]]:
-        """(rate of the filters, rate of the rest), every combination."""
-        if not self.filters_rates:
-            return [(rate, rate) for rate in self.rates]
-        return list(itertools.product(self.filters_rates, self.rates))
+    def grid(self) -> list[tuple[float, float, float]]:
+        """(rate of the filters, rate of the rest, weight decay), every combination."""
+        pairs: Iterable[tuple[float, float]] = [(rate, rate) for rate in self.rates]
+        if self.filters_rates:
+            pairs = itertools.product(self.filters_rates, self.rates)
+        return [(*pair, decay) for decay, pair in itertools.product(self.decays or [0.0], pairs)]
 
 
 class ComparisonPlan(Section):
@@ -102,7 +108,10 @@ class Plan(ExperimentConfig):
 
     question: str = Field(min_length=1, description="what it is to answer, in a sentence")
     datasets: list[Name] = Field(min_length=1, description="mnist, and names that --data places")
-    depths: list[Annotated[int, Field(ge=1, le=64)]] = Field([2, 4], min_length=1)
+    depths: list[Annotated[int, Field(ge=1, le=64)]] = Field([2, 4], description="of ArchBN")
+    networks: list[Literal["resnet9-narrow", "resnet9"]] = Field(
+        [], description="others, beside ArchBN at its depths"
+    )
     tune: Seeds = Seeds(first=1000, count=10)
     compare: Seeds = Seeds(first=2000, count=100)
     margin: Annotated[float, Field(gt=0.0, le=100.0)] = Field(
@@ -110,24 +119,30 @@ class Plan(ExperimentConfig):
     )
     alpha: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.05
     training: dict[str, Any] = Field({}, description="keys of Table 2's config, by section")
+    all_arms: dict[str, Any] = Field(
+        {}, exclude=True, description="keys of an arm, for each that does not say otherwise"
+    )
     arms: dict[Name, ArmPlan] = Field(min_length=1)
     comparisons: list[ComparisonPlan] = Field([], description="Holm's correction is over all")
 
     @model_validator(mode="before")
     @classmethod
     def _spelled_out(cls, values: Any) -> Any:
-        """With an arm or comparison for each that an `each` stands for; of one name, the later
-        changes what the earlier says."""
+        """With what all arms share in each, and a comparison for each of its `arms`."""
         values = dict(values)
-        if isinstance(values.get("arms"), dict):
-            arms: dict[str, Any] = {}
-            for pair in values["arms"].items():
-                for name, arm in _spell_out(*pair):
-                    arms = _merge(arms, {name: arm})
-            values["arms"] = arms
+        arms, shared = values.get("arms"), values.get("all_arms")
+        if isinstance(arms, dict):
+            shared = shared if isinstance(shared, dict) else {}
+            values["arms"] = {
+                name: {"update": name.split("@")[0], **shared, **arm}
+                if isinstance(arm, dict)
+                else arm
+                for name, arm in arms.items()
+            }
         if isinstance(values.get("comparisons"), list):
-            pairs = [pair for plan in values["comparisons"] for pair in _spell_out("", plan)]
-            values["comparisons"] = [plan for _, plan in pairs]
+            values["comparisons"] = [
+                one for plan in values["comparisons"] for one in _spell_out(plan)
+            ]
         return values
 
     @model_validator(mode="after")
@@ -139,9 +154,16 @@ class Plan(ExperimentConfig):
                         f"comparison {comparison.name!r}: no arm {name!r}; there are "
                         f"{', '.join(self.arms)}"
                     )
+        if not self.depths and not self.networks:
+            raise ValueError("neither depths nor networks: nothing to train")
+        for name, arm in self.arms.items():
+            if self.networks and arm.start != "balanced":
+                raise ValueError(f"arm {name}: start = {arm.start!r} is of ArchBN alone")
+            if self.depths and arm.schedule == "warm-up":
+                raise ValueError(f'arm {name}: schedule = "warm-up" is of networks, not of depths')
         if self.tune.count == 0:
             for name, arm in self.arms.items():
-                if len(arm.rate_pairs()) > 1:
+                if len(arm.grid()) > 1:
                     raise ValueError(f"arm {name} has several rates, but tune.count = 0")
         most = max([self.compare.count, *(arm.count or 0 for arm in self.arms.values())])
         compare = Seeds(first=self.compare.first, count=most)
@@ -156,6 +178,11 @@ class Plan(ExperimentConfig):
                     f"arm {name} follows the first arm, but has another training, reading or count"
                 )
         return self
+
+    def places(self) -> list[tuple[str, str, int]]:
+        """(data set, network, depth) of every cell; networks other than ArchBN have depth 0."""
+        networks = [*(("archbn", depth) for depth in self.depths), *((n, 0) for n in self.networks)]
+        return [(dataset, *network) for dataset in self.datasets for network in networks]
 
     def alike(self, arm: str) -> tuple[Any, ...]:
         """What the arms of one program have in common: training, reading and count."""
@@ -206,28 +233,12 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _spell_out(name: str, plan: Any) -> list[Any]:
-    """[name, plan] for each that an arm or comparison stands for."""
-    if not isinstance(plan, dict) or "each" not in plan:
-        return [[name, plan]]
-    plan = dict(plan)
-    each = plan.pop("each")
-    if not isinstance(each, dict) or not all(isinstance(values, list) for values in each.values()):
-        raise ValueError(f"each = {each!r} of {name or 'a comparison'}: expected lists by name")
-    combinations = itertools.product(*each.values())
-    return [_fill([name, plan], dict(zip(each, chosen, strict=True))) for chosen in combinations]
-
-
-def _fill(part: Any, chosen: dict[str, Any]) -> Any:
-    """A part of a plan with values for `{key}`; a text that is nothing else becomes the value."""
-    if isinstance(part, dict):
-        return {key: _fill(value, chosen) for key, value in part.items()}
-    if isinstance(part, list):
-        return [_fill(value, chosen) for value in part]
-    if isinstance(part, str):
-        marks = {f"{{{key}}}": value for key, value in chosen.items()}
-        if part in marks:
-            return marks[part]
-        for mark, value in marks.items():
-            part = part.replace(mark, str(value))
-    return part
+def _spell_out(plan: Any) -> list[Any]:
+    """The comparisons that one with `arms` stands for; one without a name has those of its arms."""
+    if not isinstance(plan, dict):
+        return [plan]
+    arms = plan["arms"] if isinstance(plan.get("arms"), list) else [plan.get("arm")]
+    if "name" in plan and len(arms) > 1:
+        raise ValueError(f"comparison {plan['name']!r}: several arms are named by themselves")
+    rest = {key: value for key, value in plan.items() if key != "arms"}
+    return [{"name": f"{arm} − {plan.get('baseline')}", **rest, "arm": arm} for arm in arms]

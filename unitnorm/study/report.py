@@ -4,18 +4,44 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pandas as pd
 from rich.console import Group
 from rich.text import Text
 
-from unitnorm.report.style import encode
-from unitnorm.report.tables import Cells, Fitting, format_signed, to_csv, to_markdown
+from unitnorm.errors import UserError
+from unitnorm.report.tables import (
+    Cells,
+    Fitting,
+    format_interval,
+    format_p,
+    format_signed,
+    to_csv,
+    to_markdown,
+)
 from unitnorm.run.config import parse
 from unitnorm.run.records import Records
-from unitnorm.study import figures, statistics
+from unitnorm.study import statistics
 from unitnorm.study.config import Plan
+
+LOOKS = "looks.csv"  # of a results folder: kept from report to report
+
+
+class Findings(NamedTuple):
+    """Records with what they show so far.
+
+    Attributes:
+        compared: the plan's comparisons of which there are runs, see `statistics.with_looks`.
+        looks: see `statistics.add_looks`.
+    """
+
+    known: Records
+    plan: Plan
+    compared: pd.DataFrame
+    looks: pd.DataFrame
 
 
 def plan_of(known: Records) -> Plan:
@@ -23,119 +49,183 @@ def plan_of(known: Records) -> Plan:
     return parse(known.provenance["config"], "provenance.json", Plan)
 
 
-def comparisons_of(known: Records) -> pd.DataFrame:
-    """The plan's comparisons, as far as there are runs of their arms."""
+def look(folder: Path, known: Records) -> Findings:
+    """Compare what a folder's records hold, as the next look after those that it keeps.
+
+    Raises:
+        UserError: what is kept of earlier looks is damaged.
+    """
     plan, runs = plan_of(known), known["runs"]
     there = set(runs.loc[runs["purpose"] == "compare", "arm"])
     planned = [one for one in plan.comparisons if {one.arm, one.baseline} <= there]
-    return statistics.compare(runs, planned, plan.margin, plan.alpha)
+    compared = statistics.compare(runs, planned, plan.margin, plan.alpha)
+    path, before = folder / LOOKS, None
+    if path.exists():
+        names = dict.fromkeys(("dataset", "network", "comparison", "level", "metric"), str)
+        try:
+            before = pd.read_csv(path, dtype=names, keep_default_na=False)[list(statistics.LOOKS)]
+        except (ValueError, KeyError):
+            raise UserError(f"{path}: damaged; restore it from a copy") from None
+    ends = [
+        datetime.fromisoformat(command["started"]) + timedelta(seconds=round(command["wall_s"]))
+        for command in known.provenance["commands"]
+    ]
+    looks = statistics.add_looks(before, compared, max(ends).isoformat())
+    return Findings(known, plan, statistics.with_looks(compared, looks, plan.alpha), looks)
 
 
-def build(known: Records, compared: pd.DataFrame) -> dict[str, bytes]:
-    """Every file of a study's report: the same records give the same bytes.
+def build(study: Findings) -> dict[str, bytes]:
+    """Every file of a study's report: the same study gives the same bytes."""
+    from unitnorm.study.figures import draw  # which loads Vega
 
-    Args:
-      compared: from `comparisons_of`.
-    """
-    plan, runs = plan_of(known), known["runs"]
-    files = {}
+    known, plan, compared, looks = study
+    runs, texts = known["runs"], {}
+    tables: dict[str, pd.DataFrame] = {}
     if len(compared):
-        files["comparisons.csv"] = to_csv(compared).encode()
-        files["comparisons.md"] = to_markdown(comparison_cells(known, compared)).encode() + b"\n"
-        files["summary.md"] = to_markdown(summary_cells(plan, compared)).encode() + b"\n"
+        tables |= {"comparisons": compared, "looks": looks}
+        texts["comparisons"] = comparison_cells(study)
+        texts["summary"] = summary_cells(plan, compared)
     if (runs["purpose"] == "compare").any():
-        files["ranking.csv"] = to_csv(statistics.rank(runs)).encode()
-    drawn = {}
-    if len(compared):
-        drawn["comparisons"] = figures.draw_forest(compared, plan.margin)
-    if (runs["purpose"] == "compare").any():
-        drawn["budgets"] = figures.draw_budgets(runs)
-        if (runs["spread"] > 0).any():
-            drawn["spreads"] = figures.draw_spreads(runs)
+        tables["ranking"] = statistics.rank(runs)
     if (runs["purpose"] == "tune").any():
-        files["rates.csv"] = to_csv(statistics.rate_means(runs)).encode()
-        files["chosen_rates.csv"] = to_csv(statistics.choose_rates(runs)).encode()
-        rates = runs[runs["purpose"] == "tune"].groupby("arm")[["filters_rate", "rest_rate"]]
-        if rates.nunique().to_numpy().max() > 2:  # two points are no curve
-            drawn["rates"] = figures.draw_tuning(runs)
-    for name, figure in drawn.items():
-        encoded = encode(figure, palette=True)
-        files |= {f"figures/{name}.{ending}": content for ending, content in encoded.items()}
+        chosen = statistics.choose_rates(runs)
+        tables |= {"rates": statistics.rate_means(runs), "chosen_rates": chosen}
+        texts["chosen_rates"] = rate_cells(chosen)
+    files = {f"{name}.csv": to_csv(table).encode() for name, table in tables.items()}
+    files |= {f"{name}.md": to_markdown(cells).encode() + b"\n" for name, cells in texts.items()}
+    for name, rows in chart_rows(study).items():
+        drawn = draw(name, rows)
+        name = "comparisons" if name == "forest" else name
+        files |= {f"figures/{name}.{ending}": content for ending, content in drawn.items()}
     return files
 
 
-def build_index(studies: Mapping[str, Records]) -> bytes:
-    """One page to explore several studies, by name."""
-    from unitnorm.study.page import StudyFrames, build_page  # which loads the charts' library
+def chart_rows(study: Findings) -> dict[str, pd.DataFrame]:
+    """What each chart draws, by its name; without those that have nothing to draw."""
+    from unitnorm.study import figures
 
-    frames = {
-        name: StudyFrames(
-            known["runs"], comparisons_of(known), plan_of(known).question, plan_of(known).margin
-        )
-        for name, known in studies.items()
-    }
-    return build_page(frames)
+    known, plan, compared, _ = study
+    runs, rows = known["runs"], {"forest": figures.forest_rows(compared, plan.margin)}
+    tuning = runs[runs["purpose"] == "tune"]
+    if (tuning.groupby("arm")["filters_rate"].nunique() > 2).any():  # two points are no curve
+        epochs = {name: plan.config_of(name).train.max_epochs for name in plan.arms}
+        rows["rates"] = figures.rate_rows(runs)
+        rows["effective_rates"] = figures.effective_rows(runs, epochs)
+    if (runs["purpose"] == "compare").any():
+        rows["budgets"] = figures.budget_rows(runs)
+        if (runs["spread"] > 0).any():
+            rows["spreads"] = figures.spread_rows(runs)
+    return {name: table for name, table in rows.items() if len(table)}
 
 
-def show(known: Records, compared: pd.DataFrame) -> Group:
-    """What `unitnorm study` prints; arguments as in `build`."""
-    if compared.empty:
+def show(study: Findings) -> Group:
+    """What `unitnorm study` prints."""
+    if study.compared.empty:
         return Group(Text("no comparison has runs of both of its arms yet"))
-    return Group(Fitting(comparison_cells(known, compared)))
+    return Group(Fitting(comparison_cells(study)))
 
 
-def comparison_cells(known: Records, compared: pd.DataFrame) -> Cells:
+def comparison_cells(study: Findings) -> Cells:
     """The comparisons, to be read."""
-    plan = plan_of(known)
-    rows = [_comparison_row(row) for row in compared.to_dict("records")]
-    columns = ["data", "depth", "comparison", "n", "difference", "95 % interval", "p (Holm)"]
-    return Cells(plan.question, pd.DataFrame(rows, columns=[*columns, "verdict"]), _note(known))
+    known, plan, compared, _ = study
+    rows = []
+    for row in compared.to_dict("records"):
+        left_out = f" (−{row['n_left_out']})" if row["n_left_out"] else ""
+        rows.append(
+            {
+                "data": statistics.name_place(row),
+                "comparison": statistics.name_comparison(row),
+                "n": f"{row['n']}{left_out}",
+                "difference": _sign(row["difference"]),
+                "95 % interval": _range(row["ci_low"], row["ci_high"]),
+                "p (Holm)": format_p(row["p_holm"]),
+                "verdict": row["verdict"],
+                "looks": tell_looks(row),
+            }
+        )
+    declared = known.provenance.get("plan_committed") or "not committed"
+    committed = "" if declared.startswith("not committed") else "committed "
+    first = min((command["started"] for command in known.provenance["commands"]), default="–")
+    note = (
+        "Difference of the test error in percentage points, arm − baseline, in n pairs by seed "
+        "(− those left out, as one of the two diverged); paired t-interval over seeds; p by Holm "
+        f"over all rows; equivalent: within ±{plan.margin} points by two one-sided tests. "
+        f"Plan {committed}{declared}, first run {first}."
+    )
+    frame = pd.DataFrame(rows)
+    if not frame["looks"].any():
+        return Cells(plan.question, frame.drop(columns="looks"), note)
+    note += (
+        " Looks: seeds were added when a verdict on fewer was known; the interval given there is "
+        "valid all the same, whenever one stops (level α/(k(k + 1)) at look k)."
+    )
+    return Cells(plan.question, frame, note)
+
+
+def tell_looks(row: Mapping[Any, Any]) -> str:
+    """`extended after a look at n = 2: −0.100 to +0.300`; nothing where none was taken before."""
+    if not row["looks_before"]:
+        return ""
+    looks = "looks" if "," in row["looks_before"] else "a look"
+    interval = _range(row["ci_looks_low"], row["ci_looks_high"])
+    return f"extended after {looks} at n = {row['looks_before']}: {interval}"
+
+
+def _sign(value: float) -> str:
+    return "–" if math.isnan(value) else format_signed(value, 3)
+
+
+def _range(low: float, high: float) -> str:
+    return format_interval(_sign(low), _sign(high))
 
 
 def summary_cells(plan: Plan, compared: pd.DataFrame) -> Cells:
-    """The comparisons of errors at a glance: a row each, a column for each data set and depth."""
-    errors = compared[compared["metric"].map(statistics.is_error)]
-    places = [(dataset, depth) for dataset in plan.datasets for depth in plan.depths]
-    found: dict[str, dict[tuple[str, int], str]] = {}
+    """The comparisons of errors at a glance: a row each, a column for each data set and network."""
+    errors = compared[compared["metric"].map(statistics.is_error).astype(bool)]
+    found: dict[str, dict[str, str]] = {}
     for row in errors.to_dict("records"):
         half = (row["ci_high"] - row["ci_low"]) / 2
         text = f"{format_signed(row['difference'], 2)} ± {half:.2f} {row['verdict']}"
         cells = found.setdefault(statistics.name_comparison(row), {})
-        cells[row["dataset"], row["depth"]] = "–" if math.isnan(half) else text
-    there = [place for place in places if any(place in cells for cells in found.values())]
+        cells[statistics.name_place(row)] = "–" if math.isnan(half) else text
+    places = [dict(zip(statistics.PLACE, place, strict=True)) for place in plan.places()]
+    names = [statistics.name_place(place) for place in places]
+    there = [name for name in names if any(name in cells for cells in found.values())]
     rows = [[name, *(cells.get(place, "–") for place in there)] for name, cells in found.items()]
-    columns = ["comparison", *(f"{dataset}, depth {depth}" for dataset, depth in there)]
-    least, most = errors["n"].min(), errors["n"].max()
-    pairs = f"{least}" if least == most else f"{least} to {most}"
     note = (
         f"Test error in percentage points, arm − baseline, ± half of the {100 * (1 - plan.alpha):g}"
-        f" % interval, in {pairs} pairs of runs by seed; verdicts by Holm over all; equivalent: "
-        f"within ±{plan.margin}."
+        f" % interval, in {_count(errors['n'])} pairs of runs by seed; verdicts by Holm over all; "
+        f"equivalent: within ±{plan.margin}."
     )
-    return Cells(plan.question, pd.DataFrame(rows, columns=columns), note)
+    looked = sorted({int(n) for text in errors["looks_before"] for n in text.split(", ") if n})
+    if looked:
+        note += f" Extended after looks at n = {', '.join(map(str, looked))}."
+    return Cells(plan.question, pd.DataFrame(rows, columns=["comparison", *there]), note)
 
 
-def _comparison_row(row: dict[Any, Any]) -> list[str]:
-    left_out = f" (−{row['n_left_out']})" if row["n_left_out"] else ""
-    return [
-        row["dataset"],
-        str(row["depth"]),
-        statistics.name_comparison(row),
-        f"{row['n']}{left_out}",
-        f"{row['difference']:+.3f}",
-        f"{row['ci_low']:+.3f} to {row['ci_high']:+.3f}",
-        f"{row['p_holm']:.2g}",
-        row["verdict"],
+def _count(numbers: pd.Series) -> str:
+    low, high = numbers.min(), numbers.max()
+    return f"{low}" if low == high else f"{low} to {high}"
+
+
+def rate_cells(chosen: pd.DataFrame) -> Cells:
+    """The rates that tuning chose, and how firmly."""
+    rows = [
+        {
+            "data": statistics.name_place(row),
+            "arm": row["arm"],
+            **{name.replace("_", " "): f"{row[name]:g}" for name in statistics.RATES},
+            "validation error [%]": f"{row['val_error']:.2f}",
+            "at the grid's edge": "edge" if row["is_at_edge"] else "",
+            "seeds agreeing": f"{row['n_agreeing']} of {row['n']}",
+        }
+        for row in chosen.to_dict("records")
     ]
-
-
-def _note(known: Records) -> str:
-    plan, commands = plan_of(known), known.provenance["commands"]
-    declared = known.provenance.get("plan_committed") or "not committed"
-    first = min((command["started"] for command in commands), default="–")
-    return (
-        "Difference of the test error in percentage points, arm − baseline, in n pairs by seed "
-        "(− those left out, as one of the two diverged); paired t-interval over seeds; p by Holm "
-        f"over all rows; equivalent: within ±{plan.margin} points by two one-sided tests. "
-        f"Plan committed {declared}, first run {first}."
+    frame = pd.DataFrame(rows)
+    alike = int((chosen["n_agreeing"] == chosen["n"]).sum())
+    note = (
+        f"{int(chosen['is_at_edge'].sum())} of {len(chosen)} lie at an edge of their grid, where "
+        f"better ones may be beyond; in {alike} each tuning seed alone would have chosen the same."
     )
+    frame = frame if (chosen["decay"] > 0).any() else frame.drop(columns="decay")
+    return Cells("The rates that tuning chose", frame, note)

@@ -6,18 +6,24 @@ from unitnorm.run.records import Schema, Table
 
 BUDGETS = (5, 10, 25)  # epochs after which the test images are measured, beside the end
 MEASURED = ("train_loss", "val_error", "val_loss", "test_error", "test_loss")
-# What names a run. `start` and `spread` say from where, the rates are the base rates.
+# What names a run. `start` and `spread` say from where, the rates are the base rates, `decay` is
+# the weight decay of the filters.
 CELL = (
-    "dataset", "depth", "arm", "purpose", "seed", "filters_rate", "rest_rate", "start", "spread",
+    "dataset", "network", "depth", "arm", "purpose", "seed", "filters_rate", "rest_rate", "decay",
+    "start", "spread",
 )  # fmt: skip
+# of a step at the end of an epoch, layer by layer, numbers with spaces between; see
+# `archbn.evaluation.measure_step`
+LAYERS = ("layer_rates", "layer_angles")
 
 SCHEMA = Schema(
     kind="study",
     tables={
         "runs": Table(
             {
-                "dataset": "s", "depth": "i", "arm": "s", "purpose": "s", "seed": "i",
-                "filters_rate": "f", "rest_rate": "f", "start": "s", "spread": "f",
+                "dataset": "s", "network": "s", "depth": "i", "arm": "s", "purpose": "s",
+                "seed": "i", "filters_rate": "f", "rest_rate": "f", "decay": "f", "start": "s",
+                "spread": "f",
                 "update": "s", "schedule": "s", "batch_size": "i", "reduction": "s",
                 "epochs": "i", "stop_reason": "s", "diverged": "b",
                 **dict.fromkeys(MEASURED, "f"),
@@ -25,9 +31,16 @@ SCHEMA = Schema(
                 **{f"{name}_{epoch}": "f" for epoch in BUDGETS for name in MEASURED},
                 # the test images it gets wrong, packed; see `statistics.pack_wrong`
                 "wrong": "s",
+                **dict.fromkeys(LAYERS, "s"),
+                **{f"{name}_{epoch}": "s" for epoch in BUDGETS for name in LAYERS},
             },
             CELL,
             packed=True,
+            later={
+                "network": "archbn", "decay": 0.0,
+                **dict.fromkeys(LAYERS, ""),
+                **{f"{name}_{epoch}": "" for epoch in BUDGETS for name in LAYERS},
+            },
         )
     },
     cell=CELL,

@@ -19,29 +19,38 @@ import pandas as pd
 from scipy import special
 
 from unitnorm.errors import UserError
-from unitnorm.report.statistics import summarise, summarise_groups
+from unitnorm.report.statistics import compare_pairs, summarise, summarise_groups
 from unitnorm.study.config import ComparisonPlan
 
-KEYS = ("dataset", "depth", "arm", "update", "purpose", "seed", "filters_rate", "rest_rate")
-RESULTS = ("epochs", "stop_reason", "diverged", "effective_rate", "wrong")
+PLACE = ["dataset", "network", "depth"]
+RATES = ["filters_rate", "rest_rate", "decay"]
+KEYS = (*PLACE, "arm", "update", "purpose", "seed", *RATES)
 COMPARISONS = (
-    "dataset", "depth", "comparison", "level", "arm", "update", "baseline", "metric", "n",
-    "n_left_out", "n_diverged", "n_diverged_baseline", "difference", "std", "ci_low", "ci_high",
+    *PLACE, "comparison", "level", "arm", "update", "baseline", "metric", "n", "n_left_out",
+    "n_diverged", "n_diverged_baseline", "difference", "std", "ci_low", "ci_high",
     "ci_images_low", "ci_images_high", "p", "p_holm", "p_equivalence", "p_equivalence_holm",
     "verdict",
 )  # fmt: skip
+_LOOKED_AT = [*PLACE, "comparison", "level", "metric"]
+LOOKS = (*_LOOKED_AT, "n", "time", "difference", "p_holm", "verdict")
 _METRIC = re.compile(r"(train_loss|val_error|val_loss|test_error|test_loss)(?:_(\d+))?")
-_WORST = 1.0  # the validation error that a diverged tuning run counts with
+_OTHER = re.compile(r"epochs|stop_reason|diverged|effective_rate|wrong|layer_\w+")
+_WORST = 100.0  # the validation error in percent that a diverged tuning run counts with
 
 
 def is_result(column: str) -> bool:
     """Whether a column of the runs was measured, rather than set by the plan."""
-    return column in RESULTS or _METRIC.fullmatch(column) is not None
+    return bool(_OTHER.fullmatch(column) or _METRIC.fullmatch(column))
 
 
 def factors_of(runs: pd.DataFrame) -> list[str]:
     """The columns that are neither keys nor results: what the plan varies besides."""
     return [name for name in runs.columns if name not in KEYS and not is_result(name)]
+
+
+def is_error(metric: str) -> bool:
+    """Whether a metric is counted in percentage points."""
+    return "_error" in metric
 
 
 def metric_values(runs: pd.DataFrame, metric: str) -> pd.Series:
@@ -64,14 +73,28 @@ def metric_values(runs: pd.DataFrame, metric: str) -> pd.Series:
     return values.where(healthy) * (100 if is_error(metric) else 1)
 
 
-def is_error(metric: str) -> bool:
-    """Whether a metric is counted in percentage points."""
-    return "_error" in metric
+# ---------------------------------------------------------------- names
+
+
+def name_place(row: Mapping) -> str:
+    """Data set and network of a row: `mnist, depth 2`; networks other than ArchBN by name."""
+    network = f"depth {row['depth']}" if row["network"] == "archbn" else row["network"]
+    return f"{row['dataset']}, {network}"
 
 
 def name_comparison(row: Mapping) -> str:
     """What a row of `compare` is called: its comparison, and the level where it has several."""
     return ", ".join(part for part in (row["comparison"], row["level"]) if part)
+
+
+def name_metric(metric: str) -> str:
+    """A metric in words: `validation error after epoch 10`."""
+    stem, what, *budget = metric.split("_")
+    words = {"val": "validation", "train": "training", "test": "test"}
+    return " ".join([words[stem], what, *(f"after epoch {epoch}" for epoch in budget)])
+
+
+# ---------------------------------------------------------------- comparisons
 
 
 def compare(
@@ -80,81 +103,98 @@ def compare(
     margin: float = 0.05,
     alpha: float = 0.05,
 ) -> pd.DataFrame:
-    """Every comparison of the plan, for each data set and depth that has runs of either arm.
+    """Every comparison of the plan, for each data set and network that has runs of either arm.
 
     The pairs are the comparison runs (`purpose` is `compare`) of both arms with the same seed. A
     factor that varies within an arm makes a comparison for each of its levels, in `level`.
 
     A pair of arms is `equivalent` where two one-sided t-tests put the mean difference within
-    ±margin, else `better` or `worse` where the two-sided paired t-test tells it from 0, else
-    `open`. Both p-values are adjusted by Holm's method, each over all rows, where a comparison
-    that could not be tested counts as one. An equivalent arm may well differ from its baseline
-    (`p_holm`), by less than matters.
-
-    Differences that are all equal have no t-test: the sign test stands in for it, with p = 2^(1−n)
-    and 2^−n for each side of the equivalence.
+    ±margin (Schuirmann 1987), else `better` or `worse` where the two-sided paired t-test tells it
+    from 0, else `open`. Both p-values are adjusted by Holm's method, each over all rows, where a
+    comparison that could not be tested counts as one.
 
     Args:
-        runs: a row per run.
-        comparisons: those of the plan.
         margin: of equivalence, in percentage points; losses have none and are never equivalent.
         alpha: the intervals have the confidence 1 − alpha, the verdicts the familywise level alpha.
 
     Returns:
         Columns `COMPARISONS`. `n` pairs; `n_left_out` seeds of both arms that are no pair, as a run
-        of them is not finite or diverged (`n_diverged`, `n_diverged_baseline` of the two arms). A
-        seed that one arm alone has, as it has more of them, is neither. `difference`, std (ddof 1)
-        and intervals in percentage points for errors. NaN where a figure is not defined: n < 2, and
-        `ci_images_*` where the runs keep no images.
+        of them is not finite or diverged (`n_diverged`, `n_diverged_baseline` of the two arms).
+        `difference`, std (ddof 1) and intervals in percentage points for errors. NaN where a figure
+        is not defined: n < 2, and `ci_images_*` where the runs keep no images.
 
     Raises:
         UserError: an unknown metric, an arm without any runs, or two runs of one seed.
     """
     runs = runs[runs["purpose"] == "compare"]
-    cells = list(runs.groupby(["dataset", "depth"], sort=True))
+    there = sorted(runs["arm"].unique())
     rows = []
-    for comparison in comparisons:
-        for arm in (comparison.arm, comparison.baseline):
-            if arm not in set(runs["arm"]):
-                known = ", ".join(sorted(runs["arm"].unique()))
+    for plan in comparisons:
+        for arm in (plan.arm, plan.baseline):
+            if arm not in there:
                 raise UserError(
-                    f"comparison {comparison.name!r}: arm {arm!r} has no comparison runs; "
-                    f"expected one of {known}"
+                    f"comparison {plan.name!r}: arm {arm!r} has no comparison runs; "
+                    f"expected one of {', '.join(there)}"
                 )
-        for (dataset, depth), cell in cells:
-            ours = cell[cell["arm"] == comparison.arm]
-            theirs = cell[cell["arm"] == comparison.baseline]
-            if ours.empty and theirs.empty:
-                continue
-            for level, mine, base in _levels(ours, theirs):
-                rows.append(
-                    {
-                        "dataset": dataset,
-                        "depth": depth,
-                        "comparison": comparison.name,
-                        "level": level,
-                        "arm": comparison.arm,
-                        "update": "" if mine.empty else mine["update"].iloc[0],
-                        "baseline": comparison.baseline,
-                        "metric": comparison.metric,
-                        **_compare_pair(mine, base, comparison.metric, margin, alpha),
-                    }
-                )
+        told = {"comparison": plan.name, "arm": plan.arm, "baseline": plan.baseline}
+        told["metric"] = plan.metric
+        for place, part in runs[runs["arm"].isin([plan.arm, plan.baseline])].groupby(PLACE):
+            sides = part[part["arm"] == plan.arm], part[part["arm"] == plan.baseline]
+            for level, ours, theirs in _levels(*sides):
+                found = _compare_arms(ours, theirs, plan.metric, margin, alpha)
+                rows.append(dict(zip(PLACE, place, strict=True)) | told | {"level": level} | found)
     table = pd.DataFrame(rows, columns=list(COMPARISONS))
     table["p_holm"] = holm(table["p"].to_numpy(float))
-    with_margin = table["metric"].map(is_error).astype(bool)
-    adjusted = holm(table.loc[with_margin, "p_equivalence"].to_numpy(float))
-    table.loc[with_margin, "p_equivalence_holm"] = adjusted
-    table["verdict"] = np.select(
-        [
-            table["p_equivalence_holm"] <= alpha,
-            (table["p_holm"] <= alpha) & (table["difference"] < 0),
-            (table["p_holm"] <= alpha) & (table["difference"] > 0),
-        ],
-        ["equivalent", "better", "worse"],
-        "open",
+    errors = table["metric"].map(is_error).astype(bool)
+    table.loc[errors, "p_equivalence_holm"] = holm(
+        table.loc[errors, "p_equivalence"].to_numpy(float)
     )
-    return table
+    told_apart, above = table["p_holm"] <= alpha, table["difference"] > 0
+    cases = [table["p_equivalence_holm"] <= alpha, told_apart & ~above, told_apart & above]
+    return table.assign(verdict=np.select(cases, ["equivalent", "better", "worse"], "open"))
+
+
+def _compare_arms(
+    ours: pd.DataFrame, theirs: pd.DataFrame, metric: str, margin: float, alpha: float
+) -> dict[str, object]:
+    paired = pair_runs(ours, theirs, metric).dropna()
+    mean, std, low, high = summarise(paired["difference"].to_numpy(float), alpha)
+    images = (math.nan, math.nan)
+    if metric == "test_error" and len(paired) > 1:
+        wrong = [_wrong_images(part, paired.index) for part in (ours, theirs)]
+        if wrong[0] is not None and wrong[1] is not None:
+            images = crossed_interval(100 * (wrong[0].astype(float) - wrong[1]), alpha)
+    sides = paired["arm"].to_numpy(float), paired["baseline"].to_numpy(float)
+    p, p_equivalence = paired_tests(*sides, margin if is_error(metric) else math.nan)
+    return {
+        "update": "" if ours.empty else ours["update"].iloc[0], "n": len(paired),
+        "n_left_out": len({*ours["seed"]} & {*theirs["seed"]}) - len(paired),
+        "n_diverged": int(ours["diverged"].sum()),
+        "n_diverged_baseline": int(theirs["diverged"].sum()),
+        "difference": mean, "std": std, "ci_low": low, "ci_high": high,
+        "ci_images_low": images[0], "ci_images_high": images[1],
+        "p": p, "p_equivalence": p_equivalence,
+    }  # fmt: skip
+
+
+def paired_tests(ours: np.ndarray, theirs: np.ndarray, margin: float) -> tuple[float, float]:
+    """p of the paired t-test, and the larger p of the one-sided ones against −margin and +margin.
+
+    Differences that are all equal have no t-test: the sign test stands in for it, with p = 2^(1−n)
+    and 2^−n for each side of the equivalence.
+
+    Args:
+        ours, theirs: shape (n,), finite. NaN for n < 2.
+        margin: in the unit of the differences; NaN gives NaN.
+    """
+    (mean, std, *_), p, _ = compare_pairs(ours, theirs)
+    n = len(ours)
+    if n > 1 and math.isnan(p):
+        p_equivalence = 2.0**-n if abs(mean) < margin else 1.0
+        p = 1.0 if mean == 0 else 2.0 ** (1 - n)
+        return p, math.nan if math.isnan(margin) else p_equivalence
+    # max(P(t < (mean − margin)/error), P(t > (mean + margin)/error)); NaN stays NaN
+    return p, float(special.stdtr(n - 1, (abs(mean) - margin) / std * math.sqrt(n)))
 
 
 def pair_runs(ours: pd.DataFrame, theirs: pd.DataFrame, metric: str) -> pd.DataFrame:
@@ -168,12 +208,10 @@ def pair_runs(ours: pd.DataFrame, theirs: pd.DataFrame, metric: str) -> pd.DataF
     """
     sides = {}
     for name, part in (("arm", ours), ("baseline", theirs)):
-        twice = part[part["seed"].duplicated()]
-        if len(twice):
-            row = twice.iloc[0]
+        for row in part[part["seed"].duplicated()].to_dict("records"):
             raise UserError(
-                f"{row['dataset']}, depth {row['depth']}, arm {row['arm']!r} has more than one "
-                f"comparison run of seed {row['seed']}; expected one for each level of the factors"
+                f"{name_place(row)}, arm {row['arm']!r} has more than one comparison run of seed "
+                f"{row['seed']}; expected one for each level of the factors"
             )
         sides[name] = metric_values(part, metric).set_axis(part["seed"])
     both = pd.DataFrame(sides).rename_axis("seed").sort_index()
@@ -183,67 +221,46 @@ def pair_runs(ours: pd.DataFrame, theirs: pd.DataFrame, metric: str) -> pd.DataF
 
 def select_runs(runs: pd.DataFrame, row: Mapping) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The comparison runs of the arm and of the baseline behind a row of `compare`'s table."""
-    cell = runs[
-        (runs["purpose"] == "compare")
-        & (runs["dataset"] == row["dataset"])
-        & (runs["depth"] == row["depth"])
-    ]
-    sides = (cell[cell["arm"] == row[name]] for name in ("arm", "baseline"))
+    here = (runs[PLACE] == [row[name] for name in PLACE]).all(axis=1)
+    part = runs[here & (runs["purpose"] == "compare")]
+    sides = (part[part["arm"] == row[name]] for name in ("arm", "baseline"))
     return next((ours, theirs) for level, ours, theirs in _levels(*sides) if level == row["level"])
 
 
-def _compare_pair(
-    ours: pd.DataFrame, theirs: pd.DataFrame, metric: str, margin: float, alpha: float
-) -> dict[str, object]:
-    both = pair_runs(ours, theirs, metric)
-    paired = both.dropna()
-    difference = paired["difference"].to_numpy(float)
-    mean, std, low, high = summarise(difference, alpha)
-    images = (math.nan, math.nan)
-    if metric == "test_error" and len(paired) > 1:
-        wrong = [_wrong_images(part, paired.index) for part in (ours, theirs)]
-        if wrong[0] is not None and wrong[1] is not None:
-            matrix = 100 * (wrong[0].astype(float) - wrong[1])
-            images = crossed_interval(matrix, alpha)
-    p, p_equivalence = paired_tests(difference, margin if is_error(metric) else math.nan)
-    return {
-        "n": len(paired),
-        "n_left_out": len({*ours["seed"]} & {*theirs["seed"]}) - len(paired),
-        "n_diverged": int(ours["diverged"].sum()),
-        "n_diverged_baseline": int(theirs["diverged"].sum()),
-        "difference": mean,
-        "std": std,
-        "ci_low": low,
-        "ci_high": high,
-        "ci_images_low": images[0],
-        "ci_images_high": images[1],
-        "p": p,
-        "p_equivalence": p_equivalence,
-    }
+def _levels(
+    ours: pd.DataFrame, theirs: pd.DataFrame
+) -> Iterator[tuple[str, pd.DataFrame, pd.DataFrame]]:
+    """Both arms' runs for each combination of the factors that vary within either, and its name.
 
-
-def paired_tests(difference: np.ndarray, margin: float) -> tuple[float, float]:
-    """p of the two-sided paired t-test against 0, and of the equivalence within ±margin (TOST).
-
-    The second is the larger p of the one-sided t-tests against −margin and +margin (Schuirmann
-    1987). Differences that are all equal are tested by their signs, see `compare`.
-
-    Args:
-        difference: shape (n,), finite. NaN for n < 2.
-        margin: in the unit of the differences; NaN gives NaN.
+    An arm in which a factor does not vary is the same at all its levels: a fixed baseline stands
+    against every level of the arm.
     """
-    n = len(difference)
-    if n < 2:
-        return math.nan, math.nan
-    if np.ptp(difference) == 0:
-        value = float(difference[0])
-        p = 1.0 if value == 0 else 2.0 ** (1 - n)
-        p_equivalence = 2.0**-n if abs(value) < margin else 1.0
-        return p, math.nan if math.isnan(margin) else p_equivalence
-    mean, error = float(difference.mean()), float(difference.std(ddof=1)) / math.sqrt(n)
-    p = 2 * float(special.stdtr(n - 1, -abs(mean) / error))
-    # max(P(t < (mean − margin)/error), P(t > (mean + margin)/error)); NaN stays NaN
-    return p, float(special.stdtr(n - 1, (abs(mean) - margin) / error))
+    factors, both = factors_of(ours), (ours, theirs)
+    varying = [{f for f in factors if side[f].nunique(dropna=False) > 1} for side in both]
+    names = [name for name in factors if name in varying[0] | varying[1]]
+    if not names:
+        yield "", ours, theirs
+        return
+    sides = list(zip(both, varying, strict=True))
+    either = pd.concat([side for side, own in sides if own])
+    for values, _ in either.groupby(names, dropna=False):
+        at = []
+        for side, own in sides:
+            for name, value in zip(names, values, strict=True):
+                if name in own:
+                    side = side[side[name].isin([value])]  # which finds NaN as well
+            at.append(side)
+        texts = (f"{x:g}" if isinstance(x, float) else f"{x}" for x in values)
+        yield ", ".join(map(" ".join, zip(names, texts, strict=True))), at[0], at[1]
+
+
+def holm(p: np.ndarray) -> np.ndarray:
+    """Holm's (1979) adjusted p-values, shape (m,); NaN stays NaN and counts as 1 in the family."""
+    order = np.argsort(np.where(np.isnan(p), np.inf, p))
+    steps = np.nan_to_num(p[order], nan=1.0) * np.arange(len(p), 0, -1)
+    adjusted = np.empty(len(p))
+    adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1)
+    return np.where(np.isnan(p), np.nan, adjusted)
 
 
 def crossed_interval(matrix: np.ndarray, alpha: float = 0.05) -> tuple[float, float]:
@@ -261,33 +278,66 @@ def crossed_interval(matrix: np.ndarray, alpha: float = 0.05) -> tuple[float, fl
         alpha: one minus the confidence.
     """
     runs, images = matrix.shape
-    mean = float(matrix.mean())
+    mean, flat = float(matrix.mean()), matrix.ravel()
     by_run, by_image = matrix.mean(axis=1) - mean, matrix.mean(axis=0) - mean
-    squares_run, squares_image = images * (by_run @ by_run), runs * (by_image @ by_image)
-    flat = matrix.ravel()
-    squares_rest = max(0.0, flat @ flat - flat.size * mean**2 - squares_run - squares_image)
+    squares = [images * (by_run @ by_run), runs * (by_image @ by_image)]
+    squares.append(max(0.0, flat @ flat - flat.size * mean**2 - sum(squares)))
     freedom = np.array([runs - 1, images - 1, (runs - 1) * (images - 1)])
-    parts = np.array([squares_run, squares_image, squares_rest]) / freedom / matrix.size
-    if parts[1] <= parts[2]:
-        variance, degrees = parts[0], float(runs - 1)
-    else:
+    parts = np.array(squares) / freedom / matrix.size
+    variance, degrees = parts[0], float(runs - 1)
+    if parts[1] > parts[2]:
         variance = parts[0] + parts[1] - parts[2]
         degrees = float(variance**2 / (parts**2 / freedom).sum())
     half = float(special.stdtrit(degrees, 1 - alpha / 2)) * math.sqrt(variance)
     return mean - half, mean + half
 
 
-def holm(p: np.ndarray) -> np.ndarray:
-    """Holm's (1979) adjusted p-values; NaN stays NaN and counts as 1 in the family.
+# ---------------------------------------------------------------- looks
+
+
+def add_looks(looks: pd.DataFrame | None, compared: pd.DataFrame, time: str) -> pd.DataFrame:
+    """The looks so far and this one: columns `LOOKS`, a row for each comparison and its pairs.
+
+    A look is a verdict on more or fewer pairs than any before; the same pairs again are none.
 
     Args:
-        p: shape (m,), one for each hypothesis of the family.
+        looks: what this function returned before; None: nothing has been looked at yet.
+        compared: from `compare`.
+        time: of the last run.
     """
-    order = np.argsort(np.where(np.isnan(p), np.inf, p))
-    steps = np.nan_to_num(p[order], nan=1.0) * np.arange(len(p), 0, -1)
-    adjusted = np.empty(len(p))
-    adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1)
-    return np.where(np.isnan(p), np.nan, adjusted)
+    new = compared[compared["n"] > 1].assign(time=time)[list(LOOKS)]
+    known = new if looks is None else pd.concat([looks, new], ignore_index=True)
+    return known.drop_duplicates([*_LOOKED_AT, "n"], ignore_index=True)
+
+
+def with_looks(compared: pd.DataFrame, looks: pd.DataFrame, alpha: float = 0.05) -> pd.DataFrame:
+    """Comparisons with what was looked at before, and an interval that is valid all the same.
+
+    Pairs added because of what was seen spoil the level of an interval. That of look k is given the
+    level α/(k(k + 1)), which all looks together spend once (Bonferroni): whenever one stops, it
+    misses the mean with a chance of at most α.
+
+    Returns:
+        `compared` with `looks_before` ("2, 5": the numbers of pairs; "" if none), `ci_looks_low`
+        and `ci_looks_high` (NaN where there was no look before).
+    """
+    counts = looks.groupby(_LOOKED_AT)["n"].apply(list).to_dict()
+    rows = []
+    for row in compared.to_dict("records"):
+        before = sorted(
+            n for n in counts.get(tuple(row[c] for c in _LOOKED_AT), ()) if n < row["n"]
+        )
+        k, half = len(before) + 1, math.nan
+        if before:
+            quantile = special.stdtrit(row["n"] - 1, 1 - alpha / (k * (k + 1)) / 2)
+            half = quantile * row["std"] / math.sqrt(row["n"])
+        told = ", ".join(map(str, before))
+        rows.append((told, row["difference"] - half, row["difference"] + half))
+    columns = ["looks_before", "ci_looks_low", "ci_looks_high"]
+    return compared.join(pd.DataFrame(rows, columns=columns, index=compared.index))
+
+
+# ---------------------------------------------------------------- the images behind an error
 
 
 def pack_wrong(wrong: np.ndarray) -> str:
@@ -310,133 +360,149 @@ def unpack_wrong(text: str) -> np.ndarray:
 
 def _wrong_images(runs: pd.DataFrame, seeds: pd.Index) -> np.ndarray | None:
     """The wrong images of the runs with these seeds, shape (seeds, images); None where not kept."""
-    if "wrong" not in runs.columns:
-        return None
     chosen = runs.set_index("seed").loc[seeds]
-    if not all(isinstance(text, str) and text for text in chosen["wrong"]):
+    if "wrong" not in runs.columns or not all(chosen["wrong"]):
         return None
     arrays = [unpack_wrong(text) for text in chosen["wrong"]]
-    if len({len(array) for array in arrays}) > 1:
-        raise UserError("column wrong: runs of one data set differ in images; restore the records")
-    wrong = np.array(arrays)
-    # Bits come in eights: how many of the last are images follows from the errors themselves.
     errors = chosen["test_error"].to_numpy(float)
-    counts = wrong.sum(axis=1)
-    images = round(counts.sum() / errors.sum()) if errors.sum() else wrong.shape[1]
-    if not (wrong.shape[1] - 8 < images <= wrong.shape[1]) or not np.allclose(
-        counts / images, errors, atol=0.5 / images
-    ):
-        raise UserError("columns wrong and test_error do not agree; restore the records")
-    return wrong[:, :images]
+    if len({len(array) for array in arrays}) == 1:
+        wrong = np.array(arrays)
+        counts, size = wrong.sum(axis=1), wrong.shape[1]
+        # Bits come in eights: how many of the last are images follows from the errors themselves.
+        images = round(counts.sum() / errors.sum()) if errors.sum() else size
+        close = np.allclose(counts / max(images, 1), errors, atol=0.5 / max(images, 1))
+        if close and size - 8 < images <= size:
+            return wrong[:, :images]
+    raise UserError("columns wrong and test_error do not agree; restore the records")
 
 
-def _levels(
-    ours: pd.DataFrame, theirs: pd.DataFrame
-) -> Iterator[tuple[str, pd.DataFrame, pd.DataFrame]]:
-    """Both arms' runs for each combination of the factors that vary within either.
-
-    An arm in which a factor does not vary is the same at all its levels: a fixed baseline stands
-    against every level of the arm.
-    """
-    sides = (ours, theirs)
-    varying = [
-        [name for name in factors_of(side) if side[name].nunique(dropna=False) > 1]
-        for side in sides
-    ]
-    names = [name for name in factors_of(ours) if name in varying[0] or name in varying[1]]
-    if not names:
-        yield "", ours, theirs
-        return
-    either = pd.concat([side for side, own in zip(sides, varying, strict=True) if own])
-    for values, _ in either.groupby(names, dropna=False, sort=True):
-        level = dict(zip(names, values, strict=True))
-        parts = []
-        for side, own in zip(sides, varying, strict=True):
-            for name in own:
-                same = side[name].isin([level[name]])  # of NaN as well
-                side = side[same]
-            parts.append(side)
-        yield level_text(level), parts[0], parts[1]
+# ---------------------------------------------------------------- rates, budgets, starts, ranks
 
 
-def level_text(level: Mapping[str, object]) -> str:
-    """The levels of factors as one text: `spread 0.5, schedule cosine`."""
-    return ", ".join(
-        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in level.items()
-    )
+def summarise_errors(table: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+    """`summarise_groups` of `value`, errors in percent: intervals end where an error does."""
+    means = summarise_groups(table, keys, "value")
+    return means.assign(**means[["ci_low", "ci_high"]].clip(0, 100))
 
 
 def rate_means(runs: pd.DataFrame) -> pd.DataFrame:
-    """The tuning runs by data set, depth, arm and rates, with the best rates of each arm marked.
+    """The tuning runs by place, arm and rates, with the best rates of each arm marked.
 
-    The best has the lowest mean validation error, where a diverged run counts as an error of
-    100 %. Of equal means the larger rate of the filters wins, then that of the rest: it needs
-    fewer epochs.
+    The best has the lowest mean validation error, where a diverged run counts as 100 %. Of equal
+    means the larger rate of the filters wins, then that of the rest, as it needs fewer epochs; then
+    the larger decay.
 
     Returns:
-        Columns dataset, depth, arm, update, filters_rate, rest_rate, n (tuning runs), n_diverged,
-        val_error (that mean, percent), healthy_error (mean of those that have not diverged, NaN
-        where there are none), ci_low, ci_high (its 95 % t-interval), is_best, is_at_edge (the
-        smallest or largest rate tried, of the filters or the rest; an axis with one rate has no
-        edge).
+        Columns `PLACE`, arm, update, schedule, `RATES`, n (tuning runs), n_diverged, val_error
+        (that mean, percent), healthy_error (mean of those that have not diverged, NaN where there
+        are none), ci_low, ci_high (its 95 % t-interval), effective_rate (mean of the last epoch's,
+        of those too), is_best, is_at_edge (the smallest or largest tried of the filters' rate, the
+        rest's or the decay; an axis with one value has no edge, and nothing is below no decay),
+        n_agreeing (tuning seeds that would have chosen these rates alone).
     """
-    runs = runs[runs["purpose"] == "tune"]
-    cell = ["dataset", "depth", "arm", "update"]
-    rates = ["filters_rate", "rest_rate"]
-    table = summarise_groups(
-        runs.assign(value=metric_values(runs, "val_error")).sort_values([*cell, *rates]),
-        [*cell, *rates], "value",
-    ).rename(columns={"mean": "healthy_error"})  # fmt: skip
-    lost = 100 * _WORST * table["n_diverged"]
-    runs_of_each = table["n"] + table["n_diverged"]
-    counted = (table["healthy_error"].fillna(0) * table["n"] + lost) / runs_of_each
-    table.insert(len(cell + rates) + 2, "val_error", counted.round(10))
-    table = table.assign(n=runs_of_each).drop(columns="std")
-    order = table.sort_values(["val_error", *rates], ascending=[True, False, False])
-    best = order.groupby(cell).head(1).index
+    cell = [*PLACE, "arm", "update", "schedule"]
+    runs = runs[runs["purpose"] == "tune"].sort_values([*cell, *RATES])
+    runs = runs.assign(value=metric_values(runs, "val_error"))
+    table = summarise_errors(runs, [*cell, *RATES]).rename(columns={"mean": "healthy_error"})
+    count = table["n"] + table["n_diverged"]
+    healthy = table["healthy_error"].fillna(0) * table["n"]
+    counted = ((healthy + _WORST * table["n_diverged"]) / count).round(10)
+    reached = runs.assign(rate=runs["effective_rate"].where(runs["value"].notna()))
+    rates = reached.groupby([*cell, *RATES], sort=False)["rate"].mean().to_numpy()
+    table = table.assign(n=count, val_error=counted, effective_rate=rates)
     edge = pd.Series(False, index=table.index)
-    for rate in rates:
-        by_cell = table.groupby(cell)[rate]
-        least, most = by_cell.transform("min"), by_cell.transform("max")
-        edge |= (least < most) & ((table[rate] == least) | (table[rate] == most))
-    return table.assign(is_best=table.index.isin(best), is_at_edge=edge)
+    for name in RATES:
+        axis = table.groupby(cell)[name]
+        least, most = axis.transform("min"), axis.transform("max")
+        edge |= (least < most) & (((table[name] == least) & (least > 0)) | (table[name] == most))
+    alone = _best(runs.assign(val_error=runs["value"].fillna(_WORST)), [*cell, "seed"])
+    agreeing = alone.groupby([*cell, *RATES]).size().rename("n_agreeing")
+    table = table.assign(is_best=table.index.isin(_best(table, cell).index), is_at_edge=edge)
+    table = table.join(agreeing, on=[*cell, *RATES]).fillna({"n_agreeing": 0})
+    return table.drop(columns="std").astype({"n_agreeing": int})
+
+
+def _best(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """Of each group the row that wins by the rule of `rate_means`."""
+    order = table.sort_values(["val_error", *RATES], ascending=[True, False, False, False])
+    return order.groupby(keys).head(1)
 
 
 def profile_rates(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of `rate_means` with the rest's best rate, for each rate of an arm's filters."""
-    table = table.sort_values(["val_error", "rest_rate"], ascending=[True, False])
-    keys = ["dataset", "depth", "arm", "filters_rate"]
-    return table.groupby(keys).head(1).sort_values(keys, ignore_index=True)
+    """The rows of `rate_means` with all else at its best, for each rate of an arm's filters."""
+    keys = [*PLACE, "arm", "filters_rate"]
+    return _best(table, keys).sort_values(keys, ignore_index=True)
 
 
 def choose_rates(runs: pd.DataFrame) -> pd.DataFrame:
-    """The best rates of each data set, depth and arm by the tuning runs: the rule of `rate_means`.
-
-    Returns:
-        The columns of `rate_means` without `is_best`, a row per data set, depth and arm.
-    """
+    """The best rates by the tuning runs: of `rate_means` a row for each place and arm."""
     table = rate_means(runs)
     return table[table["is_best"]].drop(columns="is_best").reset_index(drop=True)
 
 
-def rank(runs: pd.DataFrame) -> pd.DataFrame:
-    """All arms of each data set and depth by their mean test error, the best first.
+def budget_means(runs: pd.DataFrame, metric: str = "test_error") -> pd.DataFrame:
+    """The metric of the comparison runs by place, arm and budget of epochs, with t-intervals.
+
+    Budgets that no run has reached are left out; the last one is the end of each run, and its
+    number where all end there.
 
     Returns:
-        Columns dataset, depth, rank, arm, update, level (of the factors that vary within an arm),
-        n, n_diverged (not in the mean), mean, std (ddof 1), ci_low, ci_high (95 % t-interval); in
-        percent. Equal means share the better rank; an arm that always diverged comes last.
+        Columns `PLACE`, arm, update, budget ("5", …, "end"), n, n_diverged, mean, std, ci_low,
+        ci_high; errors in percent, cells of which all runs diverged left out.
+    """
+    chosen = runs[runs["purpose"] == "compare"]
+    epochs = chosen.loc[metric_values(chosen, metric).notna(), "epochs"]
+    later = [name.removeprefix(f"{metric}_") for name in map(str, runs) if f"{metric}_" in name]
+    columns = {b: f"{metric}_{b}" for b in sorted(later, key=int) if int(b) < epochs.max()}
+    columns["end" if epochs.nunique() != 1 else str(epochs.max())] = metric
+    parts = [
+        chosen.assign(budget=budget, value=metric_values(chosen, column))
+        for budget, column in columns.items()
+    ]
+    table = summarise_errors(pd.concat(parts), [*PLACE, "arm", "update", "budget"])
+    return table[table["n"] > 0].reset_index(drop=True)
+
+
+def spread_means(runs: pd.DataFrame, metric: str = "test_error") -> pd.DataFrame:
+    """The metric of the comparison runs by kind of start, place, update and spread.
+
+    At spread 0 every kind is the balanced start, so that runs of one serve all.
+
+    Returns:
+        Columns kind, `PLACE`, update, spread, n, n_diverged, mean, std, ci_low, ci_high.
+    """
+    chosen = runs[runs["purpose"] == "compare"]
+    chosen = chosen.assign(value=metric_values(chosen, metric))
+    kinds = [kind for kind in chosen["start"].unique() if kind != "balanced"] or ["balanced"]
+    keys = ["kind", *PLACE, "update", "spread"]
+    parts = []
+    for kind in kinds:
+        own = chosen["start"] == kind
+        part = chosen[own | (chosen["spread"] == 0)].assign(kind=kind)
+        part = part[part["update"].isin(chosen.loc[own, "update"])]
+        # where each kind has balanced runs of its own, these come first and stay
+        part = part.iloc[np.argsort(part["start"] != kind, kind="stable")]
+        parts.append(part.drop_duplicates([*keys, "seed"]))
+    return summarise_errors(pd.concat(parts), keys)
+
+
+def rank(runs: pd.DataFrame) -> pd.DataFrame:
+    """All arms of each place by their mean test error, the best first.
+
+    Returns:
+        Columns `PLACE`, rank, arm, update, level (of the factors that vary within an arm), n,
+        n_diverged (not in the mean), mean, std (ddof 1), ci_low, ci_high (95 % t-interval, cut
+        where an error ends); in percent. Equal means share the better rank; an arm that always
+        diverged comes last.
     """
     runs = runs[runs["purpose"] == "compare"]
-    cell = ["dataset", "depth"]
     levels = [
         part.assign(level=level, value=metric_values(part, "test_error"))
-        for _, group in runs.groupby([*cell, "arm"], sort=True)
+        for _, group in runs.groupby([*PLACE, "arm"])
         for level, part, _ in _levels(group, group)
     ]
-    table = summarise_groups(pd.concat(levels), [*cell, "arm", "update", "level"], "value")
+    table = summarise_errors(pd.concat(levels), [*PLACE, "arm", "update", "level"])
     means = table["mean"].round(10).fillna(math.inf)
-    places = means.groupby([table["dataset"], table["depth"]]).rank(method="min").astype(int)
-    table.insert(2, "rank", places)
-    return table.sort_values([*cell, "rank", "arm"], ignore_index=True)
+    places = means.groupby([table[name] for name in PLACE]).rank(method="min").astype(int)
+    table.insert(len(PLACE), "rank", places)
+    return table.sort_values([*PLACE, "rank", "arm"], ignore_index=True)

@@ -1,8 +1,6 @@
-"""Sweep and train: from a config and the records so far to the records to come.
+"""Table 2: which runs its sweep and its full trainings have, and their rows.
 
-`sweep_missing` and `train_missing` find out which runs are missing, train all that go together as
-one `training.Program`, and give the records back with the new rows. The only thing they ask of the
-outside is a `Session`: where to report progress, keep checkpoints and hear of an interruption.
+A group is the runs of one depth that lack the same updates; one program trains it.
 """
 
 from __future__ import annotations
@@ -10,283 +8,210 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
-import safetensors
-import safetensors.numpy
-from jax.typing import ArrayLike
 
-from unitnorm.archbn import protocol, training
+from unitnorm.archbn import protocol, run_many
 from unitnorm.archbn.config import Config
+from unitnorm.archbn.model import archbn
+from unitnorm.archbn.training import Arm, Run, Settings, Task
 from unitnorm.data import Dataset
 from unitnorm.errors import UserError
 from unitnorm.run.checkpoints import Part
 from unitnorm.run.loop import Session, train
+from unitnorm.run.planner import Found, Group
 from unitnorm.run.provenance import fingerprint
-from unitnorm.run.records import REPAIR, Records
+from unitnorm.run.records import REPAIR, Records, Schema
 from unitnorm.table2.schema import CELL, FILTERS, SCHEMA
+
+TITLES = {"sweep": "sweep", "runs": "train"}
 
 
 @dataclass(frozen=True)
-class Group:
-    """Runs of one depth that are trained by one program."""
+class Cells:
+    """Runs of one depth, and their base learning rates, (runs, updates), once they are known."""
 
     depth: int
     updates: tuple[str, ...]
     runs: tuple[int, ...]
+    rates: np.ndarray | None = None
 
-    def cells(self) -> pd.DataFrame:
+    def table(self) -> pd.DataFrame:
         """One row per update and run."""
-        product = itertools.product([self.depth], self.updates, self.runs)
-        return pd.DataFrame(product, columns=list(CELL))
+        return _product([self.depth], self.updates, self.runs)
 
 
-def sweep_missing(
-    config: Config, data: Dataset, records: Records, session: Session
-) -> Iterator[Records]:
-    """Try every rate for every run that has no base learning rate yet (section 4).
+@dataclass(frozen=True)
+class Table2:
+    """The experiment of a config; see `planner.Experiment`."""
 
-    Yields:
-      The records with the rows of one more group of runs, as soon as they are known.
+    config: Config
+    sweep_only: bool = False
+    schema: Schema = SCHEMA
+
+    def missing(self, records: Records) -> Iterator[Group]:
+        """Sweeps first; full trainings of what is swept."""
+        untrained = () if self.sweep_only else _missing(self.config, records["runs"])
+        if untrained or self.sweep_only:
+            for cells in _missing(self.config, records["sweep"]):
+                yield _group("sweep", cells)
+        for cells in untrained:
+            if SCHEMA.among(cells.table(), records["sweep"]).all():
+                yield _group("runs", with_rates(cells, records["sweep"]))
+
+    def again(self, records: Records, chosen: Mapping[str, Any]) -> Iterator[Group]:
+        """The run's sweep, and its full training at the rate recorded."""
+        depth, update, run = (chosen[column] for column in CELL)
+        cells = Cells(depth, (update,), (run,))
+        yield _group("sweep", cells)
+        yield _group("runs", with_rates(cells, records["sweep"]))
+
+    def compute(self, group: Group, data: Dataset, session: Session) -> Found:
+        """The rows of a sweep or of full trainings, all in one program."""
+        cells: Cells = group.what
+        config, part = self.config, "sweep" if cells.rates is None else "train"
+        seeds = np.asarray([config.seed + run for run in cells.runs])
+        rates, schedule = cells.rates, protocol.BOLD_DRIVER
+        if rates is None:  # every rate for every run, as it is
+            tried = np.asarray(config.sweep.rates)
+            rates = np.tile(tried[:, None], (len(cells.runs), len(cells.updates)))
+            seeds, schedule = np.repeat(seeds, len(tried)), protocol.CONSTANT
+        network = archbn(config.model, data.train_images.shape[1], data.classes, cells.depth)
+        task = Task(config, network, part)
+        arms = [
+            (Arm(update), Settings(seeds, rates[:, column], schedule=schedule))
+            for column, update in enumerate(cells.updates)
+        ]
+        program = run_many.Program(group.title, task, arms, data)
+        identity = fingerprint(
+            ("archbn", "table2"), cells.updates, part, config.fingerprint(), data.sha256,
+            cells.depth, seeds, rates,
+        )  # fmt: skip
+        covers = tuple(sorted(group.names(SCHEMA)))
+        state = train(Part(group.title, identity, covers), program, session)
+        if cells.rates is None:
+            return self._sweep_rows(cells, task, program.take(state))
+        wrong = [mine for mine, _ in program.find_wrong(state)]
+        return self._train_rows(cells, task, program.take(state), wrong)
+
+    def _sweep_rows(self, cells: Cells, task: Task, trained: tuple[Run, ...]) -> Found:
+        """Of each run, the rate that is best on the validation images is chosen (section 4)."""
+        rates = np.asarray(self.config.sweep.rates)
+        shape = len(cells.runs), len(rates)
+        rows = []
+        for update, runs in zip(cells.updates, trained, strict=True):
+            end = run_many.at_end(runs, task)
+            val_error, loss, diverged = (
+                values.reshape(shape) for values in (end.val_error, end.train_loss, end.diverged)
+            )
+            chosen = np.asarray(protocol.choose_rate(rates, val_error, diverged))
+            rows += [
+                {
+                    "depth": cells.depth, "update": update, "run": number,
+                    "seed": self.config.seed + number, "base_lr": rate,
+                    "val_error": val_error[i, j], "train_loss": loss[i, j],
+                    "diverged": diverged[i, j], "chosen": j == chosen[i],
+                }
+                for i, number in enumerate(cells.runs)
+                for j, rate in enumerate(rates)
+            ]  # fmt: skip
+        return Found({"sweep": SCHEMA.frame("sweep", rows)}, arrays={FILTERS: {}})
+
+    def _train_rows(
+        self, cells: Cells, task: Task, trained: tuple[Run, ...], wrong: list[np.ndarray]
+    ) -> Found:
+        """Full trainings, and run 0's filters of the first layer.
+
+        Args:
+          wrong: of each update, which test images each run gets wrong.
+        """
+        assert cells.rates is not None
+        columns = SCHEMA.tables["history"].columns
+        run_rows, history_rows, filters = [], [], {}
+        for column, (update, run) in enumerate(zip(cells.updates, trained, strict=True)):
+            end, test_error = run_many.at_end(run, task), wrong[column].mean(axis=-1)
+            history = run_many.exact_history(run, task)
+            if cells.runs[0] == 0:
+                first = task.network.filters(run.params)[0]
+                filters[f"{cells.depth}/{update}"] = np.asarray(first[0])
+            for i, number in enumerate(cells.runs):
+                name = {"depth": cells.depth, "update": update, "run": number}
+                run_rows.append(
+                    name
+                    | {
+                        "seed": self.config.seed + number, "base_lr": cells.rates[i, column],
+                        "epochs": run.epoch[i],
+                        "train_loss": end.train_loss[i], "val_error": end.val_error[i],
+                        "test_error": test_error[i] if run.epoch[i] else np.nan,
+                        "diverged": end.diverged[i],
+                        "stop_reason": protocol.STOP_REASONS[run.reason[i]],
+                    }
+                )  # fmt: skip
+                history_rows += [
+                    name
+                    | {"epoch": epoch + 1}
+                    | {key: history[key][i, epoch] for key in history if key in columns}
+                    for epoch in range(run.epoch[i])
+                ]
+        rows = {"runs": run_rows, "history": history_rows}
+        return Found({n: SCHEMA.frame(n, mine) for n, mine in rows.items()}, {}, {FILTERS: filters})
+
+
+def list_cells(config: Config) -> pd.DataFrame:
+    """The runs of a config's selection: one row per depth, update and run."""
+    return _product(config.depths, config.updates, range(config.runs))
+
+
+def with_rates(cells: Cells, sweep: pd.DataFrame) -> Cells:
+    """With the rates that the sweep chose; NaN where every rate diverged."""
+    chosen = sweep[sweep["chosen"]].set_index(list(CELL))["base_lr"]
+    rates = chosen.reindex(pd.MultiIndex.from_frame(cells.table())).to_numpy(float)
+    shaped = rates.reshape(len(cells.updates), len(cells.runs)).T
+    return Cells(cells.depth, cells.updates, cells.runs, shaped)
+
+
+def describe_data(data: Dataset) -> dict[str, object]:
+    """What the provenance says of the data."""
+    return {
+        "name": data.name, "sha256": data.sha256, "image_shape": list(data.image_shape),
+        "classes": data.classes,
+    }  # fmt: skip
+
+
+def filters_of(records: Records) -> dict[tuple[int, str], np.ndarray]:
+    """(depth, update) → float32 (filters, features), of run 0's first layer.
 
     Raises:
-      Interrupted: after saving a checkpoint.
+      UserError: the file holds something else.
     """
-    groups = missing(config, records["sweep"])
-    if not groups:
-        session.say("sweep: every selected run has its base learning rate")
-    filters = pack_filters(unpack_filters(records))  # a folder has them from the first write on
-    for group in groups:
-        rows = sweep_group(config, data, group, session)
-        records = records.with_rows("sweep", rows).with_files({FILTERS: filters})
-        yield records
+    arrays = records.arrays(FILTERS)
+    try:
+        split = {tuple(name.split("/", 1)): array for name, array in arrays.items()}
+        return {(int(depth), update): array for (depth, update), array in split.items()}
+    except ValueError as error:
+        detail = " ".join(str(error).split())
+        raise UserError(f"{FILTERS}: not the filters of runs: {detail}; {REPAIR}") from None
 
 
-def train_missing(
-    config: Config, data: Dataset, records: Records, session: Session
-) -> Iterator[Records]:
-    """Train every run that is not recorded, at its base learning rate; those without are swept.
-
-    Yields, raises:
-      As `sweep_missing`.
-    """
-    groups = missing(config, records["runs"])
-    if not groups:
-        session.say("train: every selected run is recorded; --fresh starts over")
-        return
-    unswept = missing(config, records["sweep"])
-    if unswept:
-        count = sum(len(group.runs) * len(group.updates) for group in unswept)
-        session.say(f"train: {count} runs have no base learning rate yet, sweeping first")
-        for swept in sweep_missing(config, data, records, session):
-            records = swept
-            yield records
-    filters = unpack_filters(records)
-    for group in groups:
-        trained = train_group(config, data, group, records["sweep"], session)
-        filters |= trained.filters
-        records = records.with_rows("runs", trained.runs).with_rows("history", trained.history)
-        records = records.with_files({FILTERS: pack_filters(filters)})
-        yield records
+def _group(table: str, cells: Cells) -> Group:
+    return Group(f"{TITLES[table]} depth {cells.depth}", table, cells.table(), cells)
 
 
-def sweep_group(config: Config, data: Dataset, group: Group, session: Session) -> pd.DataFrame:
-    """The sweep of one group of runs, as rows of the table `sweep`."""
-    rates = np.asarray(config.sweep.rates)
-    seeds = np.repeat([config.seed + run for run in group.runs], len(rates))
-    grid = np.tile(rates[:, None], (len(group.runs), len(group.updates)))
-    phase = training.sweep_phase(config)
-    _, trained = train_program("sweep", phase, config, data, group, seeds, grid, session)
-    rows = []
-    for update, runs in zip(group.updates, trained, strict=True):
-        end = at_end(runs, config, phase)
-        val_error, loss, diverged = (
-            values.reshape(len(group.runs), len(rates))
-            for values in (end.val_error, end.train_loss, end.diverged)
-        )
-        chosen = np.asarray(protocol.choose_rate(rates, val_error, diverged))
-        rows += [
-            {
-                "depth": group.depth, "update": update, "run": number,
-                "seed": config.seed + number, "base_lr": rate, "val_error": val_error[i, j],
-                "train_loss": loss[i, j], "diverged": diverged[i, j], "chosen": j == chosen[i],
-            }
-            for i, number in enumerate(group.runs)
-            for j, rate in enumerate(rates)
-        ]  # fmt: skip
-    return SCHEMA.frame("sweep", rows)
-
-
-class Trained(NamedTuple):
-    """The records of one group's full training."""
-
-    runs: pd.DataFrame
-    history: pd.DataFrame
-    filters: dict[tuple[int, str], np.ndarray]
-
-
-def train_group(
-    config: Config, data: Dataset, group: Group, sweep: pd.DataFrame, session: Session
-) -> Trained:
-    """The full training of one group of runs, at their rates from `sweep`."""
-    rates, phase = base_rates(sweep, group), training.train_phase(config)
-    seeds = np.asarray([config.seed + run for run in group.runs])
-    wrong, trained = train_program("runs", phase, config, data, group, seeds, rates, session)
-    columns = SCHEMA.tables["history"].columns
-    run_rows, history_rows, filters = [], [], {}
-    for column, (update, run) in enumerate(zip(group.updates, trained, strict=True)):
-        end, test_error = at_end(run, config, phase), wrong[column].mean(axis=-1)
-        history = run.history._asdict() | {
-            "train_error": exact(run.history.train_error, phase.train_images),
-            "val_error": exact(run.history.val_error, phase.validation_images),
-        }
-        if group.runs[0] == 0:
-            filters[group.depth, update] = np.asarray(training.filters(run.params)[0][0])
-        for i, number in enumerate(group.runs):
-            name = {"depth": group.depth, "update": update, "run": number}
-            run_rows.append(
-                name
-                | {
-                    "seed": seeds[i], "base_lr": rates[i, column],
-                    "epochs": run.epoch[i],
-                    "train_loss": end.train_loss[i], "val_error": end.val_error[i],
-                    "test_error": test_error[i] if run.epoch[i] else np.nan,
-                    "diverged": end.diverged[i],
-                    "stop_reason": protocol.STOP_REASONS[run.reason[i]],
-                }
-            )  # fmt: skip
-            history_rows += [
-                name
-                | {"epoch": epoch + 1}
-                | {key: history[key][i, epoch] for key in history if key in columns}
-                for epoch in range(run.epoch[i])
-            ]
-    return Trained(SCHEMA.frame("runs", run_rows), SCHEMA.frame("history", history_rows), filters)
-
-
-def train_program(
-    table: str,
-    phase: training.Phase,
-    config: Config,
-    data: Dataset,
-    group: Group,
-    seeds: np.ndarray,
-    rates: np.ndarray,
-    session: Session,
-) -> tuple[list[np.ndarray], tuple[training.Run, ...]]:
-    """Train a group to its end.
-
-    Args:
-      rates: (seeds, updates).
-
-    Returns:
-      For each update, the test images that are wrong, and the runs on the host.
-    """
-    title = f"{'train' if table == 'runs' else table} depth {group.depth}"
-    arms = [
-        (training.Arm(update), training.Settings(seeds, rates[:, column]))
-        for column, update in enumerate(group.updates)
-    ]
-    program = training.Program(title, config, group.depth, phase, arms, data)
-    part = Part(
-        title,
-        fingerprint(
-            training.__name__, group.updates, table, config.fingerprint(), data.sha256, seeds, rates
-        ),
-        covers=tuple(sorted(SCHEMA.names(table, group.cells()))),
-    )
-    state = train(part, program, session)
-    wrong = [mine for mine, _ in program.find_wrong(state)] if table == "runs" else []
-    return wrong, program.take(state)
-
-
-class End(NamedTuple):
-    """Where runs of one update ended, each of shape (runs,)."""
-
-    train_loss: np.ndarray
-    val_error: np.ndarray
-    diverged: np.ndarray
-
-
-def at_end(run: training.Run, config: Config, phase: training.Phase) -> End:
-    """The last epoch of runs, and whether they have diverged."""
-    loss = training.last(run.history.train_loss, run.epoch)
-    val_error = training.last(run.history.val_error, run.epoch)
-    val_error = exact(val_error, phase.validation_images)
-    first, limit = run.history.train_loss[:, 0], config.stopping.diverged_error
-    diverged = protocol.has_diverged(loss, first, val_error, diverged_error=limit)
-    return End(loss, val_error, np.asarray(diverged))
-
-
-def missing(config: Config, table: pd.DataFrame) -> list[Group]:
-    """The runs of the config that `table` has no row of, as groups that train together."""
+def _missing(config: Config, table: pd.DataFrame) -> list[Cells]:
+    """The runs of the config that `table` has no row of; updates that lack the same go together."""
     have = set(table[list(CELL)].itertuples(index=False, name=None))
-    groups = []
+    found = []
     for depth in config.depths:
         by_runs: dict[tuple[int, ...], list[str]] = {}
         for update in config.updates:
             runs = tuple(run for run in range(config.runs) if (depth, update, run) not in have)
             if runs:
                 by_runs.setdefault(runs, []).append(update)
-        groups += [Group(depth, tuple(updates), runs) for runs, updates in by_runs.items()]
-    return groups
+        found += [Cells(depth, tuple(updates), runs) for runs, updates in by_runs.items()]
+    return found
 
 
-def base_rates(sweep: pd.DataFrame, group: Group) -> np.ndarray:
-    """The chosen rates of a group, shape (runs, updates); NaN where every rate diverged.
-
-    Raises:
-      UserError: a run has not been swept.
-    """
-    cells = group.cells()
-    unswept = cells[~SCHEMA.among(cells, sweep)]
-    if len(unswept):
-        depth, update, run = unswept.iloc[0]
-        raise UserError(
-            f"depth {depth}, {update}, run {run}: no base learning rate is recorded; "
-            "run `unitnorm sweep` first"
-        )
-    chosen = sweep[sweep["chosen"]].set_index(list(CELL))["base_lr"]
-    rates = chosen.reindex(pd.MultiIndex.from_frame(cells)).to_numpy(float)
-    return rates.reshape(len(group.updates), len(group.runs)).T
-
-
-def exact(errors: ArrayLike, images: int) -> np.ndarray:
-    """Error rates as the fractions that they are; XLA multiplies by 1 / images, which rounds."""
-    return np.round(np.asarray(errors, np.float64) * images) / images
-
-
-def list_cells(config: Config) -> pd.DataFrame:
-    """The runs of a config's selection: one row per depth, update and run."""
-    product = itertools.product(config.depths, config.updates, range(config.runs))
-    return pd.DataFrame(product, columns=list(CELL))
-
-
-def describe_data(data: Dataset) -> dict[str, object]:
-    """What the provenance says of the data."""
-    return {"name": data.name, "sha256": data.sha256, "image_shape": list(data.image_shape)}
-
-
-def pack_filters(filters: Mapping[tuple[int, str], np.ndarray]) -> bytes:
-    """(depth, update) → float32 (filters, features), as the content of `FILTERS`."""
-    named = {f"{depth}/{update}": array for (depth, update), array in sorted(filters.items())}
-    return safetensors.numpy.save(named)
-
-
-def unpack_filters(records: Records) -> dict[tuple[int, str], np.ndarray]:
-    """What `pack_filters` packed; empty where there are none.
-
-    Raises:
-      UserError: the file holds something else.
-    """
-    if FILTERS not in records.files:
-        return {}
-    try:
-        arrays = safetensors.numpy.load(records.files[FILTERS])
-        split = {tuple(name.split("/", 1)): array for name, array in arrays.items()}
-        return {(int(depth), update): array for (depth, update), array in split.items()}
-    except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-        detail = " ".join(str(error).split())
-        raise UserError(f"{FILTERS}: not the filters of runs: {detail}; {REPAIR}") from None
+def _product(*values: Any) -> pd.DataFrame:
+    return pd.DataFrame(itertools.product(*values), columns=list(CELL))

@@ -6,33 +6,19 @@ One public function per figure, which takes the frames of `report.prepare_runs` 
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from unitnorm.errors import UserError
-from unitnorm.report.statistics import CONFIDENCE, carry_mean, find_outliers, summarise
-from unitnorm.report.style import (
-    BASELINE,
-    GREY,
-    PALE,
-    WIDTH,
-    Style,
-    assign_styles,
-    label,
-    lay_out,
-    make_handle,
-    make_handles,
-    match_axes,
-    set_log_scale,
-    settings,
-    sort_updates,
-)
+from unitnorm.report import style
+from unitnorm.report.statistics import carry_mean, find_outliers, summarise
+from unitnorm.report.style import BASELINE, GREY, PALE, WIDTH, Style, label, sort_updates
 
 _NARROW = 6  # with more updates than this in a panel, their names take two lines
 _SHADES = 33  # of a filter's image: odd, so that white is zero; fewer make smaller files
@@ -41,15 +27,16 @@ _SHADES = 33  # of a filter's image: odd, so that white is zero; fewer make smal
 def draw_curves(history: pd.DataFrame) -> Figure:
     """Validation error and training loss over the epochs: a row of panels per depth."""
     history = history.assign(val_percent=100 * history["val_error"])
-    depths, styles = history["depth"].unique(), assign_styles(history["update"])
-    note = _tell_curves(
+    depths, styles = history["depth"].unique(), style.assign_styles(history["update"])
+    note = _describe_curves(
         "mean of the runs, where a run that has stopped keeps its last value", history
     )
     panels = [("val_percent", "validation error [%]"), ("train_loss", "training loss")]
-    with settings():
-        figure, axes = lay_out(len(depths), 2, 2.6, make_handles(styles), note, sharey="col")
+    handles = style.make_handles(styles)
+    with style.settings():
+        figure, axes = style.lay_out(len(depths), 2, 2.6, handles, note, sharey="col")
         for (column, name), axis_column in zip(panels, axes.T, strict=True):
-            _scale(axis_column[0], history, column)
+            _set_scale(axis_column[0], history, column)
             for depth, axis in zip(depths, axis_column, strict=True):
                 _draw_runs(axis, history[history["depth"] == depth], column, styles)
                 axis.set(title=f"depth {depth}", ylabel=name, xlabel="epoch")
@@ -58,14 +45,15 @@ def draw_curves(history: pd.DataFrame) -> Figure:
 
 def draw_rates(history: pd.DataFrame) -> Figure:
     """The learning rate over the epochs, as the bold driver sets it: a panel per depth."""
-    depths, styles = history["depth"].unique(), assign_styles(history["update"])
-    columns = min(2, len(depths))
-    rows = math.ceil(len(depths) / columns)
-    note = _tell_curves("geometric mean, where a run that has stopped keeps its last rate", history)
-    with settings():
-        figure, axes = lay_out(rows, columns, 2.7, make_handles(styles), note)
-        _scale(axes[0, 0], history, "lr")
-        for depth, axis in match_axes(depths, axes):
+    depths, styles = history["depth"].unique(), style.assign_styles(history["update"])
+    note = _describe_curves(
+        "geometric mean, where a run that has stopped keeps its last rate", history
+    )
+    rows, columns = math.ceil(len(depths) / 2), min(2, len(depths))
+    with style.settings():
+        figure, axes = style.lay_out(rows, columns, 2.7, style.make_handles(styles), note)
+        _set_scale(axes[0, 0], history, "lr")
+        for depth, axis in style.match_axes(depths, axes):
             _draw_runs(axis, history[history["depth"] == depth], "lr", styles, geometric=True)
             axis.set(title=f"depth {depth}", ylabel="learning rate", xlabel="epoch")
         return figure
@@ -84,28 +72,26 @@ def draw_test_errors(
     """
     updates, depths = sort_updates(runs["update"]), runs["depth"].unique()
     columns = min(2, len(depths)) if len(updates) <= 4 else 1
-    rows = math.ceil(len(depths) / columns)
-    interval = f"mean, {100 * CONFIDENCE:.0f} % interval"
     handles = [
-        make_handle("o", label="one run", color=GREY, alpha=0.6, mew=0),
-        make_handle("+", label=interval, color="black", ms=12, mew=1.8),
+        style.make_handle("o", label="one run", color=GREY, alpha=0.6, mew=0),
+        style.make_handle("+", label="mean, 95 % interval", color="black", ms=12, mew=1.8),
     ]
     if set(zip(runs["depth"], runs["update"], strict=True)) & set(paper):
-        handles.append(make_handle("D", label="paper: mean ± std", color=GREY, mfc="white"))
+        handles.append(style.make_handle("D", label="paper: mean ± std", color=GREY, mfc="white"))
     note = (
         "n: runs in the mean. Numbered: runs over 1.5 interquartile ranges outside the quartiles "
         "of their column."
     )
     if len(updates) > 1 and updates[0] == BASELINE:
+        handles.append(style.make_handle("", "-", color=PALE, lw=1, label="pair of runs"))
         one, other = label(updates[0]), label(updates[1])
-        handles.append(Line2D([], [], color=PALE, lw=1, label="pair of runs"))
         note += f" A pair of {one} and {other} shares its start, split and order."
-    if runs["failed"].any():
-        note += " Diverged runs have no point and are not in the mean."
-    with settings():
-        figure, axes = lay_out(rows, columns, 3.4, handles, note, sharex=False)
-        for depth, axis in match_axes(depths, axes):
-            _draw_depth(axis, runs[runs["depth"] == depth], updates, paper)
+    rows = math.ceil(len(depths) / columns)
+    with style.settings():
+        figure, axes = style.lay_out(rows, columns, 3.4, handles, note, sharex=False)
+        for depth, axis in style.match_axes(depths, axes):
+            theirs = {update: paper[at, update] for at, update in paper if at == depth}
+            _draw_depth(axis, runs[runs["depth"] == depth], updates, theirs)
             axis.set(title=f"depth {depth}", ylabel="test error [%]")
         return figure
 
@@ -137,7 +123,7 @@ def draw_filters(
     colours = mpl.colormaps["RdBu_r"].resampled(_SHADES).with_extremes(bad="#bbbbbb")
     height, width = next(iter(mosaics.values())).shape
     tall = rows * (WIDTH / columns * height / width + 0.25) + 0.8
-    with settings():
+    with style.settings():
         figure = Figure(figsize=(WIDTH, tall), layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False)
         for axis in axes.ravel():
@@ -160,42 +146,41 @@ def draw_comparison(table: pd.DataFrame, own: pd.DataFrame, names: tuple[str, st
 
     Args:
         table: from `report.compare_folders`.
-        own: from `report.compare_updates` for both folders, with a column `folder`.
+        own: from `report.compare_updates` for both folders, with "A" or "B" as `folder`.
         names: of the two folders.
     """
-    colours = dict(zip(names, ("black", "#CC79A7"), strict=True))
-    markers = dict(zip(names, "os", strict=True))
     cells = [f"depth {d}, {label(u)}" for d, u in zip(table["depth"], table["update"], strict=True)]
     parts = zip(own["depth"], own["update"], own["baseline"], strict=True)
-    differences = own.assign(cell=[f"depth {d}, {label(u)} − {label(b)}" for d, u, b in parts])
-    rows = list(dict.fromkeys(differences["cell"]))
+    own = own.assign(cell=[f"depth {d}, {label(u)} − {label(b)}" for d, u, b in parts])
+    rows = list(own["cell"].unique())
+    forms: list[dict[str, Any]] = [
+        {"color": "black", "marker": "o"},
+        {"color": "#CC79A7", "marker": "s"},
+    ]
+    sides = list(zip("AB", ("first", "second"), names, (-0.13, 0.13), forms, strict=True))
     handles = [
-        make_handle(markers[name], "-", color=colours[name], lw=1.5, ms=5, label=letter + name)
-        for letter, name in zip(("A: ", "B: "), names, strict=True)
+        style.make_handle(line="-", lw=1.5, ms=5, label=f"{letter}: {name}", **form)
+        for letter, _, name, _, form in sides
     ]
     note = (
-        f"Left: test error of each folder's runs, mean ± std. Right: paired difference of the "
-        f"updates in each, in percentage points, with its {100 * CONFIDENCE:.0f} % interval."
+        "Left: test error of each folder's runs, mean ± std. Right: paired difference of the "
+        "updates in each, in percentage points, with its 95 % interval."
     )
     height = 0.9 + 0.36 * max(len(cells), len(rows))
-    with settings():
-        figure, axes = lay_out(1, 2, height, handles, note, sharex=False, sharey=False)
+    with style.settings():
+        figure, axes = style.lay_out(1, 2, height, handles, note, sharex=False, sharey=False)
         left, right = axes[0]
-        for name, side, shift in zip(names, ("first", "second"), (-0.13, 0.13), strict=True):
-            form = {"fmt": markers[name], "color": colours[name], "ms": 5, "lw": 1.5}
-            left.errorbar(
-                100 * table[f"mean_{side}"], np.arange(len(table)) + shift,
-                xerr=100 * table[f"std_{side}"].fillna(0), **form,
-            )  # fmt: skip
-            part = differences[differences["folder"] == name]
+        for letter, side, _, shift, form in sides:
+            form = form | {"ls": "none", "ms": 5, "elinewidth": 1.5}
+            mean, std = 100 * table[f"mean_{side}"], 100 * table[f"std_{side}"].fillna(0)
+            left.errorbar(mean, np.arange(len(table)) + shift, xerr=std, **form)
+            part = own[own["folder"] == letter]
             places = np.array([rows.index(cell) for cell in part["cell"]], float) + shift
-            half = 100 * (part["ci_high"] - part["mean"]).fillna(0)
-            right.errorbar(100 * part["mean"], places, xerr=half, **form)
+            ends = [part["mean"] - part["ci_low"], part["ci_high"] - part["mean"]]
+            right.errorbar(100 * part["mean"], places, xerr=100 * np.nan_to_num(ends), **form)
         right.axvline(0, color=GREY, lw=1)
-        for axis, ticks, title in (
-            (left, cells, "test error [%]"),
-            (right, rows, "difference of the updates [points]"),
-        ):
+        titles = "test error [%]", "difference of the updates [points]"
+        for axis, ticks, title in zip((left, right), (cells, rows), titles, strict=True):
             axis.set_yticks(range(len(ticks)), ticks)
             axis.set_ylim(len(ticks) - 0.4, -0.6)
             axis.set_xlabel(title)
@@ -224,15 +209,14 @@ def _draw_runs(
             marker, size = ("x", 6) if failed else (".", 4)
             if len(ends):
                 axis.plot(
-                    epochs[at[last]], ends, marker, markersize=size, color=drawn.colour,
-                    alpha=0.8, clip_on=False,
+                    epochs[at[last]], ends, marker, ms=size, color=drawn.colour, alpha=0.8,
+                    clip_on=False,
                 )  # fmt: skip
             if not failed:
-                step = max(1, len(epochs) // 6)
+                step, mean = max(1, len(epochs) // 6), carry_mean(values, geometric=geometric)
                 axis.plot(
-                    epochs, carry_mean(values, geometric=geometric), color=drawn.colour,
-                    ls=drawn.line, lw=2, marker=drawn.marker, markersize=5, zorder=3,
-                    markevery=(place * step // len(styles), step),
+                    epochs, mean, color=drawn.colour, ls=drawn.line, lw=2, marker=drawn.marker,
+                    ms=5, markevery=(place * step // len(styles), step), zorder=3,
                 )  # fmt: skip
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
 
@@ -241,49 +225,45 @@ def _draw_depth(
     axis: Axes,
     runs: pd.DataFrame,
     updates: list[str],
-    paper: Mapping[tuple[int, str], tuple[float, float]],
+    paper: Mapping[str, tuple[float, float]],
 ) -> None:
     """A column per update: points of the runs, beside them the mean and the paper's."""
-    depth, styles = int(runs["depth"].iloc[0]), assign_styles(updates)
-    paired = len(updates) > 1 and updates[0] == BASELINE
-    places: dict[str, pd.DataFrame] = {}
-    names = []
+    styles, paired = style.assign_styles(updates), len(updates) > 1 and updates[0] == BASELINE
+    # Golden-ratio steps spread the points evenly, and the same way every time.
+    runs = runs.assign(y=100 * runs["test_error"], x=0.16 * ((runs["run"] * 0.618034) % 1 - 0.5))
+    names, columns = [], []
     for place, update in enumerate(updates):
         group = runs[runs["update"] == update]
-        healthy = group[~group["failed"]]
-        # Golden-ratio steps spread the points evenly, and the same way every time.
-        spread = 0.16 * ((healthy["run"] * 0.618034) % 1 - 0.5)
-        x, y = place + spread.to_numpy(float), 100 * healthy["test_error"].to_numpy(float)
-        places[update] = healthy[["run", "seed"]].assign(x=x, y=y)
-        drawn = styles[update]
-        axis.plot(x, y, drawn.marker, color=drawn.colour, ms=4.5, alpha=0.6, mew=0, zorder=3)
+        points = group[~group["failed"]].assign(x=group["x"] + place)
+        columns.append(points)
+        colour, y = styles[update].colour, points["y"].to_numpy(float)
+        axis.plot(
+            points["x"], y, styles[update].marker, color=colour, ms=4.5, alpha=0.6, mew=0, zorder=3
+        )
         # Away from the lines between the first two columns.
         side = -1 if paired and place == 0 else 1
-        apart = find_outliers(y)
-        for at, error, run in zip(x[apart], y[apart], healthy["run"][apart], strict=True):
+        for point in points[find_outliers(y)].itertuples():
             axis.annotate(
-                str(run), (at, error), (5 * side, 0), textcoords="offset points", va="center",
-                ha="left" if side > 0 else "right", color=drawn.colour, zorder=4,
+                str(point.run), (point.x, point.y), (5 * side, 0), textcoords="offset points",
+                va="center", ha="left" if side > 0 else "right", color=colour, zorder=4,
             )  # fmt: skip
-        if len(y):
-            mean, _, low, high = summarise(y)
-            at = place + side * 0.2
-            axis.plot([at - 0.05, at + 0.05], [mean, mean], color="black", lw=2, zorder=4)
-            axis.plot([at, at], [low, high], color="black", lw=1.2, zorder=4)
-        if (depth, update) in paper:
-            mean, std = (100 * value for value in paper[depth, update])
+        mean, _, *ends = summarise(y).cut(0, 100)
+        at = place + side * 0.2
+        axis.plot([at - 0.05, at + 0.05], [mean, mean], color="black", lw=2, zorder=4)
+        axis.plot([at, at], ends, color="black", lw=1.2, zorder=4)
+        if update in paper:
+            mean, std = (100 * value for value in paper[update])
             axis.errorbar(
                 place + side * 0.34, mean, yerr=std, fmt="D", color=GREY, mfc="white", ms=5,
                 capsize=3, lw=1.2, zorder=2,
             )  # fmt: skip
-        failed = len(group) - len(healthy)
-        count = f"n = {len(healthy)}" + (f"\n{failed} diverged" if failed else "")
-        name = label(update)
+        name, failed = label(update), len(group) - len(points)
         if len(updates) > _NARROW and len(name) > 8:
             name = name.replace("-", "-\n", 1)
+        count = f"n = {len(points)}" + (f"\n{failed} diverged" if failed else "")
         names.append(f"{name}\n{count if len(group) else 'not run'}")
     if paired:
-        both = places[updates[0]].merge(places[updates[1]], on=["run", "seed"])
+        both = columns[0].merge(columns[1], on=["run", "seed"])
         xs, ys = (both[[f"{name}_x", f"{name}_y"]].to_numpy().T for name in "xy")
         axis.plot(xs, ys, color=PALE, lw=0.8, zorder=1)
     axis.set_xticks(range(len(updates)), names)
@@ -305,17 +285,17 @@ def _lay_mosaic(weights: np.ndarray, image_shape: tuple[int, int], name: str) ->
             f"for images of {height} × {width}"
         )
     norms = np.linalg.norm(weights, axis=1, keepdims=True)
-    weights = weights / np.where(norms == 0, 1, norms)
-    columns = math.ceil(math.sqrt(len(weights)))
-    rows = math.ceil(len(weights) / columns)
-    mosaic = np.zeros((rows * (height + 2) - 2, columns * (width + 2) - 2))
-    for place, image in enumerate(weights):
-        top, left = (height + 2) * (place // columns), (width + 2) * (place % columns)
-        mosaic[top : top + height, left : left + width] = image.reshape(image_shape)
-    return np.ma.masked_invalid(mosaic)
+    images = (weights / np.where(norms == 0, 1, norms)).reshape(-1, height, width)
+    columns = math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    tiles = np.zeros((rows * columns, height + 2, width + 2))
+    tiles[: len(images), :height, :width] = images
+    grid = tiles.reshape(rows, columns, height + 2, width + 2).swapaxes(1, 2)
+    mosaic = grid.reshape(rows * (height + 2), columns * (width + 2))
+    return np.ma.masked_invalid(mosaic[:-2, :-2])
 
 
-def _scale(axis: Axes, history: pd.DataFrame, column: str) -> None:
+def _set_scale(axis: Axes, history: pd.DataFrame, column: str) -> None:
     """Logarithmic where all values allow it; the limits are those of the runs that have not failed.
 
     One diverged run would else press all others into a line.
@@ -326,12 +306,12 @@ def _scale(axis: Axes, history: pd.DataFrame, column: str) -> None:
         return
     low, high = float(values.min()), float(values.max())
     if low > 0:
-        set_log_scale(axis, low, high)
+        style.set_log_scale(axis, low, high)
     else:
         axis.set_ylim(low - 0.03 * (high - low), high + 0.05 * (high - low) or 1)
 
 
-def _tell_curves(mean: str, history: pd.DataFrame) -> str:
+def _describe_curves(mean: str, history: pd.DataFrame) -> str:
     note = f"Thin: each run up to its last epoch (dot). Thick: {mean}."
     if history["failed"].any():
         note += " Crosses: runs that diverged, not in the mean; on the frame where they left it."

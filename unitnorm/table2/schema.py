@@ -5,6 +5,8 @@ To add a column, add it here and fill it in `experiment`.
 
 from __future__ import annotations
 
+import math
+
 from unitnorm.run.records import About, Schema, Table
 
 CELL = ("depth", "update", "run")  # what names a run
@@ -37,7 +39,7 @@ SCHEMA = Schema(
                 "norm_deviation": "f", "norm_mean": "f",
             },
             (*CELL, "epoch"),
-            later=("val_loss",),
+            later={"val_loss": math.nan},
         ),
         "sweep": Table(
             {

@@ -1,29 +1,23 @@
-"""Verify: one recorded run is computed again from its provenance, and compared bit for bit.
+"""Verify: a recorded run is computed again, and compared bit for bit.
 
-The records' own hashes are checked when they are read (`run.records.read`); here it is the config's
-and the data's hash, then the sweep and the full training of the chosen run. Change here what is
-compared, and what is said about it; what is not of Table 2 alone serves the studies too.
+The records' own hashes are checked when they are read (`records.read`). Change here what is
+compared, and what is said about it; how a run is computed again is the experiment's `again`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from unitnorm.archbn.config import Config
-from unitnorm.data import Dataset
 from unitnorm.errors import UserError
-from unitnorm.run import config as configs
 from unitnorm.run import provenance
 from unitnorm.run.loop import Session
-from unitnorm.run.records import PROVENANCE, Records
-from unitnorm.table2 import experiment
-from unitnorm.table2.experiment import Group
-from unitnorm.table2.schema import CELL
+from unitnorm.run.planner import Experiment
+from unitnorm.run.records import Records
 
 MATTERS = {"versions": ("unitnorm", "jax", "jaxlib"), "device": ("platform", "kind", "machine")}
 
@@ -55,43 +49,36 @@ def choose(runs: pd.DataFrame, **wanted: int | str | None) -> pd.DataFrame:
 
 
 def verify(
-    known: Records, data: Dataset, chosen: pd.DataFrame, session: Session
+    experiment: Experiment, known: Records, data: Any, chosen: pd.DataFrame, session: Session
 ) -> Iterator[Check]:
     """Compute a recorded run again and compare, one check after the other.
 
     Args:
       known: the records of a folder, as read.
-      data: the data set that they name.
+      data: the data set of the run.
       chosen: the run; see `choose`.
-
-    Raises:
-      UserError: the recorded config cannot be read by this version.
     """
-    config = configs.parse(known.provenance["config"], PROVENANCE, Config)
-    yield compare_hashes("config", known.provenance["config_sha256"], config.fingerprint())
-    yield compare_hashes("data", known.provenance["data"]["sha256"], data.sha256)
-    depth, update, run = (chosen[column].item() for column in CELL)
-    group = Group(depth, (update,), (run,))
-    swept = experiment.sweep_group(config, data, group, session)
-    yield compare("sweep", known, swept, chosen)
-    trained = experiment.train_group(config, data, group, known["sweep"], session)
-    yield compare("history", known, trained.history, chosen)
-    yield compare("runs", known, trained.runs, chosen)
-    recorded = experiment.unpack_filters(known)
-    for cell, filters in trained.filters.items():
-        same = cell in recorded and np.array_equal(recorded[cell], filters)
-        found = "the same bits" if same else "other values than recorded"
-        yield Check("filters", same, found)
+    row: Mapping[str, Any] = {str(key): value for key, value in chosen.iloc[0].items()}
+    for group in experiment.again(known, row):
+        found = experiment.compute(group, data, session)
+        for table in reversed([*found.rows]):
+            yield compare(table, known, found.rows[table], chosen)
+        for name, arrays in found.arrays.items():
+            recorded = known.arrays(name)
+            for key, array in arrays.items():
+                same = key in recorded and np.array_equal(recorded[key], array)
+                yield Check(name, same, "the same bits" if same else "other values than recorded")
 
 
 def compare(table: str, known: Records, computed: pd.DataFrame, chosen: pd.DataFrame) -> Check:
     """A run's rows as recorded and as computed: the same in every digit, or how far apart."""
     schema, file = known.schema, known.schema.file_of(table)
     mine = schema.rows_of(known[table], chosen)
+    computed = schema.rows_of(computed, chosen)
     old, new = (schema.frame(table, t.to_dict("records")) for t in (mine, computed))
-    for column in schema.tables[table].later:
-        if old[column].isna().all():  # recorded before there was such a column
-            new[column] = np.nan
+    for column, default in schema.tables[table].later.items():
+        if (old[column].isna() | (old[column] == default)).all():  # recorded before there was one
+            new[column] = old[column]
     if old.equals(new):
         return Check(file, True, f"{_rows(old)} with the same bits")
     if len(old) != len(new):
@@ -99,7 +86,7 @@ def compare(table: str, known: Records, computed: pd.DataFrame, chosen: pd.DataF
     differs = (old != new) & ~(old.isna() & new.isna())
     columns = [column for column in old if differs[column].any()]
     first = old[differs.any(axis=1)].iloc[0]
-    where = "" if table != "history" else f" from epoch {first['epoch']} on"
+    where = f" from epoch {first['epoch']} on" if "epoch" in old else ""
     return Check(
         file,
         False,

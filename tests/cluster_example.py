@@ -1,0 +1,104 @@
+"""An experiment of numbers, for workers in other processes: what a group gives, and how it ends.
+
+`python -m tests.cluster_example --seconds 20` measures what the engine costs: groups that only wait
+for so long, with data as large as MNIST, on 1, 2, 4 and 8 workers of this machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from unitnorm.run.loop import Session
+from unitnorm.run.planner import Done, Found, Group
+from unitnorm.run.records import Records, Schema, Table
+
+SCHEMA = Schema("squares", {"runs": Table({"n": "i", "square": "i"}, ("n",))}, ("n",))
+
+
+@dataclass(frozen=True)
+class Squares:
+    """The squares of 0 … count − 1, each a group of `seconds`.
+
+    The worker that takes the group `kills` kills itself, unless the file `mark` says that one has.
+    """
+
+    count: int
+    seconds: float = 0.0
+    kills: int = -1
+    mark: Path = Path()
+    schema: Schema = SCHEMA
+
+    def missing(self, records: Records) -> Iterator[Group]:
+        have = set(records["runs"]["n"])
+        for n in range(self.count):
+            if n not in have:
+                yield Group(f"square {n}", "runs", pd.DataFrame({"n": [n]}), n)
+
+    def again(self, records: Records, chosen: Mapping[str, Any]) -> Iterator[Group]:
+        yield from ()
+
+    def compute(self, group: Group, data: list[Any], session: Session) -> Found:
+        if group.what == self.kills and not self.mark.exists():
+            self.mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(self.seconds)
+        row = {"n": group.what, "square": data[group.what] ** 2}
+        return Found({"runs": SCHEMA.frame("runs", [row])})
+
+
+def measure(workers: int, seconds: float, rounds: int) -> tuple[float, float]:
+    """Seconds until workers have libraries and data, and those a group costs beside its own."""
+    from unitnorm.run import records
+    from unitnorm.run.cluster import connect, identity
+    from unitnorm.run.planner import complete
+
+    data = {"": [*range(1000), np.zeros(55_000_000, np.uint8)]}
+    about = {"config": {}, "config_sha256": "", "data": {}, "commands": []}
+    empty = replace(Records.empty(SCHEMA), provenance=about)
+    started = time.perf_counter()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        records.locked(Path(folder)),
+        connect(None, workers, 1, print) as engine,
+    ):
+        engine.client.wait_for_workers(workers)
+        engine.client.run(identity)  # imports the libraries on each
+
+        def store(found: Records, done: Sequence[Done] = ()) -> None:
+            records.write(Path(folder), found)
+
+        plan = SimpleNamespace(data=data, records=empty, session=Session(), engine=engine,
+                               store=store, experiment=Squares(4 * workers, 0.1))  # fmt: skip
+        complete(plan)
+        there = time.perf_counter()
+        plan.experiment = Squares(rounds * workers, seconds)
+        complete(plan)
+        ended = time.perf_counter()
+    return there - started, (ended - there) / rounds - seconds
+
+
+if __name__ == "__main__":
+    from tests.cluster_example import measure as importable_measure  # workers import it by name
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--rounds", type=int, default=2)
+    options = parser.parse_args()
+    for workers in (1, 2, 4, 8):
+        start, extra = importable_measure(workers, options.seconds, options.rounds)
+        print(
+            f"{workers} workers: ready after {start:.1f} s; {extra:.2f} s a group beside its "
+            f"{options.seconds:g} s, {extra / options.seconds:.1%}"
+        )

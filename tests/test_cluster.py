@@ -1,0 +1,163 @@
+"""Groups computed by other processes: the same records, whoever dies, comes late or differs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+
+from tests.cluster_example import Squares
+from tests.faults import QUICK
+from unitnorm.errors import Interrupted, UserError
+from unitnorm.run import cluster
+from unitnorm.run.loop import Session
+from unitnorm.run.planner import complete
+from unitnorm.run.records import Records
+
+distributed = pytest.importorskip("distributed", reason="needs unitnorm[cluster]")
+ROOT = Path(__file__).parents[1]
+DATA = {"": list(range(100))}
+
+
+@contextlib.contextmanager
+def dask(*words: str, path: Path = ROOT) -> Iterator[subprocess.Popen]:
+    """A process of dask, which finds unitnorm in a folder."""
+    command = [sys.executable, "-m", "distributed.cli.dask_" + words[0], *words[1:]]
+    environment = {**os.environ, "PYTHONPATH": f"{path}{os.pathsep}{ROOT}"}
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=path
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def worker(address: str, name: str, path: Path = ROOT) -> contextlib.AbstractContextManager:
+    return dask(
+        "worker", address, "--nthreads", "1", "--no-nanny", "--no-dashboard", "--name", name,
+        "--host", "127.0.0.1", path=path,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def scheduler(tmp_path) -> Iterator[str]:
+    """The address of a scheduler without workers."""
+    file = tmp_path / "scheduler.json"
+    words = ("scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard")
+    with dask(*words, "--scheduler-file", str(file)) as process:
+        while not file.exists():
+            assert process.poll() is None
+        with distributed.Client(scheduler_file=str(file), set_as_default=False) as client:
+            yield client.scheduler.address
+
+
+class Kept:
+    """What a planner stores, and by whom each group was computed."""
+
+    def __init__(self) -> None:
+        self.records: list[Records] = []
+        self.workers: dict[str, str] = {}
+        self.said: list[str] = []
+
+    def store(self, records, done=()) -> None:
+        self.records.append(records)
+        self.workers |= {group.title: worker for group, _, worker in done}
+
+    def complete(self, experiment, engine, interrupted=lambda: False) -> pd.DataFrame:
+        session = Session(say=self.said.append, interrupted=interrupted)
+        empty = Records.empty(experiment.schema)
+        complete(SimpleNamespace(experiment=experiment, data=DATA, records=empty, session=session,
+                                 engine=engine, store=self.store))  # fmt: skip
+        return self.records[-1]["runs"]
+
+
+def alone(experiment) -> pd.DataFrame:
+    return Kept().complete(Squares(experiment.count), None)
+
+
+def test_a_worker_that_dies_costs_its_group_alone_and_one_that_comes_late_helps(
+    scheduler, tmp_path
+):
+    kept = Kept()
+    experiment = Squares(12, seconds=0.5, kills=3, mark=tmp_path / "killed")
+    with (
+        worker(scheduler, "first"),
+        contextlib.ExitStack() as late,
+        cluster.connect(scheduler, None, 1, kept.said.append) as engine,
+    ):
+        coming = [worker(scheduler, "second")]
+
+        def look() -> bool:  # once the first worker has died, a second one comes
+            if experiment.mark.exists() and coming:
+                late.enter_context(coming.pop())
+            return False
+
+        found = kept.complete(experiment, engine, look)
+    pd.testing.assert_frame_equal(found, alone(experiment))
+    assert experiment.mark.exists()
+    assert len(set(kept.workers.values())) == 2
+    assert len(kept.workers) == 12
+
+
+def test_a_worker_of_another_version_is_refused_by_name(scheduler, tmp_path):
+    shutil.copytree(ROOT / "unitnorm", tmp_path / "unitnorm")
+    with (tmp_path / "unitnorm" / "geometry.py").open("a") as file:
+        file.write("# another version\n")
+    kept = Kept()
+    with (
+        worker(scheduler, "other", tmp_path),
+        worker(scheduler, "same"),
+        cluster.connect(scheduler, None, 1, kept.said.append) as engine,
+    ):
+        engine.client.wait_for_workers(2)
+        found = kept.complete(Squares(8, seconds=0.2), engine)
+    pd.testing.assert_frame_equal(found, alone(Squares(8)))
+    (line,) = [line for line in kept.said if "refused" in line]
+    assert "is refused: code of unitnorm" in line
+    assert len(set(kept.workers.values())) == 1
+
+
+def test_an_interruption_keeps_what_has_ended(scheduler):
+    kept = Kept()
+    with (
+        worker(scheduler, "one"),
+        cluster.connect(scheduler, None, 1, print) as engine,
+        pytest.raises(Interrupted),
+    ):
+        kept.complete(Squares(9, seconds=0.2), engine, lambda: len(kept.records) >= 3)
+    assert len(kept.records[-1]["runs"]) >= 3
+
+
+def test_nobody_there_is_a_line(scheduler, monkeypatch):
+    monkeypatch.setattr(cluster, "PATIENCE_S", 0.5)
+    for address, workers in (("tcp://127.0.0.1:1", None), (scheduler, None), (scheduler, 2)):
+        with pytest.raises(UserError) as caught, cluster.connect(address, workers, 1, print):
+            pass
+        assert "\n" not in str(caught.value)
+
+
+def test_the_command_computes_the_same_bits_with_workers_of_its_own(
+    small_toml, idx_folder, tmp_path
+):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": QUICK}
+    for out, more in (("here", []), ("there", ["--workers", "2"])):
+        words = ["train", "--config", small_toml, "--data-dir", idx_folder, "--out", tmp_path / out,
+                 "--depth", 1, "--runs", 1]  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-m", "unitnorm", *map(str, words), *more],
+            capture_output=True, text=True, cwd=tmp_path, env=environment,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("runs.csv", "history.csv", "sweep.csv", "filters.safetensors"):
+        assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "there" / name).read_bytes()
+    assert '"workers"' in (tmp_path / "there" / "provenance.json").read_text()

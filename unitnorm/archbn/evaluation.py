@@ -1,0 +1,107 @@
+"""What is measured of a network: its loss and errors, its filters' norms, the size of its steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from unitnorm.archbn.batches import Images, gather
+from unitnorm.archbn.minibatch import batch_statistics, cross_entropy
+from unitnorm.archbn.model import Network
+from unitnorm.geometry import (
+    filter_axes,
+    filter_norms,
+    norms_of,
+    retraction,
+    tangent_projection,
+)
+
+EVALUATION_CHUNK = 500  # images per step of an evaluation; bounds its memory, not its result
+
+
+def evaluate(
+    network: Network, params: Any, stats: Any, images: Images, index: Array
+) -> tuple[Array, Array]:
+    """Fraction misclassified of the images at `index`, and mean cross-entropy in nats."""
+    wrong, losses = find_wrong(network, params, stats, images, index)
+    return wrong.mean(), losses.mean()
+
+
+def find_wrong(
+    network: Network, params: Any, stats: Any, images: Images, index: Array
+) -> tuple[Array, Array]:
+    """Which of the images at `index` are misclassified, bool (n,), and cross-entropy, float32 (n,).
+
+    Every image counts once, whatever `EVALUATION_CHUNK`.
+    """
+
+    def body(_: None, part: Array) -> tuple[None, tuple[Array, Array]]:
+        x, y = gather(images, part)
+        logits, _ = network.apply(params, stats, x, False)
+        return None, (jnp.argmax(logits, -1) != y, cross_entropy(logits, y))
+
+    _, (wrong, losses) = jax.lax.scan(body, None, chunked(index))
+    return wrong.reshape(-1)[: len(index)], losses.reshape(-1)[: len(index)]
+
+
+def chunked(index: Array) -> Array:
+    """Indices of images, (n,), for an evaluation: (chunks, `EVALUATION_CHUNK`), filled with 0.
+
+    Two chunks at least: XLA takes a loop of one step apart and computes it together with what
+    stands around it, so that the loss would round with what is trained along.
+    """
+    chunk = min(EVALUATION_CHUNK, -(-len(index) // 2))
+    return jnp.pad(index, (0, -len(index) % chunk)).reshape(-1, chunk)
+
+
+def average_statistics(
+    network: Network, params: Any, like: Any, images: Images, batches: Array, momentum: float
+) -> Any:
+    """The statistics of mini-batches, averaged, in place of running ones.
+
+    Args:
+      like: statistics of the network, for their shapes.
+      batches: int32 (steps, batch), which images.
+      momentum: of the running statistics.
+    """
+
+    def body(total: Any, index: Array) -> tuple[Any, None]:
+        x, _ = gather(images, index)
+        found = batch_statistics(network, params, like, x)
+        return jax.tree.map(jnp.add, total, found), None
+
+    total, _ = jax.lax.scan(body, jax.tree.map(jnp.zeros_like, like), batches)
+    return jax.tree.map(lambda x: x / (len(batches) * (1 - momentum)), total)
+
+
+def measure_norms(network: Network, params: Any) -> tuple[Array, Array, Array]:
+    """Of one run's filters: max |‖w‖ − 1|, mean ‖w‖ and median 1/‖w‖²."""
+    each = [(w, filter_axes(w.shape, network.axis)) for w in network.filters(params)]
+    norms = jnp.concatenate([norms_of(w, axes).reshape(-1) for w, axes in each])
+    return jnp.abs(norms - 1).max(), norms.mean(), jnp.median(1 / norms**2)
+
+
+def measure_step(network: Network, before: Any, gradient: Any, after: Any) -> tuple[Array, Array]:
+    """How far one step turned each layer's filters, and the rate that this amounts to.
+
+    With ŵ = w/‖w‖ and r = ‖w‖ Π_w(∇ℓ), the Riemannian gradient at ŵ: the rate is that of the
+    step ŵ − rate · r which is nearest, λ for UN and λ/‖w‖² for gradient descent.
+
+    Returns:
+      float32 (layers,) each: the effective rate Σ⟨ŵ − ŵ', r⟩ / Σ⟨r, r⟩ over a layer's filters, and
+      the mean angle between ŵ and ŵ', in radians.
+    """
+    rates, angles = [], []
+    trees = map(network.filters, (before, gradient, after))
+    for w, g, moved in zip(*trees, strict=True):
+        norms = filter_norms(w, network.axis, keepdims=True)
+        r = norms * tangent_projection(w, g, network.axis)
+        chord = retraction(w, network.axis) - retraction(moved, network.axis)
+        rates.append(jnp.vdot(chord, r) / jnp.vdot(r, r))
+        # the chord, for small angles, where the arc cosine of a product would round to nothing
+        half = jnp.minimum(filter_norms(chord, network.axis) / 2, 1)
+        angles.append((2 * jnp.arcsin(half)).mean())
+    return jnp.stack(rates), jnp.stack(angles)

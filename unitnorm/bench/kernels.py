@@ -1,0 +1,196 @@
+"""Kernels and bytes of a training step, and the time that a GPU would need for them.
+
+XLA says what it has compiled. Where JAX's CUDA plugin is installed (`unitnorm[cuda]`), it compiles
+for a GPU that is not there; elsewhere the program of this machine's devices stands for the GPU's,
+though a CPU's has more kernels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import pandas as pd
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from unitnorm.bench import roofline
+from unitnorm.bench.contestants import make_epoch, seconds_of
+from unitnorm.bench.measure import (
+    Contestant,
+    Measurement,
+    Say,
+    find_device,
+    make_cells,
+    measure_each,
+    slug,
+)
+from unitnorm.data import load_dataset
+from unitnorm.run import provenance
+from unitnorm.run.devices import prepare
+
+IMAGES = {"cpu": 400_000, "gpu": 5_000_000}  # of an epoch, over all runs
+POINTS = [(depth, update, runs) for depth in (2, 4) for update in ("b-sgd", "un")
+          for runs in (10, 100, 1000)]  # fmt: skip
+LAUNCH_US = (2.0, 5.0)  # of a kernel, until the next one can begin
+GPUS = {"h100": (67e12, 3.35e12), "h200": (67e12, 4.8e12)}  # float32 FLOP/s and bytes/s (NVIDIA)
+COLUMNS = [
+    "depth", "update", "runs", "compiled_for", "kernels", "bytes", "flops",
+    *(f"{gpu}_{end}_us" for gpu in GPUS for end in ("low", "high")), "here_us", "low", "high",
+]  # fmt: skip
+# what XLA has to know of an H100 to compile for it
+H100 = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  shared_memory_per_block_optin: 232448
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 device_memory_size: 84978434048
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 8 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+# instructions that are no kernel of their own
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
+_SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s64": 8, "u64": 8, "f64": 8}
+
+
+class Work(NamedTuple):
+    """Of a loop's step."""
+
+    kernels: int
+    bytes: int  # that its kernels read and write
+
+
+def count_work(program: str) -> Work:
+    """The step of the loop that has the most kernels, in an epoch that over mini-batches.
+
+    Args:
+      program: what XLA has compiled, as it prints it.
+    """
+    parts = dict(re.findall(r"^%(\S+) \(.*?\{\n(.*?)^\}", program, re.DOTALL | re.MULTILINE))
+    return max(count_kernels(parts[name]) for name in re.findall(r"body=%([\w.-]+)", program))
+
+
+def count_kernels(body: str) -> Work:
+    """The kernels of a computation, and what they move: every array once for each kernel.
+
+    Of a table of whole numbers, such as the images, it is what is picked that counts.
+    """
+    instruction = r"^\s*(?:ROOT )?%(\S+) = (\(.*?\)|\S+) ([a-z][\w-]*)\((.*?)\)"
+    arrays: dict[str, list[tuple[str, int]]] = {}
+    kernels = moved = 0
+    for name, shape, kind, operands in re.findall(instruction, body, re.MULTILINE):
+        arrays[name] = [
+            (dtype, _product(sizes))
+            for dtype, sizes in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shape)
+        ]
+        if kind in FREE:
+            continue
+        kernels += 1
+        written = sum(count for _, count in arrays[name])
+        read = [array for name in re.findall(r"%([\w.-]+)", operands) for array in arrays[name]]
+        picked = [(d, min(count, written) if d[0] in "su" else count) for d, count in read]
+        moved += sum(_SIZES.get(dtype, 4) * count for dtype, count in [*arrays[name], *picked])
+    return Work(kernels, moved)
+
+
+def _product(sizes: str) -> int:
+    result = 1
+    for size in filter(None, sizes.split(",")):
+        result *= int(size)
+    return result
+
+
+def compile_for_h100(function: Callable[..., Any], arguments: tuple[Any, ...]) -> str | None:
+    """What XLA makes of a function on an H100 that need not be there; None without the plugin."""
+    with contextlib.suppress(RuntimeError, ValueError, NotImplementedError):
+        found = topologies.get_topology_desc(
+            "", platform="cuda", target_config=H100, topology="1x1x1"
+        )
+        there = SingleDeviceSharding(found.devices[0])
+        traced = jax.jit(function, in_shardings=there, out_shardings=there).trace(
+            *jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
+        )
+        return str(traced.lower(lowering_platforms=("cuda",)).compile().as_text())
+    return None
+
+
+def kernels(platform: str, depth: int, update: str, runs: int) -> Iterator[dict[str, Any]]:
+    """An epoch of many runs at once, without its evaluation."""
+    if platform == "cpu":  # CUDA's plugin, asked for as well, would look for a driver
+        jax.config.update("jax_platforms", platform)
+    prepare(1)
+    images = IMAGES.get(platform, IMAGES["gpu"]) // runs
+    function, arguments, again = make_epoch(depth, update, runs, images, load_dataset())
+    program = jax.jit(function).lower(*arguments).compile()
+    there = compile_for_h100(function, arguments) if platform == "cpu" else None
+    yield {
+        "steps": images // roofline.BATCH,
+        "compiled_for": "H100" if there else provenance.device()["kind"],
+        "work": count_work(there or str(program.as_text())),
+    }
+    state = program(*arguments)
+    while True:
+        yield {"epoch_s": seconds_of(lambda: program(*again(state)))}
+
+
+def predict_us(work: Work, flops: float, launch_us: float, gpu: str) -> float:
+    """Microseconds of a step: its launches, and its products or its traffic, the slower of them."""
+    flops_per_s, bytes_per_s = GPUS[gpu]
+    return work.kernels * launch_us + 1e6 * max(flops / flops_per_s, work.bytes / bytes_per_s)
+
+
+def measure_kernels(rounds: int, *, quick: bool, say: Say) -> Measurement:
+    """Every point, with its files and its table; `quick`: 10 runs alone.
+
+    Raises:
+      UserError: a worker fails.
+    """
+    device = find_device()
+    names = ("platform", "depth", "update", "runs")
+    chosen = {
+        point: Contestant("kernels", dict(zip(names, (device["platform"], *point), strict=True)))
+        for point in POINTS
+        if not quick or point[2] == POINTS[0][2]
+    }
+    rows = []
+    for (depth, update, runs), found in measure_each(chosen, rounds, say):
+        about, work = found.about, Work(*found.about["work"])
+        flops = float(roofline.training_flops(depth) * roofline.BATCH * runs)
+        predicted = [predict_us(work, flops, us, gpu) for gpu in GPUS for us in LAUNCH_US]
+        here = found.spread("epoch_s", 1e6 / about["steps"])
+        compiled_for = about["compiled_for"]
+        rows.append([depth, update, runs, compiled_for, *work, flops, *predicted, *here])
+    frame = pd.DataFrame(rows, columns=COLUMNS)
+    facts = {
+        "device": device,
+        "rounds": rounds,
+        "what": "a training step of so many runs at once: kernels, the bytes that they read and "
+        "write, operations of its matrix products; microseconds predicted for GPUs and measured "
+        "here, on one device, fastest and slowest",
+        "launch_us": LAUNCH_US,
+        "flops_per_s and bytes_per_s": GPUS,
+    }
+    shown = frame.assign(mb=frame["bytes"] / 1e6)
+    columns = {
+        **{name: f"{{{name}}}" for name in ("depth", "update", "runs", "kernels")},
+        "MB": "{mb:,.1f}",
+        **{f"{g.upper()} µs": f"{{{g}_low_us:,.0f}}–{{{g}_high_us:,.0f}}" for g in GPUS},
+        "here µs": "{here_us:,.0f}", "(range)": "{low:,.0f}–{high:,.0f}",
+    }  # fmt: skip
+    remarks = [
+        f"kernels: of the program that XLA compiles for {frame['compiled_for'].iloc[0]}.",
+        f"H100, H200: predicted, {LAUNCH_US[0]:g} to {LAUNCH_US[1]:g} µs a kernel, and the time of "
+        "the bytes or of the products, whichever is longer.",
+        "here: measured, on one device; without evaluation.",
+    ]
+    cells = make_cells("A training step of all runs at once", shown, columns, remarks)
+    return Measurement(f"{slug(about['device'])}-kernels", {"": frame}, cells, facts)

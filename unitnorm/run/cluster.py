@@ -1,0 +1,226 @@
+"""Groups computed by other processes, on this machine or many, through Dask distributed.
+
+A group is a task: data travel once to a worker, one group at a time runs there on all of its
+devices, and a worker that dies costs the group that it was at, which another one then computes. Of
+`unitnorm` and the libraries a worker must have what this process has. Needs `unitnorm[cluster]`;
+nothing else imports this module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from unitnorm.errors import Interrupted, UserError
+from unitnorm.run import devices, provenance
+from unitnorm.run.loop import Session
+from unitnorm.run.planner import Done, Experiment, Found, Group
+
+PATIENCE_S = 60.0  # for the scheduler, and for a first worker
+LOOK_S = 0.2  # between two looks at whether somebody has asked to stop
+REFUSALS = 16  # a restarted worker counts again
+ATTEMPTS = 3  # a group whose workers have died so often is not tried again
+
+
+@dataclass
+class Workers:
+    """An engine of the workers that a scheduler has; they may come and go."""
+
+    client: Any
+    say: Callable[[str], None]
+    cpu_devices: int | None
+    running: dict[Any, tuple[Experiment, Group, Any]] = field(default_factory=dict)
+    refused: list[str] = field(default_factory=list)
+    sent: dict[int, Any] = field(default_factory=dict)  # data sets, by their identity here
+
+    def has_room(self) -> bool:
+        """A worker has nothing to do, or one group waits for each at most."""
+        return len(self.running) < 2 * max(len(self._addresses()), 1)
+
+    def give(self, experiment: Experiment, group: Group, data: Any, session: Session) -> None:
+        """Have a group computed by whichever worker is free."""
+        if id(data) not in self.sent:
+            self.sent[id(data)] = self.client.scatter(data, hash=False)
+        sent = self.sent[id(data)]
+        future = self.client.submit(
+            compute, experiment, group, sent, identity(), self.cpu_devices, pure=False
+        )
+        self.running[future] = (experiment, group, data)
+
+    def next(self, session: Session) -> list[Done]:
+        """The groups that are done, as soon as there is one.
+
+        Raises:
+          Interrupted: somebody has asked to stop; what is being computed is given up.
+          UserError: a group has failed, its workers have died too often, or no worker is left.
+        """
+        since = time.monotonic()
+        while True:
+            if session.interrupted():
+                self.client.cancel(list(self.running))
+                raise Interrupted
+            ended = [future for future in self.running if future.done()]
+            done = [mine for future in ended for mine in self._take(future, session)]
+            if done:
+                return done
+            if self._addresses():
+                since = time.monotonic()
+            elif time.monotonic() - since > PATIENCE_S:
+                raise UserError(
+                    f"no worker is left at {self.client.scheduler.address}; what is recorded "
+                    "stays. Start workers and repeat the command to go on"
+                )
+            time.sleep(LOOK_S)
+
+    def _take(self, future: Any, session: Session) -> Iterator[Done]:
+        """What a task gave; it is given again where it was lost, or its worker is refused."""
+        from distributed import CancelledError, KilledWorker
+
+        experiment, group, data = self.running.pop(future)
+        try:
+            found, worker, other = future.result()
+        except CancelledError:  # the worker that had the data has died with them
+            self.sent.pop(id(data), None)
+            self.give(experiment, group, data, session)
+            return
+        except KilledWorker:
+            raise UserError(
+                f"{group.title}: {ATTEMPTS} workers have died of it; what is recorded stays. "
+                "Give workers more memory, or compute it here, without --scheduler"
+            ) from None
+        if not other:
+            session.say(f"{group.title}: done by {worker}")
+            yield Done(group, found, worker)
+            return
+        self._refuse(worker, other)
+        self.give(experiment, group, data, session)
+
+    def _refuse(self, worker: str, other: str) -> None:
+        """Send a worker away that has other code or libraries.
+
+        Raises:
+          UserError: so many had to go that the others, if there are any, are like them.
+        """
+        if len(self.refused) == REFUSALS:
+            raise UserError(f"{REFUSALS} workers were refused, the last for its {other}")
+        if worker not in self.refused:
+            self.refused.append(worker)
+            self.say(f"{worker} is refused: {other}; give it what this process has")
+            self.client.retire_workers([worker.split()[0]], close_workers=True)
+
+    def _addresses(self) -> list[str]:
+        return list(self.client.scheduler_info(n_workers=-1)["workers"])
+
+
+@contextlib.contextmanager
+def connect(
+    scheduler: str | None,
+    workers: int | None,
+    cpu_devices: int | None,
+    say: Callable[[str], None],
+) -> Iterator[Workers]:
+    """The workers of a scheduler, or so many of one's own on this machine.
+
+    Args:
+      scheduler: its address, such as tcp://host:8786.
+      workers: processes to start here.
+      cpu_devices: of each worker; None: the cores, shared out evenly.
+
+    Raises:
+      UserError: both are given, dask is not installed, or nobody answers.
+    """
+    if scheduler is not None and workers is not None:
+        raise UserError("--scheduler and --workers: give one; the scheduler has its own workers")
+    try:
+        import dask
+        from distributed import Client
+    except ImportError:
+        raise UserError(
+            "--workers and --scheduler need Dask: pip install 'unitnorm[cluster]'"
+        ) from None
+    dask.config.set({"distributed.scheduler.allowed-failures": ATTEMPTS - 1})
+    with contextlib.ExitStack() as stack:
+        address: Any = scheduler
+        if workers is not None:
+            address = stack.enter_context(own_workers(workers))
+            cpu_devices = cpu_devices or max(devices.count_cores() // workers, 1)
+        try:
+            client = stack.enter_context(Client(address, timeout=PATIENCE_S, set_as_default=False))
+            client.wait_for_workers(1, timeout=PATIENCE_S)
+        except (OSError, ValueError, TimeoutError) as error:
+            detail = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"--scheduler {scheduler}: no scheduler with a worker answers ({detail}); start "
+                "`dask scheduler` and `dask worker ADDRESS --nthreads 1`"
+            ) from None
+        yield Workers(client, say, cpu_devices)
+
+
+@contextlib.contextmanager
+def own_workers(count: int) -> Iterator[Any]:
+    """A scheduler and worker processes on this machine, a GPU for each where there are several."""
+    from distributed import Nanny, Scheduler, SpecCluster
+
+    gpus = visible_gpus()
+    specs = {
+        number: {
+            "cls": Nanny,
+            "options": {
+                "nthreads": 1, "host": "127.0.0.1", "silence_logs": 50,
+                "env": {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {},
+            },
+        }
+        for number in range(count)
+    }  # fmt: skip
+    scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", "dashboard": False}}
+    with SpecCluster(workers=specs, scheduler=scheduler, silence_logs=50) as cluster:
+        yield cluster
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs of this machine by number, [] where there are fewer than two."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        named = [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name]
+    else:
+        folder = "/proc/driver/nvidia/gpus"
+        named = [str(k) for k in range(len(os.listdir(folder)))] if os.path.isdir(folder) else []
+    return named if len(named) > 1 else []
+
+
+def identity() -> dict[str, str]:
+    """What a worker must share with the process that plans: libraries and the code of unitnorm."""
+    return provenance.versions() | {"code of unitnorm": provenance.code_identity(".")}
+
+
+@functools.cache
+def prepare(cpu_devices: int | None) -> None:
+    """`devices.prepare`, which a process can do once."""
+    devices.prepare(cpu_devices)
+
+
+def compute(
+    experiment: Experiment,
+    group: Group,
+    data: Any,
+    expected: dict[str, str],
+    cpu_devices: int | None,
+) -> tuple[Found, str, str]:
+    """The task of a worker: what a group gives, its name, and in what it differs, "" if not."""
+    from distributed import get_worker
+
+    worker, here = get_worker(), identity()
+    other = ", ".join(
+        f"{name} {here.get(name):.12}, here {value:.12}"
+        for name, value in expected.items()
+        if here.get(name) != value
+    )
+    if other:
+        return Found(), worker.address, other
+    prepare(cpu_devices)
+    found = experiment.compute(group, data, Session())
+    return found, f"{worker.address} {provenance.device()['kind']}", ""
