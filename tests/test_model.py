@@ -1,4 +1,5 @@
-"""ArchBN against float64 NumPy: shapes, initial point, forward pass, symmetry, statistics."""
+"""ArchBN against float64 NumPy: shapes, start, forward pass, symmetries, statistics; and what is
+measured of it."""
 
 from __future__ import annotations
 
@@ -9,25 +10,21 @@ import pytest
 from flax import nnx
 
 from tests import reference
-from unitnorm.archbn.config import Config
+from unitnorm.archbn import evaluation, starts
+from unitnorm.archbn.config import Model
 from unitnorm.archbn.minibatch import cross_entropy
-from unitnorm.archbn.model import ArchBN, archbn, filter_mask, max_pool_pairs
+from unitnorm.archbn.model import ArchBN, archbn, max_pool_pairs
+
+NETWORK = archbn(Model(), 784, 10, 2)
 
 
 def as_numpy(params):
+    """[(W, scale, shift), …] and θ, float64."""
     layers = [
-        tuple(
-            np.asarray(a, np.float64)
-            for a in (p["rows"]["W"], p["norm"]["scale"], p["norm"]["bias"])
-        )
+        tuple(np.asarray(a, float) for a in (p["rows"]["W"], p["norm"]["scale"], p["norm"]["bias"]))
         for _, p in sorted(params["layers"].items())
     ]
-    return layers, np.asarray(params["theta"]["W"], np.float64)
-
-
-@pytest.fixture(scope="module")
-def network():
-    return archbn(Config().model, 784, 10, 2)
+    return layers, np.asarray(params["theta"]["W"], float)
 
 
 @pytest.fixture(scope="module")
@@ -37,70 +34,106 @@ def batch():
     return x.astype(np.float32), rng.integers(0, 10, 50)
 
 
-def test_the_papers_shapes_and_no_biases(network):
-    params, stats = network.init(jax.random.key(0))
-    assert jax.tree.map(jnp.shape, params) == {
+@pytest.fixture(scope="module")
+def start():
+    return NETWORK.init(jax.random.key(1))
+
+
+@pytest.fixture(scope="module")
+def loss(batch, start):
+    """The summed cross-entropy of the mini-batch, of parameters."""
+    x, y = batch
+    return jax.jit(lambda p: cross_entropy(NETWORK.apply(p, start[1], x, True)[0], y).sum())
+
+
+def test_the_papers_shapes_and_no_biases(start):
+    assert jax.tree.map(jnp.shape, start[0]) == {
         "layers": {
             0: {"norm": {"bias": (64,), "scale": (64,)}, "rows": {"W": (64, 784)}},
             1: {"norm": {"bias": (64,), "scale": (64,)}, "rows": {"W": (64, 32)}},
         },
         "theta": {"W": (10, 32)},
     }
-    assert stats["layers"][1]["norm"]["mean"].shape == (64,)
+    assert start[1]["layers"][1]["norm"]["mean"].shape == (64,)
 
 
-@pytest.mark.parametrize("depth", [1, 4])
-def test_initial_rows_are_gaussian_directions_of_unit_norm(depth):
-    params, _ = archbn(Config().model, 784, 10, depth).init(jax.random.key(3))
-    layers, theta = as_numpy(params)
-    assert len(layers) == depth
+def test_initial_rows_are_gaussian_directions_of_unit_norm(start):
+    layers, theta = as_numpy(start[0])
     for rows in [W for W, *_ in layers] + [theta]:
         np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-6)
         # a Gaussian direction's entries have variance 1/n and its fourth moment
         scaled = rows * np.sqrt(rows.shape[1])
         assert abs(scaled.mean()) < 0.2
         assert abs((scaled**4).mean() - 3) < 0.9
-    gram = layers[0][0] @ layers[0][0].T - np.eye(64)
-    assert np.abs(gram).max() < 0.2
+    assert np.abs(layers[0][0] @ layers[0][0].T - np.eye(64)).max() < 0.2
 
 
-def test_forward_pass_and_loss(network, batch):
+def test_forward_pass_loss_and_gradient(batch, start, loss):
     x, y = batch
-    params, stats = network.init(jax.random.key(1))
-    logits, _ = network.apply(params, stats, x, True)
-    loss, expected, _ = reference.forward(*as_numpy(params), x.astype(np.float64), y, 1e-5)
-    np.testing.assert_allclose(logits, expected, atol=2e-5)
-    assert float(cross_entropy(logits, y).sum()) == pytest.approx(loss, rel=1e-5)
+    known = as_numpy(start[0])
+    total, expected, _ = reference.forward(*known, x.astype(float), y, 1e-5)
+    np.testing.assert_allclose(NETWORK.apply(*start, x, True)[0], expected, atol=2e-5)
+    assert float(loss(start[0])) == pytest.approx(total, rel=1e-5)
+    found, found_theta = as_numpy(jax.grad(loss)(start[0]))
+    layers, theta = reference.gradients(*known, x.astype(float), y, 1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4 * np.abs(b).max()),
+        [found, found_theta], [layers, theta],
+    )  # fmt: skip
 
 
-def test_gradient(network, batch):
-    x, y = batch
-    params, stats = network.init(jax.random.key(1))
-    found, found_theta = as_numpy(
-        jax.grad(lambda p: cross_entropy(network.apply(p, stats, x, True)[0], y).sum())(params)
+def test_loss_unchanged_under_positive_scaling_of_filters(start, loss):
+    params = start[0]
+    before = float(loss(params))
+    factors = iter(jnp.exp(jax.random.normal(jax.random.key(2), (2, 64, 1))))
+
+    def of(change):
+        return float(loss(NETWORK.with_filters(params, change)))
+
+    assert of(lambda w: next(factors) * w) == pytest.approx(before, rel=1e-4)
+    assert of(lambda w: -w) != pytest.approx(before, rel=1e-2)  # a negative factor is no symmetry
+    assert of(lambda w: w.at[:, 0].add(1.0)) != pytest.approx(before, rel=1e-2)
+
+
+@pytest.mark.parametrize("kind", starts.START)
+def test_an_unbalanced_start_computes_the_same_from_other_norms(kind, start, loss):
+    params, _ = start
+    spread = jnp.where(np.asarray(starts.START) == kind, 1.5, 0.0)
+    moved = starts.unbalance(params, spread, jax.random.key(3))
+    assert float(loss(moved)) == pytest.approx(float(loss(params)), rel=1e-4)
+    norms = np.concatenate([np.linalg.norm(w, axis=1) for w in NETWORK.filters(moved)])
+    scales = np.concatenate([scale for _, scale, _ in as_numpy(moved)[0]])
+    if kind == "norms":
+        np.testing.assert_allclose(norms, 10**1.5, rtol=1e-5)
+    elif kind == "filters":
+        assert norms.min() < 0.3 < 3 < norms.max()
+    else:
+        assert scales.min() < 0.3 < 3 < scales.max()
+        np.testing.assert_array_equal(scales[0::2], scales[1::2])
+
+
+@pytest.mark.parametrize("update", ["un", "b-sgd"])
+def test_the_size_of_a_step_is_that_of_float64(update, start):
+    """By layer: λ for UN, λ/‖w‖² for gradient descent; and the angles that filters turn by."""
+    rng, rate, rates, angles, steps = np.random.default_rng(0), 1e-4, [], [], []
+    scale = np.exp(rng.standard_normal((64, 1)) / 4) if update == "b-sgd" else 1.0
+    before = NETWORK.with_filters(start[0], lambda w: jnp.float32(scale) * w)
+    for w in NETWORK.filters(before):
+        w, g = np.asarray(w, float), rng.standard_normal(w.shape)
+        norms = np.linalg.norm(w, axis=1, keepdims=True)
+        g -= np.sum(g * w, 1, keepdims=True) * w / norms**2  # as of a loss that no scale changes
+        after = reference.un_step(w, g, rate) if update == "un" else w - rate * g
+        # the Riemannian gradient at w/‖w‖ is ‖w‖ g, by whose square each filter counts
+        rates.append(np.average(rate / norms**2, weights=((norms * g) ** 2).sum(1, keepdims=True)))
+        cosine = np.sum(w / norms * after / np.linalg.norm(after, axis=1, keepdims=True), 1)
+        angles.append(np.arccos(cosine).mean())
+        steps.append((np.float32(g), np.float32(after)))
+    gradient, moved = (
+        NETWORK.with_filters(before, lambda w, mine=mine: next(mine))
+        for mine in map(iter, zip(*steps, strict=True))
     )
-    expected, theta = reference.gradients(*as_numpy(params), x.astype(np.float64), y, 1e-5)
-    for ours, theirs in zip(found, expected, strict=True):
-        for a, b in zip(ours, theirs, strict=True):
-            np.testing.assert_allclose(a, b, atol=2e-4 * np.abs(b).max())
-    np.testing.assert_allclose(found_theta, theta, atol=1e-4 * np.abs(theta).max())
-
-
-def test_loss_unchanged_under_positive_scaling_of_filters(network, batch):
-    x, y = batch
-    params, stats = network.init(jax.random.key(1))
-    alpha = jnp.exp(jax.random.normal(jax.random.key(2), (2, 64, 1)))
-    mask = filter_mask(params)
-
-    def loss(change):
-        moved = jax.tree.map(lambda w, m: change(w) if m else w, params, mask)
-        return float(cross_entropy(network.apply(moved, stats, x, True)[0], y).sum())
-
-    before = loss(lambda w: w)
-    factors = iter(alpha)
-    assert loss(lambda w: next(factors) * w) == pytest.approx(before, rel=1e-4)
-    assert loss(lambda w: -w) != pytest.approx(before, rel=1e-2)  # a negative factor is no symmetry
-    assert loss(lambda w: w.at[:, 0].add(1.0)) != pytest.approx(before, rel=1e-2)
+    found = evaluation.measure_step(NETWORK, before, gradient, moved)
+    np.testing.assert_allclose(found, (rates, angles), rtol=1e-3)
 
 
 def test_running_statistics_follow_the_batches_and_serve_at_test_time(batch):
@@ -125,10 +158,9 @@ def test_pooling_and_its_gradient(pairs):
     weights = jnp.arange(20.0).reshape(5, 4) + 1
     found = jax.grad(lambda h: (max_pool_pairs(h, pairs) * weights).sum())(h)
     expected = np.zeros((5, 8))
-    for i in range(5):
-        for j in range(4):
-            a, b = (2 * j, 2 * j + 1) if pairs == "adjacent" else (j, j + 4)
-            expected[i, a if h[i, a] >= h[i, b] else b] = weights[i, j]
+    for i, j in np.ndindex(5, 4):
+        a, b = (2 * j, 2 * j + 1) if pairs == "adjacent" else (j, j + 4)
+        expected[i, a if h[i, a] >= h[i, b] else b] = weights[i, j]
     np.testing.assert_array_equal(found, expected)
 
 
