@@ -31,7 +31,7 @@ CLAIM, TRAINED = Case("float64", 0.0), Case("float32", 1e-5)
 # What the symmetry changes these do not undo.
 BLIND = {
     "b-sgd", "sgd-wd", "weight-norm", "un-carried", "b-sgd-median", "sgdp", "adamp", "lars",
-    "adam-srt",
+    "adam-srt", "renorm-sgd", "adamwn", "muon", "manifold-muon",
 }  # fmt: skip
 
 
@@ -165,7 +165,8 @@ def test_only_updates_that_know_the_symmetry_take_both_starts_the_same_way(measu
     assert walk["rounding_gap"].max() < 1e-10
     trained = walk[walk["steps"] > 0]
     if update in BLIND:
-        assert trained["gap"].min() > 1e-3
+        later = trained["steps"] > (update == "renorm-sgd")  # whose first step is the same
+        assert trained["gap"][later].min() > 1e-3
     else:
         assert trained["gap"].max() < 1e-9
         assert (trained["differing"] == 0).all()
