@@ -2,7 +2,7 @@
 
 Each step is a command of `unitnorm` with a folder and a log of its own under OUT/DEVICE. A call
 takes the steps in turn. When its time is up it asks the command to stop, as Ctrl-C would; the next
-call goes on from the records and checkpoints. `gpu.csv`, `.json` and `.md` say how far all is.
+call goes on from the records and checkpoints. `gpu.csv`, `.json` and `.md` say how far it all is.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from unitnorm.errors import UserError
 from unitnorm.report.tables import Fitting
 from unitnorm.run import records
 from unitnorm.run.config import PRESETS, presets
-from unitnorm.run.job import command_line
 
+UNITNORM = (sys.executable, "-m", "unitnorm")
 GRACE_S = 60.0  # to finish an epoch and save; then it is killed, which costs no finished epoch
 STOPPED = (130, -signal.SIGINT, -signal.SIGKILL)  # exit codes of a command that was told to stop
 COLUMNS = ["step", "state", "calls", "seconds", "said"]
@@ -54,41 +54,41 @@ STEPS = (
 
 
 def list_studies(results: Path, data: Mapping[str, str]) -> Iterator[Step]:
-    """The studies among the presets that are not complete, the ones for a GPU alone last.
+    """The plans in `configs/study` that `results` does not hold whole; those for a GPU alone last.
 
     Args:
-      results: folder of what is recorded already.
       data: folders of the data sets that the package does not bring.
     """
-    copied = "study/template"  # a plan to start from
-    studies = [name for name in presets() if name.startswith("study/") and name != copied]
-    for name in sorted(studies, key=lambda name: name.endswith("-gpu")):
-        plan = tomllib.loads((PRESETS / f"{name}.toml").read_text(encoding="utf-8"))
-        others = [dataset for dataset in plan.get("datasets", []) if dataset != "mnist"]
-        lacks = " ".join(f"--data {x}=FOLDER" for x in others if x not in data)
-        given = [word for x in others if x in data for word in ("--data", f"{x}={data[x]}")]
+    names = [name for name in presets() if name.startswith("study/") and "template" not in name]
+    for name in sorted(names, key=lambda name: name.endswith("-gpu")):
         if not is_complete(name, results / name):
-            yield Step(name, ("study", name, *given), lacks=lacks and f"needs {lacks}")
+            plan = tomllib.loads((PRESETS / f"{name}.toml").read_text(encoding="utf-8"))
+            others = [dataset for dataset in plan["datasets"] if dataset != "mnist"]
+            lacks = " ".join(f"--data {x}=FOLDER" for x in others if x not in data)
+            given = [word for x in others if x in data for word in ("--data", f"{x}={data[x]}")]
+            # seldom, for a state of thousands of runs is gigabytes
+            yield Step(name, ("study", name, *given, "--checkpoint-every", "60"), lacks=lacks)
 
 
 def is_complete(study: str, folder: Path) -> bool:
     """Whether all runs of a study are recorded in a folder."""
     if not (folder / records.PROVENANCE).exists():
         return False
-    command = [sys.executable, "-m", "unitnorm", "study", study, "--dry-run", "--out", str(folder)]
-    told = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    counts = [line.split() for line in told.splitlines() if line.endswith(" recorded")]
+    command = [*UNITNORM, "study", study, "--dry-run", "--out", str(folder)]
+    found = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    counts = [line.split() for line in found.splitlines() if line.endswith(" recorded")]
     return bool(counts) and all(words[1] == words[3] for words in counts)
 
 
 def run_step(step: Step, out: Path, seconds: float) -> tuple[str, str]:
     """Run a command for so long at most; its state, and what it said last or how much is left."""
     name = step.name.replace("/", "-")
-    command = [sys.executable, "-m", "unitnorm", *step.words, "--out", str(out / name)]
-    own_cache = {"UNITNORM_CACHE": str(out / "cache")}  # empty at first: the first step compiles
+    # its own cache is empty at first, so that the first step compiles
+    environment = {**os.environ, "UNITNORM_CACHE": str(out / "cache")}
+    command = [*UNITNORM, *step.words, "--out", str(out / name)]
     with open(out / f"{name}.log", "a+", encoding="utf-8") as log:
         begin = log.tell()
-        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **own_cache})
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         try:
             process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -114,41 +114,42 @@ def work(steps: Sequence[Step], out: Path, minutes: float) -> pd.DataFrame:
       A row of `COLUMNS` for each step, as it is in `gpu.csv` after each of them.
     """
     known, end = out / "gpu.csv", time.monotonic() + 60 * minutes
-    frame = pd.DataFrame([[s.name, "waiting", 0, 0.0, ""] for s in steps], columns=COLUMNS)
-    frame = frame.set_index("step")
-    if known.exists():
-        frame.update(pd.read_csv(known, keep_default_na=False).set_index("step"))
-    calls = frame["calls"].to_dict()
-    for step in sorted(steps, key=lambda step: int(step.whole and calls[step.name])):
-        state, _, seconds, said = frame.loc[step.name]
-        started = time.monotonic()
+    before = pd.read_csv(known, keep_default_na=False).to_dict("records") if known.exists() else []
+    rows: dict[str, dict[Any, Any]] = {
+        step.name: {"step": step.name, "state": "waiting", "calls": 0, "seconds": 0.0, "said": ""}
+        for step in steps
+    }
+    rows |= {row["step"]: row for row in before if row["step"] in rows}
+    for step in sorted(steps, key=lambda step: step.whole and rows[step.name]["calls"]):
+        row, started = rows[step.name], time.monotonic()
         if step.lacks:
-            frame.loc[step.name, ["state", "said"]] = "skipped", step.lacks
-        elif state != "done" and started < end:
+            row |= {"state": "skipped", "said": f"needs {step.lacks}"}
+        elif row["state"] != "done" and started < end:
             click.echo(f"{step.name}: {(end - started) / 60:.1f} minutes at most")
-            state, said = run_step(step, out, end - started)
-            before = 0.0 if step.whole else float(str(seconds))
-            seconds = time.monotonic() - started + before
-            frame.loc[step.name] = state, calls[step.name] + 1, round(seconds, 1), said
-        records.write_files(out, {known.name: frame.to_csv().encode()})
-    return frame.reset_index()
+            row["state"], row["said"] = run_step(step, out, end - started)
+            earlier = 0.0 if step.whole else row["seconds"]
+            row["seconds"] = round(earlier + time.monotonic() - started, 1)
+            row["calls"] += 1
+        table = pd.DataFrame(rows.values(), columns=COLUMNS)
+        records.write_files(out, {known.name: table.to_csv(index=False).encode()})
+    return table
 
 
 def summarise(frame: pd.DataFrame, out: Path, device: dict[str, Any]) -> Measurement:
-    """The steps, and geoopt's loop beside Table 2's forty runs as far as both are measured."""
+    """The steps, and geoopt's loop beside Table 2's runs as far as both are measured."""
     seconds = dict(frame[frame["state"] == "done"][["step", "seconds"]].to_numpy().tolist())
-    speeds, runs = out / "bench" / f"{slug(device)}.csv", out / "table2-compiled" / "runs.csv"
     facts: dict[str, Any] = {"device": device, "seconds": seconds}
     remarks = ["table2-compiled: Table 2 again, with the programs that the first time compiled."]
     if {"bench", "table2-compiled"} <= seconds.keys():
-        peer = pd.read_csv(speeds).query("name == 'geoopt'").groupby("depth")["samples_per_s"].max()
-        images = IMAGES * pd.read_csv(runs).groupby("depth")["epochs"].sum()
-        if peer.empty:
+        speeds = pd.read_csv(out / "bench" / f"{slug(device)}.csv").query("name == 'geoopt'")
+        epochs = pd.read_csv(out / "table2-compiled" / "runs.csv").groupby("depth")["epochs"].sum()
+        if speeds.empty:
             remarks.append("geoopt's loop is not measured: torch or geoopt is not installed.")
         else:
-            facts["geoopt_s"] = needs = float((images / peer).sum())
+            needs = (IMAGES * epochs / speeds.groupby("depth")["samples_per_s"].max()).sum()
+            facts["geoopt_s"] = float(needs)
             times = needs / seconds["table2-compiled"]
-            remarks.append(f"geoopt's loop needs {needs:,.0f} s for these runs, × {times:,.0f}.")
+            remarks.append(f"geoopt's loop needs {needs:,.0f} s for these runs: × {times:,.0f}.")
     cells = make_cells("On a GPU", frame, {name: f"{{{name}}}" for name in COLUMNS}, remarks)
     return Measurement("gpu", {"": frame}, cells, facts)
 
@@ -158,26 +159,25 @@ def summarise(frame: pd.DataFrame, out: Path, device: dict[str, Any]) -> Measure
               help="Folder; the results go to OUT/DEVICE.")  # fmt: skip
 @click.option("--results", type=click.Path(path_type=Path), default="results", show_default=True,
               help="Folder of what is recorded already.")  # fmt: skip
-@click.option("--data", "places", multiple=True, metavar="NAME=FOLDER",
+@click.option("--data", multiple=True, metavar="NAME=FOLDER",
               help="Where a study's data set lies; may be repeated.")  # fmt: skip
 @click.option("--minutes", type=click.FloatRange(0.0, 600), default=8.0, show_default=True,
               help="Of this call; the next one goes on.")  # fmt: skip
-def main(out: Path, results: Path, places: tuple[str, ...], minutes: float) -> None:
+def main(out: Path, results: Path, data: tuple[str, ...], minutes: float) -> None:
     """Measure and train on a GPU as far as a call's minutes reach; exit code 1 if a step failed."""
     started = time.time()
+    folders = {name: folder for name, _, folder in (text.partition("=") for text in data)}
     try:
         device = find_device()
         out /= slug(device)
         with records.locked(out):
-            data = dict(place.split("=", 1) for place in places if "=" in place)
-            frame = work([*STEPS, *list_studies(results, data)], out, minutes)
+            frame = work([*STEPS, *list_studies(results, folders)], out, minutes)
             made = summarise(frame, out, device)
-            files = made.files(command_line(), started, time.time() - started)
+            files = made.files("make gpu", started, time.time() - started)
             records.write_files(out, files)
     except UserError as error:
         raise click.ClickException(str(error)) from None
     Console().print(Fitting(made.cells))
-    click.echo(f"{len(files)} files in {out}{os.sep}")
     sys.exit(int("failed" in set(frame["state"])))
 
 

@@ -193,4 +193,4 @@ def measure_kernels(rounds: int, *, quick: bool, say: Say) -> Measurement:
         "here: measured, on one device; without evaluation.",
     ]
     cells = make_cells("A training step of all runs at once", shown, columns, remarks)
-    return Measurement(f"{slug(about['device'])}-kernels", {"": frame}, cells, facts)
+    return Measurement(f"{slug(device)}-kernels", {"": frame}, cells, facts)

@@ -230,7 +230,7 @@ def measure(
                 workers[key].repeat()
         answers: dict[Key, list[dict[str, float]]] = {key: [] for key in keys}
         for number in range(rounds):
-            first = number % len(keys)
+            first = number % max(len(keys), 1)
             for key in keys[first:] + keys[:first]:
                 say(f"round {number + 1} of {rounds}: {key}")
                 answers[key].append(workers[key].repeat())

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import pandas as pd
 
@@ -34,6 +35,7 @@ from unitnorm.study.schema import BUDGETS, CELL, LAYERS, MEASURED, SCHEMA
 from unitnorm.study.statistics import choose_rates, pack_wrong
 
 SEEDS_AT_ONCE = 4  # in a program; its runs are recorded together
+SEEDS_ON_GPU = 100  # there a step of a few runs is all launches of kernels
 VARIANTS_AT_ONCE = 32  # of a seed, in a program; all of a large grid would be recorded late
 ARCHBN = "archbn"
 
@@ -110,6 +112,7 @@ class Study:
         """
         runs = records["runs"]
         have = set(runs[list(CELL)].itertuples(index=False, name=None))
+        size = SEEDS_AT_ONCE if jax.default_backend() == "cpu" else SEEDS_ON_GPU
         for purpose in ("tune", "compare"):
             found = []
             for whole in whole_trials(self.plan, runs, purpose):
@@ -122,8 +125,8 @@ class Study:
                 for lacks, seeds in lacking.items():
                     variants = with_leader([whole.variants[k] for k in lacks], whole.variants)
                     found += [
-                        replace(whole, variants=variants, seeds=tuple(seeds[k : k + SEEDS_AT_ONCE]))
-                        for k in range(0, len(seeds), SEEDS_AT_ONCE)
+                        replace(whole, variants=variants, seeds=tuple(seeds[k : k + size]))
+                        for k in range(0, len(seeds), size)
                     ]
             yield from (t.group() for t in sorted(found, key=lambda trials: trials.seeds[0]))
 

@@ -1,0 +1,127 @@
+"""What `make gpu` does, at toy size on this machine."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+
+from unitnorm.bench import gpu
+
+DEVICE = {"kind": "AMD EPYC", "platform": "cpu", "count": 2, "machine": "x86_64"}
+
+TOY = """
+runs = 1
+depths = [1]
+updates = ["un"]
+sweep = { epochs = 1, train_images = 200, validation_images = 100 }
+train = { train_images = 200, validation_images = 100, min_epochs = 1, max_epochs = 1 }
+"""
+PLAN = """
+question = "How?"
+datasets = ["mnist"]
+depths = [1]
+compare = { first = 2000, count = 1 }
+[training.train]
+train_images = 200
+validation_images = 100
+min_epochs = 1
+max_epochs = 1
+[arms.un]
+update = "un"
+rates = [0.01]
+"""
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """What `make gpu` does, at toy size: Table 2 and the one plan there is."""
+    (tmp_path / "study").mkdir()
+    for name, text in {"toy": TOY, "study/toy": PLAN, "study/toy.toml": PLAN}.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    monkeypatch.setattr(gpu, "find_device", lambda: DEVICE)
+    monkeypatch.setattr(gpu, "PRESETS", tmp_path)
+    monkeypatch.setattr(gpu, "presets", lambda: ["toy", "study/toy"])
+    steps = gpu.Step("table2-compiled", ("reproduce", "--config", "toy")), gpu.Step("none", ("x",))
+    monkeypatch.setattr(gpu, "STEPS", steps)
+    return tmp_path / "runs/gpu/amd-epyc-2-cores"
+
+
+def test_a_gpus_steps_are_done_once_and_told_with_what_failed(toy):
+    done = CliRunner().invoke(gpu.main, [])
+    assert done.exit_code == 1
+    rows = pd.read_csv(toy / "gpu.csv", keep_default_na=False).set_index("step")
+    assert rows["state"].to_dict() == {
+        "table2-compiled": "done", "none": "failed", "study/toy": "done",
+    }  # fmt: skip
+    assert "No such command 'x'" in rows["said"]["none"]
+    assert len(pd.read_csv(toy / "table2-compiled" / "runs.csv")) == 1
+    assert json.loads((toy / "gpu.json").read_text())["device"] == DEVICE
+    # geoopt's loop, as soon as it is measured: 50,000 images of one epoch
+    (toy / "bench").mkdir()
+    speeds = pd.DataFrame([["geoopt", 1, 5e3], ["geoopt", 1, 1e4], ["optax-loop", 1, 1e9]])
+    speeds.to_csv(toy / "bench/amd-epyc-2-cores.csv", header=["name", "depth", "samples_per_s"])
+    measured = [["bench", "done", 1, 0.5, ""], ["table2-compiled", "done", 1, 2.0, ""]]
+    frame = pd.DataFrame(measured, columns=gpu.COLUMNS)
+    assert "geoopt's loop needs 5 s for these runs: × 2." in gpu.summarise(
+        frame, toy, DEVICE
+    ).cells.note.replace("× 2,", "× 2")
+    # what is complete in `results` is no step
+    (toy.parent / "study").mkdir()
+    (toy / "study-toy").rename(toy.parent / "study/toy")
+    assert list(gpu.list_studies(toy.parent, {})) == []
+
+
+LONG = """
+import pathlib, signal, sys, time
+name = sys.argv[1]
+calls = pathlib.Path(sys.argv[-1] + ".calls")
+done = calls.exists()
+calls.touch()
+print("study: 2 of 4 runs, about 1 min left" if name == "study" else "round 1", flush=True)
+try:
+    time.sleep(0 if done else 600)
+except KeyboardInterrupt:
+    print("interrupted; what is saved stays", flush=True)
+    sys.exit(130)
+"""
+
+
+def test_a_step_that_is_stopped_goes_on_with_the_next_call(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "UNITNORM", (sys.executable, "-c", LONG))
+    steps = [
+        gpu.Step("bench", ("bench",), whole=True), gpu.Step("study/a", ("study",)),
+        gpu.Step("study/b", ("study",), lacks="--data fashion=FOLDER"),
+    ]  # fmt: skip
+    first = gpu.work(steps, tmp_path, 2 / 60)
+    assert first["state"].tolist() == ["goes on", "waiting", "skipped"]
+    assert first["said"].tolist() == [
+        "interrupted; what is saved stays", "", "needs --data fashion=FOLDER"
+    ]  # fmt: skip
+    second = gpu.work(steps, tmp_path, 2 / 60)  # the measurement did not fit, and waits
+    assert second["state"].tolist() == ["goes on", "goes on", "skipped"]
+    assert second["said"][1] == "study: 2 of 4 runs, about 1 min left"
+    last = gpu.work(steps, tmp_path, 1.0)
+    assert last["state"].tolist() == ["done", "done", "skipped"]
+    assert last["calls"].tolist() == [2, 2, 0]
+    assert last["seconds"][1] > 2.0 > last["seconds"][0]
+    pd.testing.assert_frame_equal(last, pd.read_csv(tmp_path / "gpu.csv", keep_default_na=False))
+
+
+def test_the_studies_of_a_gpu_are_the_plans_without_records(tmp_path):
+    steps = {step.name: step for step in gpu.list_studies(tmp_path, {})}
+    plans = Path(__file__).parents[1] / "configs/study"
+    assert set(steps) == {f"study/{path.stem}" for path in plans.glob("*.toml")} - {
+        "study/template"
+    }
+    assert steps["study/depth"].lacks == ""
+    assert steps["study/rivals"].lacks == "--data fashion=FOLDER"
+    given = {step.name: step for step in gpu.list_studies(tmp_path, {"fashion": "there"})}
+    assert given["study/rivals"].lacks == ""
+    assert given["study/rivals"].words[:4] == ("study", "study/rivals", "--data", "fashion=there")
