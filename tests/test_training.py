@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -253,7 +255,7 @@ def test_the_rate_follows_the_bold_driver_and_battitis_takes_an_epoch_back(sched
     for _ in range(5):
         seen.append(trained(both, 1, seen[-1]))
     rises = []
-    for old, new in zip(seen, seen[1:], strict=False):
+    for old, new in itertools.pairwise(seen):
         for before, after in ((run_of(old, *at), run_of(new, *at)) for at in np.ndindex(2, 3)):
             if after.epoch == before.epoch:  # it has ended
                 continue
