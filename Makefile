@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 LOCK = .ci/requirements.lock
 INSTALLED = $(VENV)/.installed
 
-.PHONY: table2 test slow peers docs install lint lock readme audit clean
+.PHONY: table2 test slow peers gpu docs install lint lock readme audit clean
 
 # Table 2 of the paper from nothing: sweep, train, report, into runs/table2/, which git ignores; the
 # published evidence in results/ stays as it is
@@ -26,6 +26,11 @@ slow: $(INSTALLED)
 peers: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r .ci/peers.lock
 	$(BIN)/python -m pytest -rs tests/test_peers.py tests/test_bench.py
+
+# What a GPU is to measure and train, 8 minutes a call, into runs/gpu/DEVICE; needs no network, and
+# takes $(PYTHON) where there is no $(VENV):  make gpu PYTHON=python3 GPU='--data fashion=FOLDER'
+gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m unitnorm.bench.gpu $(GPU)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from unitnorm.run.checkpoints import Checkpoints
 from unitnorm.run.loop import Session
 from unitnorm.run.planner import Done, Found, Group
 from unitnorm.run.records import Records, Schema, Table
@@ -60,27 +59,32 @@ class Squares:
 
 
 def measure(workers: int, seconds: float, rounds: int) -> tuple[float, float]:
-    """Seconds until workers are there, and those a group costs beside its own."""
+    """Seconds until workers have libraries and data, and those a group costs beside its own."""
     from unitnorm.run import records
-    from unitnorm.run.cluster import connect
+    from unitnorm.run.cluster import connect, identity
     from unitnorm.run.planner import complete
 
     data = {"": [*range(1000), np.zeros(55_000_000, np.uint8)]}
+    about = {"config": {}, "config_sha256": "", "data": {}, "commands": []}
+    empty = replace(Records.empty(SCHEMA), provenance=about)
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder, connect(None, workers, 1, print) as engine:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        records.locked(Path(folder)),
+        connect(None, workers, 1, print) as engine,
+    ):
         engine.client.wait_for_workers(workers)
+        engine.client.run(identity)  # imports the libraries on each
+
+        def store(found: Records, done: Sequence[Done] = ()) -> None:
+            records.write(Path(folder), found)
+
+        plan = SimpleNamespace(data=data, records=empty, session=Session(), engine=engine,
+                               store=store, experiment=Squares(4 * workers, 0.1))  # fmt: skip
+        complete(plan)
         there = time.perf_counter()
-        session = Session(checkpoints=Checkpoints())
-        about = {"config": {}, "config_sha256": "", "data": {}, "commands": []}
-        empty = replace(Records.empty(SCHEMA), provenance=about)
-        with records.locked(Path(folder)):
-
-            def store(found: Records, done: Sequence[Done] = ()) -> None:
-                records.write(Path(folder), found)
-
-            squares = Squares(workers * rounds, seconds)
-            complete(SimpleNamespace(experiment=squares, data=data, records=empty, session=session,
-                                     engine=engine, store=store))  # fmt: skip
+        plan.experiment = Squares(rounds * workers, seconds)
+        complete(plan)
         ended = time.perf_counter()
     return there - started, (ended - there) / rounds - seconds
 
@@ -95,6 +99,6 @@ if __name__ == "__main__":
     for workers in (1, 2, 4, 8):
         start, extra = importable_measure(workers, options.seconds, options.rounds)
         print(
-            f"{workers} workers: there after {start:.1f} s; {extra:.2f} s a group beside its "
+            f"{workers} workers: ready after {start:.1f} s; {extra:.2f} s a group beside its "
             f"{options.seconds:g} s, {extra / options.seconds:.1%}"
         )

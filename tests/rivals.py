@@ -1,10 +1,12 @@
-"""The rivals' published rules in float64 NumPy, one filter per row, written from their sources.
+"""The rules of all updates in float64 NumPy, one filter per row, written from their sources.
 
 Each yields W after every step. The options are those of the publications.
 """
 
 import itertools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -18,6 +20,100 @@ def lengths(A):
 
 def towards_sphere(W):
     return W / lengths(W)
+
+
+def project(W, Z):
+    return Z - np.diag(np.diag(Z @ W.T)) @ W
+
+
+def b_sgd(W, gradient, rate):
+    while True:
+        W = W - rate * gradient(W)
+        yield W
+
+
+def un(W, gradient, rate):
+    while True:
+        W = towards_sphere(W - rate * project(W, gradient(W)))
+        yield W
+
+
+def un_momentum(W, gradient, rate):
+    M = np.zeros_like(W)
+    while True:
+        M = 0.9 * project(W, M) + project(W, gradient(W))
+        W = towards_sphere(W - rate * M)
+        yield W
+
+
+def un_nesterov(W, gradient, rate):
+    M = np.zeros_like(W)
+    while True:
+        R = project(W, gradient(W))
+        M = 0.9 * project(W, M) + R
+        W = towards_sphere(W - rate * (R + 0.9 * M))
+        yield W
+
+
+def un_adam(W, gradient, rate):
+    M, v = np.zeros_like(W), np.zeros(len(W))
+    for t in itertools.count(1):
+        R = project(W, gradient(W))
+        M = 0.9 * project(W, M) + 0.1 * R
+        v = 0.999 * v + 0.001 * np.diag(R @ R.T)
+        size = np.sqrt(v / (1 - 0.999**t)) + 1e-8
+        W = towards_sphere(W - rate * M / (1 - 0.9**t) / size[:, None])
+        yield W
+
+
+def sm(W, gradient, rate):
+    while True:
+        W = W - rate * np.diag(np.diag(W @ W.T)) @ gradient(W)
+        yield W
+
+
+def normalize(W, gradient, rate):
+    while True:
+        W = towards_sphere(W - rate * gradient(W))
+        yield W
+
+
+def weight_norm(W, gradient, rate):
+    """Descent on v and g by automatic differentiation through W(v, g)."""
+
+    def of(v, g):
+        return g[:, None] * v / jnp.linalg.norm(v, axis=1, keepdims=True)
+
+    v, g = jnp.asarray(W), jnp.linalg.norm(W, axis=1)
+    while True:
+        G = gradient(np.asarray(of(v, g)))
+        dv, dg = jax.grad(lambda v, g, G=G: jnp.sum(of(v, g) * G), (0, 1))(v, g)
+        v, g = v - rate * dv, g - rate * dg
+        yield np.asarray(of(v, g))
+
+
+def sgd_wd(W, gradient, rate):
+    while True:
+        W = W - rate * (gradient(W) + 5e-4 * W)
+        yield W
+
+
+def un_carried(W, gradient, rate, median=False):
+    n = np.diag(W @ W.T)
+    while True:
+        R = project(W, gradient(W))
+        size = np.full_like(n, np.median(n)) if median else n
+        W = towards_sphere(W - rate * R / size[:, None])
+        n = n + rate**2 * np.diag(R @ R.T) / n
+        yield W
+
+
+def b_sgd_median(W, gradient, rate):
+    while True:
+        norms = np.sqrt(np.diag(W @ W.T))
+        W = W - rate * np.median(norms) ** 2 * gradient(W)
+        W = W / np.median(np.sqrt(np.diag(W @ W.T)))
+        yield W
 
 
 def heo_projection(W, G, P, delta):
@@ -135,4 +231,96 @@ def adam_srt(W, gradient, rate):
         v = v * dots(W, W) / squared
         M = (dots(W, new) * M - dots(M, new) * W) / squared
         W = new
+        yield W
+
+
+def adam_direction(G, state, b1=0.9, b2=0.999):
+    """Adam's m̂/(√v̂ + 1e-8); state: (M, V, t)."""
+    M, V, t = state
+    M, V, t = b1 * M + (1 - b1) * G, b2 * V + (1 - b2) * G * G, t + 1
+    return M / (1 - b1**t) / (np.sqrt(V / (1 - b2**t)) + 1e-8), (M, V, t)
+
+
+def hyperball(W, gradient, rate):
+    R, state = lengths(W), (0.0, 0.0, 0)
+    while True:
+        U, state = adam_direction(gradient(W), state)
+        W = R * towards_sphere(W - rate * R * towards_sphere(U))
+        yield W
+
+
+def hyperball_of_momentum(W, gradient, rate):
+    """The norm of the whole matrix held, heavy-ball momentum 0.9 inside."""
+    R, M = np.linalg.norm(W), np.zeros_like(W)
+    while True:
+        M = 0.9 * M + gradient(W)
+        W = W - rate * R * M / np.linalg.norm(M)
+        W = R * W / np.linalg.norm(W)
+        yield W
+
+
+def ngpt(W, gradient, rate):
+    state = (0.0, 0.0, 0)
+    while True:
+        U, state = adam_direction(gradient(W), state, b2=0.95)
+        W = towards_sphere(W - rate * U)
+        yield W
+
+
+def renorm_sgd(W, gradient, rate, momentum=0.85, nesterov=True):
+    buffer = None
+    while True:
+        G = gradient(W)
+        buffer = G if buffer is None else momentum * buffer + G
+        D = G + momentum * buffer if nesterov else buffer
+        W = towards_sphere(W) - rate * towards_sphere(D)
+        yield W
+
+
+def adamwn(W, gradient, rate, ratio=1.0, update_rate=0.01):
+    start, state = lengths(W), (0.0, 0.0, 0)
+    while True:
+        U, state = adam_direction(gradient(W), state)
+        W = W - rate * U - update_rate * (1 - ratio * start / lengths(W)) * W
+        yield W
+
+
+def muon(W, gradient, rate, momentum=0.95, decay=0.0, nesterov=True):
+    """Here with filters as rows: Newton-Schulz commutes with the transpose."""
+    M = np.zeros_like(W)
+    for t in itertools.count(1):
+        G = gradient(W)
+        M = momentum * M + (1 - momentum) * G
+        X = M / (1 - momentum**t)
+        if nesterov:
+            X = momentum * M / (1 - momentum ** (t + 1)) + (1 - momentum) * G / (1 - momentum**t)
+        X = X / (np.linalg.norm(X) + 1e-8)
+        for _ in range(5):
+            A = X @ X.T
+            X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+        scale = max(1, W.shape[0] / W.shape[1]) ** 0.5
+        W = W - rate * (scale * X + decay * W)
+        yield W
+
+
+def msign(X):
+    U, _, V = np.linalg.svd(X, full_matrices=False)
+    return U @ V
+
+
+def manifold_muon(W, gradient, rate, dual_steps=10, dual_rate=0.1):
+    """Orthonormal columns: of the transpose where there are fewer rows than columns."""
+    turned = W.shape[0] < W.shape[1]
+    while True:
+        G = gradient(W)
+        X, G = (W.T, G.T) if turned else (W, G)
+        L = -(X.T @ G + G.T @ X) / 4
+        for k in range(dual_steps):
+            A = msign(G + 2 * X @ L)
+            H = X.T @ A + A.T @ X
+            if np.linalg.norm(H) / np.sqrt(H.size) < 1e-6:
+                break
+            L = L - dual_rate * (1 - k / dual_steps) * H
+        X = msign(X - rate * A)
+        W = X.T if turned else X
         yield W

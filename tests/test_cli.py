@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import re
-import shlex
 import shutil
+import signal
 import subprocess
 import sys
-import tomllib
+import time
 from pathlib import Path
 
 import click
@@ -16,12 +18,15 @@ import pandas as pd
 import pytest
 from click.shell_completion import ShellComplete
 from click.testing import CliRunner
+from rich.console import Console
 
 import unitnorm
 from tests import faults
 from unitnorm.cli import main
+from unitnorm.cli.options import print_report
 from unitnorm.errors import UserError
-from unitnorm.run import records
+from unitnorm.run import progress, records
+from unitnorm.run.loop import Status
 from unitnorm.table2.schema import SCHEMA
 
 ROOT = Path(__file__).parents[1]
@@ -42,14 +47,14 @@ def call(tmp_path_factory, idx_folder, small_toml):
     train = ["--config", str(small_toml), "--data-dir", str(idx_folder)]
     root = str(Path(unitnorm.__file__).parents[1])
 
-    def run(command, *words, code=0, trains=True, before="", cwd=None):
+    def run(command, *words, code=0, trains=True, before="", **shell):
         start = f"{before}\nfrom unitnorm.cli import main; main(prog_name='unitnorm')"
         line = [sys.executable, "-W", "error::DeprecationWarning:unitnorm", "-c", start]
         done = subprocess.run(
             [*line, command, *(train if trains else []), *map(str, words)],
-            capture_output=True, text=True, timeout=faults.PATIENCE_S, cwd=cwd,
+            capture_output=True, text=True, timeout=faults.PATIENCE_S,
             env={**os.environ, "UNITNORM_CACHE": str(cache), "COLUMNS": "100", "PYTHONPATH": root,
-                 "XLA_FLAGS": faults.QUICK},
+                 "XLA_FLAGS": faults.QUICK, **shell},
         )  # fmt: skip
         assert done.returncode == code, done.stdout + done.stderr
         return done
@@ -95,26 +100,47 @@ def test_reproduce_writes_every_file_and_prints_the_table(reproduced):
     assert table["mean"].to_numpy() == pytest.approx(mean.to_numpy())
 
 
-def test_one_run_trained_alone_has_the_same_bits(reproduced, call, tmp_path):
+# What people have in their shell: it would change the numbers, stop a healthy run, or has no ≤.
+SHELL = {
+    "JAX_ENABLE_X64": "1", "JAX_DEBUG_NANS": "1", "JAX_DEBUG_INFS": "1", "JAX_DISABLE_JIT": "1",
+    "JAX_NUMPY_RANK_PROMOTION": "raise", "JAX_NUMPY_DTYPE_PROMOTION": "strict",
+    "JAX_TRANSFER_GUARD": "disallow", "JAX_CHECK_TRACER_LEAKS": "1", "JAX_NO_TRACING": "1",
+    "JAX_DEFAULT_PRNG_IMPL": "rbg", "JAX_THREEFRY_PARTITIONABLE": "0",
+    "JAX_RANDOM_SEED_OFFSET": "1", "PYTHONIOENCODING": "ascii",
+}  # fmt: skip
+
+
+def test_one_run_trained_alone_in_any_shell_has_the_same_bits(reproduced, call, tmp_path):
     out, _ = reproduced
     # as on macOS, which does not tell which cores a process may use
     before = "import os; vars(os).pop('sched_getaffinity', None)"
     words = ["--depth", 2, "--update", "un", "--runs", 1, "--out", tmp_path]
-    done = call("train", *words, before=before)
+    done = call("train", *words, before=before, **SHELL)
     assert "no base learning rate yet, sweeping first" in done.stdout
+    assert ", ? 0:00:00 left" in done.stdout
     lines = (out / "runs.csv").read_text().splitlines()
     alone = (tmp_path / "runs.csv").read_text().splitlines()
     assert alone == [lines[0], *[line for line in lines if line.startswith("2,un,0,")]]
 
 
-def test_report_needs_the_records_alone_and_repeats_its_bytes(reproduced, call):
+def test_report_needs_the_records_alone_and_repeats_its_bytes(reproduced, call, capsys):
     out, _ = reproduced
     before = {name: (out / name).read_bytes() for name in FILES}
     for name in ("table2.csv", "figures/curves.png"):
         (out / name).unlink()
-    done = call("report", "--out", out, trains=False)
-    assert "B-SGD" in done.stdout
+    # a home that cannot be written, where Matplotlib keeps nothing
+    home = {"HOME": "/proc/none", "XDG_CONFIG_HOME": "", "XDG_CACHE_HOME": ""}
+    done = call("report", "--out", out, "--json", trains=False, **home)
+    assert done.stderr == ""
     assert {name: (out / name).read_bytes() for name in FILES} == before
+    told = json.loads(done.stdout)
+    assert set(told["files"]) < FILES
+    means = [row["mean"] for row in told["tables"]["table2"]]
+    assert means == pytest.approx([*pd.read_csv(out / "table2.csv")["mean"]])
+    print_report("shown", {"a.csv": b""}, out, quiet=True)
+    assert capsys.readouterr().out == ""
+    print_report("shown", {"a.csv": b""}, out)
+    assert capsys.readouterr().out == f"shown\n1 files in {out}{os.sep}\n"
 
 
 def test_what_is_recorded_is_not_trained_again_and_another_config_is_refused(reproduced, call):
@@ -127,46 +153,94 @@ def test_what_is_recorded_is_not_trained_again_and_another_config_is_refused(rep
     assert {name: (out / name).read_bytes() for name in FILES} == before
 
 
-# ---------------------------------------------------------------- what is kept and what is yours
+def test_list_says_what_was_run_in_which_state_and_how_to_go_on(reproduced, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    invoke = CliRunner().invoke
+    assert invoke(main, ["list"]).stdout == "nothing was run in runs yet\n"
+    shutil.copytree(reproduced[0], "runs/done")
+    for name in ("stopped", "busy", "damaged"):
+        shutil.copytree("runs/done", f"runs/{name}")
+    Path("runs/stopped/.checkpoints").mkdir()
+    Path("runs/damaged/provenance.json").write_text("{}")
+    with records.locked(Path("runs/busy")):
+        found = {
+            Path(f["folder"]).name: f for f in json.loads(invoke(main, ["list", "--json"]).stdout)
+        }
+        text = invoke(main, ["list"]).stdout
+    states = {name: about["state"] for name, about in found.items()}
+    assert states == {
+        "done": "recorded", "stopped": "unfinished", "busy": "running", "damaged": "damaged"
+    }  # fmt: skip
+    done = found["done"]
+    assert (done["experiment"], done["runs"]) == ("table2", 12)
+    assert done["bytes"] == sum(
+        p.stat().st_size for p in Path("runs/done").rglob("*") if p.is_file()
+    )
+    assert done["command"].startswith("unitnorm reproduce --config")
+    assert (
+        f"runs/done: table2, recorded, 12 runs, {done['bytes'] / 1e6:.1f} MB\n  {done['command']}\n"
+        in text
+    )
 
 
-def test_make_table2_then_make_test_changes_nothing_that_git_tracks(
-    reproduced, call, idx_folder, small_toml, tmp_path
-):
-    """What `make table2` runs, in a checkout on a machine of other bits than the published ones."""
-    out, _ = reproduced
+# ---------------------------------------------------------------- the terminal
 
-    def git(*words):
-        who = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
-        return subprocess.run(
-            ["git", *who, *words], cwd=tmp_path, check=True, capture_output=True, text=True
-        ).stdout
 
-    (tmp_path / ".ci").mkdir()
-    for name in (".gitignore", ".ci/readme.py"):
-        shutil.copy(ROOT / name, tmp_path / name)
-    shutil.copytree(out, tmp_path / "results" / "table2")
-    table = (out / "table2.md").read_text().strip()
-    page = f"<!-- from results/table2/table2.md -->\n\n{table}\n\n<!-- end -->\n"
-    (tmp_path / "README.md").write_text(page)
-    for folder in ("results", "configs", "results/symmetry"):
-        (tmp_path / folder).mkdir(exist_ok=True)
-        (tmp_path / folder / "README.md").write_text("")
-    git("init", "-q")
-    git("add", ".")
-    git("commit", "-qm", "published")
+def unitnorm_process(*words, **settings):
+    line = [sys.executable, "-m", "unitnorm", *words]
+    return subprocess.Popen(line, stderr=subprocess.PIPE, text=True, **settings)
 
-    target = (ROOT / "Makefile").read_text().partition("\ntable2:")[2].partition("\n\n")[0]
-    command, *words = shlex.split(target.partition("/unitnorm ")[2])
-    for _ in range(2):  # another seed for other bits
-        call(command, *words, "--seed", 7, "--runs", 2, cwd=tmp_path)
-        call("report", "--out", "results/table2", trains=False, cwd=tmp_path)
-        assert git("status", "--porcelain") == ""
-    made = tmp_path / "runs" / "table2" / "table2.md"
-    assert made.read_text() != (tmp_path / "results" / "table2" / "table2.md").read_text()
-    check = [sys.executable, tmp_path / ".ci" / "readme.py", "--check"]
-    subprocess.run(check, check=True, cwd=tmp_path)
-    assert git("status", "--porcelain") == ""
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux alone has a full device")
+@pytest.mark.parametrize("words", [["config", "quick"], ["--help"], ["list", "--out", ROOT]])
+def test_output_that_cannot_be_written_is_a_line(words):
+    with open("/dev/full", "w") as full:
+        process = unitnorm_process(*words, stdout=full)
+        _, errors = process.communicate()
+    assert process.returncode == 1
+    assert errors.startswith("error: the output cannot be written (No space left on device)")
+    assert errors.count("\n") == 1
+
+
+def test_ctrl_c_twice_at_once_is_a_line(tmp_path):
+    for delay in (0.3, 0.7, 1.1):
+        words = ("train", "--config", "quick", "--out", tmp_path / "out")
+        process = unitnorm_process(*words, stdout=subprocess.DEVNULL)
+        time.sleep(delay)
+        for pause in (0.02, 0.0):
+            process.send_signal(signal.SIGINT)
+            time.sleep(pause)
+        _, errors = process.communicate()
+        # Python may end itself by the signal, which a shell calls 130 as well
+        assert process.returncode in (130, -signal.SIGINT)
+        assert re.fullmatch("(stopping …\n)?interrupted; .* Go on with: unitnorm train.*\n", errors)
+
+
+class Slow:
+    """A program of ten epochs, the first of which compiles for a minute."""
+
+    title, epochs, samples = "slow", 10, 100
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_time_left_counts_no_compilation_and_the_error_is_drawn(terminal, monkeypatch):
+    monkeypatch.setattr(progress, "PLAIN_EVERY_S", 0.0)
+    monkeypatch.setenv("TERM", "xterm")
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=150)
+    with progress.shown(console) as report:
+        for epoch, seconds in enumerate([60.0, 2.0, 1.0, 3.0], 1):
+            report(Slow, Status(epoch, True, "going", "step 1"), 0.1)
+            report(Slow, Status(epoch, True, "going", val_error=1 / epoch), seconds)
+    text = console.file.getvalue()
+    assert "going ▁█" not in text
+    assert "going █▃▂▁, 50.0 samples/s, ≤ 0:00:12 left" in text  # 6 epochs of 2 s
+    if not terminal:
+        first, second, *_ = text.splitlines()
+        assert first == "slow: epoch 1/10, going"
+        assert second == "slow: epoch 2/10, going █▁, 50.0 samples/s, ≤ 0:00:16 left"
+
+
+# ---------------------------------------------------------------- faults and help
 
 
 def every_command(group=main, name="unitnorm"):
@@ -185,33 +259,8 @@ def test_what_a_command_writes_goes_to_runs_unless_told_otherwise(name):
     for option in COMMANDS[name].params:
         if option.name == "out":
             assert option.default.parts[0] == "runs"
-            assert len(option.default.parts) == 2
-
-
-def test_presets_are_printed_and_given_by_name_from_an_empty_folder(call, idx_folder, tmp_path):
-    listed = CliRunner().invoke(main, ["config"]).stdout.splitlines()
-    for name in ("quick", "table2", "segnet"):
-        (line,) = [line for line in listed if line.startswith(f"{name} ")]
-        assert len(line) > 40  # with what it is
-    text = CliRunner().invoke(main, ["config", "quick"]).stdout
-    assert tomllib.loads(text)["runs"] == 3
-    sizes = ("train_images=100", "validation_images=50", "epochs=1", "rates=[0.1, 0.01]")
-    words = [word for size in sizes for word in ("--set", f"sweep.{size}")]
-    words += [
-        "--update",
-        "un_momentum",
-        "--data-dir",
-        idx_folder,
-        "--set",
-        "train.train_images=400",
-    ]
-    words += ["--set", "train.validation_images=100", "--set", "model.width=8"]
-    call("sweep", "--config", "quick", *words, trains=False, cwd=tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
-    sweep = pd.read_csv(tmp_path / "runs" / "table2" / "sweep.csv")
-    assert list(sweep["update"]) == ["un-momentum"] * 6
-    assert list(sweep["depth"]) == [2] * 6
-    assert list(sweep["run"]) == [0, 0, 1, 1, 2, 2]
+            assert len(option.default.parts) == (1 if name == "unitnorm list" else 2)
+    assert "\n/runs/\n" in (ROOT / ".gitignore").read_text()
 
 
 @pytest.mark.parametrize(
@@ -227,9 +276,6 @@ def test_published_records_are_read_or_their_command_is_named(folder, command):
             records.read(out, SCHEMA)
 
 
-# ---------------------------------------------------------------- faults and help
-
-
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -243,6 +289,11 @@ def test_published_records_are_read_or_their_command_is_named(folder, command):
         (["train", "--set", 'updates=["sgd"]'], "'sgd' is not an update"),
         (["train", "--update", "sgd"], "expected one of b-sgd, un"),
         (["train", "--sed", "3"], "No such option"),
+        (["train", "--checkpoint-every", "nan"], "nan is not a finite number"),
+        (["symmetry", "--rate", "inf"], "inf is not a finite number"),
+        (["train", "--config", "study/annealed"], "is one for `unitnorm study`, not for this"),
+        (["train", "--config", "segnet"], "is one for `unitnorm segment train`, not for this"),
+        (["study", "quick"], "is one for `unitnorm reproduce`, not for this"),
         (["train", "--data-dir", "/nowhere/at/all"], "/nowhere/at/all"),
         (["report", "--out", "/nowhere/at/all/there"], "no records"),
         (["report", "--out", str(ROOT / "results/segnet")], "`unitnorm segment report` reads"),
@@ -266,6 +317,9 @@ def test_help_fits_a_terminal_and_has_an_example(name):
     assert done.exit_code == 0
     assert max(map(len, done.output.splitlines())) <= 80
     assert "..." not in done.output.partition("Commands:")[2]  # no summary is cut
+    assert not re.search(
+        r"^  [A-Z\[|\]]+(\.\.\.)?$", done.output, re.M
+    )  # no argument without a text
     example = done.output.partition("Example")[2]
     assert f"  {name}" in example or name.split()[-1] in example
 

@@ -1,17 +1,17 @@
-"""What people have: the gallery, networks that nobody here wrote, and what the docs show."""
+"""What people copy from: the gallery, and what the docs show."""
 
 import doctest
 import importlib
 import inspect
 import operator
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 import unitnorm
-from unitnorm.examples.mnist import mnist_arrays
 from unitnorm.updates.parts import leaf_name
 
 
@@ -47,54 +47,32 @@ def test_an_example_learns_with_its_kernels_at_unit_norm(
     assert capsys.readouterr().out == f"test error {error:.4f}\n"
 
 
-def test_kernels_of_a_resnet_in_flax():
-    jax_resnet = pytest.importorskip("jax_resnet", reason="needs jax-resnet")
-    images = mnist_arrays(28, 28, 1)[0][:32]
-    net = jax_resnet.ResNet50(stage_sizes=[1, 1], hidden_sizes=(2, 4), n_classes=10)
-    statistics = dict(jax.jit(net.init)(jax.random.key(0), images))
-    params = statistics.pop("params")
+def test_the_transformer_learns_with_its_kernels_at_unit_norm(monkeypatch, capsys):
+    from unitnorm.examples import transformer
 
-    @jax.jit
-    def apply(params):
-        return net.apply({"params": params, **statistics}, images, mutable=["batch_stats"])
+    models = []
 
-    convolutions = [
-        f"{block}/ConvBlock_{i}/Conv_0/kernel"
-        for block in ("layers_2", "layers_3")
-        for i in range(3)
-    ]
-    expected = ["layers_0/ConvBlock_0/Conv_0/kernel", *convolutions]
-    expected += [
-        f"{block}/ResNetSkipConnection_0/ConvBlock_0/Conv_0/kernel"
-        for block in ("layers_2", "layers_3")
-    ]
-    assert selected(unitnorm.normalized_kernels(apply, params)) == sorted(expected)
+    class Noted(transformer.Transformer):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            models.append(self)
 
-
-# In the second version a block's sum is not normalised itself, so what ends in it is not chosen.
-@pytest.mark.parametrize("version", [1, 2])
-def test_kernels_of_a_resnet_in_haiku(version):
-    hk = pytest.importorskip("haiku", reason="needs dm-haiku")
-    images = mnist_arrays(28, 28, 1)[0][:32]
-
-    def forward(images):
-        net = hk.nets.ResNet(
-            (1, 1, 1, 1), 10, resnet_v2=version == 2, bottleneck=False,
-            channels_per_group=(8, 8, 16, 16), initial_conv_config={"output_channels": 8},
-            strides=(1, 1, 2, 2),
-        )  # fmt: skip
-        return net(images, is_training=True)
-
-    net = hk.without_apply_rng(hk.transform_with_state(forward))
-    params, running = jax.jit(net.init)(jax.random.key(0), images)
-    apply = jax.jit(lambda params: net.apply(params, running, images))
-    names = ["conv_0"] if version == 2 else ["conv_0", "conv_1", "shortcut_conv"]
-    expected = ["res_net/~/initial_conv/w"] + [
-        f"res_net/~/block_group_{group}/~/block_0/~/{name}/w"
-        for group in range(4)
-        for name in names
-    ]
-    assert sorted(selected(unitnorm.normalized_kernels(apply, params))) == sorted(expected)
+    monkeypatch.setattr(transformer, "Transformer", Noted)
+    for name, size in {"CONTEXT": 32, "WIDTH": 32, "BATCH": 16, "BLOCKS": 1}.items():
+        monkeypatch.setattr(transformer, name, size)
+    loss = transformer.main(30)
+    assert capsys.readouterr().out == f"test loss {loss:.4f} nats a letter\n"
+    plain = transformer.train(0, "adamw", 3e-3, 30)
+    assert 2 < loss < 3.5  # log(100) is 4.6
+    assert 2 < plain < 3.5
+    for model, unit in zip(models, (True, False), strict=True):
+        for block in model.blocks:
+            query, value = block.query.kernel[...], block.value.kernel[...]
+            norms = [*jnp.sqrt(jnp.sum(query**2, (0, 2))), jnp.linalg.norm(value)]
+            norms += [jnp.linalg.norm(layer.kernel[...]) for layer in (block.up, block.down)]
+            assert all(abs(norm - 1) < 1e-5 for norm in norms) == unit
+    lines = (Path(unitnorm.__path__[0]) / "examples" / "transformer.py").read_text().splitlines()
+    assert len(lines) < 100
 
 
 # --- What the documentation shows -----------------------------------------------------------------

@@ -104,13 +104,34 @@ def test_zero_filters_stay_zero_and_have_no_tangent_space():
     assert np.all(np.isfinite(tangent_projection(w, z)))
 
 
-def test_a_norm_out_of_range_is_not_taken_for_a_dead_filter():
-    w = jnp.array([[1e30, 1e-30, jnp.nan, 3.0], [0.0, 0.0, 0.0, 4.0]], jnp.float32)
-    unit = np.asarray(retraction(w))
-    assert np.isnan(unit[0, 0])
-    np.testing.assert_array_equal(unit[:, 1], w[:, 1])
-    assert np.isnan(unit[0, 2])
-    np.testing.assert_allclose(unit[:, 3], [0.6, 0.8], rtol=1e-7)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_filters_of_any_norm_are_taken_as_they_are(dtype):
+    with jax.enable_x64(True):
+        sizes = [1e-25, 1e20, 3e38, 2e-38, 1.0] if dtype == "float32" else [1e-200, 1e200, 1e307]
+        sizes = jnp.array(sizes, dtype)
+        w = jnp.array([[0.6], [0.8]], dtype) * sizes
+        z = jnp.array([[1.0], [0.0]], dtype) / sizes
+        tolerance = 4 * float(jnp.finfo(dtype).eps)
+        np.testing.assert_allclose(filter_norms(w) / sizes, 1, rtol=tolerance)
+        for unit, tangent, size in zip(
+            retraction(w).T, tangent_projection(w, z).T, sizes, strict=True
+        ):
+            np.testing.assert_allclose(unit, [0.6, 0.8], rtol=tolerance)
+            if 1e-30 < size < 1e30 or dtype == "float64":  # else the gradient is out of range
+                np.testing.assert_allclose(tangent * size, [0.64, -0.48], rtol=10 * tolerance)
+
+
+def test_what_is_infinite_or_no_number_is_not_taken_for_a_dead_filter():
+    w = jnp.array([[jnp.inf, jnp.nan, 3.0], [0.0, 0.0, 4.0]], jnp.float32)
+    found = np.asarray(retraction(w))
+    assert np.isnan(found[0, :2]).all()
+    np.testing.assert_allclose(found[:, 2], [0.6, 0.8], rtol=1e-7)
+
+
+@pytest.mark.parametrize("function", [geometry.filter_norms, geometry.retraction])
+def test_complex_arrays_are_refused(function):
+    with pytest.raises(ValueError, match="filters are real, got complex64"):
+        function(jnp.ones((2, 2), jnp.complex64))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

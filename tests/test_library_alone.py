@@ -97,14 +97,6 @@ def test_every_public_name_is_there_for_people_and_for_type_checkers():
         unitnorm.nothing  # noqa: B018
 
 
-@pytest.mark.parametrize("name", UPDATES)
-def test_extra_arguments_are_taken(name):
-    w = jnp.eye(3) + 0.1
-    for tx in (UPDATES[name].filters(0.1), build(name, 0.1, True)):
-        moved, _ = tx.update(w, tx.init(w), w, value=1.0)
-        assert jnp.any(moved != 0)
-
-
 def test_build_takes_injected_rates():
     params = {"kernel": jnp.eye(3) + 0.1, "bias": jnp.ones(3)}
     mask = {"kernel": True, "bias": False}

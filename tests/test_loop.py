@@ -83,9 +83,9 @@ def counted(memory: Checkpoints, stop_at: int = 0) -> list[Any]:
 def test_every_epoch_is_reported_once_after_its_records():
     assert counted(Checkpoints()) == [
         6,
-        (0, True, "0 counted", "step 1"), ("epoch", 1, 2), (1, True, "1 counted", ""),
-        (1, True, "1 counted", "step 1"), ("epoch", 2, 4), (2, True, "2 counted", ""),
-        (2, True, "2 counted", "step 1"), ("epoch", 3, 6), (3, False, "3 counted", ""),
+        Status(0, True, "0 counted", "step 1"), ("epoch", 1, 2), Status(1, True, "1 counted"),
+        Status(1, True, "1 counted", "step 1"), ("epoch", 2, 4), Status(2, True, "2 counted"),
+        Status(2, True, "2 counted", "step 1"), ("epoch", 3, 6), Status(3, False, "3 counted"),
     ]  # fmt: skip
 
 

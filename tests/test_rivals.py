@@ -95,6 +95,42 @@ CASES = {
         {"decay": 0.1, "zero_mean": True},
     ),
     "adam-srt": (ours.adam_srt(RATE, axis=-1), rivals.adam_srt, {}),
+    "hyperball": (ours.hyperball(RATE, axis=-1), rivals.hyperball, {}),
+    "hyperball-whole": (
+        ours.hyperball(RATE, optax.trace(0.9), axis=(0, 1), off_manifold="keep"),
+        rivals.hyperball_of_momentum,
+        {},
+    ),
+    "ngpt": (ours.ngpt(RATE, axis=-1), rivals.ngpt, {}),
+    "renorm-sgd": (ours.renorm_sgd(RATE, axis=-1), rivals.renorm_sgd, {}),
+    "renorm-sgd-heavy-ball": (
+        ours.renorm_sgd(RATE, 0.5, nesterov=False, axis=-1),
+        rivals.renorm_sgd,
+        {"momentum": 0.5, "nesterov": False},
+    ),
+    "adamwn": (ours.adamwn(RATE, axis=-1), rivals.adamwn, {}),
+    "adamwn-options": (
+        ours.adamwn(RATE, norm_ratio=2.0, update_rate=0.3, axis=-1),
+        rivals.adamwn,
+        {"ratio": 2.0, "update_rate": 0.3},
+    ),
+    "adamwn-is-adamw": (
+        optax.adamw(RATE, weight_decay=0.1),
+        rivals.adamwn,
+        {"ratio": 0.0, "update_rate": 0.1 * RATE},
+    ),
+    "muon": (ours.muon(RATE, axis=-1), rivals.muon, {}),
+    "muon-decay": (
+        ours.muon(RATE, 0.8, 0.1, nesterov=False, axis=-1),
+        rivals.muon,
+        {"momentum": 0.8, "decay": 0.1, "nesterov": False},
+    ),
+    "manifold-muon": (ours.manifold_muon(RATE, axis=-1), rivals.manifold_muon, {}),
+    "manifold-muon-as-published": (
+        ours.manifold_muon(RATE, dual_steps=100, dual_rate=0.01, axis=-1),
+        rivals.manifold_muon,
+        {"dual_steps": 100, "dual_rate": 0.01},
+    ),
 }
 
 

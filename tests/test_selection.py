@@ -1,20 +1,29 @@
-"""Selections on other people's trees: Equinox, Linen, NNX, plain dictionaries."""
+"""What can be scaled is found, said and held at unit norm: on networks and trees of others."""
 
 import functools
-import warnings
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import linen, nnx
+from flax import nnx
 
+from tests.networks import NETWORKS, of_nnx
 from unitnorm import updates
-from unitnorm.updates import FilterAxes, axes_of_selection, build, examine_kernels
+from unitnorm.updates import UPDATES, FilterAxes, axes_of_selection, build, examine_kernels
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(32, 5)), jnp.float32)
 PICTURES = jnp.asarray(np.random.default_rng(1).normal(size=(16, 3, 6, 6)), jnp.float32)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiled_in_a_hurry():
+    """Most of the time here goes into compiling code that runs a few times."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def normalised(h, axis=0):
@@ -66,11 +75,10 @@ def test_filters_that_come_first_are_found_and_trained_so():
     by_hand = examine_kernels(apply, params, axis=(1, 2, 3))
     assert by_hand.selection == report.selection
     reasons = {found.name: found.reason for found in by_hand.findings}
-    assert reasons["conv"] == "normalised"
-    assert "axis=(1, 2, 3)" in reasons["bias"]
+    assert reasons["conv"] == "a factor for each index of axis 0"
+    assert "axis=(1, 2, 3)" in reasons["out"]
     lines = str(report).splitlines()
-    assert len(lines) == 1 + len(params)
-    assert [line.split()[0] for line in lines] == ["leaf", "bias", "conv", "out"]
+    assert [line.split()[0] for line in lines[:4]] == ["leaf", "bias", "conv", "out"]
     assert "(1, 2, 3)" in lines[2]
 
 
@@ -85,25 +93,6 @@ def test_a_kernel_that_is_normalised_in_part_is_left_out_with_a_warning():
     with pytest.warns(UserWarning, match="part.*examine_kernels"):
         report = examine_kernels(apply, params)
     assert report.selection == {"whole": True, "part": False}
-
-
-def test_new_statistics_beside_the_output_are_no_output():
-    class Net(linen.Module):
-        @linen.compact
-        def __call__(self, x):
-            x = linen.relu(linen.BatchNorm(use_running_average=False)(linen.Dense(8)(x)))
-            return linen.Dense(3)(x)
-
-    variables = Net().init(jax.random.key(0), X)
-    stats = variables["batch_stats"]
-
-    @jax.jit
-    def apply(params):
-        return Net().apply({"params": params, "batch_stats": stats}, X, mutable=["batch_stats"])
-
-    assert list(chosen(updates.normalized_kernels(apply, variables["params"]))) == [
-        "['Dense_0']['kernel']"
-    ]
 
 
 def test_a_stack_of_layers_has_filters_in_each_layer():
@@ -190,20 +179,328 @@ def test_a_partial_is_a_function():
         np.testing.assert_allclose(new["bias"], 0.9, atol=1e-6)
 
 
-def test_shared_factors_alone_make_no_filters():
-    """Layer normalisation bears one factor for a whole kernel, even on an axis of length one."""
-    params = {"layer": random(5, 4), "thin": random(1, 4), "good": random(5, 4)}
+# --- Found ---------------------------------------------------------------------------------------
+
+
+def selected(report):
+    return {found.name: found.blocks for found in report.findings if found.selected}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_can_be_scaled_in_networks_that_others_wrote(name):
+    pytest.importorskip("haiku" if "haiku" in name or name == "decoder" else "jax")
+    pytest.importorskip("equinox" if "equinox" in name else "jax")
+    pytest.importorskip("jax_resnet" if name == "jax-resnet" else "jax")
+    apply, params, expected = NETWORKS[name]()
+    report = examine_kernels(apply, params)
+    assert selected(report) == expected
+    assert jax.tree.structure(report.selection) == jax.tree.structure(params)
+    assert report.passes < 250
+
+
+def test_one_network_on_paper():
+    """The symmetries of attention with QK-norm as .docs/selections.md derives them, and no more."""
+    report = examine_kernels(*NETWORKS["nnx-transformer"]()[:2])
+    at = "attention"
+    assert {(pair.times, pair.divided, pair.factors) for pair in report.pairs} == {
+        ((f"{at}/out/kernel",), (f"{at}/value/bias", f"{at}/value/kernel"), 8),
+        ((f"{at}/key_ln/scale",), (f"{at}/query_ln/scale",), 4),
+        ((f"{at}/key/kernel", f"{at}/query/kernel", f"{at}/value/kernel"), ("norm/scale",), 8),
+        ((f"{at}/out/bias", f"{at}/out/kernel", "embed/embedding"), ("out/kernel",), 1),
+    }
+    assert all(pair.effect < 1e-3 for pair in report.pairs)
+    # the report as JSON says the same
+    said = json.loads(report.to_json())
+    assert [tuple(pair["times"]) for pair in said["pairs"]] == [p.times for p in report.pairs]
+    blocks = {f["name"]: f["blocks"] for f in said["findings"] if f["selected"]}
+    assert blocks[f"{at}/key/bias"] == {"axes": [1], "view": None, "joint": f"{at}/key/kernel"}
+    assert said["passes"] == report.passes
+
+
+@pytest.mark.parametrize("norm", [nnx.LayerNorm, nnx.RMSNorm])
+def test_a_dense_layer_before_a_normalisation_by_layer_has_one_factor_with_its_bias(norm):
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(nnx.Linear(5, 4, rngs=rngs), norm(4, rngs=rngs))
+    selection = nnx.to_pure_dict(updates.normalized_kernels_nnx(model, X))["layers"]
+    name = "layers/0/kernel"
+    assert selection[0] == {
+        "kernel": FilterAxes((0, 1), joint=name),
+        "bias": FilterAxes((0,), joint=name),
+    }
+    assert not any(selection[1].values())
+
+
+class Deep(nnx.Module):
+    def __init__(self, dtype, param_dtype):
+        options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": nnx.Rngs(0)}
+        self.layers = nnx.List([nnx.Linear(5, 5, **options) for _ in range(8)])
+        self.norms = nnx.List([nnx.BatchNorm(5, **options) for _ in range(8)])
+
+    def __call__(self, x):
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = nnx.relu(norm(layer(x)))
+        return x
+
+
+@pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
+def test_bfloat16_hides_nothing(param_dtype):
+    report = examine_kernels(*of_nnx(Deep(jnp.bfloat16, param_dtype), X))
+    assert selected(report) == {f"layers/{i}/kernel": FilterAxes((0,)) for i in range(8)}
+
+
+def test_parameters_on_several_devices_and_code_that_is_not_compiled_give_the_same():
+    params = {"kernel": random(6, 4), "out": random(4, 3)}
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    x = jax.device_put(random(32, 6), rows)
 
     def apply(p):
-        thin = normalised(X[:, :1] @ p["thin"], 1)
-        return jnp.concatenate(
-            [normalised(X @ p["layer"], 1), normalised(X @ p["good"]), thin + X[:, :4]], 1
-        )
+        return normalised(x @ p["kernel"]) @ p["out"]
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert updates.normalized_kernels(apply, params) == {
-            "layer": False,
-            "thin": False,
-            "good": True,
-        }
+    plain = examine_kernels(apply, params)
+    spread = examine_kernels(jax.jit(apply), jax.device_put(params, rows))
+    assert plain.selection == spread.selection == {"kernel": True, "out": False}
+
+
+def test_what_stops_differentiation_stops_no_symmetry():
+    def apply(p):
+        h = X @ p["kernel"]
+        stop = jax.lax.stop_gradient
+        return (h - stop(h.mean(0))) / stop(h.std(0)) @ p["out"]
+
+    assert updates.normalized_kernels(apply, {"kernel": random(5, 4), "out": random(4, 3)}) == {
+        "kernel": True,
+        "out": False,
+    }
+
+
+def test_a_factor_of_vectors_alone_or_with_several_kernels_is_found_and_not_selected():
+    params = {"a": random(5, 4), "b": random(3, 4), "scale": random(4), "good": random(4, 4)}
+
+    def apply(p):
+        h = normalised(X @ p["a"] + X[:, :3] @ p["b"], 1)  # one factor for both
+        return normalised((p["scale"] * h) @ p["good"])  # one for all scales
+
+    report = examine_kernels(apply, params)
+    assert report.selection == {"a": False, "b": False, "scale": False, "good": True}
+    found = {finding.name: finding for finding in report.findings}
+    assert found["a"].blocks == found["b"].blocks == FilterAxes((0, 1), joint="a")
+    assert "together with b; not selected: several kernels" in found["a"].reason
+    assert found["scale"].blocks == FilterAxes((0,))
+    assert "no kernel" in found["scale"].reason
+    # for a selection by hand, which is trained as any other
+    by_hand = {name: found[name].blocks if name in "ab" else False for name in params}
+    new = one_step(params, by_hand)
+    together = (np.asarray(new["a"]) ** 2).sum() + (np.asarray(new["b"]) ** 2).sum()
+    np.testing.assert_allclose(together, 1, atol=1e-6)
+
+
+def test_a_part_of_a_fused_kernel_is_said_and_left_out():
+    params = {"qkv": random(5, 24), "out": random(4, 4), "good": random(4, 3)}
+
+    def apply(p):
+        heads = (X.reshape(4, 8, 5) @ p["qkv"]).reshape(4, 8, 3, 2, 4)
+        q, k, v = jnp.moveaxis(heads, 2, 0)
+        q, k = normalised(q, -1), normalised(k, -1)
+        weights = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k))
+        h = jnp.einsum("bhqk,bkhd->bqhd", weights, v) @ p["out"]
+        return normalised(h.reshape(-1, 4) @ p["good"])
+
+    with pytest.warns(UserWarning, match="in part alone.*qkv"):
+        report = examine_kernels(apply, params)
+    reasons = {found.name: found.reason for found in report.findings}
+    assert reasons["qkv"] == "in part: 4 of 6 parts of axis 1"
+
+
+def test_one_entry_has_no_direction():
+    params = {"thin": random(1, 4), "good": random(5, 4)}
+
+    def apply(p):
+        return normalised(X[:, :1] @ p["thin"]) + normalised(X @ p["good"])
+
+    assert updates.normalized_kernels(apply, params) == {"thin": False, "good": True}
+
+
+# --- Not found, and why ---------------------------------------------------------------------------
+
+
+def test_a_key_that_moves_on_is_told_from_a_network_that_is_not_normalised():
+    keys = iter(jax.random.split(jax.random.key(0), 9))
+
+    def apply(p):
+        kept = jax.random.bernoulli(next(keys), 0.5, (32, 4))
+        return normalised(X @ p["kernel"]) * kept
+
+    with pytest.raises(ValueError, match=r"not deterministic.*fix the key"):
+        examine_kernels(apply, {"kernel": random(5, 4)})
+
+
+def test_a_kernel_used_twice_and_normalised_once_is_named():
+    def apply(p):
+        return normalised(X @ p["tied"]) @ p["tied"]
+
+    with pytest.raises(ValueError, match="tied: used 2 times, and normalised at 1 of them alone"):
+        examine_kernels(apply, {"tied": random(5, 5)})
+
+
+def test_running_statistics_are_told_from_no_normalisation():
+    rngs = nnx.Rngs(0)
+    norm = nnx.BatchNorm(4, use_running_average=True, rngs=rngs)
+    model = nnx.Sequential(nnx.Linear(5, 4, rngs=rngs), norm, nnx.Linear(4, 3, rngs=rngs))
+    with pytest.raises(ValueError, match=r"; layers/0/kernel could be.*training mode"):
+        updates.normalized_kernels_nnx(model, X)
+    with pytest.raises(ValueError, match="none is normalised in part") as raised:
+        examine_kernels(lambda p: jnp.tanh(X @ p["kernel"]), {"kernel": random(5, 4)})
+    assert "training mode" not in str(raised.value)
+
+
+def test_code_that_cannot_be_traced_is_refused():
+    with pytest.raises(ValueError, match="cannot be traced by JAX"):
+        examine_kernels(lambda p: np.asarray(X @ p["kernel"]), {"kernel": random(5, 4)})
+
+
+def test_two_normalisers_on_one_kernel_are_warned_of():
+    rngs = nnx.Rngs(0)
+    inside = nnx.WeightNorm(nnx.Linear(5, 4, rngs=rngs), rngs=rngs)
+    model = nnx.Sequential(inside, nnx.BatchNorm(4, rngs=rngs))
+    with pytest.warns(UserWarning, match="layers/0/layer_instance/kernel is inside nnx.WeightNorm"):
+        updates.normalized_kernels_nnx(model, X)
+
+
+# --- Held at unit norm ----------------------------------------------------------------------------
+
+BLOCKS = {
+    "heads and biases": {
+        "kernel": FilterAxes((0, 2), joint="q"),
+        "bias": FilterAxes((1,), joint="q"),
+        "rest": False,
+    },
+    "groups": {"kernel": FilterAxes((0, 2), (6, 2, 3, 2)), "bias": None, "rest": False},
+    "whole": {"kernel": FilterAxes((0, 1, 2)), "bias": False, "rest": False},
+    "filters and biases": {
+        "kernel": FilterAxes((0,), joint="q"),
+        "bias": FilterAxes((), joint="q"),
+        "rest": False,
+    },
+    "strides": {"kernel": FilterAxes((0, 1, 2), (6, 2, 3, 2)), "bias": False, "rest": False},
+}
+
+
+def as_rows(kind, tree):
+    """The blocks one by one, taken entry by entry: (blocks, entries)."""
+    w, b = np.asarray(tree["kernel"]), np.asarray(tree["bias"])
+    if kind == "heads and biases":
+        return np.stack([[*w[:, h].ravel(), *b[h]] for h in range(2)])
+    if kind == "groups":
+        return np.stack([w[:, h, i::2].ravel() for h in range(2) for i in range(2)])
+    if kind == "strides":
+        return np.stack([w[:, :, i::2].ravel() for i in range(2)])
+    if kind == "whole":
+        return w.reshape(1, -1)
+    return np.stack([[*w[:, h, i], b[h, i]] for h in range(2) for i in range(6)])
+
+
+def three_steps(tx, params, gradients):
+    state, path = tx.init(params), [params]
+    for grads in gradients:
+        moved, state = jax.jit(tx.update)(grads, state, path[-1])
+        path.append(optax.apply_updates(path[-1], moved))
+    return path[1:]
+
+
+@pytest.mark.parametrize("kind", ["heads and biases", "groups", "whole"])
+@pytest.mark.parametrize("name", UPDATES)
+def test_every_update_does_to_blocks_what_it_does_to_filters(name, kind):
+    shapes = {"kernel": (6, 2, 6), "bias": (2, 6), "rest": (3, 3)}
+    draws = np.random.default_rng(3)
+    trees = [
+        {n: jnp.asarray(draws.normal(size=s), jnp.float32) for n, s in shapes.items()}
+        for _ in range(4)
+    ]
+    found = three_steps(build(name, 0.1, BLOCKS[kind]), trees[0], trees[1:])
+    rows = [jnp.asarray(as_rows(kind, tree)) for tree in trees]
+    expected = three_steps(UPDATES[name].filters(0.1, axis=1), rows[0], rows[1:])
+    for tree, row in zip(found, expected, strict=True):
+        np.testing.assert_allclose(as_rows(kind, tree), row, rtol=2e-5, atol=2e-6)
+    off = np.abs(np.linalg.norm(as_rows(kind, found[-1]), axis=1) - 1).max()
+    assert off < 1e-6 or not UPDATES[name].constrained
+    chosen = {n for n, blocks in BLOCKS[kind].items() if blocks}
+    others = {n: w for n, w in trees[0].items() if n not in chosen}
+    rest = three_steps(
+        UPDATES[name].rest(0.1), others, [{n: t[n] for n in others} for t in trees[1:]]
+    )
+    for n in others:
+        np.testing.assert_allclose(found[-1][n], rest[-1][n], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_normalize_filters_divides_blocks_by_their_norms(kind):
+    params = {"kernel": random(6, 2, 6), "bias": random(2, 6), "rest": random(3, 3)}
+    unit = updates.normalize_filters(params, BLOCKS[kind])
+    rows = as_rows(kind, params)
+    np.testing.assert_allclose(
+        as_rows(kind, unit), rows / np.linalg.norm(rows, axis=1, keepdims=True), rtol=1e-5
+    )
+    np.testing.assert_array_equal(unit["rest"], params["rest"])
+
+
+def test_what_is_found_is_trained_in_nnx():
+    """Joint leaves in an nnx.Optimizer, in bfloat16: each block at norm one to its rounding."""
+    model = nnx.MultiHeadAttention(
+        2, 8, normalize_qk=True, decode=False, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)
+    )
+    x = random(4, 6, 8)
+    selection = updates.normalized_kernels_nnx(model, x)
+    optimizer = nnx.Optimizer(model, build("un-adam", 0.05, selection), wrt=nnx.Param)
+    before = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+    @nnx.jit
+    def step(model, optimizer):
+        optimizer.update(model, nnx.grad(lambda m: jnp.mean((m(x) - 1) ** 2))(model))
+
+    for _ in range(2):
+        step(model, optimizer)
+    for layer in (model.query, model.key):
+        kernel, bias = (np.asarray(leaf[...], float) for leaf in (layer.kernel, layer.bias))
+        norms = np.sqrt((kernel**2).sum((0, 2)) + (bias**2).sum(1))
+        np.testing.assert_allclose(norms, 1, atol=4e-3)
+    assert np.abs(model.query.kernel[...] - before["query"]["kernel"]).max() > 1e-2
+
+
+def test_none_is_passed_over_in_selections_and_gradients():
+    params = {"kernel": random(5, 3), "frozen": random(5, 3), "bias": jnp.ones(3)}
+    tx = build("un-momentum", 0.1, {"kernel": True, "frozen": True, "bias": None})
+    grads = {"kernel": jnp.ones((5, 3)), "frozen": None, "bias": None}
+    moved, state = tx.update(grads, tx.init(params), params)
+    assert moved["frozen"] is None
+    assert moved["bias"] is None
+    np.testing.assert_allclose(norms_over(params["kernel"] + moved["kernel"], 0), 1, atol=1e-6)
+    assert jax.tree.structure(state) == jax.tree.structure(tx.init(params))
+    prefix = build("un", 0.1, {"a": None, "b": True})
+    both = {"a": {"x": jnp.ones(2), "y": None}, "b": random(5, 3)}
+    moved, _ = prefix.update(both, prefix.init(both), both)
+    np.testing.assert_allclose(moved["a"]["x"], -0.1, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("selection", "complaint"),
+    [
+        ({"a": FilterAxes((0,), (5, 4)), "b": False}, "a of shape .5, 3. has no filters as"),
+        ({"a": FilterAxes((2,)), "b": False}, "a of shape .5, 3. has no filters as"),
+        (
+            {"a": FilterAxes((0,), joint="q"), "b": FilterAxes((1,), joint="q")},
+            "b of shape .5, 3. has 5, those before it named 'q' have 3",
+        ),
+    ],
+)
+def test_blocks_that_do_not_fit_are_refused(selection, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        build("un", 0.1, selection).init({"a": random(5, 3), "b": random(5, 3)})
+
+
+def test_progress_is_said():
+    said = []
+    examine_kernels(
+        lambda p: normalised(X @ p["kernel"]), {"kernel": random(5, 4)}, progress=said.append
+    )
+    assert said[0] == "row 1 of 8"

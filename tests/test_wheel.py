@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import textwrap
 import zipfile
 from pathlib import Path
 
@@ -63,21 +64,13 @@ def test_the_unpacked_wheel_finds_its_updates_data_and_presets(wheel, tmp_path):
         print(unitnorm.__file__)
         print(unitnorm.filter_norms(optax.apply_updates(w, moved)).round(5).tolist())
         print(unitnorm.load_dataset().train_images.shape)
-        print(sorted(path.name for path in PRESETS.glob("study/*.toml")))
+        print(len(list(PRESETS.glob("study/*.toml"))))
     """
     done = subprocess.run(
-        [sys.executable, "-c", "\n".join(line[8:] for line in code.splitlines())],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(tmp_path / "there")},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "there")}, timeout=300,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    studies = sorted(path.name for path in ROOT.glob("configs/study/*.toml"))
-    assert done.stdout.splitlines() == [
-        str(tmp_path / "there" / "unitnorm" / "__init__.py"),
-        "[1.0, 1.0, 1.0]",
-        "(60000, 784)",
-        str(studies),
-    ]
+    studies = len(list(ROOT.glob("configs/study/*.toml")))
+    place = str(tmp_path / "there" / "unitnorm" / "__init__.py")
+    assert done.stdout.splitlines() == [place, "[1.0, 1.0, 1.0]", "(60000, 784)", str(studies)]

@@ -13,3 +13,9 @@ class UserError(Exception):
 
 class Interrupted(KeyboardInterrupt):
     """The user or the system asked to stop, and everything up to there is saved."""
+
+
+def expect(good: object, where: object, expected: str, found: object) -> None:
+    """Raises the `UserError` "where: expected …, found …" unless `good` holds."""
+    if not good:
+        raise UserError(f"{where}: expected {expected}, found {found}")

@@ -4,8 +4,9 @@ A *filter* is what the paper calls a row of W. Its entries run over the axes nam
 defaults to every axis but the last: the columns of a Flax dense kernel (in, out), and the last
 index of a convolution kernel (kh, kw, in, out). Every other axis counts filters.
 
-Everything here is computed in at least float32 and returned in the dtype of the input. What belongs
-here is geometry that needs no optimiser; a training step built from it goes into `updates`.
+Everything here is computed in at least float32 and returned in the dtype of the input. Filters of
+any norm are taken as they are: those whose squares would leave the range of the numbers are scaled
+by a power of two first, which changes no bit of the others.
 """
 
 import operator
@@ -72,7 +73,7 @@ def filter_norms(w: jax.Array, axis: Axis = None, *, keepdims: bool = False) -> 
         keepdims: keep the summed axes with length one, so that the norms broadcast against `w`.
 
     Raises:
-        ValueError: see `filter_axes`.
+        ValueError: see `filter_axes`; or `w` is complex.
 
     >>> import jax.numpy as jnp
     >>> kernel = jnp.array([[3.0, 0.0], [4.0, 2.0]])  # (in, out): two filters
@@ -80,7 +81,8 @@ def filter_norms(w: jax.Array, axis: Axis = None, *, keepdims: bool = False) -> 
     [5. 2.] [3.       4.472136]
     """
     axes = filter_axes(jnp.shape(w), axis)
-    norms = jnp.sqrt(_inner(wide(w), wide(w), axes))
+    scale = power_of_two(wide(w), axes)
+    norms = norms_of(wide(w) * scale, axes) / scale
     return norms if keepdims else jnp.squeeze(norms, axes)
 
 
@@ -99,7 +101,7 @@ def tangent_projection(w: jax.Array, z: jax.Array, axis: Axis = None) -> jax.Arr
         An array of the shape and dtype of `z`.
 
     Raises:
-        ValueError: see `filter_axes`.
+        ValueError: see `filter_axes`; or an array is complex.
 
     >>> import jax.numpy as jnp
     >>> w, z = jnp.array([[1.0], [0.0]]), jnp.array([[5.0], [7.0]])
@@ -107,17 +109,14 @@ def tangent_projection(w: jax.Array, z: jax.Array, axis: Axis = None) -> jax.Arr
     [0. 7.]
     """
     axes = filter_axes(jnp.shape(w), axis)
-    wide_w, wide_z = wide(w), wide(z)
-    squared = _inner(wide_w, wide_w, axes)
-    share = _inner(wide_w, wide_z, axes) / jnp.where(squared == 0, 1, squared)
-    return (wide_z - share * wide_w).astype(jnp.result_type(z))
+    w = wide(w) * power_of_two(wide(w), axes)
+    return project(w, wide(z), axes).astype(jnp.result_type(z))
 
 
 def retraction(w: jax.Array, axis: Axis = None) -> jax.Array:
     """Divide each filter by its norm: Orth(·) of Table 1.
 
-    A zero filter has no direction and stays zero, without NaN; one whose squared norm underflows (a
-    norm below about 1e-19 in float32) also stays as it is. One whose squared norm overflows becomes
+    A zero filter has no direction and stays zero, without NaN. One with an infinite entry becomes
     NaN, because zeros would let a diverged run pass for a dead filter.
 
     Args:
@@ -128,15 +127,50 @@ def retraction(w: jax.Array, axis: Axis = None) -> jax.Array:
         An array of the shape and dtype of `w`.
 
     Raises:
-        ValueError: see `filter_axes`.
+        ValueError: see `filter_axes`; or `w` is complex.
 
     >>> import jax.numpy as jnp
     >>> print(retraction(jnp.array([[3.0, 0.0], [4.0, 0.0]])))
     [[0.6 0. ]
      [0.8 0. ]]
     """
-    norms = filter_norms(w, axis, keepdims=True)
-    return (wide(w) * inverse_norms(norms)).astype(jnp.result_type(w))
+    axes = filter_axes(jnp.shape(w), axis)
+    scaled = wide(w) * power_of_two(wide(w), axes)
+    return unit(scaled, axes).astype(jnp.result_type(w))
+
+
+# --- Inside an update: arrays in at least float32, `axes` as `filter_axes` gives them, and squares
+# that are in range.
+
+
+def wide(x: jax.Array) -> jax.Array:
+    """The array in at least float32, the precision in which everything here is computed.
+
+    Raises:
+        ValueError: the array is complex.
+    """
+    dtype = jnp.promote_types(jnp.result_type(x), jnp.float32)
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        raise ValueError(f"filters are real, got {dtype}: keep real and imaginary parts apart")
+    return jnp.asarray(x, dtype)
+
+
+def norms_of(w: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Norm of each filter, with `axes` kept at length one."""
+    return jnp.sqrt(inner(w, w, axes))
+
+
+def project(
+    w: jax.Array, z: jax.Array, axes: tuple[int, ...], squared: jax.Array | None = None
+) -> jax.Array:
+    """`tangent_projection`; `squared` is ⟨w, w⟩ of each filter, where it is known."""
+    squared = inner(w, w, axes) if squared is None else squared
+    return z - inner(w, z, axes) / jnp.where(squared == 0, 1, squared) * w
+
+
+def unit(w: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """`retraction`."""
+    return w * inverse_norms(norms_of(w, axes))
 
 
 def inverse_norms(norms: jax.Array) -> jax.Array:
@@ -144,9 +178,35 @@ def inverse_norms(norms: jax.Array) -> jax.Array:
     return jnp.where(jnp.isinf(norms), jnp.nan, 1 / jnp.where(norms == 0, 1, norms))
 
 
-def wide(x: jax.Array) -> jax.Array:
-    """The array in at least float32, the precision in which everything here is computed."""
-    return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
+def power_of_two(w: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """For each filter the power of two that brings its largest entry to between 1/2 and 1.
+
+    1 for a filter that is zero or not finite. `axes` are kept at length one.
+    """
+    largest = jnp.max(jnp.abs(w), axes, keepdims=True, initial=0)
+    least = jnp.finfo(w.dtype).minexp  # powers of two below it are flushed to zero
+    exponent = jnp.clip(jnp.frexp(largest)[1], least, -least)
+    usable = (largest > 0) & jnp.isfinite(largest)
+    return jnp.ldexp(jnp.ones_like(largest), jnp.where(usable, -exponent, 0))
+
+
+def inner(a: jax.Array, b: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Inner product of each pair of filters, with `axes` kept at length one.
+
+    The first sums over any axis but the last are pairwise: XLA on a CPU adds a column entry by
+    entry, and folding the array first is both closer (which keeps norms within 1e-6 of one for
+    wide filters) and faster, since whole rows are added at once. More than four folds gain nothing.
+    """
+    product = a * b
+    folds = 4
+    for axis in axes:
+        size = product.shape[axis]
+        split = axis < product.ndim - 1 and not _on_several_devices(product, axis)
+        while split and folds and size > 1 and size % 2 == 0:
+            product = jnp.add(*jnp.split(product, 2, axis))
+            size = product.shape[axis]
+            folds -= 1
+    return jnp.sum(product, axes, keepdims=True)
 
 
 def row_sums(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
@@ -163,7 +223,7 @@ def row_sums(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Arra
     width = VECTOR
     while size % width == 0 and size // width > MOST_PIECES:
         width *= 2
-    if size <= SHORT or size % width:
+    if size <= SHORT or size % width or _on_several_devices(arrays[0], -1):
         return jnp.sum(function(*arrays), -1, keepdims=True)
     parts = (jax.lax.split(array, [width] * (size // width), -1) for array in arrays)
     # traced once for all pieces, as `+` of JAX arrays would not be
@@ -175,19 +235,13 @@ def row_sums(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Arra
     return jnp.sum(pieces[0], -1, keepdims=True)
 
 
-def _inner(a: jax.Array, b: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Inner product of each pair of filters, with `axes` kept at length one.
+def median(x: jax.Array) -> jax.Array:
+    """The median of all numbers, of every device."""
+    spec = jax.typeof(x).sharding.spec
+    return jnp.median(jax.sharding.reshard(x, jax.P()) if any(spec) else x)
 
-    The first sums over any axis but the last are pairwise: XLA on a CPU adds a column entry by
-    entry, and folding the array first is both closer (which keeps norms within 1e-6 of one for
-    wide filters) and faster, since whole rows are added at once. More than four folds gain nothing.
-    """
-    product = a * b
-    folds = 4
-    for axis in axes:
-        size = product.shape[axis]
-        while folds and size > 1 and size % 2 == 0 and axis < product.ndim - 1:
-            product = jnp.add(*jnp.split(product, 2, axis))
-            size = product.shape[axis]
-            folds -= 1
-    return jnp.sum(product, axes, keepdims=True)
+
+def _on_several_devices(x: jax.Array, axis: int) -> bool:
+    """Whether the axis is split over devices of a mesh with explicit axes: it cannot be cut."""
+    spec = jax.typeof(x).sharding.spec
+    return bool(spec) and spec[axis] is not None

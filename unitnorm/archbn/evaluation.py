@@ -11,7 +11,13 @@ from jax import Array
 from unitnorm.archbn.batches import Images, gather
 from unitnorm.archbn.minibatch import batch_statistics, cross_entropy
 from unitnorm.archbn.model import Network
-from unitnorm.geometry import filter_norms, retraction, tangent_projection
+from unitnorm.geometry import (
+    filter_axes,
+    filter_norms,
+    norms_of,
+    retraction,
+    tangent_projection,
+)
 
 EVALUATION_CHUNK = 500  # images per step of an evaluation; bounds its memory, not its result
 
@@ -73,9 +79,8 @@ def average_statistics(
 
 def measure_norms(network: Network, params: Any) -> tuple[Array, Array, Array]:
     """Of one run's filters: max |‖w‖ − 1|, mean ‖w‖ and median 1/‖w‖²."""
-    norms = jnp.concatenate(
-        [filter_norms(w, network.axis).reshape(-1) for w in network.filters(params)]
-    )
+    each = [(w, filter_axes(w.shape, network.axis)) for w in network.filters(params)]
+    norms = jnp.concatenate([norms_of(w, axes).reshape(-1) for w, axes in each])
     return jnp.abs(norms - 1).max(), norms.mean(), jnp.median(1 / norms**2)
 
 

@@ -22,7 +22,7 @@ from flax import nnx
 from jax import Array
 
 from unitnorm.archbn.config import Model
-from unitnorm.geometry import retraction
+from unitnorm.geometry import unit
 
 FILTER_AXIS = -1
 
@@ -32,7 +32,7 @@ class Rows(nnx.Module):
 
     def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
         rows = jax.random.normal(rngs.params(), (outputs, inputs))
-        self.W = nnx.Param(retraction(rows, FILTER_AXIS))
+        self.W = nnx.Param(unit(rows, (1,)))
 
     def __call__(self, x: Array) -> Array:
         return jnp.einsum("...i,oi->...o", x, self.W[...])
@@ -132,13 +132,16 @@ class Network(NamedTuple):
     `init(key)` gives (parameters, statistics); `apply(parameters, statistics, x, train)` gives
     (logits, statistics), the statistics moved where `train` is true. `mask(parameters)` is true for
     the kernels whose filters feed a normalisation layer, which run over the axes `axis` of theirs
-    (None: all but the last). All can be traced.
+    (None: all but the last). `augment(key, x)` changes a mini-batch that is trained on; None: it
+    stays. All can be traced.
     """
 
     init: Callable[[Array], tuple[Any, Any]]
     apply: Callable[[Any, Any, Array, bool], tuple[Array, Any]]
     mask: Callable[[Any], Any]
     axis: int | tuple[int, ...] | None
+    bn_momentum: float  # of the running statistics
+    augment: Callable[[Array, Array], Array] | None = None
 
     def filters(self, params: Any) -> list[Array]:
         """Every kernel of filters, first layer first."""
@@ -158,7 +161,10 @@ def archbn(settings: Model, features: int, classes: int, depth: int) -> Network:
       settings: of a config, `config.model`.
     """
     named = settings.model_dump()
-    return split_network(lambda rngs: ArchBN(features, depth, classes=classes, rngs=rngs, **named))
+    network = split_network(
+        lambda rngs: ArchBN(features, depth, classes=classes, rngs=rngs, **named)
+    )
+    return network._replace(bn_momentum=settings.bn_momentum)
 
 
 def split_network(
@@ -179,7 +185,7 @@ def split_network(
         logits = model(x, train=train)
         return logits, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
 
-    return Network(init, apply, mask, axis)
+    return Network(init, apply, mask, axis, bn_momentum=0.99)  # Flax's own
 
 
 def filter_mask(params: Any) -> Any:

@@ -31,8 +31,10 @@ SCHEDULES = (
     "constant",
     "cosine",  # from the base rate to zero after the last epoch, along half a cosine
     "follow",  # that of the seed's first run, so that both have one rate for all but the filters
+    "warm-up",  # by mini-batch: up from zero in a tenth of the training, then along half a cosine
 )
-BOLD_DRIVER, BOLD_DRIVER_BACK, CONSTANT, COSINE, FOLLOW = range(5)
+BOLD_DRIVER, BOLD_DRIVER_BACK, CONSTANT, COSINE, FOLLOW, WARM_UP = range(6)
+WARM = 0.1  # of a training
 
 
 def next_rate(
@@ -57,9 +59,16 @@ def next_rate(
     """
     driven = bold_driver(rate, watched, previous, up=up, down=down)
     cosine = base * 0.5 * (1 + jnp.cos(jnp.pi * epoch / epochs))
+    warm = rate_within(schedule, base, base, epoch / epochs)
     return jnp.select(
-        [schedule <= BOLD_DRIVER_BACK, schedule == COSINE], [driven, cosine], default=base
+        [schedule <= BOLD_DRIVER_BACK, schedule == COSINE], [driven, cosine], default=warm
     )
+
+
+def rate_within(schedule: Array, base: Array, rate: Array, done: Array) -> Array:
+    """The rate of a mini-batch, when the part `done` of all are over: `rate`, but of WARM_UP."""
+    cosine = 0.5 * (1 + jnp.cos(jnp.pi * (done - WARM) / (1 - WARM)))
+    return jnp.where(schedule == WARM_UP, base * jnp.minimum(done / WARM, cosine), rate)
 
 
 def bold_driver(rate: Array, watched: Array, previous: Array, *, up: float, down: float) -> Array:

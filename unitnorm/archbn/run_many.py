@@ -114,9 +114,10 @@ class Program:
         now = last(errors, epochs)
         known = now[np.isfinite(now)]
         active = int((reasons == protocol.RUNNING).sum())
-        error = f"{known.mean():.2%}" if known.size else "–"
-        text = f"{active}/{reasons.size} runs active, val error {error}"
-        return Status(int(epochs.max()), bool(active), text)
+        error = float(known.mean()) if known.size else np.nan
+        shown = f"{error:.2%}" if known.size else "–"
+        text = f"{active}/{reasons.size} runs active, val error {shown}"
+        return Status(int(epochs.max()), bool(active), text, val_error=error)
 
     def find_wrong(self, state: tuple[Run, ...]) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
         """Which test images the runs of each arm get wrong, and the mean cross-entropy over all.

@@ -182,17 +182,32 @@ def make_training(task: Task, arm: Arm) -> Training:
         def step_at(at: Batches, index: Array) -> tuple[Batches, None]:
             return step(run, at, *batches.gather(images, index)), None
 
+        def step_at_place(at: Batches, given: tuple[Array, Array | int]) -> tuple[Batches, None]:
+            assert network.augment is not None
+            index, place = given
+            x, y = batches.gather(images, index)
+            done = (number * places + place) / (sizes.max_epochs * places)
+            rate = protocol.rate_within(run.schedule, run.base, run.rate, done)
+            key = batches.stream(split.order_seed, batches.AUGMENT)
+            key = jax.random.fold_in(jax.random.fold_in(key, number), place)
+            return step(run._replace(rate=rate), at, network.augment(key, x), y), None
+
         order = batches.draw_order(task.part, split, number)
         whole = len(order) // size * size
         # a constant would be found to differ from run to run, and the mini-batch traced once more
         zero = 0 * run.rate
         at = Batches(run.params, run.stats, run.opt_state, zero, zero)
-        at, _ = jax.lax.scan(step_at, at, order[:whole].reshape(-1, size))
-        if whole < len(order):
-            at, _ = step_at(at, order[whole:])
+        each, last = order[:whole].reshape(-1, size), order[whole:]
+        places = len(each) + (len(last) > 0)
+        if network.augment is None:
+            at, _ = jax.lax.scan(step_at, at, each)
+            at = step_at(at, last)[0] if len(last) else at
+        else:
+            at, _ = jax.lax.scan(step_at_place, at, (each, jnp.arange(len(each))))
+            at = step_at_place(at, (last, len(each)))[0] if len(last) else at
         if task.statistics == "anew":
             blocks = split.train[:whole].reshape(-1, size)
-            momentum = config.model.bn_momentum
+            momentum = network.bn_momentum
             stats = evaluation.average_statistics(
                 network, at.params, at.stats, images, blocks, momentum
             )

@@ -7,42 +7,85 @@ of a training is in `unitnorm.run.job`.
 
 from __future__ import annotations
 
-import shlex
+import _thread
+import contextlib
+import errno
+import io
+import logging
+import os
+import signal
 import sys
-from typing import Any
+import threading
+from typing import Any, NoReturn
 
 import click
 
 import unitnorm
-from unitnorm.cli import bench, segment, study, symmetry, table2
-from unitnorm.cli.options import ConfigName, GroupedCommand
+from unitnorm.cli import bench, listing, segment, study, symmetry, table2
+from unitnorm.cli.options import ConfigName, GroupedCommand, argument, to_go_on
 from unitnorm.errors import UserError
 
+# Of files, which have a name, a full disk is told where they are written: this is of the output.
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 INTERRUPTED = 130  # exit code after Ctrl-C or SIGTERM, everything saved
 
 
 class MainGroup(click.Group):
-    """Prints a `UserError` or an interruption as one line; keeps the order of the commands."""
+    """Ends every command: a fault or an interruption is one line."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # a terminal without ≤ or ± shows ? instead
+                stream.reconfigure(errors="replace")
+        # It warns where it can keep nothing; figures are drawn all the same.
+        logging.getLogger("matplotlib").setLevel(logging.ERROR)
+        hook, sys.unraisablehook = sys.unraisablehook, interrupt_again
+        try:
+            return super().main(*args, **kwargs)
+        except OSError as error:
+            if error.errno not in UNWRITABLE or error.filename is not None:
+                raise
+            with contextlib.suppress(OSError):  # what is still in its buffer would fail again
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            leave(f"the output cannot be written ({error.strerror}); what is saved stays")
+        finally:
+            sys.unraisablehook = hook
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except UserError as error:
-            click.echo(f"error: {on_one_line(str(error))}", err=True)
-            ctx.exit(error.exit_code)
+            leave(str(error), error.exit_code)
         except click.UsageError as error:
             if error.ctx is None or isinstance(error, click.exceptions.NoArgsIsHelpError):
                 raise
             text = f"{error.format_message().rstrip('.')}; see `{error.ctx.command_path} --help`"
-            click.echo(f"error: {on_one_line(' '.join(text.split()))}", err=True)
-            ctx.exit(error.exit_code)
+            leave(" ".join(text.split()), error.exit_code)
         except KeyboardInterrupt:
-            resume = shlex.join(["unitnorm", *(word for word in sys.argv[1:] if word != "--fresh")])
-            click.echo(f"interrupted; what is saved stays. Go on with: {resume}", err=True)
-            ctx.exit(INTERRUPTED)
+            # Once is enough: a second signal would only break off the end of the process.
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)
+            command = to_go_on(sys.argv)
+            click.echo(f"interrupted; what is saved stays. Go on with: {command}", err=True)
+            sys.exit(INTERRUPTED)
+
+
+def leave(fault: str, exit_code: int = 1) -> NoReturn:
+    """End the process with a fault on one line."""
+    with contextlib.suppress(OSError):  # nowhere to say it
+        click.echo(f"error: {on_one_line(fault)}", err=True)
+    sys.exit(exit_code)
+
+
+def interrupt_again(lost: sys.UnraisableHookArgs) -> None:
+    """Ctrl-C within a callback of the garbage collector is lost: it comes again after it."""
+    if isinstance(lost.exc_value, KeyboardInterrupt):
+        threading.Timer(0.01, _thread.interrupt_main).start()
+    else:
+        sys.__unraisablehook__(lost)
 
 
 def on_one_line(text: str) -> str:
@@ -68,7 +111,7 @@ def main() -> None:
 
 
 @click.command(cls=GroupedCommand, short_help="Print a preset to edit, or list them.")
-@click.argument("name", metavar="[NAME]", required=False, type=ConfigName())
+@argument("name", "Preset, or a TOML file.", metavar="[NAME]", required=False, type=ConfigName())
 def config(name: str | None) -> None:
     """Print a preset, to be edited and given with --config; without a name, list them.
 
@@ -81,9 +124,10 @@ def config(name: str | None) -> None:
 
     if name is not None:
         try:
-            click.echo(find_config(name).read_text(encoding="utf-8"), nl=False)
+            text = find_config(name).read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             raise UserError(f"config {name}: cannot be read ({error})") from None
+        click.echo(text, nl=False)
         return
     for preset in presets():
         text = (PRESETS / f"{preset}.toml").read_text(encoding="utf-8")
@@ -92,6 +136,6 @@ def config(name: str | None) -> None:
 
 for command in (
     table2.sweep, table2.train, table2.report, table2.reproduce, table2.verify_command, study.study,
-    symmetry.symmetry, segment.segment, bench.bench, config,
+    symmetry.symmetry, segment.segment, bench.bench, listing.list_folders, config,
 ):  # fmt: skip
     main.add_command(command)

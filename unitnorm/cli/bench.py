@@ -55,7 +55,7 @@ def bench(
 
     from unitnorm.report.tables import Fitting
     from unitnorm.run import records
-    from unitnorm.run.job import command_line, print_report
+    from unitnorm.run.job import command_line
 
     console, started = Console(), time.time()
     show: Callable[[str], None] = partial(console.print, highlight=False, soft_wrap=True)
@@ -66,7 +66,7 @@ def bench(
             measured = measure(what, depth, rounds, quick, show)
         files = measured.files(command_line(), started, time.time() - started)
         records.write_files(out, files)
-    print_report(Fitting(measured.cells), files, out)
+    opt.print_report(Fitting(measured.cells), files, out)
 
 
 def measure(

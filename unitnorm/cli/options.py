@@ -7,7 +7,12 @@ To add an option for every training, add it to `training_options` and to `Traini
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import importlib
+import math
+import os
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,18 +27,43 @@ if TYPE_CHECKING:
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 SELECTION, DATA, RECORDS, SEVERAL = "What is run", "Data", "Records", "Devices and workers"
+CONFIGS = {  # whose configs are of which class
+    "unitnorm reproduce": "unitnorm.archbn.config:Config",
+    "unitnorm study": "unitnorm.study.config:Plan",
+    "unitnorm segment train": "unitnorm.segment.config:SegmentConfig",
+}
 
 
 class GroupedOption(click.Option):
-    """An option that the help shows under a heading of its own."""
+    """An option that the help shows under a heading of its own; a number must be finite."""
 
     def __init__(self, *args: Any, group: str = "", **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.group = group
 
+    def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
+        cast = super().type_cast_value(ctx, value)
+        for number in cast if isinstance(cast, tuple) else (cast,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise click.BadParameter(f"{number} is not a finite number.", ctx, self)
+        return cast
+
+
+class GroupedArgument(click.Argument):
+    """An argument that the help explains, with every version of click."""
+
+    group = "Arguments"
+
+    def __init__(self, *args: Any, text: str, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.text = text
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str]:
+        return self.human_readable_name, self.text
+
 
 class GroupedCommand(click.Command):
-    """A command whose help shows its options under headings."""
+    """A command whose help shows its arguments and options under headings."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}
@@ -94,6 +124,11 @@ class ConfigName(click.ParamType):
 def option(*names: str, group: str = "", **settings: Any) -> Decorator:
     """A click option under a heading."""
     return click.option(*names, cls=GroupedOption, group=group, **settings)
+
+
+def argument(name: str, text: str, **settings: Any) -> Decorator:
+    """A click argument with a text in the help."""
+    return click.argument(name, cls=GroupedArgument, text=text, **settings)
 
 
 def together(*decorators: Decorator) -> Decorator:
@@ -189,10 +224,58 @@ def _refuse(ctx: click.Context, param: click.Parameter, value: Any) -> None:
         )
 
 
+def to_go_on(words: Sequence[str]) -> str:
+    """The command of these words, to be repeated: with its name, without --fresh."""
+    return shlex.join(["unitnorm", *(word for word in words[1:] if word != "--fresh")])
+
+
 def take_training_options(options: dict[str, Any]) -> TrainingOptions:
     """The values of `training_options`, taken out of a command's."""
     names = TrainingOptions.__dataclass_fields__
     return TrainingOptions(**{name: options.pop(name) for name in names})
+
+
+json_option = option(
+    "--json", "as_json", group=RECORDS, is_flag=True, help="Print JSON, for scripts."
+)
+output_options = together(
+    json_option,
+    option("--quiet", group=RECORDS, is_flag=True, help="Print nothing but faults."),
+)
+
+
+def print_report(
+    shown: Any, files: Mapping[str, bytes], out: Path, *, written: bool = True,
+    as_json: bool = False, quiet: bool = False,
+) -> None:  # fmt: skip
+    """Print what a report shows, and where its files are.
+
+    Args:
+      written: they are there; another process may be at work in the folder.
+      files: content by name; the tables among them, NAME.csv, are what is printed as JSON.
+      as_json, quiet: of `output_options`.
+    """
+    if as_json:
+        import io
+        import json
+
+        import pandas as pd
+
+        tables = {
+            name.removesuffix(".csv"): json.loads(
+                pd.read_csv(io.BytesIO(content)).to_json(orient="records")
+            )
+            for name, content in files.items()
+            if name.endswith(".csv")
+        }
+        click.echo(json.dumps({"folder": str(out), "files": sorted(files), "tables": tables}))
+    elif not quiet:
+        from rich.console import Console
+
+        Console().print(shown)
+        place = f"{out}{os.sep}"
+        at_work = f"no files written: another process is at work in {place}"
+        click.echo(f"{len(files)} files in {place}" if written else at_work)
 
 
 def read_config(
@@ -203,6 +286,9 @@ def read_config(
     Args:
       given: values by key of the config, with __ for dots; None and () are of options that were not
         given, and set nothing.
+
+    Raises:
+      UserError: it is none; where the file is one for other commands, they are named.
     """
     from unitnorm.run.config import load, parse_override
 
@@ -210,4 +296,22 @@ def read_config(
     for key, value in given.items():
         if value not in (None, ()):
             values[key.replace("__", ".")] = list(value) if isinstance(value, tuple) else value
-    return load(config_path, values, schema)
+    try:
+        return load(config_path, values, schema)
+    except UserError:
+        if config_path is not None and (command := _command_of(config_path, schema)):
+            raise UserError(f"config {config_path}: is one for `{command}`, not for this") from None
+        raise
+
+
+def _command_of(config_path: str, schema: type[Schema]) -> str | None:
+    """The command whose config a file is, where that is another than `schema`."""
+    from unitnorm.run.config import load
+
+    for command, place in CONFIGS.items():
+        module, _, name = place.partition(":")
+        other = getattr(importlib.import_module(module), name)
+        with contextlib.suppress(UserError):
+            if other is not schema and load(config_path, None, other):
+                return command
+    return None

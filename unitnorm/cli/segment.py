@@ -185,7 +185,7 @@ def renew(weights: Path, out: Path, **options: Any) -> None:
 
 
 @command(short_help="Segment photos.")
-@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@opt.argument("images", "Photos.", nargs=-1, required=True, type=click.Path(path_type=Path))
 @weights_option()
 @opt.option("--overlay", is_flag=True, help="NAME_overlay.png too: the photo under the colours.")
 @opt.out_option("runs/predictions", "Folder of the PNGs.")

@@ -11,7 +11,7 @@ import click
 
 from unitnorm.cli import options as opt
 from unitnorm.errors import UserError
-from unitnorm.run.job import Job, Loaded, open_job, print_report
+from unitnorm.run.job import Job, Loaded, open_job
 
 if TYPE_CHECKING:
     from unitnorm.run.records import Records
@@ -22,7 +22,8 @@ RUNS = "runs/study"
 
 
 @click.command(cls=opt.GroupedCommand, short_help="Many runs compared, from a declared plan.")
-@click.argument("plan_name", metavar="NAME|FILE", type=opt.ConfigName())
+@opt.argument("plan_name", "Plan: a preset, or a TOML file.", metavar="NAME|FILE",
+              type=opt.ConfigName())  # fmt: skip
 @opt.option(
     "--data", "places", group=opt.DATA, multiple=True, metavar="NAME=FOLDER",
     help="Where a data set of the plan lies: four IDX files; may be repeated. mnist needs none.",
@@ -93,7 +94,8 @@ def study(
             for images in data.values():
                 plan.config_of(name).check_images(len(images.train_labels), ("train",))
         about = {name: {"sha256": images.sha256} for name, images in data.items()}
-        return Loaded(data, about, sum(count_runs(plan).values()))
+        lines = tuple(images.describe() for images in data.values())
+        return Loaded(data, about, sum(count_runs(plan).values()), lines=lines)
 
     with open_job(Study(plan), plan, load_all, training) as job:
         do_study(plan, find_config(plan_name), job)
@@ -239,7 +241,7 @@ def write_study_report(out: Path, known: Records, page: bool) -> None:
             write_page(path, out.resolve(), study)
         except UserError as error:  # such as a training in a folder beside, which goes on
             click.echo(f"{path} is not brought up to date: {error}")
-    print_report(report.show(study), files, out)
+    opt.print_report(report.show(study), files, out)
 
 
 def write_page(path: Path, mine: Path, study: Findings) -> None:

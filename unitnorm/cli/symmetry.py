@@ -9,7 +9,7 @@ import click
 
 from unitnorm.cli import options as opt
 from unitnorm.cli.table2 import selection_options
-from unitnorm.run.job import interruptible, print_report
+from unitnorm.run.job import interruptible
 
 
 @click.command(cls=opt.GroupedCommand, short_help="What scaling the filters does, made visible.")
@@ -59,4 +59,4 @@ def symmetry(out: Path, rate: float | None, steps: int, epochs: int, **options: 
             with console.status("measuring"):
                 files, shown = run(config, dataset, updates, rate, steps, epochs, say)
             records.write_files(out, files)
-    print_report(shown, files, out)
+    opt.print_report(shown, files, out)

@@ -13,7 +13,7 @@ import click
 
 from unitnorm.cli import options as opt
 from unitnorm.errors import UserError
-from unitnorm.run.job import Job, Loaded, open_job, open_recomputation, print_report, so_far
+from unitnorm.run.job import Job, Loaded, open_job, open_recomputation, so_far
 
 if TYPE_CHECKING:
     from unitnorm.run.planner import Experiment
@@ -48,7 +48,8 @@ def completed(options: dict[str, Any], *, sweep_only: bool = False) -> Iterator[
         data = load_dataset(config.data.dataset, config.data.data_dir)
         config.check_images(len(data.train_labels))
         cells = list_cells(config)
-        return Loaded({"": data}, describe_data(data), 0 if sweep_only else len(cells), cells)
+        runs, lines = 0 if sweep_only else len(cells), (data.describe(),)
+        return Loaded({"": data}, describe_data(data), runs, cells, lines)
 
     experiment = Table2(config, sweep_only)
     with open_job(experiment, config, load, training) as job:
@@ -95,10 +96,12 @@ def train(**options: Any) -> None:
 
 
 @click.command(cls=opt.GroupedCommand, short_help="The table and figures, from the records.")
-@click.argument("folders", nargs=-1, type=click.Path(path_type=Path))
+@opt.argument("folders", "One results folder, or two to compare.  [default: that of --out]",
+              nargs=-1, type=click.Path(path_type=Path))  # fmt: skip
 @opt.out_option(OUT)
+@opt.output_options
 @click.pass_context
-def report(context: click.Context, folders: tuple[Path, ...], out: Path) -> None:
+def report(context: click.Context, folders: tuple[Path, ...], out: Path, **output: bool) -> None:
     """Table 2 and its figures, from the records alone.
 
     With two folders, A and B, their runs side by side, and where data and config differ. Runs that
@@ -114,7 +117,7 @@ def report(context: click.Context, folders: tuple[Path, ...], out: Path) -> None
         named = f"{len(folders)} folders" if len(folders) > 2 else f"{folders[0]} and --out {out}"
         raise UserError(f"report: one folder, or two to compare, not {named}")
     if len(folders) < 2:
-        do_report(*folders or [out])
+        do_report(folders[0] if folders else out, **output)
         return
     from rich.console import Console
 
@@ -132,7 +135,7 @@ def report(context: click.Context, folders: tuple[Path, ...], out: Path) -> None
         return
     with records.locked(out):
         records.write_files(out, files)
-    print_report(shown, files, out)
+    opt.print_report(shown, files, out, **output)
 
 
 @click.command(cls=opt.GroupedCommand, short_help="Sweep, train and report: all of Table 2.")
@@ -213,7 +216,7 @@ def verify_command(out: Path, data_dir: str | None, **wanted: Any) -> None:
         sys.exit(1)
 
 
-def do_report(out: Path) -> None:
+def do_report(out: Path, **output: bool) -> None:
     """Print the report of a folder and write its files, unless another process is at work there."""
     from unitnorm.run import records
     from unitnorm.table2.schema import SCHEMA
@@ -223,10 +226,10 @@ def do_report(out: Path) -> None:
         if progress := so_far(known):
             click.echo(progress)
         if not (progress and known["runs"].empty):
-            write_report(out, known, write=held)
+            write_report(out, known, write=held, **output)
 
 
-def write_report(out: Path, known: Records, *, write: bool = True) -> None:
+def write_report(out: Path, known: Records, *, write: bool = True, **output: bool) -> None:
     """Print the report of records; `write` its files too, to a folder that is held."""
     from unitnorm.archbn.config import Config
     from unitnorm.run import records
@@ -247,4 +250,5 @@ def write_report(out: Path, known: Records, *, write: bool = True) -> None:
     )
     if write:
         records.write_files(out, files, replacing="figures/filters_depth*")
-    print_report(report.show(known["runs"], paper), files if write else (), out)
+    shown = report.show(known["runs"], paper)
+    opt.print_report(shown, files, out, written=write, **output)

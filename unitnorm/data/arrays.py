@@ -1,93 +1,131 @@
-"""The four arrays of a data set, the checks that every source must pass, and their hashes.
+"""A data set in memory, and the checks that every source must pass.
 
-Change here what counts as a sound data set. Where the arrays come from is the business of `idx.py`
+Change here what counts as a sound data set. Where arrays come from is the business of `idx.py`
 (IDX files) and `from_tfds.py`.
 """
 
 import hashlib
 import struct
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from unitnorm.errors import UserError
+from unitnorm.errors import expect
 
 MAX_CLASSES = 256  # a label is one byte, here as in the IDX format
 ALIGNMENT = 64  # bytes; what XLA asks of its own arrays on CPUs
 MAX_BYTES = 1 << 30  # of images in one split; MNIST has 47 million
 
 
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A data set in memory, ready to be put on a device.
+
+    Attributes:
+      name: `mnist`, the name given, or that of the folder.
+      train_images: uint8 (n, features), raw pixel values, each image row by row; C-contiguous,
+        at an address that JAX uses in place on CPUs.
+      train_labels: int32 (n,), 0 … classes − 1.
+      test_images: like `train_images`.
+      test_labels: like `train_labels`.
+      image_shape: of one image before it became a row, such as (28, 28).
+      classes: number of classes, at most 256.
+      sha256: of the content alone: the SHA-256 of the four SHA-256 (hexadecimal, one a line) of the
+        uncompressed IDX files train-images, train-labels, t10k-images and t10k-labels that hold
+        these arrays. `sha256sum FILES | cut -c-64 | sha256sum` gives the same.
+    """
+
+    name: str
+    train_images: NDArray[np.uint8]
+    train_labels: NDArray[np.int32]
+    test_images: NDArray[np.uint8]
+    test_labels: NDArray[np.int32]
+    image_shape: tuple[int, ...]
+    classes: int
+    sha256: str
+
+    def describe(self) -> str:
+        """What it holds, in a line: "mnist: 60,000 + 10,000 images, 28×28, 10 classes"."""
+        return (
+            f"{self.name}: {len(self.train_labels):,} + {len(self.test_labels):,} images, "
+            f"{_size(self.image_shape)}, {self.classes} classes"
+        )
+
+
 class Arrays(NamedTuple):
-    """A data set as read: images (n, *image_shape) and labels (n,), all uint8."""
+    """A data set as read: images (n, *image_shape) and labels (n,), all uint8.
+
+    `names` is what an error calls the four; `classes` None: the highest training label plus one.
+    """
 
     train_images: NDArray[np.uint8]
     train_labels: NDArray[np.uint8]
     test_images: NDArray[np.uint8]
     test_labels: NDArray[np.uint8]
-    classes: int
+    names: list[str]
+    classes: int | None = None
 
 
-def check(arrays: Arrays, names: Sequence[str]) -> Arrays:
-    """Returns `arrays` if the four fit together.
-
-    Args:
-      arrays: what was read.
-      names: what an error calls the train images, train labels, test images and test labels.
+def to_dataset(name: str, arrays: Arrays) -> Dataset:
+    """The data set that these arrays are.
 
     Raises:
       UserError: on empty or unequal counts, images without pixels, different image shapes in train
-        and test, fewer than 2 or more than 256 classes, or a label outside 0 … classes − 1.
+        and test, fewer than 2 or more than 256 classes, a label outside 0 … classes − 1, or, where
+        the labels alone tell the classes, a class without training images.
     """
-    train_images, train_labels, test_images, test_labels, classes = arrays
-    for images, labels, images_name, labels_name in (
-        (train_images, train_labels, names[0], names[1]),
-        (test_images, test_labels, names[2], names[3]),
+    classes = _check(arrays)
+    parts = "".join(f"{_sha256_of_idx(array)}\n" for array in arrays[:4])
+    return Dataset(
+        name=name,
+        train_images=_aligned(arrays.train_images.reshape(len(arrays.train_images), -1)),
+        train_labels=arrays.train_labels.astype(np.int32),
+        test_images=_aligned(arrays.test_images.reshape(len(arrays.test_images), -1)),
+        test_labels=arrays.test_labels.astype(np.int32),
+        image_shape=arrays.train_images.shape[1:],
+        classes=classes,
+        sha256=hashlib.sha256(parts.encode()).hexdigest(),
+    )
+
+
+def _check(arrays: Arrays) -> int:
+    """The number of classes, if the four fit together; else a UserError."""
+    train, train_labels, test, test_labels, names, classes = arrays
+    for images, labels, (of_images, of_labels) in (
+        (train, train_labels, names[:2]),
+        (test, test_labels, names[2:]),
     ):
-        if not images.size:
-            raise UserError(
-                f"{images_name}: expected at least one image of at least one pixel, "
-                f"found shape {images.shape}"
-            )
-        if len(images) != len(labels):
-            raise UserError(
-                f"{labels_name}: expected {len(images)} labels, one for each image of "
-                f"{images_name}, found {len(labels)}"
-            )
-    if test_images.shape[1:] != train_images.shape[1:]:
-        raise UserError(
-            f"{names[2]}: expected images of {_size(train_images)} pixels as in {names[0]}, "
-            f"found {_size(test_images)}"
-        )
-    if not 2 <= classes <= MAX_CLASSES:
-        raise UserError(f"{names[1]}: expected 2 to {MAX_CLASSES} classes, found {classes}")
+        some = "at least one image of at least one pixel"
+        expect(images.size, of_images, some, f"shape {images.shape}")
+        each = f"{len(images)} labels, one for each image of {of_images}"
+        expect(len(images) == len(labels), of_labels, each, len(labels))
+    size, test_size = _size(train.shape[1:]), _size(test.shape[1:])
+    expect(size == test_size, names[2], f"images of {size} pixels as in {names[0]}", test_size)
+    counts = np.bincount(train_labels)
+    if classes is None:
+        every = f"images of every class up to the highest label, {len(counts) - 1}"
+        odd = f"which stands {counts[-1]} times, first at position {train_labels.argmax()}"
+        expect(counts.all(), names[1], f"{every}, {odd}", f"none of class {counts.argmin()}")
+    classes = classes or len(counts)
+    expect(2 <= classes <= MAX_CLASSES, names[1], f"2 to {MAX_CLASSES} classes", classes)
     for labels, name in ((train_labels, names[1]), (test_labels, names[3])):
-        if labels.max() >= classes:
-            index = int(np.argmax(labels >= classes))
-            raise UserError(
-                f"{name}: expected labels 0 to {classes - 1}, the classes of {names[1]}, "
-                f"found {labels[index]} at position {index}"
-            )
-    return arrays
+        known = f"labels 0 to {classes - 1}, the classes of {names[1]}"
+        at = int(np.argmax(labels >= classes))
+        expect(labels[at] < classes, name, known, f"{labels[at]} at position {at}")
+    return classes
 
 
-def hashes(arrays: Arrays) -> list[str]:
-    """SHA-256 of the four IDX files (not compressed) that hold these arrays, whatever their source.
-
-    In the order train images, train labels, test images, test labels. For MNIST these are the
-    well-known hashes of its files.
-    """
-    found = []
-    for array in arrays[:4]:
-        digest = hashlib.sha256(bytes([0, 0, 8, array.ndim]))  # 8: unsigned bytes
-        digest.update(struct.pack(f">{array.ndim}I", *array.shape))
-        digest.update(np.ascontiguousarray(array).reshape(-1).data)
-        found.append(digest.hexdigest())
-    return found
+def _sha256_of_idx(array: NDArray[np.uint8]) -> str:
+    """Of the IDX file that holds the array; for MNIST these are the well-known hashes."""
+    digest = hashlib.sha256(bytes([0, 0, 8, array.ndim]))  # 8: unsigned bytes
+    digest.update(struct.pack(f">{array.ndim}I", *array.shape))
+    digest.update(np.ascontiguousarray(array).reshape(-1).data)
+    return digest.hexdigest()
 
 
-def aligned(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def _aligned(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """A copy that is only read, at an address that `ALIGNMENT` divides.
 
     JAX on CPUs uses such an array in place: one for all devices, in the large pages that NumPy asks
@@ -101,5 +139,5 @@ def aligned(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return copy
 
 
-def _size(images: NDArray[Any]) -> str:
-    return " x ".join(map(str, images.shape[1:]))
+def _size(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape))

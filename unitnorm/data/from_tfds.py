@@ -22,8 +22,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from numpy.typing import NDArray
 
-from unitnorm.data.arrays import MAX_BYTES, MAX_CLASSES, Arrays, check
-from unitnorm.errors import UserError
+from unitnorm.data.arrays import MAX_BYTES, MAX_CLASSES, Arrays
+from unitnorm.errors import UserError, expect
 
 log = logging.getLogger(__name__)
 
@@ -106,15 +106,13 @@ def prepare(dataset: str, root: Path) -> Path:
 
 def _check_network(urls: Any) -> None:
     """Raises an OSError where no one answers at the first address; TFDS would try for minutes."""
-    url = next((url for url in urls or () if url.startswith("http")), None)
-    if url is None:
-        return
-    try:
-        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=10).close()
-    except urllib.error.HTTPError:
-        pass  # that is an answer
-    except OSError as problem:
-        raise OSError(f"no answer from {url}: {getattr(problem, 'reason', problem)}") from problem
+    for url in [url for url in urls or () if url.startswith("http")][:1]:
+        try:
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=10).close()
+        except urllib.error.HTTPError:
+            pass  # that is an answer
+        except OSError as problem:
+            raise OSError(f"no answer from {url}: {getattr(problem, 'reason', problem)}") from None
 
 
 def _reason(problem: BaseException) -> str:
@@ -150,48 +148,29 @@ def read(folder: Path) -> Arrays:
             f"({_reason(problem)}); prepare it again"
         ) from problem
     label = builder.info.features["label"]
-    if isinstance(label, tfds.features.ClassLabel) and label.num_classes:
-        classes = label.num_classes
-    else:
-        classes = int(train_labels.max(initial=0)) + 1
-    return check(
-        Arrays(train_images, train_labels, test_images, test_labels, classes),
-        [f"{folder}, {split}: {key}" for split in _SPLITS for key in ("image", "label")],
-    )
+    classes = isinstance(label, tfds.features.ClassLabel) and label.num_classes
+    names = [f"{folder}, {split}: {key}" for split in _SPLITS for key in ("image", "label")]
+    return Arrays(train_images, train_labels, test_images, test_labels, names, classes or None)
 
 
 def _check_kind(info: Any, folder: Path) -> None:
+    """Refuses what has no images of one size, each with the number of its class."""
     file_format = info.file_format.value if info.file_format else "none"
-    if file_format != "array_record":
-        raise UserError(
-            f"{folder}: expected the file format array_record, found {file_format}; "
-            "prepare it again with file_format='array_record'"
-        )
+    again = f"{file_format}; prepare it again with file_format='array_record'"
+    expect(file_format == "array_record", folder, "the file format array_record", again)
     features = info.features
-    if not isinstance(features, tfds.features.FeaturesDict) or not {"image", "label"} <= set(
-        features.keys()
-    ):
-        raise UserError(f"{folder}: expected the features image and label, found {features!r}")
-    if missing := [split for split in _SPLITS if split not in info.splits]:
-        raise UserError(
-            f"{folder}: expected the splits train and test, found no {' and no '.join(missing)}"
-        )
+    named = isinstance(features, tfds.features.FeaturesDict) and {"image", "label"} <= {*features}
+    expect(named, folder, "the features image and label", repr(features))
+    missing = [split for split in _SPLITS if split not in info.splits]
+    expect(not missing, folder, "the splits train and test", f"no {' and no '.join(missing)}")
     image, label = features["image"], features["label"]
-    if image.np_dtype != np.uint8 or None in image.shape:
-        raise UserError(
-            f"{folder}: expected an image of uint8 and of one shape, "
-            f"found {image.np_dtype} and {image.shape}"
-        )
-    if label.shape != () or not np.issubdtype(label.np_dtype, np.integer):
-        raise UserError(
-            f"{folder}: expected one integer as label, found {label.np_dtype} and {label.shape}"
-        )
+    good, found = None not in image.shape, f"{image.np_dtype} and {image.shape}"
+    expect(good and image.np_dtype == np.uint8, folder, "images of uint8 and of one shape", found)
+    good, found = np.issubdtype(label.np_dtype, np.integer), f"{label.np_dtype} and {label.shape}"
+    expect(good and label.shape == (), folder, "one integer as label", found)
     for split in _SPLITS:
         size = info.splits[split].num_examples * math.prod(image.shape)
-        if size > MAX_BYTES:
-            raise UserError(
-                f"{folder}, {split}: expected at most {MAX_BYTES} bytes of images, found {size}"
-            )
+        expect(size <= MAX_BYTES, folder, f"at most {MAX_BYTES} bytes of images in {split}", size)
 
 
 def _read_split(source: Any, name: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
@@ -205,12 +184,8 @@ def _read_split(source: Any, name: str) -> tuple[NDArray[np.uint8], NDArray[np.u
         examples = source.__getitems__(range(block.start, block.stop))
         images[block] = [example["image"].reshape(image_shape) for example in examples]
         labels[block] = [example["label"] for example in examples]
-    # Narrowed to a byte below, which would hide such values.
-    if labels.size and not 0 <= labels.min() <= labels.max() < MAX_CLASSES:
-        raise UserError(
-            f"{name}: expected labels 0 to {MAX_CLASSES - 1}, "
-            f"found {labels.min()} to {labels.max()}"
-        )
+    bad = labels[(labels < 0) | (labels >= MAX_CLASSES)]  # a byte below would hide them
+    expect(not bad.size, name, f"labels 0 to {MAX_CLASSES - 1}", bad[:1])
     return images, labels.astype(np.uint8)
 
 

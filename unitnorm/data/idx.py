@@ -1,77 +1,84 @@
-"""IDX, the file format of MNIST, Fashion-MNIST, KMNIST and others, raw or gzipped.
+"""IDX, the file format of MNIST, EMNIST, Fashion-MNIST, KMNIST and others, raw or gzipped.
 
-Change here which files a folder must hold and how they are read. A header is never believed: it
-only says how much to ask for, so that neither a lying header nor a gzip bomb takes more memory than
-the file deserves.
+Change here which files a folder must hold and how they are read. A header is never believed: what
+it announces is read piece by piece, so that neither a lying header nor a gzip bomb takes more
+memory than the file deserves.
 
 The format: two zero bytes, the type (8: unsigned bytes), the number of dimensions, each dimension
 as a big-endian 32-bit number, and then the values, last dimension fastest.
 """
 
-import io
+import gzip
 import math
 import os
+import re
 import struct
 import zlib
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from unitnorm.data.arrays import MAX_BYTES, Arrays, check
-from unitnorm.errors import UserError
+from unitnorm.data.arrays import MAX_BYTES, Arrays
+from unitnorm.errors import UserError, expect
 
-# Each may also be gzipped, with .gz at the end; without it wins where both are there.
 FILES = (
     "train-images-idx3-ubyte",
     "train-labels-idx1-ubyte",
     "t10k-images-idx3-ubyte",
     "t10k-labels-idx1-ubyte",
 )
-_KINDS = {1: "a labels file", 3: "an images file"}
+# Also train-images.idx3-ubyte, emnist-balanced-test-labels-idx1-ubyte.GZ and the like.
+_NAME = re.compile(
+    r"(?:.+-)?(?:(train)|t10k|test)-(?:(images)[-.]idx3|labels[-.]idx1)-ubyte(?:\.gz)?", re.I
+)
+_PIECE = 1 << 20  # bytes asked for at once
+_KINDS = {bytes([0, 0, 8, 1]): "a labels file", bytes([0, 0, 8, 3]): "an images file"}
+_OTHER_KINDS = {  # what people find in place of a data file, by its first bytes
+    b"<": "a web page; download the file again",
+    b"version ": "a pointer of Git LFS; `git lfs pull` gets the file",
+    b"PK": "a zip archive; unpack it",
+    b"BZh": "a bzip2 file; unpack it",
+    b"\xfd7zXZ": "an xz file; unpack it",
+}
 
 
-def any_in(folder: Path) -> bool:
-    """Whether the folder holds at least one of the four files, so that IDX must be meant."""
-    return any(os.path.isfile(folder / f"{name}{end}") for name in FILES for end in ("", ".gz"))
+def find_files(folder: Path) -> tuple[list[Path], ...]:
+    """The files of a folder for each of `FILES`, by their names; several are copies of one."""
+    found: tuple[list[Path], ...] = ([], [], [], [])
+    for path in sorted(folder.iterdir()) if os.path.isdir(folder) else ():
+        if (match := _NAME.fullmatch(path.name)) and path.is_file():
+            train, images = match.groups()
+            found[2 * (not train) + (not images)].append(path)
+    return found
 
 
-def find_files(folder: Path) -> tuple[Path, ...]:
-    """The paths of the four files, in the order of `FILES`.
-
-    Raises:
-      UserError: if the folder or one of the files is missing.
-    """
-    if not os.path.isdir(folder):
-        raise UserError(f"{folder}: expected a folder of four IDX files, found no folder")
-    paths = []
-    for name in FILES:
-        for path in (folder / name, folder / f"{name}.gz"):
-            if os.path.isfile(path):
-                paths.append(path)
-                break
-        else:
-            raise UserError(f"{folder}: expected the file {name} or {name}.gz, found neither")
-    return tuple(paths)
-
-
-def read_all(paths: tuple[Path, ...]) -> Arrays:
-    """Reads and checks the four files of a data set, given in the order of `FILES`.
-
-    The number of classes is the highest training label plus one.
+def read_folder(folder: Path) -> Arrays:
+    """Reads the four files of a data set.
 
     Raises:
-      UserError: naming the file, what was expected and what was found.
+      UserError: naming the file or folder, what was expected and what was found.
     """
+    expect(os.path.isdir(folder), folder, "a folder of four IDX files", "no folder")
+    found = find_files(folder)
+    for name, paths in zip(FILES, found, strict=True):
+        expect(paths, folder, f"the file {name} or {name}.gz", "neither")
     with ThreadPoolExecutor() as pool:
-        train_images, train_labels, test_images, test_labels = pool.map(read, paths, (3, 1, 3, 1))
-    classes = int(train_labels.max(initial=0)) + 1
-    return check(
-        Arrays(train_images, train_labels, test_images, test_labels, classes),
-        [str(path) for path in paths],
-    )
+        arrays = tuple(pool.map(_read_copies, found, (3, 1, 3, 1)))
+    train_images, train_labels, test_images, test_labels = arrays
+    names = [str(paths[0]) for paths in found]
+    return Arrays(train_images, train_labels, test_images, test_labels, names)
+
+
+def _read_copies(paths: list[Path], ndim: int) -> NDArray[np.uint8]:
+    """What all of these files hold, such as a download and the same file unpacked."""
+    values = read(paths[0], ndim)
+    for other in paths[1:]:
+        alike = np.array_equal(read(other, ndim), values)
+        expect(alike, other, f"the data of {paths[0].name}", "other data; keep one of the two")
+    return values
 
 
 def read(path: Path, ndim: int) -> NDArray[np.uint8]:
@@ -81,75 +88,52 @@ def read(path: Path, ndim: int) -> NDArray[np.uint8]:
       UserError: if it cannot be read, is damaged, or is not an IDX file of `ndim` dimensions.
     """
     try:
-        size = path.stat().st_size
-        content = path.read_bytes() if size <= MAX_BYTES + 16 else b""
-    except OSError as problem:
-        raise UserError(f"{path}: cannot be read: {problem.strerror or problem}") from problem
-    if size and not content:
-        raise UserError(f"{path}: expected at most {MAX_BYTES} values, found {size} bytes")
-    if not content.startswith(b"\x1f\x8b"):
-        return parse(io.BytesIO(content).read, ndim, str(path))
-    unzip = zlib.decompressobj(wbits=31)  # gzip, with its checksum
-
-    def take(limit: int) -> bytes:
-        nonlocal content
-        values = unzip.decompress(content, limit)
-        content = unzip.unconsumed_tail
-        return values
-
-    try:
-        values = parse(take, ndim, str(path))
-        if not unzip.eof or unzip.unused_data:
-            raise zlib.error("its end is missing" if not unzip.eof else "more follows its end")
-    except zlib.error as problem:
+        with open(path, "rb") as raw:
+            packed = raw.read(2) == b"\x1f\x8b"
+            raw.seek(0)
+            return _parse(gzip.GzipFile(fileobj=raw) if packed else raw, ndim, str(path))
+    except (gzip.BadGzipFile, EOFError, zlib.error) as problem:
         raise UserError(
             f"{path}: expected a whole gzip file, found a damaged one ({problem}); "
             "put a good copy in its place"
         ) from problem
-    return values
+    except OSError as problem:
+        raise UserError(f"{path}: cannot be read: {problem.strerror or problem}") from problem
 
 
-def parse(take: Callable[[int], bytes], ndim: int, name: str) -> NDArray[np.uint8]:
-    """Parses an IDX stream of unsigned bytes that must end where its header says.
-
-    Args:
-      take: gives the next bytes of the stream, as many as asked for unless it ends before.
-      ndim: dimensions expected: 3 for images (n, height, width), 1 for labels (n,).
-      name: what errors call the stream.
-
-    Raises:
-      UserError: on another magic number, a short or long stream, or more than `MAX_BYTES` values.
-    """
+def _parse(stream: BinaryIO | gzip.GzipFile, ndim: int, name: str) -> NDArray[np.uint8]:
+    """The values of a stream that must end where its header says."""
     magic = bytes([0, 0, 8, ndim])
-    header = take(4 + 4 * ndim)
-    if header[:4] != magic[: len(header)]:
-        raise UserError(
-            f"{name}: expected {_KINDS[ndim]} with IDX magic number {int.from_bytes(magic)}, "
-            f"found {_describe(header[:4])}"
-        )
-    if len(header) < 4 + 4 * ndim:
-        raise UserError(
-            f"{name}: expected an IDX header of {4 + 4 * ndim} bytes, found {len(header)} bytes "
-            "in all; the file is truncated"
-        )
+    header = _take(stream, 4 + 4 * ndim)
+    kind = f"{_KINDS[magic]} with IDX magic number {int.from_bytes(magic)}"
+    expect(header[:4] == magic[: len(header)], name, kind, _describe(header))
+    length, cut = 4 + 4 * ndim, f"{len(header)} bytes in all; the file is truncated"
+    expect(len(header) == length, name, f"an IDX header of {length} bytes", cut)
     shape = struct.unpack(f">{ndim}I", header[4:])
-    size = math.prod(shape)
-    if size > MAX_BYTES:
-        raise UserError(
-            f"{name}: expected at most {MAX_BYTES} values, found a header that announces "
-            f"{' x '.join(map(str, shape))}; the file is damaged or too large"
-        )
-    values = take(size + 1)
-    if len(values) != size:
-        found = f"only {len(values)}" if len(values) < size else "more"
-        raise UserError(
-            f"{name}: expected {size} bytes after the header, which announces "
-            f"{' x '.join(map(str, shape))}, found {found}; the file is "
-            f"{'truncated' if len(values) < size else 'damaged'}"
-        )
+    size, announced = math.prod(shape), " x ".join(map(str, shape))
+    large = f"a header that announces {announced}; the file is damaged or too large"
+    expect(size <= MAX_BYTES, name, f"at most {MAX_BYTES} values", large)
+    values = _take(stream, size + 1)
+    rest = f"{size} bytes after the header, which announces {announced}"
+    expect(len(values) <= size, name, rest, "more; the file is damaged")
+    expect(len(values) == size, name, rest, f"only {len(values)}; the file is truncated")
     return np.frombuffer(values, np.uint8).reshape(shape)
 
 
-def _describe(magic: bytes) -> str:
-    kind = next((kind for ndim, kind in _KINDS.items() if magic == bytes([0, 0, 8, ndim])), None)
-    return f"{int.from_bytes(magic)} (bytes {magic.hex(' ')})" + (f", {kind}" if kind else "")
+def _take(stream: BinaryIO | gzip.GzipFile, most: int) -> bytes:
+    """The next bytes of a stream, `most` of them unless it ends before."""
+    pieces = []
+    while most and (piece := stream.read(min(most, _PIECE))):
+        pieces.append(piece)
+        most -= len(piece)
+    return b"".join(pieces)
+
+
+def _describe(header: bytes) -> str:
+    """What a file is that begins so."""
+    for start, kind in _OTHER_KINDS.items():
+        if header.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(start):
+            return kind
+    kind = _KINDS.get(header[:4], "")
+    number = f"{int.from_bytes(header[:4])} (bytes {header[:4].hex(' ')})"
+    return f"{number}, {kind}" if kind else number

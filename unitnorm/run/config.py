@@ -1,6 +1,6 @@
 """Configs of experiments: TOML files, presets by name, `--set KEY=VALUE`, and clear refusals.
 
-An experiment's config is a `Config` with its own fields; what they are is said where the experiment
+An experiment's config is an `ExperimentConfig` with its own fields, declared where the experiment
 is. Presets are the files of `configs/`, which travel in the package. Nothing here touches JAX.
 """
 
@@ -19,6 +19,16 @@ from pydantic import ConfigDict
 from unitnorm.errors import UserError
 
 PRESETS = Path(__file__).parents[1] / "configs"  # in a checkout a link to configs/
+
+# pydantic's words, as one would say them
+_PLAIN = (
+    ("Input should be ", ""), ("List should have ", ""), ("String should have ", ""),
+    ("String should match pattern ", "a text like "), (" after validation, not ", ", found "),
+    ("a valid dictionary", "a section"),
+    ("a valid integer", "a whole number"), ("a valid boolean", "true or false"), ("a valid ", "a "),
+    ("greater than or equal to", "at least"), ("less than or equal to", "at most"),
+    ("greater than", "more than"), ("Value error, ", ""),
+)  # fmt: skip
 
 
 class Section(pydantic.BaseModel):
@@ -54,8 +64,7 @@ def difference(old: Any, new: Mapping[str, Any], prefix: str = "") -> str:
     for key, value in new.items():
         there = old.get(key) if isinstance(old, dict) else None
         if isinstance(value, dict):
-            inner = difference(there, value, f"{prefix}{key}.")
-            if inner:
+            if inner := difference(there, value, f"{prefix}{key}."):
                 return inner
         elif there != value:
             return f" ({prefix}{key}: {there} there, {value} here)"
@@ -77,24 +86,20 @@ def find_config(name: str | Path) -> Path:
     Raises:
       UserError: there is neither.
     """
-    path = Path(name)
+    path, known = Path(name), presets()
     try:
-        if path.is_file() or "\0" in str(name):
+        if path.is_file():
             return path
-        preset = PRESETS / f"{name}.toml"
-        if str(name) in presets():
-            return preset
-        # a file of a checkout, named by somebody who has the installed package alone
-        if path.suffix == ".toml" and path.parts[0] == "configs":
-            inside = Path(*path.parts[1:]).with_suffix("").as_posix()
-            if inside in presets():
-                return PRESETS / f"{inside}.toml"
-    except (OSError, ValueError, IndexError):  # no file can have this name
+    except (OSError, ValueError):  # no file can have this name
         return path
+    # a file of a checkout may be named by somebody who has the installed package alone
+    inside = path.as_posix().removeprefix("configs/").removesuffix(".toml")
+    if str(name) in known or (path.as_posix() == f"configs/{inside}.toml" and inside in known):
+        return PRESETS / f"{inside}.toml"
     if path.suffix == ".toml" or path.exists() or len(path.parts) > 2:
         return path
     raise UserError(
-        f"config {name}: no file of this name, and no preset; there are {', '.join(presets())}; "
+        f"config {name}: no file of this name, and no preset; there are {', '.join(known)}; "
         "`unitnorm config NAME` prints one to edit"
     )
 
@@ -109,25 +114,24 @@ def load(path: str | Path | None, overrides: dict[str, Any] | None, schema: type
       UserError: the file cannot be read, or a key or value is not allowed; one line names the key,
         the value and what is allowed.
     """
+    where = "config" if path is None else f"config {path}"
     values: dict[str, Any] = {}
     if path is not None:
         try:
-            text = find_config(path).read_bytes().decode("utf-8")
-            values = tomllib.loads(text)
+            values = tomllib.loads(find_config(path).read_bytes().decode("utf-8"))
         except OSError as error:
             raise UserError(
-                f"config {path}: cannot be read ({error.strerror or error}); give the path of a "
+                f"{where}: cannot be read ({error.strerror or error}); give the path of a "
                 f"TOML file or a preset with --config: {', '.join(presets())}"
             ) from None
         except UnicodeDecodeError:
-            raise UserError(f"config {path}: not UTF-8 text, expected a TOML file") from None
+            raise UserError(f"{where}: not UTF-8 text, expected a TOML file") from None
         except (tomllib.TOMLDecodeError, RecursionError) as error:
-            raise UserError(f"config {path}: not valid TOML: {_one_line(error)}") from None
+            raise UserError(f"{where}: not valid TOML: {_one_line(error)}") from None
         except ValueError:  # a null character, or one that no file system encodes
-            raise UserError(f"config {path}: no file can have this name") from None
+            raise UserError(f"{where}: no file can have this name") from None
     for key, value in (overrides or {}).items():
         _put(values, key, value)
-    where = f"config {path}" if path is not None else "config"
     return parse(values, where, schema)
 
 
@@ -143,34 +147,20 @@ def parse(values: dict[str, Any], where: str, schema: type[Schema]) -> Schema:
         raise UserError(f"{where}: {_explain(error, schema)}") from None
 
 
-def check_updates(updates: list[str]) -> list[str]:
-    """The updates of a config, each once, by the names of the registry.
-
-    Raises:
-      ValueError: one is unknown.
-    """
-    from unitnorm.updates import check_update_name
-
-    return list(dict.fromkeys(map(check_update_name, updates)))
-
-
 def parse_override(text: str) -> tuple[str, Any]:
     """Split `section.key=value`; the value is TOML, or a bare string.
 
     Raises:
       UserError: no `=`, or an empty key.
     """
-    key, sign, raw = text.partition("=")
-    key = key.strip()
+    key, sign, raw = (part.strip() for part in text.partition("="))
     if not sign or not key:
         raise UserError(f"--set {text!r}: expected KEY=VALUE, for example loss.batch_size=50")
     try:
         value = tomllib.loads(f"value = {raw}")
-        if value.keys() == {"value"}:
-            return key, value["value"]
     except (tomllib.TOMLDecodeError, RecursionError):
-        pass
-    return key, raw.strip()
+        value = {}
+    return key, value["value"] if value.keys() == {"value"} else raw
 
 
 def _put(values: dict[str, Any], key: str, value: Any) -> None:
@@ -185,19 +175,23 @@ def _put(values: dict[str, Any], key: str, value: Any) -> None:
 def _explain(error: pydantic.ValidationError, schema: type[Section]) -> str:
     """The first fault in one line: key, value, what is allowed."""
     faults = error.errors(include_url=False)
-    fault = faults[0]
+    fault, kind = faults[0], faults[0]["type"]
     key = ".".join(str(part) for part in fault["loc"]) or "the file"
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-    if fault["type"] == "extra_forbidden":
+    if kind == "extra_forbidden":
         allowed = ", ".join(_fields(schema, fault["loc"][:-1]))
         return f"unknown key {key}; allowed: {allowed}{more}"
-    message = fault["msg"].removeprefix("Value error, ")
-    value = repr(fault.get("input"))
-    if fault["type"] == "value_error" and isinstance(fault.get("input"), dict):
+    if kind == "missing":
+        return f"{key}: missing; the config needs it{more}"
+    message = fault["msg"]
+    for word, plain in _PLAIN:
+        message = message.replace(word, plain)
+    if kind == "value_error" and isinstance(fault["input"], dict):
         return _one_line(message + more)
-    if len(value) > 80:
-        value = value[:77] + "..."
-    return _one_line(f"{key} = {value}: {message}{more}")
+    value = repr(fault["input"])
+    value = value if len(value) <= 80 else value[:77] + "..."
+    expected = "" if kind == "value_error" else "expected "
+    return _one_line(f"{key} = {value}: {expected}{message}{more}")
 
 
 def _one_line(text: object) -> str:

@@ -1,7 +1,6 @@
 """This machine: which devices JAX computes on, how exactly, and what its processor is.
 
 `prepare` must run before anything asks JAX for a device; the command line calls it first thing.
-Several processes then meet in `processes.join`.
 Linux and macOS are supported; what only one of them has is asked for here.
 """
 
@@ -16,13 +15,33 @@ from pathlib import Path
 
 import jax
 
+from unitnorm.errors import UserError
 from unitnorm.run.compiled import keep_compiled
 
 VECTORS = {"avx512f": "AVX-512", "avx2": "AVX2"}  # flags of x86 processors, the widest first
+# People set these in their shell for programs of their own. An experiment must give the same
+# numbers there, and must not be stopped: where a run has no value, or has blown up, NaN is meant.
+SETTINGS = {
+    # By default JAX rounds the factors of float32 products, to TF32 on recent NVIDIA GPUs and to
+    # bfloat16 on TPUs: figures of one device would then not be those of another.
+    "jax_default_matmul_precision": "highest",
+    "jax_default_prng_impl": "threefry2x32",
+    "jax_random_seed_offset": 0,
+    "jax_threefry_partitionable": True,
+    "jax_enable_x64": False,
+    "jax_numpy_dtype_promotion": "standard",
+    "jax_numpy_rank_promotion": "allow",
+    "jax_debug_nans": False,
+    "jax_debug_infs": False,
+    "jax_disable_jit": False,
+    "jax_no_tracing": False,
+    "jax_check_tracer_leaks": False,
+    "jax_transfer_guard": "allow",
+}
 
 
 def prepare(cpu_devices: int | None = None) -> None:
-    """Set up JAX for an experiment, with products of float32 in float32 on every device.
+    """Set up JAX for an experiment: see `SETTINGS`.
 
     On CPUs, XLA gains little from several threads inside one small program, so each core becomes a
     device of its own and the runs are shared among them.
@@ -30,12 +49,21 @@ def prepare(cpu_devices: int | None = None) -> None:
     Args:
       cpu_devices: how many CPU devices; None: one per core this process may use. Without effect
         on GPUs and TPUs.
+
+    Raises:
+      UserError: JAX finds no device of the kind that JAX_PLATFORMS names.
     """
     jax.config.update("jax_num_cpu_devices", count_cores() if cpu_devices is None else cpu_devices)
-    # By default JAX rounds the factors of float32 products, to TF32 on recent NVIDIA GPUs and to
-    # bfloat16 on TPUs: figures of one device would then not be those of another.
-    jax.config.update("jax_default_matmul_precision", "highest")
+    for name, value in SETTINGS.items():
+        jax.config.update(name, value)
     keep_compiled()
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as problem:
+        asked = f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
+        raise UserError(
+            f"{asked}: JAX finds no such device here; name others, or unset JAX_PLATFORMS"
+        ) from problem
 
 
 def count_cores() -> int:
@@ -56,13 +84,10 @@ def cpu_model() -> str:
         told = {key.strip(): value.strip() for key, _, value in (x.partition(":") for x in lines)}
         if name := told.get("model name"):
             flags = told.get("flags", "").split()
-            widest = next((text for flag, text in VECTORS.items() if flag in flags), "")
-            return f"{name}, {widest}" if widest else name
+            return ", ".join([name, *(VECTORS[flag] for flag in VECTORS if flag in flags)][:2])
     if sys.platform == "darwin":
         with contextlib.suppress(OSError, subprocess.SubprocessError):
-            told = subprocess.run(
-                ["sysctl", "-n", "machdep.cpu.brand_string"],
-                capture_output=True, text=True, check=True, timeout=10,
-            )  # fmt: skip
-            return told.stdout.strip()
+            words = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=10)
+            return done.stdout.strip()
     return platform.processor() or platform.machine()

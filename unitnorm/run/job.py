@@ -8,12 +8,11 @@ pandas are imported inside the functions, so that --help stays quick.
 from __future__ import annotations
 
 import contextlib
-import os
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -91,17 +90,6 @@ class Job:
         self.session.checkpoints.drop(records.recorded())
         if done:
             self.after(self.records)
-
-
-def print_report(shown: Any, files: Collection[str], out: Path) -> None:
-    """Print what a report shows, and where its files are."""
-    from rich.console import Console
-
-    Console().print(shown)
-    if files:
-        click.echo(f"{len(files)} files in {out}{os.sep}")
-    else:
-        click.echo(f"no files written: another process is at work in {out}{os.sep}")
 
 
 def so_far(known: Records) -> str:

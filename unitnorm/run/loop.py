@@ -7,6 +7,7 @@ trained, nor where the reports and states go: that is in the `Session`.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ class Status(NamedTuple):
     active: bool  # something goes on
     text: str  # what to show of it
     place: str = ""  # within an epoch, such as "step 3"; "" at its end
+    val_error: float = math.nan  # to draw its course; NaN where there is none
 
 
 class Trainable(Protocol):

@@ -1,14 +1,17 @@
 """How a running experiment looks: a progress bar on a terminal, plain lines elsewhere.
 
-Only the terminal is touched here, through rich. To show another figure, add a column to both.
+Only the terminal is touched here, through rich. To show another figure, add it to `describe`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import math
+import statistics
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -16,74 +19,96 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from unitnorm.run.loop import Status, Trainable
 
 PLAIN_EVERY_S = 5.0  # at most one plain line per program in so many seconds, beside the last
+SPARKS, SPARKS_SHOWN = "▁▂▃▄▅▆▇█", 24
+
+
+Report = Callable[[Trainable, Status, float], None]
+Show = Callable[[Trainable, Status, str], None]
 
 
 @contextlib.contextmanager
-def shown(console: Console) -> Iterator[Bars | Lines]:
+def shown(console: Console) -> Iterator[Report]:
     """What shows each epoch's report, as a bar or as lines."""
-    if console.is_terminal:
-        with Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            TextColumn("epoch {task.completed}/{task.total}"),
-            TextColumn("{task.fields[text]}"),
-            TimeElapsedColumn(),
-            console=console,
-        ) as progress:
-            yield Bars(progress)
-    else:
-        yield Lines(console)
+    seconds: dict[str, list[float]] = defaultdict(list)
+    errors: dict[str, list[float]] = defaultdict(list)
+    with bars(console) if console.is_terminal else contextlib.nullcontext(lines(console)) as show:
+
+        def report(program: Trainable, status: Status, elapsed: float) -> None:
+            past, course = seconds[program.title], errors[program.title]
+            if not status.place:
+                past.append(elapsed)
+                course.append(status.val_error)
+            # the first epoch compiles; it says nothing of the others
+            pace = statistics.fmean(past[1:]) if past[1:] else math.nan
+            drawn = () if console.options.ascii_only else course
+            show(program, status, status.place or describe(program, status, pace, drawn))
+
+        yield report
 
 
-class Bars:
+@contextlib.contextmanager
+def bars(console: Console) -> Iterator[Show]:
     """One bar per program."""
+    tasks: dict[str, TaskID] = {}
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        TextColumn("epoch {task.completed}/{task.total}"),
+        TextColumn("{task.fields[text]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
 
-    def __init__(self, progress: Progress):
-        self._progress = progress
-        self._tasks: dict[str, TaskID] = {}
-
-    def __call__(self, program: Trainable, status: Status, seconds: float) -> None:
-        if program.title not in self._tasks:
-            self._tasks[program.title] = self._progress.add_task(program.title, text="")
-        self._progress.update(
-            self._tasks[program.title],
-            completed=status.epoch,
+        def show(program: Trainable, status: Status, text: str) -> None:
+            if program.title not in tasks:
+                tasks[program.title] = progress.add_task(program.title, text="")
             # a program whose runs have all stopped early is done, not stuck
-            total=program.epochs if status.active else status.epoch,
-            text=status.place or describe(program, status, seconds),
-        )
+            total = program.epochs if status.active else status.epoch
+            progress.update(tasks[program.title], completed=status.epoch, total=total, text=text)
+
+        yield show
 
 
-class Lines:
+def lines(console: Console) -> Show:
     """Plain lines: the first epoch, then one every few seconds, and the last; none within one."""
+    last: dict[str, float] = {}
 
-    def __init__(self, console: Console):
-        self._console = console
-        self._shown: dict[str, float] = {}
+    def show(program: Trainable, status: Status, text: str) -> None:
+        now = time.monotonic()
+        soon = now - last.get(program.title, -PLAIN_EVERY_S) < PLAIN_EVERY_S
+        if not status.place and not (status.active and soon):
+            last[program.title] = now
+            line = f"{program.title}: epoch {status.epoch}/{program.epochs}, {text}"
+            console.print(line, soft_wrap=True, highlight=False)
 
-    def __call__(self, program: Trainable, status: Status, seconds: float) -> None:
-        now, title = time.monotonic(), program.title
-        soon = now - self._shown.get(title, -PLAIN_EVERY_S) < PLAIN_EVERY_S
-        if status.place or (status.active and soon):
-            return
-        self._shown[title] = now
-        self._console.print(
-            f"{title}: epoch {status.epoch}/{program.epochs}, {describe(program, status, seconds)}",
-            soft_wrap=True,
-            highlight=False,
-        )
+    return show
 
 
-def describe(program: Trainable, status: Status, seconds: float) -> str:
+def describe(
+    program: Trainable, status: Status, seconds: float, errors: Sequence[float] = ()
+) -> str:
     """What the program says of itself, its speed and the time left at most.
 
     Args:
-      seconds: of an epoch.
+      seconds: of an epoch; NaN while that is not known.
+      errors: validation errors of the epochs so far, to be drawn.
     """
-    left = (program.epochs - status.epoch) * seconds if status.active else 0
-    speed = program.samples / seconds
-    shown = f"{speed / 1e3:,.0f}k" if speed >= 1e4 else f"{speed:,.1f}"
-    return f"{status.text}, {shown} samples/s, ≤ {clock(left)} left"
+    parts = [f"{status.text} {sparkline(errors)}".rstrip()]
+    if not math.isnan(seconds):
+        speed = program.samples / seconds
+        left = (program.epochs - status.epoch) * seconds if status.active else 0
+        parts.append(f"{speed / 1e3:,.0f}k" if speed >= 1e4 else f"{speed:,.1f}")
+        parts[-1] += f" samples/s, ≤ {clock(left)} left"
+    return ", ".join(parts)
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """The last finite values as a row of bars, from the lowest to the highest of them."""
+    finite = [value for value in values if math.isfinite(value)][-SPARKS_SHOWN:]
+    if len(finite) < 2:
+        return ""
+    low, span = min(finite), max(finite) - min(finite) or 1.0
+    return "".join(SPARKS[round((value - low) / span * (len(SPARKS) - 1))] for value in finite)
 
 
 def clock(seconds: float) -> datetime.timedelta:

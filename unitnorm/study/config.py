@@ -19,7 +19,7 @@ from unitnorm.run.config import ExperimentConfig, Section, parse
 
 Rate = Annotated[float, Field(gt=0.0, le=1e6)]
 Name = Annotated[str, Field(pattern=r"^[\w.+@=-]+$", max_length=60)]
-Schedule = Literal["bold-driver", "bold-driver-back", "constant", "cosine", "follow"]
+Schedule = Literal["bold-driver", "bold-driver-back", "constant", "cosine", "follow", "warm-up"]
 Start = Literal["balanced", "filters", "pairs", "theta", "norms"]
 
 
@@ -109,7 +109,9 @@ class Plan(ExperimentConfig):
     question: str = Field(min_length=1, description="what it is to answer, in a sentence")
     datasets: list[Name] = Field(min_length=1, description="mnist, and names that --data places")
     depths: list[Annotated[int, Field(ge=1, le=64)]] = Field([2, 4], description="of ArchBN")
-    networks: list[Name] = Field([], description="others, beside ArchBN at its depths")
+    networks: list[Literal["resnet9-narrow", "resnet9"]] = Field(
+        [], description="others, beside ArchBN at its depths"
+    )
     tune: Seeds = Seeds(first=1000, count=10)
     compare: Seeds = Seeds(first=2000, count=100)
     margin: Annotated[float, Field(gt=0.0, le=100.0)] = Field(
@@ -154,6 +156,11 @@ class Plan(ExperimentConfig):
                     )
         if not self.depths and not self.networks:
             raise ValueError("neither depths nor networks: nothing to train")
+        for name, arm in self.arms.items():
+            if self.networks and arm.start != "balanced":
+                raise ValueError(f"arm {name}: start = {arm.start!r} is of ArchBN alone")
+            if self.depths and arm.schedule == "warm-up":
+                raise ValueError(f'arm {name}: schedule = "warm-up" is of networks, not of depths')
         if self.tune.count == 0:
             for name, arm in self.arms.items():
                 if len(arm.grid()) > 1:

@@ -19,6 +19,7 @@ import pandas as pd
 from unitnorm.archbn import protocol, run_many
 from unitnorm.archbn.config import Config
 from unitnorm.archbn.model import archbn
+from unitnorm.archbn.resnet import convolutional
 from unitnorm.archbn.starts import START
 from unitnorm.archbn.training import Arm, Run, Settings, Task
 from unitnorm.data import Dataset
@@ -238,9 +239,11 @@ def _chosen_rates(
 
 def task_of(trials: Trials, data: Dataset) -> Task:
     """What a program's runs have in common."""
-    network = archbn(
-        trials.config.model, data.train_images.shape[1], data.classes, trials.place.depth
-    )
+    place, features = trials.place, data.train_images.shape[1]
+    if place.network == ARCHBN:
+        network = archbn(trials.config.model, features, data.classes, place.depth)
+    else:
+        network = convolutional(place.network, tuple(data.image_shape), data.classes)
     stop_by, statistics = trials.variants[0].plan.reading()
     compare = trials.purpose == "compare"
     budgets = BUDGETS if compare else ()

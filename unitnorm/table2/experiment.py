@@ -174,7 +174,10 @@ def with_rates(cells: Cells, sweep: pd.DataFrame) -> Cells:
 
 def describe_data(data: Dataset) -> dict[str, object]:
     """What the provenance says of the data."""
-    return {"name": data.name, "sha256": data.sha256, "image_shape": list(data.image_shape)}
+    return {
+        "name": data.name, "sha256": data.sha256, "image_shape": list(data.image_shape),
+        "classes": data.classes,
+    }  # fmt: skip
 
 
 def filters_of(records: Records) -> dict[tuple[int, str], np.ndarray]:

@@ -1,17 +1,14 @@
 """The updates, for any optax training: each is one function and one entry in `UPDATES`.
 
-To add one, write its function in `manifold` (filters keep unit norm) or `euclidean`, out of the
-links in `parts`, and its entry in the table below. It then works with `build`, in every command
-that takes --update, and in the contract tests. All of it, for the sign of the Riemannian gradient:
+To add one, write its function in `manifold` (filters keep unit norm) or `euclidean`, out of optax's
+own transformations and what is in `parts`, and its entry in the table below. It then works with
+`build`, in every command that takes --update, and in the contract tests. All of it, for the sign
+of the Riemannian gradient:
 
     def un_sign(learning_rate, *, axis=None, off_manifold="normalize"):
         \"\"\"Sign of the Riemannian gradient: w ← Orth(w − λ sign(Π_w(∇ℓ))).\"\"\"
-        return optax.chain(
-            riemannian_gradient(axis),
-            optax.scale_by_sign(),
-            optax.scale_by_learning_rate(learning_rate),
-            retract(axis, off_manifold),
-        )
+        inner = optax.sign_sgd(learning_rate)
+        return on_sphere(inner, tangent=["gradient"], axis=axis, off_manifold=off_manifold)
 
     Update("un-sign", un_sign, optax.sgd, True, "sign of UN's direction"),
 
@@ -38,72 +35,53 @@ import optax
 from unitnorm.updates.euclidean import b_sgd, b_sgd_median, sgd_wd, sm, weight_norm
 from unitnorm.updates.manifold import (
     normalize,
+    on_sphere,
     un,
     un_adam,
     un_carried,
     un_momentum,
     un_nesterov,
 )
-from unitnorm.updates.parts import LearningRate, retract, riemannian_gradient, tangent_momentum
+from unitnorm.updates.parts import AxisSpec, LearningRate, refuse_off_manifold, widen
 from unitnorm.updates.rivals import (
     adam_g,
     adam_srt,
     adamp,
+    adamwn,
+    hyperball,
     lars,
+    manifold_muon,
+    muon,
     nero,
+    ngpt,
+    renorm_sgd,
     rotational_sgd,
     sgd_g,
     sgdp,
 )
 from unitnorm.updates.selection import (
     FilterAxes,
-    KernelReport,
     Selection,
     axes_of_selection,
-    examine_kernels,
     normalize_filters,
+    partition,
+)
+from unitnorm.updates.symmetries import (
+    KernelReport,
+    examine_kernels,
     normalized_kernels,
     normalized_kernels_nnx,
-    partition,
 )
 
 __all__ = [
-    "UPDATES",
-    "FilterAxes",
-    "KernelReport",
-    "Update",
-    "adam_g",
-    "adam_srt",
-    "adamp",
-    "axes_of_selection",
-    "b_sgd",
-    "b_sgd_median",
-    "build",
-    "check_update_name",
-    "examine_kernels",
-    "find_update",
-    "lars",
-    "nero",
-    "normalize",
-    "normalize_filters",
-    "normalized_kernels",
-    "normalized_kernels_nnx",
-    "partition",
-    "retract",
-    "riemannian_gradient",
-    "rotational_sgd",
-    "sgd_g",
-    "sgd_wd",
-    "sgdp",
-    "sm",
-    "tangent_momentum",
-    "un",
-    "un_adam",
-    "un_carried",
-    "un_momentum",
-    "un_nesterov",
-    "weight_norm",
-]
+    "UPDATES", "FilterAxes", "KernelReport", "Update", "adam_g", "adam_srt", "adamp", "adamwn",
+    "assert_on_manifold", "axes_of_selection", "b_sgd", "b_sgd_median", "build",
+    "check_update_name", "examine_kernels", "find_update", "hyperball", "lars", "manifold_muon",
+    "muon", "nero", "ngpt", "normalize", "normalize_filters", "normalized_kernels",
+    "normalized_kernels_nnx", "on_sphere", "partition", "renorm_sgd",
+    "rotational_sgd", "sgd_g", "sgd_wd", "sgdp", "sm", "un", "un_adam",
+    "un_carried", "un_momentum", "un_nesterov", "weight_norm",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -119,6 +97,8 @@ class Update:
 
 _heavy_ball = functools.partial(optax.sgd, momentum=0.9)
 _nesterov = functools.partial(optax.sgd, momentum=0.9, nesterov=True)
+_jordan = functools.partial(optax.sgd, momentum=0.85, nesterov=True)
+_adam = functools.partial(optax.adam, b2=0.95)
 
 _UPDATES = (
     Update("b-sgd", b_sgd, optax.sgd, False, "gradient descent (the paper's B-SGD)"),
@@ -140,6 +120,12 @@ _UPDATES = (
     Update("adam-srt", adam_srt, optax.adam, False, "Adam turned along (Roburin et al. 2022)"),
     Update("un-carried", un_carried, optax.sgd, True, "UN at B-SGD's effective rates"),
     Update("b-sgd-median", b_sgd_median, optax.sgd, False, "B-SGD, each layer's median norm held"),
+    Update("hyperball", hyperball, optax.adam, True, "steps of fixed length (Wen et al. 2026)"),
+    Update("ngpt", ngpt, _adam, True, "Adam, then unit norm (Loshchilov et al. 2024)"),
+    Update("renorm-sgd", renorm_sgd, _jordan, False, "unit norm, then a fixed step (Jordan 2024)"),
+    Update("adamwn", adamwn, optax.adam, False, "Adam, norms drawn to a target (Loshchilov 2023)"),
+    Update("muon", muon, optax.adam, False, "orthogonal momentum (Jordan et al. 2024)"),
+    Update("manifold-muon", manifold_muon, optax.adam, False, "orthonormal (Bernstein 2025)"),
 )
 UPDATES: Mapping[str, Update] = MappingProxyType({update.name: update for update in _UPDATES})
 
@@ -258,3 +244,27 @@ def build(
         update.rest(learning_rate) if rest is None else rest,
         filters,
     )
+
+
+def assert_on_manifold(
+    params: optax.Params, filters: Selection = True, *, axis: AxisSpec = None
+) -> None:
+    """Raise unless every selected filter has unit norm: for a test, or every so many steps.
+
+    An update that something scales after it, such as optax.chain(unitnorm.un(0.1), optax.scale(2)),
+    leaves the manifold in silence; this says so.
+
+    Args:
+        params: parameters, not traced.
+        filters: which leaves are filters, as for `build`.
+        axis: axes over which one filter runs, see `parts.AxisSpec`; default: as selected.
+
+    Raises:
+        ValueError: a filter's norm is neither 0 nor 1 within 1e-5, or within four times the
+            precision of a coarser dtype; with the leaf and the norm.
+
+    >>> import jax.numpy as jnp, unitnorm
+    >>> unitnorm.assert_on_manifold({"kernel": jnp.eye(2), "bias": jnp.ones(2)},
+    ...                             {"kernel": True, "bias": False})
+    """
+    refuse_off_manifold(params, normalize_filters(widen(params), filters, axis=axis))

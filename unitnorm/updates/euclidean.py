@@ -3,22 +3,28 @@
 `axis` and `learning_rate` are as in `manifold`.
 """
 
-from typing import NamedTuple
-
-import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
 
 from unitnorm import geometry
 from unitnorm.updates.parts import (
+    Arrays,
+    Axes,
     AxisSpec,
     LearningRate,
-    in_dtype_of_params,
-    map_filters,
+    Schedulable,
+    map_value,
+    norms_leaf,
+    stateful,
     stateless,
+    value_at,
+    widened,
+    with_rate,
 )
 
 
+@with_rate
 def b_sgd(learning_rate: LearningRate, *, axis: AxisSpec = None) -> optax.GradientTransformation:
     """Plain stochastic gradient descent, w ← w − λ ∇ℓ: optax.sgd, which needs no `axis`.
 
@@ -37,9 +43,10 @@ def b_sgd(learning_rate: LearningRate, *, axis: AxisSpec = None) -> optax.Gradie
     return optax.sgd(learning_rate)
 
 
+@with_rate
 def b_sgd_median(
     learning_rate: LearningRate, *, axis: AxisSpec = None
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """B-SGD without the fall of its rate: w_i ← w_i − λ m² ∇ℓ, then W ← W/m, m = median ‖w_i‖.
 
     The median runs over the filters i of a leaf, before the step and anew after it. Before a
@@ -56,33 +63,34 @@ def b_sgd_median(
     [1.118 1.    1.   ]
     """
 
-    def ahead(axes: tuple[int, ...], w: jax.Array, g: jax.Array) -> jax.Array:
-        return _median_norm(axes, w) ** 2 * geometry.wide(g)
+    def median_norm(axes: Axes, w: Array) -> Array:
+        found = geometry.median(geometry.norms_of(w, axes))
+        return jnp.where(found == 0, 1, found)
 
-    def divide(axes: tuple[int, ...], w: jax.Array, u: jax.Array) -> jax.Array:
-        moved = geometry.wide(w) + u
-        return moved / _median_norm(axes, moved) - geometry.wide(w)
+    def ahead(axes: Axes, w: Array, g: Array) -> Array:
+        return median_norm(axes, w) ** 2 * g
 
-    return optax.chain(
-        stateless(ahead, axis),
-        optax.scale_by_learning_rate(learning_rate),
-        stateless(divide, axis),
-        in_dtype_of_params(),
-    )
+    def divide(axes: Axes, w: Array, u: Array) -> Array:
+        return (w + u) / median_norm(axes, w + u) - w
+
+    rate = optax.scale_by_learning_rate(learning_rate)
+    return widened(optax.chain(stateless(ahead, axis), rate, stateless(divide, axis)))
 
 
+@with_rate
 def sgd_wd(
     learning_rate: LearningRate,
-    weight_decay: float | jax.Array = 5e-4,
+    weight_decay: Schedulable = 5e-4,
     *,
     summed_over: int = 1,
     axis: AxisSpec = None,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Gradient descent with weight decay: w ← w − λ (∇ℓ + n η w).
 
     Before a normalisation layer the decay does not regularise, it holds the effective rate λ/‖w‖²
     up. `weight_decay` η weighs against the gradient of a loss that is a mean; a loss summed over a
-    mini-batch needs `summed_over` n, its size: 0.05 in all for the default η and a sum over 100.
+    mini-batch needs `summed_over` n, its size: 0.05 in all for the default η and a sum over 100. η
+    may be a traced scalar, one for each run of a vmap, or a schedule.
 
     Source: Krogh and Hertz (1991); for its effect here van Laarhoven (2017), L2 regularization
     versus batch and weight normalization.
@@ -95,12 +103,15 @@ def sgd_wd(
     [0.995 0.   ]
     """
     del axis  # the decay is the same for every entry
-    return optax.chain(
-        optax.add_decayed_weights(summed_over * weight_decay), optax.sgd(learning_rate)
-    )
+
+    decay = map_value(lambda each: summed_over * each, weight_decay)
+    return widened(optax.chain(optax.add_decayed_weights(decay), optax.sgd(learning_rate)))
 
 
-def sm(learning_rate: LearningRate, *, axis: AxisSpec = None) -> optax.GradientTransformation:
+@with_rate
+def sm(
+    learning_rate: LearningRate, *, axis: AxisSpec = None
+) -> optax.GradientTransformationExtraArgs:
     """Gradient descent in the scaled metric ⟨ξ, η⟩/‖w‖² of each filter: w ← w − λ ‖w‖² ∇ℓ.
 
     Under w → α w with α > 0 the gradient shrinks by α and the step grows by α, so the network moves
@@ -121,22 +132,13 @@ def sm(learning_rate: LearningRate, *, axis: AxisSpec = None) -> optax.GradientT
     [ 4. -2.]
     """
 
-    def leaf(axes: tuple[int, ...], w: jax.Array, g: jax.Array) -> jax.Array:
-        return geometry.filter_norms(w, axes, keepdims=True) ** 2 * geometry.wide(g)
+    def leaf(axes: Axes, w: Array, g: Array) -> Array:
+        return geometry.norms_of(w, axes) ** 2 * g
 
-    return optax.chain(
-        stateless(leaf, axis), optax.scale_by_learning_rate(learning_rate), in_dtype_of_params()
-    )
+    return widened(optax.chain(stateless(leaf, axis), optax.scale_by_learning_rate(learning_rate)))
 
 
-class WeightNormState(NamedTuple):
-    """The parameters behind W = g v / ‖v‖, in at least float32."""
-
-    v: optax.Params  # directions, shaped like W
-    g: optax.Params  # norms, with the axes of a filter at length one
-    inner: optax.OptState  # state of optax.sgd on the pair (v, g)
-
-
+@with_rate
 def weight_norm(
     learning_rate: LearningRate, *, axis: AxisSpec = None
 ) -> optax.GradientTransformationExtraArgs:
@@ -153,51 +155,19 @@ def weight_norm(
     >>> w, g = jnp.array([[2.0], [0.0]]), jnp.array([[1.0], [0.0]])
     >>> tx = unitnorm.weight_norm(0.5)
     >>> step, state = tx.update(g, tx.init(w), w)
-    >>> print((w + step).ravel(), state.g.ravel())
+    >>> print((w + step).ravel(), state.memory[1].ravel())
     [1.5 0. ] [1.5]
     """
-    sgd = optax.sgd(learning_rate)
 
-    def init(params: optax.Params) -> WeightNormState:
-        v = jax.tree.map(geometry.wide, params)
-        g = map_filters(_norms, axis, v)
-        return WeightNormState(v, g, sgd.init((v, g)))
+    def leaf(axes: Axes, count: Array, w: Array, grad: Array, v: Array, g: Array) -> Arrays:
+        rate = value_at(learning_rate, count)
+        norms = geometry.norms_of(v, axes)
+        by_norm = jnp.sum(geometry.unit(v, axes) * grad, axes, keepdims=True)
+        by_direction = g / jnp.where(norms == 0, 1, norms) * geometry.project(v, grad, axes)
+        v, g = v - rate * by_direction, g - rate * by_norm
+        return g * geometry.unit(v, axes) - w, v, g
 
-    def norm_gradient(axes: tuple[int, ...], v: jax.Array, grad: jax.Array) -> jax.Array:
-        return jnp.sum(geometry.retraction(v, axes) * geometry.wide(grad), axes, keepdims=True)
+    def direction(axes: Axes, w: Array) -> Array:
+        return geometry.wide(w)
 
-    def direction_gradient(
-        axes: tuple[int, ...], v: jax.Array, g: jax.Array, grad: jax.Array
-    ) -> jax.Array:
-        norms = _norms(axes, v)
-        return (
-            g
-            / jnp.where(norms == 0, 1, norms)
-            * geometry.tangent_projection(v, geometry.wide(grad), axes)
-        )
-
-    def displacement(axes: tuple[int, ...], w: jax.Array, v: jax.Array, g: jax.Array) -> jax.Array:
-        return (g * geometry.retraction(v, axes) - geometry.wide(w)).astype(w.dtype)
-
-    def update(
-        updates: optax.Updates, state: WeightNormState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, WeightNormState]:
-        v, g = state.v, state.g
-        gradients = (
-            map_filters(direction_gradient, axis, v, g, updates),
-            map_filters(norm_gradient, axis, v, updates),
-        )
-        steps, inner = sgd.update(gradients, state.inner)
-        v, g = optax.apply_updates((v, g), steps)
-        return map_filters(displacement, axis, params, v, g), WeightNormState(v, g, inner)
-
-    return optax.with_extra_args_support(optax.GradientTransformation(init, update))
-
-
-def _norms(axes: tuple[int, ...], w: jax.Array) -> jax.Array:
-    return geometry.filter_norms(w, axes, keepdims=True)
-
-
-def _median_norm(axes: tuple[int, ...], w: jax.Array) -> jax.Array:
-    median = jnp.median(geometry.filter_norms(w, axes))
-    return jnp.where(median == 0, 1, median)
+    return widened(stateful(leaf, (direction, norms_leaf), axis))

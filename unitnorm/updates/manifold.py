@@ -2,34 +2,180 @@
 
 All share the arguments `learning_rate` (a number, a traced scalar or an optax schedule), `axis`
 (axes over which one filter runs, by default every axis but the last; see `parts.AxisSpec`) and
-`off_manifold` ("normalize", "raise" or "trust"; see `parts.retract`), and all raise ValueError for
-a leaf without filters. Send biases, scales and classifiers elsewhere, with `updates.build` or
-optax.partition. The update is a displacement: optax.apply_updates lands on the manifold, and
-nothing may scale it afterwards. Weight decay is not offered: followed by a normalisation it shrinks
-nothing and only changes the size of the step in secret.
+`off_manifold` ("normalize", "raise", "trust" or "keep"; see `on_sphere`), and all raise
+ValueError for a leaf without filters. Send biases, scales and classifiers elsewhere, with
+`updates.build` or optax.partition. The update is a displacement: optax.apply_updates lands on the
+manifold, and nothing may scale it afterwards; `assert_on_manifold` looks. Weight decay is not
+offered: followed by a normalisation it shrinks nothing and only changes the size of the step in
+secret.
 """
 
-from typing import NamedTuple
+from collections.abc import Collection
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
 
 from unitnorm import geometry
 from unitnorm.updates.parts import (
+    Arrays,
+    Axes,
     AxisSpec,
     LearningRate,
-    OffManifold,
+    Moments,
+    Number,
+    Schedulable,
+    check_filters,
+    correction,
     map_filters,
-    normalized_gradient,
-    retract,
-    retracted,
-    riemannian_gradient,
-    riemannian_gradient_of,
-    tangent_momentum,
+    norms_leaf,
+    per_entry,
+    per_filter,
+    refuse_off_manifold,
+    stateful,
+    transformation,
+    unit_leaf,
+    value_at,
+    widen,
+    with_rate,
 )
 
+Tangent = Literal["gradient", "moments", "step"]
+OffManifold = Literal["normalize", "raise", "trust", "keep"]
 
+
+class OnSphereState(NamedTuple):
+    """What `on_sphere` remembers."""
+
+    inner: optax.OptState
+    radius: optax.Params  # with "keep" the norm of each filter at the start, else empty
+
+
+def on_sphere(
+    inner: optax.GradientTransformation,
+    *,
+    tangent: Collection[Tangent] = ("gradient", "moments", "step"),
+    axis: AxisSpec = None,
+    off_manifold: OffManifold = "normalize",
+) -> optax.GradientTransformationExtraArgs:
+    """Any optax optimiser, made to move its filters at fixed norm: w ← Orth(w/‖w‖ + u).
+
+    u is what `inner` answers, at w/‖w‖ and in at least float32, to the gradient there, which is
+    ‖w‖ ∇ℓ(w) for a network that does not notice the norm. `inner` brings its own learning rate.
+
+    Args:
+        inner: an optax optimiser, such as optax.adam(1e-3).
+        tangent: what is projected onto the tangent space at w. "gradient": what `inner` is given.
+            "moments": what it remembers of earlier gradients, the trees that its states call `mu`
+            or `trace`, before each update. "step": what it answers. Empty: nothing, and a
+            Euclidean step is normalised.
+        axis: axes over which one filter runs, see `parts.AxisSpec`.
+        off_manifold: what becomes of filters that do not start at unit norm. "normalize": the
+            first update normalises them. "raise": `init` refuses them, and needs concrete
+            parameters for that. Zero filters, which stay where they are, are allowed by both.
+            "trust": there are none of either kind, and gradients are tangent or nearly so, as those
+            of filters that feed a normalisation layer; nobody looks, and an update may leave out
+            what only others need. "keep": each keeps the norm R that it starts with, and ‖w‖ ∇ℓ(w)
+            is the gradient by w/R whatever the network.
+
+    The new norm is one to the rounding of the larger of w and the new w: for a filter of norm far
+    above one the first update lands only nearly on the manifold, and the second on it.
+
+    Raises:
+        ValueError: by `init`, for a leaf without filters or, with "raise", off the manifold; or for
+            a filter whose squared norm is out of range.
+
+    >>> import jax.numpy as jnp, optax, unitnorm
+    >>> w, g = jnp.array([[3.0], [4.0]]), jnp.array([[1.0], [0.0]])
+    >>> tx = unitnorm.on_sphere(optax.adam(0.1), off_manifold="keep")
+    >>> step, _ = tx.update(g, tx.init(w), w)
+    >>> print(unitnorm.filter_norms(w + step).round(4))
+    [5.]
+    """
+    if off_manifold not in get_args(OffManifold):
+        names = ", ".join(get_args(OffManifold))
+        raise ValueError(f"off_manifold must be one of {names}; got {off_manifold!r}")
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params: optax.Params) -> OnSphereState:
+        check_filters(params, axis)
+        if off_manifold == "raise":
+            refuse_off_manifold(params, map_filters(unit_leaf, axis, widen(params)))
+        radius = map_filters(norms_leaf, axis, params) if off_manifold == "keep" else ()
+        return OnSphereState(inner.init(widen(params)), radius)
+
+    def update(
+        updates: optax.Updates, state: OnSphereState, params: optax.Params, **extra: Any
+    ) -> tuple[optax.Updates, OnSphereState]:
+        def project(axes: Axes, _: Array, m: Array, at: _Point) -> Array:
+            return geometry.project(at.w, m, axes, at.squared).astype(m.dtype)
+
+        def gradient(axes: Axes, _: Array, g: Array, at: _Point) -> Array:
+            return (
+                _riemannian(axes, at, g) if "gradient" in tangent else at.norms * geometry.wide(g)
+            )
+
+        def unit(axes: Axes, _: Array, at: _Point) -> Array:
+            return at.w * geometry.inverse_norms(at.norms)
+
+        at = map_filters(_locate, axis, params)
+        gradients = map_filters(gradient, axis, params, updates, at)
+        memory = state.inner
+        if "moments" in tangent:
+            memory = _map_moments(lambda tree: map_filters(project, axis, params, tree, at), memory)
+        steps, after = inner.update(gradients, memory, map_filters(unit, axis, params, at), **extra)
+        if "step" in tangent:
+            steps = map_filters(project, axis, params, steps, at)
+        radius = [state.radius] if off_manifold == "keep" else []
+        moved = map_filters(_land, axis, params, steps, at, *radius)
+        return moved, OnSphereState(after, state.radius)
+
+    return transformation(init, update)
+
+
+class _Point(NamedTuple):
+    """Where a leaf is, in at least float32."""
+
+    w: Array
+    squared: Array  # ⟨w, w⟩, with the axes of a filter at length one
+
+    @property
+    def norms(self) -> Array:
+        return jnp.sqrt(self.squared)
+
+
+def _locate(axes: Axes, w: Array) -> _Point:
+    return _Point(geometry.wide(w), geometry.inner(geometry.wide(w), geometry.wide(w), axes))
+
+
+def _riemannian(axes: Axes, at: _Point, g: Array) -> Array:
+    """‖w‖ Π_w(g)."""
+    return at.norms * geometry.project(at.w, geometry.wide(g), axes, at.squared)
+
+
+def _land(axes: Axes, w: Array, u: Array, at: _Point, radius: Array | float = 1.0) -> Array:
+    """The displacement from w to Orth(w/‖w‖ + u), or to that times the radius."""
+    # ‖w‖ (w/‖w‖ + u): the retraction divides by the norm, so this needs no division of its own.
+    new = geometry.unit(at.w + at.norms * u, axes)
+    return ((new if isinstance(radius, float) else radius * new) - at.w).astype(w.dtype)
+
+
+def _map_moments(function: Any, state: optax.OptState) -> optax.OptState:
+    """The state with `function` of every tree that one of its NamedTuples calls mu or trace."""
+
+    def names(node: Any) -> set[str]:
+        return {"mu", "trace"} & set(getattr(node, "_fields", ()))
+
+    def moved(node: Any) -> Any:
+        new = {name: function(getattr(node, name)) for name in names(node)}
+        return node._replace(**new) if new else node
+
+    return jax.tree.map(moved, state, is_leaf=lambda node: bool(names(node)))
+
+
+@with_rate
 def un(
     learning_rate: LearningRate,
     *,
@@ -41,9 +187,9 @@ def un(
     Π_w projects onto the tangent space and Orth divides by the norm, per filter. It holds no state
     unless `learning_rate` is a schedule.
 
-    It is the chain of `riemannian_gradient`, the learning rate and `retract`. Small leaves of rows
-    (filters over the last axis) that are trusted to be on the manifold take the same step to
-    rounding in fewer passes over the memory, for a longer compilation (`_row_step`).
+    It is `on_sphere` of gradient descent. Small leaves of rows (filters over the last axis) that
+    are trusted to be on the manifold take the same step to rounding in fewer passes over the
+    memory, for a longer compilation (`_row_step`).
 
     The promise, and what is left of the symmetry: on a network whose filters are normalised, UN
     goes the same way from every positive scaling of the filters. It does not undo the scalings that
@@ -52,7 +198,7 @@ def un(
     same outputs; UN, as every update here, goes another way from there.
 
     Raises:
-        ValueError: by `init` and `update`, for a leaf without filters; see `parts.retract`.
+        ValueError: by `init` and `update`, for a leaf without filters; see `on_sphere`.
 
     Source: Badrinarayanan, Mishra and Cipolla (2015), equation (2) and Table 1.
 
@@ -65,25 +211,25 @@ def un(
     >>> print(jnp.round(unitnorm.filter_norms(params["kernel"]), 4))
     [1. 1.]
     """
-    scale, last = optax.scale_by_learning_rate(learning_rate), retract(axis, off_manifold)
-
-    def init(params: optax.Params) -> optax.OptState:
-        last.init(params)  # refuses what has no filters, or is off the manifold
-        return scale.init(params)
+    scale = optax.scale_by_learning_rate(learning_rate)
+    general = on_sphere(scale, tangent=["gradient"], axis=axis, off_manifold=off_manifold)
+    if off_manifold != "trust":
+        return general
 
     def update(
-        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, optax.OptState]:
-        factor, state = scale.update(jnp.ones([]), state)  # −λ, also of a schedule
+        updates: optax.Updates, state: OnSphereState, params: optax.Params, **extra: Any
+    ) -> tuple[optax.Updates, OnSphereState]:
+        factor, after = scale.update(jnp.ones([]), state.inner)  # −λ, also of a schedule
 
-        def leaf(axes: tuple[int, ...], w: jax.Array, g: jax.Array) -> jax.Array:
-            if axes == (w.ndim - 1,) and w.size <= ROW_STEP_SIZE and off_manifold == "trust":
+        def leaf(axes: Axes, w: Array, g: Array) -> Array:
+            if axes == (w.ndim - 1,) and w.size <= ROW_STEP_SIZE:
                 return _row_step(w, g, factor)
-            return retracted(axes, w, factor * riemannian_gradient_of(axes, w, g))
+            at = _locate(axes, w)
+            return _land(axes, w, factor * _riemannian(axes, at, g), at)
 
-        return map_filters(leaf, axis, params, updates), state
+        return map_filters(leaf, axis, params, updates), OnSphereState(after, ())
 
-    return optax.with_extra_args_support(optax.GradientTransformation(init, update))
+    return transformation(general.init, update)
 
 
 # Measured on two cores: up to here, which holds the layers of Table 2, `_row_step` is up to three
@@ -91,7 +237,7 @@ def un(
 ROW_STEP_SIZE = 1 << 16
 
 
-def _row_step(w: jax.Array, g: jax.Array, factor: jax.Array) -> jax.Array:
+def _row_step(w: Array, g: Array, factor: Array) -> Array:
     """The displacement of UN for unit filters w over the last axis, with tangent gradient g.
 
     Orth(w/‖w‖ − λ ‖w‖ Π_w(g)) = Orth(w − λ ⟨w, w⟩ (g − ⟨w, g⟩/⟨w, w⟩ w)), `factor` being −λ: with
@@ -107,7 +253,7 @@ def _row_step(w: jax.Array, g: jax.Array, factor: jax.Array) -> jax.Array:
     share = inner / jnp.where(squared == 0, 1, squared)
     rate = factor * squared
 
-    def step(w: jax.Array, g: jax.Array) -> jax.Array:
+    def step(w: Array, g: Array) -> Array:
         return w + rate * (g - share * w)
 
     if short:
@@ -119,13 +265,15 @@ def _row_step(w: jax.Array, g: jax.Array, factor: jax.Array) -> jax.Array:
     return (new - w_wide).astype(w.dtype)
 
 
+@with_rate
 def un_momentum(
     learning_rate: LearningRate,
-    momentum: float | jax.Array = 0.9,
+    momentum: Schedulable = 0.9,
     *,
+    nesterov: bool = False,
     axis: AxisSpec = None,
     off_manifold: OffManifold = "normalize",
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """UN with heavy-ball momentum: m ← μ Π_w(m) + Π_w(∇ℓ), w ← Orth(w − λ m).
 
     The buffer starts at zero, so that the first step is UN's, and is kept tangent by projection at
@@ -144,21 +292,28 @@ def un_momentum(
     >>> print(jnp.arctan2(w[1], w[0]).round(2))
     [-0.32999998]
     """
-    return optax.chain(
-        riemannian_gradient(axis),
-        tangent_momentum(momentum, axis=axis),
+
+    def leaf(axes: Axes, count: Array, w: Array, r: Array, m: Array) -> Arrays:
+        decay = value_at(momentum, count)
+        m = decay * m + r
+        return r + decay * m if nesterov else m, m
+
+    inner = optax.chain(
+        stateful(leaf, optax.TraceState(per_entry), axis),
         optax.scale_by_learning_rate(learning_rate),
-        retract(axis, off_manifold),
     )
+    tangent: list[Tangent] = ["gradient", "moments"]  # and so the step
+    return on_sphere(inner, tangent=tangent, axis=axis, off_manifold=off_manifold)
 
 
+@with_rate
 def un_nesterov(
     learning_rate: LearningRate,
-    momentum: float | jax.Array = 0.9,
+    momentum: Schedulable = 0.9,
     *,
     axis: AxisSpec = None,
     off_manifold: OffManifold = "normalize",
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """UN with Nesterov momentum: m ← μ Π_w(m) + r, w ← Orth(w − λ (r + μ m)), r = Π_w(∇ℓ).
 
     The parameters are the point looked ahead to, as in optax.sgd(nesterov=True), whose first step
@@ -169,30 +324,23 @@ def un_nesterov(
     >>> import jax.numpy as jnp, unitnorm
     >>> w, g = jnp.array([[1.0], [0.0]]), jnp.array([[5.0], [1.0]])
     >>> tx = unitnorm.un_nesterov(0.1)
-    >>> state = tx.init(w)
-    >>> for _ in range(2):
-    ...     step, state = tx.update(g, state, w)
-    ...     w = w + step
-    >>> print(jnp.arctan2(w[1], w[0]).round(2))
-    [-0.61]
+    >>> step, _ = tx.update(g, tx.init(w), w)
+    >>> print(jnp.tan(jnp.arctan2(*(w + step)[::-1])).round(2))
+    [-0.19]
     """
-    return optax.chain(
-        riemannian_gradient(axis),
-        tangent_momentum(momentum, nesterov=True, axis=axis),
-        optax.scale_by_learning_rate(learning_rate),
-        retract(axis, off_manifold),
-    )
+    return un_momentum(learning_rate, momentum, nesterov=True, axis=axis, off_manifold=off_manifold)
 
 
+@with_rate
 def un_adam(
     learning_rate: LearningRate,
-    b1: float | jax.Array = 0.9,
-    b2: float | jax.Array = 0.999,
-    eps: float | jax.Array = 1e-8,
+    b1: Number = 0.9,
+    b2: Number = 0.999,
+    eps: Number = 1e-8,
     *,
     axis: AxisSpec = None,
     off_manifold: OffManifold = "normalize",
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Riemannian Adam: r = Π_w(∇ℓ), m ← b1 Π_w(m) + (1−b1) r, v ← b2 v + (1−b2) ‖r‖².
 
     Then w ← Orth(w − λ m̂ / (√v̂ + eps)), both moments corrected for their zero start. The second
@@ -211,20 +359,28 @@ def un_adam(
     >>> print(jnp.arctan2(w[1], w[0]).round(3))
     [-0.1]
     """
-    return optax.chain(
-        riemannian_gradient(axis),
-        _scale_by_tangent_adam(b1, b2, eps, axis),
+
+    def leaf(axes: Axes, count: Array, w: Array, r: Array, mu: Array, nu: Array) -> Arrays:
+        mu = b1 * mu + (1 - b1) * r
+        nu = b2 * nu + (1 - b2) * geometry.inner(r, r, axes)
+        size = jnp.sqrt(nu / correction(b2, count)) + eps
+        return mu / correction(b1, count) / size, mu, nu
+
+    inner = optax.chain(
+        stateful(leaf, Moments(per_entry, per_filter), axis),
         optax.scale_by_learning_rate(learning_rate),
-        retract(axis, off_manifold),
     )
+    tangent: list[Tangent] = ["gradient", "moments"]
+    return on_sphere(inner, tangent=tangent, axis=axis, off_manifold=off_manifold)
 
 
+@with_rate
 def normalize(
     learning_rate: LearningRate,
     *,
     axis: AxisSpec = None,
     off_manifold: OffManifold = "normalize",
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Normalisation without projection: a Euclidean step, then unit norm, w ← Orth(w − λ ∇ℓ).
 
     Where the loss does not change with the norm of a filter, ∇ℓ is tangent already and this is UN
@@ -240,26 +396,18 @@ def normalize(
     >>> print((w + step).ravel().round(3))
     [ 0.8 -0.6]
     """
-    return optax.chain(
-        normalized_gradient(axis),
-        optax.scale_by_learning_rate(learning_rate),
-        retract(axis, off_manifold),
-    )
+    scale = optax.scale_by_learning_rate(learning_rate)
+    return on_sphere(scale, tangent=(), axis=axis, off_manifold=off_manifold)
 
 
-class CarriedNormState(NamedTuple):
-    """What ‖w‖² would be for filters that were never normalised, in at least float32."""
-
-    squared_norms: optax.Params  # the parameters with the axes of a filter at length one
-
-
+@with_rate
 def un_carried(
     learning_rate: LearningRate,
     *,
     median: bool = False,
     axis: AxisSpec = None,
     off_manifold: OffManifold = "normalize",
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """UN at the effective rates of B-SGD: w ← Orth(w − (λ/n) r), n ← n + λ²‖r‖²/n, r = Π_w(∇ℓ).
 
     Free filters in front of a normalisation layer move as unit ones at the rate λ/‖w‖², and their
@@ -280,88 +428,19 @@ def un_carried(
     >>> w, g = jnp.array([[1.0], [0.0]]), jnp.array([[0.0], [1.0]])
     >>> tx = unitnorm.un_carried(0.75)
     >>> _, state = tx.update(g, tx.init(w), w)
-    >>> print(state[2].squared_norms)  # that of (1, −0.75), where B-SGD would be
+    >>> print(state.inner[1].memory[0])  # that of (1, −0.75), where B-SGD would be
     [[1.5625]]
     """
-    return optax.chain(
-        riemannian_gradient(axis),
-        optax.scale_by_learning_rate(learning_rate),
-        _divide_by_carried_norms(median, axis),
-        retract(axis, off_manifold),
+
+    def squares(axes: Axes, w: Array) -> Array:
+        return norms_leaf(axes, w) ** 2
+
+    def leaf(axes: Axes, count: Array, w: Array, u: Array, n: Array) -> Arrays:
+        each = jnp.where(n == 0, 1, n)
+        grown = n + geometry.norms_of(u, axes) ** 2 / each
+        return u / (geometry.median(n) if median else each), grown
+
+    inner = optax.chain(
+        optax.scale_by_learning_rate(learning_rate), stateful(leaf, (squares,), axis)
     )
-
-
-def _divide_by_carried_norms(median: bool, axis: AxisSpec) -> optax.GradientTransformation:
-    def init(params: optax.Params) -> CarriedNormState:
-        def squares(axes: tuple[int, ...], w: jax.Array) -> jax.Array:
-            return geometry.filter_norms(w, axes, keepdims=True) ** 2
-
-        return CarriedNormState(map_filters(squares, axis, params))
-
-    def divided(_: tuple[int, ...], w: jax.Array, u: jax.Array, n: jax.Array) -> jax.Array:
-        return u / (jnp.median(n) if median else _or_one(n))
-
-    def grown(axes: tuple[int, ...], _: jax.Array, u: jax.Array, n: jax.Array) -> jax.Array:
-        return n + (geometry.filter_norms(u, axes, keepdims=True) ** 2 / _or_one(n)).astype(n.dtype)
-
-    def update(
-        updates: optax.Updates, state: CarriedNormState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, CarriedNormState]:
-        carried = state.squared_norms
-        steps = map_filters(divided, axis, params, updates, carried)
-        return steps, CarriedNormState(map_filters(grown, axis, params, updates, carried))
-
-    return optax.GradientTransformation(init, update)
-
-
-def _or_one(n: jax.Array) -> jax.Array:
-    return jnp.where(n == 0, 1, n)
-
-
-class TangentAdamState(NamedTuple):
-    """Moments of the Riemannian gradient, in at least float32."""
-
-    # shape (), int32: updates so far; optax's name, which hides tuple.count
-    count: jax.Array  # type: ignore[assignment]
-    mu: optax.Params  # shaped like the parameters
-    nu: optax.Params  # the same with the axes of a filter at length one
-
-
-def _scale_by_tangent_adam(
-    b1: float | jax.Array,
-    b2: float | jax.Array,
-    eps: float | jax.Array,
-    axis: AxisSpec,
-) -> optax.GradientTransformation:
-    def init(params: optax.Params) -> TangentAdamState:
-        def squares(axes: tuple[int, ...], w: jax.Array) -> jax.Array:
-            return jnp.zeros_like(geometry.filter_norms(w, axes, keepdims=True))
-
-        return TangentAdamState(
-            count=jnp.zeros([], jnp.int32),
-            mu=jax.tree.map(lambda w: jnp.zeros_like(geometry.wide(w)), params),
-            nu=map_filters(squares, axis, params),
-        )
-
-    def first(axes: tuple[int, ...], w: jax.Array, r: jax.Array, mu: jax.Array) -> jax.Array:
-        moved = b1 * geometry.tangent_projection(w, mu, axes)
-        return (moved + (1 - b1) * r).astype(mu.dtype)
-
-    def second(axes: tuple[int, ...], _: jax.Array, r: jax.Array, nu: jax.Array) -> jax.Array:
-        squares = geometry.filter_norms(r, axes, keepdims=True) ** 2
-        return (b2 * nu + (1 - b2) * squares).astype(nu.dtype)
-
-    def update(
-        updates: optax.Updates, state: TangentAdamState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, TangentAdamState]:
-        count = optax.safe_increment(state.count)
-        mu = map_filters(first, axis, params, updates, state.mu)
-        nu = map_filters(second, axis, params, updates, state.nu)
-        steps = jax.tree.map(
-            lambda m, v: m / (jnp.sqrt(v) + eps),
-            optax.tree.bias_correction(mu, b1, count),
-            optax.tree.bias_correction(nu, b2, count),
-        )
-        return steps, TangentAdamState(count, mu, nu)
-
-    return optax.GradientTransformation(init, update)
+    return on_sphere(inner, tangent=["gradient"], axis=axis, off_manifold=off_manifold)

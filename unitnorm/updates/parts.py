@@ -1,25 +1,22 @@
-"""The links from which an update is chained: optax transformations that know what a filter is.
+"""What updates are made of: links of a chain, a leaf's geometry, and trees of filters.
 
-An update on the oblique manifold reads
-
-    optax.chain(riemannian_gradient(axis), ..., optax.scale_by_learning_rate(lr), retract(axis))
-
-`retract` comes last, for whatever scales an update after it takes the filters off the manifold.
-Whatever shapes the step, the learning rate included, goes between the two. In between, steps are in
-at least float32 and are those of the *normalised* filter w/‖w‖: since the loss of a network does
-not change when a filter that feeds a normalisation layer is scaled, ∇ℓ(w/‖w‖) = ‖w‖ ∇ℓ(w), so a
-filter that starts off the manifold moves exactly as if it had been normalised first.
-
-Add a link here when two updates need it; a link of one update stays beside that update.
+A link is an optax transformation that knows what a filter is: `stateless` and `stateful` make one
+of a function of a single leaf. Chain links with optax's own, and put the chain into
+`manifold.on_sphere` for filters at unit norm, or into `widened` for free ones. A gradient that is
+None, as of a frozen parameter, counts as zero, and its update is None: the parameter stays.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, TypeGuard, get_args
+import functools
+import math
+import numbers
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeGuard, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
 from jax.typing import ArrayLike
 
 from unitnorm import geometry
@@ -28,181 +25,232 @@ from unitnorm import geometry
 # path, such as "conv1/kernel", to one. A tuple of integers is one specification, never a pytree.
 AxisSpec = geometry.Axis | Any | Callable[[str], geometry.Axis]
 # A number, a traced scalar, or an optax schedule: from the count of updates to one of these.
-LearningRate = ArrayLike | Callable[[Any], Any]
+Schedulable = ArrayLike | Callable[[Any], Any]
+LearningRate = Schedulable
+Number = float | Array
+Axes = tuple[int, ...]
+Arrays = tuple[Array, ...]
 NEEDS_PARAMS = "this step depends on where the parameters are: call update(grads, state, params)"
-OffManifold = Literal["normalize", "raise", "trust"]
 
 
-def riemannian_gradient(axis: AxisSpec = None) -> optax.GradientTransformationExtraArgs:
-    """Turn the gradient g at w into ‖w‖ (g − ⟨w, g⟩ w / ‖w‖²): the Riemannian one at w/‖w‖.
-
-    Equation (2) of the paper, first line, per filter. A zero filter gives zero.
-
-    >>> import jax.numpy as jnp, unitnorm
-    >>> w, g = jnp.array([[2.0], [0.0]]), jnp.array([[5.0], [7.0]])
-    >>> link = unitnorm.riemannian_gradient()
-    >>> print(link.update(g, link.init(w), w)[0].ravel())
-    [ 0. 14.]
-    """
-    return stateless(riemannian_gradient_of, axis)
+def norms_leaf(axes: Axes, w: Array) -> Array:
+    """Norm of each filter, with the axes of a filter at length one."""
+    return geometry.filter_norms(w, axes, keepdims=True)
 
 
-def riemannian_gradient_of(axes: tuple[int, ...], w: jax.Array, g: jax.Array) -> jax.Array:
-    """What `riemannian_gradient` does to one parameter w and its gradient g."""
-    return _norms(w, axes) * geometry.tangent_projection(w, geometry.wide(g), axes)
+def unit_leaf(axes: Axes, w: Array) -> Array:
+    """What `retraction` makes of a leaf."""
+    return geometry.retraction(w, axes)
 
 
-def normalized_gradient(axis: AxisSpec = None) -> optax.GradientTransformation:
-    """Turn the gradient g at w into ‖w‖ g: the Euclidean gradient at w/‖w‖."""
-
-    def leaf(axes: tuple[int, ...], w: jax.Array, g: jax.Array) -> jax.Array:
-        return _norms(w, axes) * geometry.wide(g)
-
-    return stateless(leaf, axis)
+def per_entry(axes: Axes, w: Array) -> Array:
+    """Zeros shaped like a leaf, in at least float32."""
+    del axes
+    return jnp.zeros_like(geometry.wide(w))
 
 
-class TangentMomentumState(NamedTuple):
-    """Shaped like the parameters, in at least float32, tangent where it was last used."""
-
-    momentum: optax.Params
-
-
-def tangent_momentum(
-    momentum: float | jax.Array, nesterov: bool = False, axis: AxisSpec = None
-) -> optax.GradientTransformationExtraArgs:
-    """Momentum over Riemannian gradients r: m ← μ Π_w(m) + r, and r + μ m with Nesterov.
-
-    The buffer starts at zero and is moved by projection onto the tangent space at the current
-    point, so each step is tangent, the first included.
-
-    >>> import jax.numpy as jnp, unitnorm
-    >>> w, r = jnp.array([[1.0], [0.0]]), jnp.array([[0.0], [2.0]])
-    >>> link = unitnorm.tangent_momentum(0.9)
-    >>> state = link.init(w)
-    >>> for _ in range(2):
-    ...     step, state = link.update(r, state, w)
-    >>> print(step.ravel())
-    [0.  3.8]
-    """
-
-    def init(params: optax.Params) -> TangentMomentumState:
-        return TangentMomentumState(
-            jax.tree.map(lambda w: jnp.zeros_like(geometry.wide(w)), params)
-        )
-
-    def update(
-        updates: optax.Updates, state: TangentMomentumState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, TangentMomentumState]:
-        def leaf(axes: tuple[int, ...], w: jax.Array, r: jax.Array, m: jax.Array) -> jax.Array:
-            moved = momentum * geometry.tangent_projection(w, m, axes)
-            return (moved + r).astype(m.dtype)
-
-        buffer = map_filters(leaf, axis, params, updates, state.momentum)
-        if nesterov:
-            updates = jax.tree.map(lambda r, m: r + momentum * m, updates, buffer)
-        else:
-            updates = buffer
-        return updates, TangentMomentumState(buffer)
-
-    return optax.with_extra_args_support(optax.GradientTransformation(init, update))
+def per_filter(axes: Axes, w: Array) -> Array:
+    """A zero for each filter, in at least float32, with the axes of a filter at length one."""
+    return jnp.zeros_like(jnp.sum(geometry.wide(w), axes, keepdims=True))
 
 
-def retract(
-    axis: AxisSpec = None, off_manifold: OffManifold = "normalize"
-) -> optax.GradientTransformationExtraArgs:
-    """Turn a step u into the displacement Orth(w/‖w‖ + u) − w, so that w + displacement has norm 1.
+def widen(tree: Any) -> Any:
+    """Every leaf in at least float32; complex ones, which hold no filters, as they are."""
+    return jax.tree.map(lambda w: w if jnp.iscomplexobj(w) else geometry.wide(w), tree)
 
-    The last link of a chain. A zero filter stays where it is. The new norm is one to the rounding
-    of the larger of w and the new w: for a filter of norm far above one the first update lands
-    only nearly on the manifold, and the second on it.
 
-    Args:
-        axis: axes over which one filter runs, see `AxisSpec`.
-        off_manifold: what becomes of filters that do not start at unit norm. "normalize": the
-            first update normalises them. "raise": `init` refuses them, and needs concrete
-            parameters for that. Zero filters are allowed by both. "trust": there are none of
-            either kind, and gradients are tangent or nearly so, as those of filters that feed a
-            normalisation layer; nobody looks, and an update may leave out what only others need.
+def value_at(value: Schedulable, count: Array) -> Any:
+    """A hyperparameter, or what a schedule of it says after so many updates."""
+    return value(count) if callable(value) else value
+
+
+def map_value(function: Callable[[Any], Any], value: Schedulable) -> Schedulable:
+    """A function of a hyperparameter, or the schedule of it for a schedule."""
+    return (lambda count: function(value(count))) if callable(value) else function(value)
+
+
+Build = TypeVar("Build", bound=Callable[..., optax.GradientTransformation])
+
+
+def with_rate(update: Build) -> Build:
+    """An update whose learning rate is looked at, where it is a number, before anything is built.
 
     Raises:
-        ValueError: by `init`, for a leaf without filters or, with "raise", off the manifold.
-
-    >>> import jax.numpy as jnp, unitnorm
-    >>> w, u = jnp.array([[1.0], [0.0]]), jnp.array([[0.0], [0.75]])
-    >>> link = unitnorm.retract()
-    >>> step, _ = link.update(u, link.init(w), w)
-    >>> print((w + step).ravel())
-    [0.8 0.6]
+        ValueError: by the update, for a rate that is negative, not finite, or no rate at all.
     """
-    if off_manifold not in get_args(OffManifold):
-        names = ", ".join(get_args(OffManifold))
-        raise ValueError(f"off_manifold must be one of {names}; got {off_manifold!r}")
 
-    link = stateless(retracted, axis)
+    @functools.wraps(update)
+    def checked(learning_rate: Schedulable, *args: Any, **options: Any) -> Any:
+        plain = learning_rate is None or isinstance(learning_rate, bool | str | bytes | complex)
+        sound = not plain
+        if sound and isinstance(learning_rate, numbers.Real):
+            sound = 0 <= float(learning_rate) < math.inf
+        if not sound:
+            raise ValueError(
+                f"learning_rate = {learning_rate!r}: expected a finite number of at least 0, an "
+                "array, or an optax schedule"
+            )
+        return update(learning_rate, *args, **options)
 
-    def init(params: optax.Params) -> optax.OptState:
-        if off_manifold == "raise":
-            _refuse_off_manifold(params, axis)
-        return link.init(params)
-
-    return optax.with_extra_args_support(optax.GradientTransformation(init, link.update))
-
-
-def retracted(axes: tuple[int, ...], w: jax.Array, u: jax.Array) -> jax.Array:
-    """What `retract` does to one parameter w and its step u."""
-    # ‖w‖ (w/‖w‖ + u): the retraction divides by the norm, so this needs no division of its own.
-    step = geometry.wide(w) + _norms(w, axes) * u
-    return (geometry.retraction(step, axes) - geometry.wide(w)).astype(w.dtype)
+    return cast(Build, checked)
 
 
-def in_dtype_of_params() -> optax.GradientTransformation:
-    """Round steps to the dtype of their parameters: the last link of a chain without `retract`."""
-    return optax.stateless(
-        lambda updates, params: jax.tree.map(lambda u, w: u.astype(w.dtype), updates, params)
-    )
+def refuse_schedule(name: str, value: Any) -> None:
+    """Raise ValueError for a schedule where only a number is taken."""
+    if callable(value):
+        raise ValueError(
+            f"{name} is a schedule, and a number here: optax.inject_hyperparams(update)(..., "
+            f"{name}=schedule) takes one"
+        )
 
 
-def stateless(
-    leaf: Callable[..., jax.Array], axis: AxisSpec
+def correction(decay: Number, count: Array) -> Array:
+    """1 − decayᵗ for t = count + 1: what a mean of moments that start at zero is divided by.
+
+    Without the cancellation that costs float32 four digits at 0.999.
+    """
+    exact = isinstance(decay, float) and decay > 0
+    return -jnp.expm1((count + 1) * (math.log(decay) if exact else jnp.log(decay)))
+
+
+def transformation(
+    init: Callable[..., Any], update: Callable[..., Any]
 ) -> optax.GradientTransformationExtraArgs:
+    """An optax transformation of `init` and of `update`, which takes extra arguments.
+
+    It needs parameters. A gradient that is None counts as zero, and its update is None. `init` also
+    takes shapes, as of jax.eval_shape, and gives shapes.
+    """
+
+    def init_or_shapes(params: optax.Params) -> Any:
+        abstract = any(isinstance(w, jax.ShapeDtypeStruct) for w in jax.tree.leaves(params))
+        return jax.eval_shape(init, params) if abstract else init(params)
+
+    def update_or_none(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
+    ) -> tuple[optax.Updates, Any]:
+        if params is None:
+            raise ValueError(NEEDS_PARAMS)
+        filled = jax.tree.map(lambda w, u: jnp.zeros_like(w) if u is None else u, params, updates)
+        steps, state = update(filled, state, params, **extra)
+        return jax.tree.map(lambda w, u, x: u if u is None else x, params, updates, steps), state
+
+    return optax.GradientTransformationExtraArgs(init_or_shapes, update_or_none)
+
+
+def stateless(leaf: Callable[..., Array], axis: AxisSpec) -> optax.GradientTransformationExtraArgs:
     """An optax transformation that applies leaf(axes, w, u) to every parameter and its update."""
 
     def init(params: optax.Params) -> optax.OptState:
-        axes_of_leaves(params, axis)  # refuses leaves without filters before any training
+        check_filters(params, axis)
         return optax.EmptyState()
 
     def update(
-        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+        updates: optax.Updates, state: optax.OptState, params: optax.Params, **extra: Any
     ) -> tuple[optax.Updates, optax.OptState]:
         return map_filters(leaf, axis, params, updates), state
 
-    return optax.with_extra_args_support(optax.GradientTransformation(init, update))
+    return transformation(init, update)
+
+
+class Moments(NamedTuple):
+    """What an Adam remembers: two trees; or, for `stateful`, how their leaves start."""
+
+    mu: Any
+    nu: Any
+
+
+class FilterState(NamedTuple):
+    """What a link remembers."""
+
+    # shape (), int32: updates so far; optax's name, which hides tuple.count
+    count: Array  # type: ignore[assignment]
+    memory: Any  # a tuple of trees, each shaped like the parameters or with a number per filter
+
+
+def stateful(
+    leaf: Callable[..., Arrays], start: tuple[Any, ...], axis: AxisSpec
+) -> optax.GradientTransformationExtraArgs:
+    """An optax transformation with a memory of its own for every parameter.
+
+    Args:
+        leaf: of (axes, updates before this one, w, u, *memory) to the new u and the new memory; u
+            and what `start` makes are in at least float32.
+        start: for each part of the memory a function of (axes, w) to its first value, such as
+            `per_entry` and `per_filter`; a NamedTuple of them names the parts.
+        axis: axes over which one filter runs, see `AxisSpec`.
+    """
+    pack = getattr(start, "_make", tuple)
+
+    def init(params: optax.Params) -> FilterState:
+        check_filters(params, axis)
+        memory = pack([map_filters(function, axis, params) for function in start])
+        return FilterState(jnp.zeros([], jnp.int32), memory)
+
+    def update(
+        updates: optax.Updates, state: FilterState, params: optax.Params, **extra: Any
+    ) -> tuple[optax.Updates, FilterState]:
+        rows = []
+        for axes, w, u, *memory in _side_by_side(axis, params, updates, *state.memory):
+            new, *after = leaf(axes, state.count, w, geometry.wide(u), *memory)
+            rows.append([new, *(a.astype(b.dtype) for a, b in zip(after, memory, strict=True))])
+        columns = zip(*rows, strict=True) if rows else [()] * (1 + len(start))
+        structure = jax.tree.structure(params)
+        steps, *trees = (jax.tree.unflatten(structure, column) for column in columns)
+        return steps, FilterState(optax.safe_increment(state.count), pack(trees))
+
+    return transformation(init, update)
+
+
+def widened(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """`inner` in at least float32, its steps in the dtype of their parameters."""
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params: optax.Params) -> optax.OptState:
+        return inner.init(widen(params))
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params, **extra: Any
+    ) -> tuple[optax.Updates, optax.OptState]:
+        steps, state = inner.update(widen(updates), state, widen(params), **extra)
+        return jax.tree.map(lambda w, u: u.astype(w.dtype), params, steps), state
+
+    return transformation(init, update)
 
 
 def map_filters(
-    function: Callable[..., Any], axis: AxisSpec, params: optax.Params | None, *trees: Any
+    function: Callable[..., Any], axis: AxisSpec, params: optax.Params, *trees: Any
 ) -> Any:
     """Apply function(axes, w, *leaves) to each leaf w of `params` and those of `trees` beside it.
 
     Raises:
-        ValueError: `params` is None; or a leaf has no filters, see `axes_of_leaves`.
+        ValueError: a leaf has no filters, see `axes_of_leaves`.
     """
-    if params is None:
-        raise ValueError(NEEDS_PARAMS)
-    boxes = [_Box(axes) for axes in axes_of_leaves(params, axis)]
-    axes_tree = jax.tree.unflatten(jax.tree.structure(params), boxes)
-    return jax.tree.map(
-        lambda box, *leaves: function(box.content, *leaves), axes_tree, params, *trees
-    )
+    results = [function(*leaves) for leaves in _side_by_side(axis, params, *trees)]
+    return jax.tree.unflatten(jax.tree.structure(params), results)
 
 
-def axes_of_leaves(params: optax.Params, axis: AxisSpec) -> list[tuple[int, ...]]:
+def _side_by_side(axis: AxisSpec, params: optax.Params, *trees: Any) -> Iterable[Any]:
+    """For each leaf of `params` its axes, itself, and what stands in its place in each tree."""
+    structure: Any = jax.tree.structure(params)
+    beside = [structure.flatten_up_to(tree) for tree in (params, *trees)]
+    return zip(axes_of_leaves(params, axis), *beside, strict=True)
+
+
+def axes_of_leaves(params: optax.Params, axis: AxisSpec) -> list[Axes]:
     """The axes of each leaf of `params` in order, as non-negative integers.
 
     Raises:
-        ValueError: `axis` does not fit the tree, or a leaf of the tree has no filters over it.
+        ValueError: `axis` does not fit the tree, or a leaf of the tree is complex or has no filters
+            over it.
     """
     named = [(leaf_name(path), leaf) for path, leaf in jax.tree.leaves_with_path(params)]
+    for name, leaf in named:
+        if jnp.issubdtype(getattr(leaf, "dtype", float), jnp.complexfloating):
+            raise ValueError(
+                f"{name} is {leaf.dtype}: filters are real; keep real and imaginary parts in "
+                "leaves of their own, or leave it to another optimiser (optax.partition)"
+            )
     return [
         geometry.filter_axes(jnp.shape(leaf), spec, name)
         for (name, leaf), spec in zip(named, axis_of_leaves(params, axis), strict=True)
@@ -267,32 +315,52 @@ def leaf_name(path: Sequence[Any]) -> str:
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/") or "the array"
 
 
-def _norms(w: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    return geometry.filter_norms(w, axes, keepdims=True)
-
-
 def _is_axis(x: Any) -> bool:
     if isinstance(x, tuple):
         return bool(x) and all(isinstance(a, int) for a in x)
     return x is None or isinstance(x, int)
 
 
-def _refuse_off_manifold(params: optax.Params, axis: AxisSpec) -> None:
+def check_filters(params: optax.Params, axis: AxisSpec) -> None:
+    """Refuse before any training what no update can move; norms only where their values are known.
+
+    Raises:
+        ValueError: see `axes_of_leaves`; or the square of a norm would leave the range of the
+            numbers, so that a filter would pass for a dead one or become NaN.
+    """
+    named = jax.tree.leaves_with_path(params)
+    for (path, w), axes in zip(named, axes_of_leaves(params, axis), strict=True):
+        if isinstance(w, jax.core.Tracer | jax.ShapeDtypeStruct):
+            continue
+        norms = geometry.filter_norms(w, axes)
+        numbers = jnp.finfo(norms.dtype)
+        least, most = (numbers.tiny / numbers.eps) ** 0.5, float(numbers.max) ** 0.5
+        outside = ((norms > 0) & (norms < least)) | ((norms > most) & jnp.isfinite(norms))
+        if jnp.any(outside):
+            norm = float(norms.ravel()[jnp.argmax(outside)])
+            raise ValueError(
+                f"{leaf_name(path)} of shape {jnp.shape(w)} has a filter of norm {norm:.2g}, whose "
+                f"square is out of the range of {norms.dtype}: normalize_filters first"
+            )
+
+
+def refuse_off_manifold(params: optax.Params, unit: optax.Params) -> None:
+    """Raise ValueError unless parameters are what they are once normalised, which is `unit`."""
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(params)):
         raise ValueError(
-            'off_manifold="raise" looks at the values of the parameters: call init outside jit, '
+            "whether filters have unit norm is in the values of the parameters: look outside jit, "
             'or choose off_manifold="normalize"'
         )
-    axes_by_leaf = axes_of_leaves(params, axis)
-    for (path, w), axes in zip(jax.tree.leaves_with_path(params), axes_by_leaf, strict=True):
-        norms = geometry.filter_norms(w, axes).ravel()
-        errors = jnp.where(norms == 0, 0, jnp.abs(norms - 1))
+    pairs = zip(jax.tree.leaves_with_path(params), jax.tree.leaves(unit), strict=True)
+    for (path, w), u in pairs:
+        norms = jnp.where(u == 0, 1, geometry.wide(w) / jnp.where(u == 0, 1, u)).ravel()
+        errors = jnp.abs(norms - 1)
         # The rounding of a stored filter, with room for norms that other libraries normalised.
         tolerance = max(1e-5, 4 * float(jnp.finfo(w.dtype).eps))
-        worst = jnp.argmax(errors)
-        if not errors[worst] <= tolerance:
+        if errors.size and not jnp.max(errors) <= tolerance:
+            norm = float(norms[jnp.argmax(errors)])
             raise ValueError(
-                f"{leaf_name(path)} of shape {jnp.shape(w)} is off the manifold: over axes {axes} "
-                f"a filter has norm {float(norms[worst]):.6g}, expected 1 within {tolerance:.0e}; "
-                'pass it through normalize_filters first or choose off_manifold="normalize"'
+                f"{leaf_name(path)} of shape {jnp.shape(w)} is off the manifold: a filter has norm "
+                f"{norm:.6g}, expected 1 within {tolerance:.0e}; pass it through normalize_filters "
+                'or choose off_manifold="normalize", and let nothing scale updates afterwards'
             )

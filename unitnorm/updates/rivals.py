@@ -8,41 +8,43 @@ all other parameters and clipping are optax's: optax.add_decayed_weights, optax.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax import Array
 
 from unitnorm import geometry
+from unitnorm.geometry import inner as dot
+from unitnorm.updates.manifold import OffManifold, on_sphere
 from unitnorm.updates.parts import (
-    NEEDS_PARAMS,
+    Arrays,
+    Axes,
     AxisSpec,
     LearningRate,
-    OffManifold,
+    Moments,
+    Number,
+    Schedulable,
+    correction,
     map_filters,
-    retract,
+    map_value,
+    norms_leaf,
+    per_entry,
+    per_filter,
+    refuse_schedule,
+    stateful,
+    stateless,
+    value_at,
+    widened,
+    with_rate,
 )
 
-Number = float | jax.Array
-Axes = tuple[int, ...]
 
-WHOLE = object()  # instead of an axis: a leaf of any shape, as one
-
-
-class RivalState(NamedTuple):
-    """What an update remembers, in at least float32."""
-
-    # shape (), int32: updates so far; optax's name, which hides tuple.count
-    count: jax.Array  # type: ignore[assignment]
-    memory: Any  # a tuple of arrays for each parameter
-    schedule: optax.OptState  # of the learning rate
-
-
+@with_rate
 def sgdp(
     learning_rate: LearningRate,
-    momentum: Number = 0.9,
+    momentum: Schedulable = 0.9,
     weight_decay: Number = 0.0,
     *,
     nesterov: bool = False,
@@ -69,17 +71,18 @@ def sgdp(
     [ 1.  -0.5]
     """
 
-    def step(
-        axes: Axes, rate: jax.Array, _: jax.Array, w: jax.Array, g: jax.Array, m: jax.Array
-    ) -> tuple[jax.Array, ...]:
-        m = momentum * m + g
-        moved, share = _without_radial(axes, w, g, g + momentum * m if nesterov else m, delta, eps)
-        decay = rate * weight_decay / (1 - momentum) * jnp.where(share, wd_ratio, 1)
-        return (1 - decay) * w - rate * moved, m
+    def leaf(axes: Axes, count: Array, w: Array, g: Array, m: Array) -> Arrays:
+        mu = value_at(momentum, count)
+        m = mu * m + g
+        moved, share = _without_radial(axes, w, g, g + mu * m if nesterov else m, delta, eps)
+        decay = weight_decay / (1 - mu) * jnp.where(share, wd_ratio, 1)
+        return moved + decay * w, m
 
-    return _leaf_by_leaf(step, _one_like, learning_rate, axis)
+    rate = optax.scale_by_learning_rate(learning_rate)
+    return widened(optax.chain(stateful(leaf, (per_entry,), axis), rate))
 
 
+@with_rate
 def adamp(
     learning_rate: LearningRate,
     b1: Number = 0.9,
@@ -107,28 +110,38 @@ def adamp(
     [ 1.  -0.5]
     """
 
-    def step(
-        axes: Axes,
-        rate: jax.Array,
-        t: jax.Array,
-        w: jax.Array,
-        g: jax.Array,
-        m: jax.Array,
-        v: jax.Array,
-    ) -> tuple[jax.Array, ...]:
+    def leaf(axes: Axes, count: Array, w: Array, g: Array, m: Array, v: Array) -> Arrays:
         m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
-        size = jnp.sqrt(v / _correction(b2, t)) + eps
+        size = jnp.sqrt(v / correction(b2, count)) + eps
         towards = b1 * m + (1 - b1) * g if nesterov else m
         moved, share = _without_radial(axes, w, g, towards / size, delta, eps)
-        decay = rate * weight_decay * jnp.where(share, wd_ratio, 1)
-        return (1 - decay) * w - rate / _correction(b1, t) * moved, m, v
+        decay = weight_decay * jnp.where(share, wd_ratio, 1)
+        return moved / correction(b1, count) + decay * w, m, v
 
-    return _leaf_by_leaf(step, _two_like, learning_rate, axis)
+    rate = optax.scale_by_learning_rate(learning_rate)
+    return widened(optax.chain(stateful(leaf, Moments(per_entry, per_entry), axis), rate))
 
 
+def _without_radial(
+    axes: Axes, w: Array, g: Array, p: Array, delta: Number, eps: float
+) -> tuple[Array, Array]:
+    """p without its part along the weights where they look invariant, and whether they do."""
+    found, looks = p, jnp.zeros([], bool)
+    # The leaf as a whole first, so that filters have the last word.
+    for over in (tuple(range(w.ndim)), axes):
+        norms = [geometry.norms_of(x, over) for x in (w, g)]
+        cosines = jnp.abs(dot(w, g, over)) / jnp.maximum(norms[0] * norms[1], eps)
+        looks_so = jnp.max(cosines) < delta / (w.size / cosines.size) ** 0.5
+        unit = w / (norms[0] + eps)
+        found = jnp.where(looks_so, p - unit * dot(unit, p, over), found)
+        looks = looks | looks_so
+    return found, looks
+
+
+@with_rate
 def sgd_g(
     learning_rate: LearningRate,
-    momentum: Number = 0.9,
+    momentum: Schedulable = 0.9,
     clip: Number | None = 0.1,
     *,
     axis: AxisSpec = None,
@@ -151,15 +164,16 @@ def sgd_g(
     [-0.1]
     """
 
-    def step(
-        axes: Axes, rate: jax.Array, _: jax.Array, w: jax.Array, g: jax.Array, m: jax.Array
-    ) -> tuple[jax.Array, ...]:
-        m = momentum * m - rate * _clipped(geometry.tangent_projection(w, g, axes), clip, axes)
+    def leaf(axes: Axes, count: Array, w: Array, h: Array, m: Array) -> Arrays:
+        far = value_at(learning_rate, count)
+        m = value_at(momentum, count) * m - far * _clipped(h, clip, axes)
         return _along_geodesic(w, m, m, axes)
 
-    return _leaf_by_leaf(step, _one_like, learning_rate, axis, off_manifold)
+    link = stateful(leaf, (per_entry,), axis)
+    return on_sphere(link, tangent=["gradient"], axis=axis, off_manifold=off_manifold)
 
 
+@with_rate
 def adam_g(
     learning_rate: LearningRate,
     b1: Number = 0.9,
@@ -186,23 +200,35 @@ def adam_g(
     [-0.1]
     """
 
-    def step(
-        axes: Axes,
-        rate: jax.Array,
-        t: jax.Array,
-        w: jax.Array,
-        g: jax.Array,
-        m: jax.Array,
-        v: jax.Array,
-    ) -> tuple[jax.Array, ...]:
-        h = _clipped(geometry.tangent_projection(w, g, axes), clip, axes)
-        m, v = b1 * m + (1 - b1) * h, b2 * v + (1 - b2) * _dot(h, h, axes)
-        along = -rate * jnp.sqrt(_correction(b2, t)) / _correction(b1, t) * m / jnp.sqrt(v + eps)
+    def leaf(axes: Axes, count: Array, w: Array, h: Array, m: Array, v: Array) -> Arrays:
+        h = _clipped(h, clip, axes)
+        m, v = b1 * m + (1 - b1) * h, b2 * v + (1 - b2) * dot(h, h, axes)
+        ratio = jnp.sqrt(correction(b2, count)) / correction(b1, count)
+        along = -value_at(learning_rate, count) * ratio * m / jnp.sqrt(v + eps)
         return *_along_geodesic(w, along, m, axes), v
 
-    return _leaf_by_leaf(step, _one_and_filters, learning_rate, axis, off_manifold)
+    link = stateful(leaf, Moments(per_entry, per_filter), axis)
+    return on_sphere(link, tangent=["gradient"], axis=axis, off_manifold=off_manifold)
 
 
+def _clipped(h: Array, clip: Number | None, axes: Axes) -> Array:
+    if clip is None:
+        return h
+    norms = geometry.norms_of(h, axes)
+    return h * jnp.where(norms > clip, clip / jnp.where(norms == 0, 1, norms), 1)
+
+
+def _along_geodesic(w: Array, along: Array, m: Array, axes: Axes) -> tuple[Array, Array]:
+    """The step to exp_w(along) on the unit sphere, and m transported there; a zero filter stays."""
+    angle = geometry.norms_of(along, axes)
+    towards = along / jnp.where(angle == 0, 1, angle)
+    part = dot(towards, m, axes)
+    chord = jnp.where(dot(w, w, axes) == 0, 0, jnp.sin(angle)) * towards
+    transported = m + part * ((jnp.cos(angle) - 1) * towards - jnp.sin(angle) * w)
+    return (jnp.cos(angle) - 1) * w + chord, transported
+
+
+@with_rate
 def nero(
     learning_rate: LearningRate,
     beta: Number = 0.999,
@@ -227,17 +253,23 @@ def nero(
     0.0 [1.]
     """
 
-    def step(
-        axes: Axes, rate: jax.Array, t: jax.Array, w: jax.Array, g: jax.Array, v: jax.Array
-    ) -> tuple[jax.Array, ...]:
-        v = beta * v + (1 - beta) * _dot(g, g, axes)
-        size = jnp.sqrt(v / _correction(beta, t))
-        moved = w - rate * g / jnp.where(size == 0, 1, size)
-        return geometry.retraction(_centred(moved, axes), axes), v
+    def relative(axes: Axes, count: Array, w: Array, g: Array, v: Array) -> Arrays:
+        v = beta * v + (1 - beta) * dot(g, g, axes)
+        size = jnp.sqrt(v / correction(beta, count))
+        return g / jnp.where(size == 0, 1, size), v
 
-    return _leaf_by_leaf(step, _filters, learning_rate, axis, off_manifold)
+    def centre(axes: Axes, w: Array, u: Array) -> Array:
+        return u - jnp.mean(w + u, axes, keepdims=True)
+
+    inner = optax.chain(
+        stateful(relative, (per_filter,), axis),
+        optax.scale_by_learning_rate(learning_rate),
+        stateless(centre, axis),
+    )
+    return on_sphere(inner, tangent=(), axis=axis, off_manifold=off_manifold)
 
 
+@with_rate
 def lars(
     learning_rate: LearningRate,
     momentum: Number = 0.9,
@@ -252,7 +284,7 @@ def lars(
     0.001 in the paper, whose λ is larger to match. `axis` is not needed.
 
     Source: You, Gitman and Ginsburg (2017), Large batch training of convolutional networks,
-    Algorithm 1, in the form of optax.lars; here computed in at least float32.
+    Algorithm 1, in the form of optax.lars, which this is.
 
     >>> import jax.numpy as jnp, unitnorm
     >>> w, g = jnp.array([[2.0], [0.0]]), jnp.array([[0.0], [100.0]])
@@ -262,19 +294,12 @@ def lars(
     [ 2. -1.]
     """
     del axis
-
-    def step(
-        axes: Axes, rate: jax.Array, _: jax.Array, w: jax.Array, g: jax.Array, m: jax.Array
-    ) -> tuple[jax.Array, ...]:
-        d = g + weight_decay * w
-        sizes = [jnp.sqrt(_dot(x, x, axes)) for x in (w, d)]
-        ratio = trust_coefficient * sizes[0] / jnp.where(sizes[1] == 0, 1, sizes[1])
-        m = momentum * m + rate * jnp.where((sizes[0] == 0) | (sizes[1] == 0), 1, ratio) * d
-        return w - m, m
-
-    return _leaf_by_leaf(step, _one_like, learning_rate, WHOLE)
+    refuse_schedule("momentum", momentum)
+    options = {"trust_coefficient": trust_coefficient, "momentum": momentum}
+    return widened(optax.lars(learning_rate, weight_decay, **options))
 
 
+@with_rate
 def rotational_sgd(
     learning_rate: LearningRate,
     momentum: Number = 0.9,
@@ -304,27 +329,35 @@ def rotational_sgd(
     [-0.0447]
     """
 
-    def step(
-        axes: Axes,
-        rate: jax.Array,
-        t: jax.Array,
-        w: jax.Array,
-        g: jax.Array,
-        m: jax.Array,
-        a: jax.Array,
-    ) -> tuple[jax.Array, ...]:
-        if zero_mean:
-            w = geometry.retraction(_centred(w, axes), axes)
-        m = momentum * m + g
-        d = geometry.tangent_projection(w, _centred(m, axes) if zero_mean else m, axes)
-        a = average_decay * a + (1 - average_decay) * _dot(d, d, axes)
-        size = jnp.sqrt(a / _correction(average_decay, t)) + eps
-        angle = jnp.sqrt(2 * rate * weight_decay / (1 + momentum))
-        return geometry.retraction(w - angle * d / size, axes), m, a
+    refuse_schedule("momentum", momentum)
 
-    return _leaf_by_leaf(step, _one_and_filters, learning_rate, axis, off_manifold)
+    def centred(axes: Axes, w: Array) -> Array:
+        return w - jnp.mean(w, axes, keepdims=True) if zero_mean else w
+
+    def start(axes: Axes, w: Array) -> Array:
+        return geometry.unit(centred(axes, w), axes) if zero_mean else w
+
+    def turn(axes: Axes, count: Array, w: Array, m: Array, a: Array) -> Arrays:
+        d = geometry.project(start(axes, w), centred(axes, m), axes)
+        a = average_decay * a + (1 - average_decay) * dot(d, d, axes)
+        return d / (jnp.sqrt(a / correction(average_decay, count)) + eps), a
+
+    def from_start(axes: Axes, w: Array, u: Array) -> Array:
+        return start(axes, w) + u - w
+
+    def angle(rate: Number) -> Number:
+        return (2 * rate * weight_decay / (1 + momentum)) ** 0.5
+
+    inner = optax.chain(
+        optax.trace(momentum),
+        stateful(turn, (per_filter,), axis),
+        optax.scale_by_learning_rate(map_value(angle, learning_rate)),
+        stateless(from_start, axis),
+    )
+    return on_sphere(inner, tangent=(), axis=axis, off_manifold=off_manifold)
 
 
+@with_rate
 def adam_srt(
     learning_rate: LearningRate,
     b1: Number = 0.9,
@@ -349,149 +382,259 @@ def adam_srt(
     [ 1.    -0.141]
     """
 
-    def step(
-        axes: Axes,
-        rate: jax.Array,
-        t: jax.Array,
-        w: jax.Array,
-        g: jax.Array,
-        m: jax.Array,
-        v: jax.Array,
-    ) -> tuple[jax.Array, ...]:
-        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * _dot(g, g, axes)
-        entries = w.size / v.size
-        size = jnp.sqrt(v / _correction(b2, t)) + eps
-        new = w - rate * entries**0.5 * m / _correction(b1, t) / size
-        squared = _dot(new, new, axes) + eps
-        turned = (_dot(w, new, axes) * m - _dot(m, new, axes) * w) / squared
-        return new, turned, v * _dot(w, w, axes) / squared
+    def leaf(axes: Axes, count: Array, w: Array, g: Array, m: Array, v: Array) -> Arrays:
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * dot(g, g, axes)
+        size = jnp.sqrt(v / correction(b2, count)) + eps
+        far = value_at(learning_rate, count) * (w.size / v.size) ** 0.5
+        u = -far * m / correction(b1, count) / size
+        squared = dot(w + u, w + u, axes) + eps
+        turned = (dot(w, w + u, axes) * m - dot(m, w + u, axes) * w) / squared
+        return u, turned, v * dot(w, w, axes) / squared
 
-    return _leaf_by_leaf(step, _one_and_filters, learning_rate, axis)
+    return widened(stateful(leaf, Moments(per_entry, per_filter), axis))
 
 
-def _leaf_by_leaf(
-    step: Callable[..., tuple[jax.Array, ...]],
-    start: Callable[[Axes, jax.Array], tuple[jax.Array, ...]],
+# --- Since 2023: norm or effective rate held ------------------------------------------------------
+
+
+@with_rate
+def hyperball(
     learning_rate: LearningRate,
-    axis: AxisSpec,  # or WHOLE
-    off_manifold: OffManifold | None = None,
+    inner: optax.GradientTransformation | None = None,
+    *,
+    axis: AxisSpec = None,
+    off_manifold: OffManifold = "normalize",
 ) -> optax.GradientTransformationExtraArgs:
-    """An update from what becomes of one leaf.
+    """Steps of fixed length at fixed norm: W ← R norm(W − λ R norm(u)), norm(x) = x/‖x‖.
+
+    u is what `inner` answers. The norms are those of filters; with `axis` of all axes, those of a
+    matrix, as published. R is 1; with off_manifold="keep" it is the norm at the start, as
+    published, and a network that notices the norm may use it.
 
     Args:
-        step: of (axes, learning rate, updates so far with this one, w, g, *memory) to the new w and
-            the new memory; w and g in at least float32. With `off_manifold`, w has unit norm.
-        start: of (axes, w) to the memory at the start.
+        inner: without a learning rate; default: optax.scale_by_adam(). With
+            optax.contrib.scale_by_muon() and whole matrices it is MuonH.
+
+    Source: Wen, Dang, Lyu, Ma and Liang (2026), Fantastic pretraining optimizers and where to find
+    them II: Hyperball optimization, arXiv 2606.16899.
+
+    >>> import jax.numpy as jnp, unitnorm
+    >>> w, g = jnp.array([[3.0], [4.0]]), jnp.array([[5.0], [0.0]])
+    >>> tx = unitnorm.hyperball(0.1, off_manifold="keep")
+    >>> step, _ = tx.update(g, tx.init(w), w)
+    >>> print(unitnorm.filter_norms(w + step))
+    [5.]
     """
-    rates = optax.scale_by_learning_rate(learning_rate, flip_sign=False)
-
-    def map_leaves(function: Callable[..., Any], params: optax.Params | None, *trees: Any) -> Any:
-        if axis is not WHOLE:
-            return map_filters(function, axis, params, *trees)
-        if params is None:
-            raise ValueError(NEEDS_PARAMS)
-        return jax.tree.map(lambda w, *x: function(tuple(range(w.ndim)), w, *x), params, *trees)
-
-    guard = None if off_manifold is None else retract(axis, off_manifold)
-
-    def init(params: optax.Params) -> RivalState:
-        if guard is not None:
-            guard.init(params)
-        memory = map_leaves(start, jax.tree.map(geometry.wide, params))
-        return RivalState(jnp.zeros([], jnp.int32), memory, rates.init(params))
-
-    def update(
-        updates: optax.Updates, state: RivalState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, RivalState]:
-        rate, schedule = rates.update(jnp.ones([]), state.schedule)
-        count = optax.safe_increment(state.count)
-
-        def leaf(axes: Axes, w: jax.Array, g: jax.Array, memory: tuple[jax.Array, ...]) -> _Moved:
-            at, slope = geometry.wide(w), geometry.wide(g)
-            if guard is not None:
-                slope = geometry.filter_norms(w, axes, keepdims=True) * slope
-                at = geometry.retraction(at, axes)
-            new, *after = step(axes, rate, count, at, slope, *memory)
-            kept = tuple(a.astype(b.dtype) for a, b in zip(after, memory, strict=True))
-            return _Moved((new - geometry.wide(w)).astype(w.dtype), kept)
-
-        moved = map_leaves(leaf, params, updates, state.memory)
-        steps = jax.tree.map(lambda m: m.step, moved, is_leaf=_is_moved)
-        memory = jax.tree.map(lambda m: m.memory, moved, is_leaf=_is_moved)
-        return steps, RivalState(count, memory, schedule)
-
-    return optax.with_extra_args_support(optax.GradientTransformation(init, update))
+    inner = optax.chain(
+        optax.scale_by_adam() if inner is None else inner,
+        stateless(lambda axes, w, u: geometry.unit(u, axes), axis),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+    return on_sphere(inner, tangent=(), axis=axis, off_manifold=off_manifold)
 
 
-class _Moved(NamedTuple):
-    step: jax.Array
-    memory: tuple[jax.Array, ...]
+@with_rate
+def ngpt(
+    learning_rate: LearningRate,
+    b1: Number = 0.9,
+    b2: Number = 0.95,
+    eps: float = 1e-8,
+    *,
+    axis: AxisSpec = None,
+    off_manifold: OffManifold = "normalize",
+) -> optax.GradientTransformationExtraArgs:
+    """Adam, then unit norm, as nGPT trains its matrices: w ← Orth(w − λ m̂/(√v̂ + eps)).
+
+    nGPT normalises along the embedding: `axis` has to say which that is for each matrix. Its
+    network differs too; this is its optimiser alone. For another one than Adam:
+    `on_sphere(inner, tangent=())`.
+
+    Source: Loshchilov, Hsieh, Sun and Ginsburg (2024), nGPT: normalized transformer with
+    representation learning on the hypersphere, section 2.6 and the authors' code (NVIDIA/ngpt).
+
+    >>> import jax.numpy as jnp, unitnorm
+    >>> w, g = jnp.array([[1.0], [0.0]]), jnp.array([[0.0], [7.0]])
+    >>> tx = unitnorm.ngpt(0.75)
+    >>> step, _ = tx.update(g, tx.init(w), w)
+    >>> print((w + step).ravel().round(3))
+    [ 0.8 -0.6]
+    """
+    adam = optax.adam(learning_rate, b1, b2, eps)
+    return on_sphere(adam, tangent=(), axis=axis, off_manifold=off_manifold)
 
 
-def _is_moved(x: Any) -> bool:
-    return isinstance(x, _Moved)
+@with_rate
+def renorm_sgd(
+    learning_rate: LearningRate,
+    momentum: Schedulable = 0.85,
+    *,
+    nesterov: bool = True,
+    axis: AxisSpec = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Unit norm, then a step of fixed length: w ← w/‖w‖ − λ u/‖u‖, m ← μ m + g, u = g + μ m.
+
+    Norms are one before the step and not after it. Where u is 0 there is no step.
+
+    Source: Jordan (2024), KellerJordan/research-airbench, renorm_airbench.py, whose rate is 0.07.
+
+    >>> import jax.numpy as jnp, unitnorm
+    >>> w, g = jnp.array([[2.0], [0.0]]), jnp.array([[0.0], [100.0]])
+    >>> tx = unitnorm.renorm_sgd(0.07)
+    >>> step, _ = tx.update(g, tx.init(w), w)
+    >>> print((w + step).ravel().round(3))
+    [ 1.   -0.07]
+    """
+
+    def leaf(axes: Axes, count: Array, w: Array, g: Array, m: Array) -> Arrays:
+        mu, far = value_at(momentum, count), value_at(learning_rate, count)
+        m = mu * m + g
+        towards = geometry.unit(g + mu * m if nesterov else m, axes)
+        return geometry.unit(w, axes) - far * towards - w, m
+
+    return widened(stateful(leaf, (per_entry,), axis))
 
 
-def _one_like(_: Axes, w: jax.Array) -> tuple[jax.Array, ...]:
-    return (jnp.zeros_like(w),)
+@with_rate
+def adamwn(
+    learning_rate: LearningRate,
+    b1: Number = 0.9,
+    b2: Number = 0.999,
+    eps: float = 1e-8,
+    *,
+    norm_ratio: Schedulable = 1.0,
+    update_rate: Schedulable = 0.01,
+    axis: AxisSpec = None,
+) -> optax.GradientTransformationExtraArgs:
+    """AdamW whose decay draws norms to a target: w ← w − λ m̂/(√v̂ + eps) − κ (1 − r‖w₀‖/‖w‖) w.
+
+    r is `norm_ratio`, κ is `update_rate`; r = 0 is weight decay κ, κ = 1 sets the norm at once. κ
+    is not multiplied by λ. The target is kept per filter, and κ = 0.01 is a choice made here.
+
+    Source: Loshchilov (2023), Weight norm control, equation (3), arXiv 2311.11446.
+
+    >>> import jax.numpy as jnp, unitnorm
+    >>> w, g = jnp.array([[2.0], [0.0]]), jnp.zeros((2, 1))
+    >>> tx = unitnorm.adamwn(0.1, norm_ratio=0.5, update_rate=1.0)
+    >>> step, _ = tx.update(g, tx.init(w), w)
+    >>> print((w + step).ravel())  # half its norm at once
+    [1. 0.]
+    """
+
+    def control(axes: Axes, count: Array, w: Array, u: Array, start: Array) -> Arrays:
+        target = value_at(norm_ratio, count) * start
+        excess = 1 - target * geometry.inverse_norms(geometry.norms_of(w, axes))
+        return u - value_at(update_rate, count) * excess * w, start
+
+    adam = optax.adam(learning_rate, b1, b2, eps)
+    return widened(optax.chain(adam, stateful(control, (norms_leaf,), axis)))
 
 
-def _two_like(_: Axes, w: jax.Array) -> tuple[jax.Array, ...]:
-    return jnp.zeros_like(w), jnp.zeros_like(w)
+@with_rate
+def muon(
+    learning_rate: LearningRate,
+    momentum: Number = 0.95,
+    weight_decay: Number = 0.0,
+    *,
+    nesterov: bool = True,
+    axis: AxisSpec = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Momentum made orthogonal, of the matrix whose columns are the filters: optax.contrib.muon.
+
+    m ← μ m + (1−μ) g; of m̂ (with Nesterov, looked ahead) about the nearest matrix with orthonormal
+    rows or columns, by five Newton-Schulz steps, times √max(1, filters/entries). With `axis` of all
+    axes the matrix is one column. The kernels of a stack of layers are one matrix here.
+
+    Source: Jordan, Jin, Boza, You, Cesista, Newhouse and Bernstein (2024), Muon: an optimizer for
+    hidden layers in neural networks; momentum 0.95, Nesterov and five steps are theirs, λ is 0.02
+    in their code (KellerJordan/Muon).
+
+    >>> import jax.numpy as jnp, unitnorm
+    >>> w, g = jnp.eye(2), jnp.diag(jnp.array([1.0, 100.0]))
+    >>> tx = unitnorm.muon(0.1)
+    >>> step, _ = tx.update(g, tx.init(w), w)
+    >>> print(bool((jnp.diag(step) < -0.04).all()))  # both, whatever their gradients
+    True
+    """
+    refuse_schedule("momentum", momentum)
+
+    def numbers(axes: Axes, w: Array) -> optax.contrib.MuonDimensionNumbers:
+        others = tuple(a for a in range(w.ndim) if a not in axes)
+        return optax.contrib.MuonDimensionNumbers(axes, others)
+
+    return widened(
+        optax.contrib.muon(
+            learning_rate,
+            beta=momentum,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+            muon_weight_dimension_numbers=lambda params: map_filters(numbers, axis, params),
+        )
+    )
 
 
-def _filters(axes: Axes, w: jax.Array) -> tuple[jax.Array, ...]:
-    return (jnp.zeros_like(geometry.filter_norms(w, axes, keepdims=True)),)
+@with_rate
+def manifold_muon(
+    learning_rate: LearningRate,
+    *,
+    dual_steps: int = 10,
+    dual_rate: float = 0.1,
+    tolerance: float = 1e-6,
+    axis: AxisSpec = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Muon among orthonormal filters: W ← msign(W − λ A), WᵀW = 1, msign(U Σ Vᵀ) = U Vᵀ.
+
+    W has the filters as columns, or the entries where those are fewer. A = msign(G + 2 W Λ) is the
+    steepest direction of spectral norm one among the tangent ones, WᵀA + AᵀW = 0, for the right Λ:
+    dual ascent from Λ = −(WᵀG + GᵀW)/4 takes `dual_steps` steps Λ ← Λ − α (1 − k/K) (WᵀA + AᵀW),
+    and stops where their entries are below `tolerance`. The first update makes W orthonormal.
+    A singular value decomposition for each of these steps: for small matrices.
+
+    Source: Bernstein (2025), Modular manifolds (thinkingmachines.ai), and its code
+    (thinking-machines-lab/manifolds), whose K is 100 and α 0.01.
+
+    >>> import jax.numpy as jnp, unitnorm
+    >>> w, g = jnp.eye(3)[:, :2], jnp.ones((3, 2))
+    >>> tx = unitnorm.manifold_muon(0.1)
+    >>> step, _ = tx.update(g, tx.init(w), w)
+    >>> print(jnp.abs((w + step).T @ (w + step)).round(4))
+    [[1. 0.]
+     [0. 1.]]
+    """
+
+    def leaf(axes: Axes, count: Array, w: Array, g: Array) -> Arrays:
+        order = (*axes, *(a for a in range(w.ndim) if a not in axes))
+        entries = math.prod(w.shape[a] for a in axes)
+        wide = entries < w.size // max(entries, 1)
+
+        def as_tall(x: Array) -> Array:
+            matrix = x.transpose(order).reshape(entries, -1)
+            return matrix.T if wide else matrix
+
+        W, G = as_tall(w), as_tall(g)
+
+        def ascend(k: Array, carried: tuple[Array, Array]) -> Arrays:
+            dual = carried[0]
+            A = _msign(G + 2 * _times(W, dual))
+            off = _times(W.T, A) + _times(A.T, W)
+            step = jnp.where(jnp.sqrt(jnp.mean(off**2)) < tolerance, 0, dual_rate)
+            return dual - step * (1 - k / dual_steps) * off, A
+
+        dual = -(_times(W.T, G) + _times(G.T, W)) / 4
+        A = jax.lax.fori_loop(0, dual_steps, ascend, (dual, jnp.zeros_like(W)))[1]
+        new = _msign(W - value_at(learning_rate, count) * A)
+        shape = [w.shape[a] for a in order]
+        moved = (new.T if wide else new).reshape(shape).transpose(np.argsort(order))
+        return (moved - w,)
+
+    return widened(stateful(leaf, (), axis))
 
 
-def _one_and_filters(axes: Axes, w: jax.Array) -> tuple[jax.Array, ...]:
-    return *_one_like(axes, w), *_filters(axes, w)
+def _times(a: Array, b: Array) -> Array:
+    return jnp.matmul(a, b, precision="highest")
 
 
-def _correction(decay: Number, t: jax.Array) -> jax.Array:
-    """1 − decayᵗ without the cancellation that costs float32 four digits at 0.999."""
-    exact = isinstance(decay, float) and decay > 0
-    return -jnp.expm1(t * (math.log(decay) if exact else jnp.log(decay)))
-
-
-def _dot(a: jax.Array, b: jax.Array, axes: Axes) -> jax.Array:
-    return jnp.sum(a * b, axes, keepdims=True)
-
-
-def _centred(w: jax.Array, axes: Axes) -> jax.Array:
-    return w - jnp.mean(w, axes, keepdims=True)
-
-
-def _clipped(h: jax.Array, clip: Number | None, axes: Axes) -> jax.Array:
-    if clip is None:
-        return h
-    norms = geometry.filter_norms(h, axes, keepdims=True)
-    return h * jnp.where(norms > clip, clip / jnp.where(norms == 0, 1, norms), 1)
-
-
-def _along_geodesic(
-    w: jax.Array, along: jax.Array, m: jax.Array, axes: Axes
-) -> tuple[jax.Array, jax.Array]:
-    """exp_w(along) on the unit sphere, and m transported there; a zero filter stays."""
-    angle = geometry.filter_norms(along, axes, keepdims=True)
-    towards = along / jnp.where(angle == 0, 1, angle)
-    part = _dot(towards, m, axes)
-    new = jnp.cos(angle) * w + jnp.where(_dot(w, w, axes) == 0, 0, jnp.sin(angle)) * towards
-    transported = m + part * ((jnp.cos(angle) - 1) * towards - jnp.sin(angle) * w)
-    return geometry.retraction(new, axes), transported  # divided by the norm for rounding alone
-
-
-def _without_radial(
-    axes: Axes, w: jax.Array, g: jax.Array, p: jax.Array, delta: Number, eps: float
-) -> tuple[jax.Array, jax.Array]:
-    """p without its part along the weights where they look invariant, and whether they do."""
-    found, looks = p, jnp.zeros([], bool)
-    # The leaf as a whole first, so that filters have the last word.
-    for over in (tuple(range(w.ndim)), axes):
-        norms = [jnp.sqrt(_dot(x, x, over)) for x in (w, g)]
-        cosines = jnp.abs(_dot(w, g, over)) / jnp.maximum(norms[0] * norms[1], eps)
-        looks_so = jnp.max(cosines) < delta / (w.size / cosines.size) ** 0.5
-        unit = w / (norms[0] + eps)
-        found = jnp.where(looks_so, p - unit * _dot(unit, p, over), found)
-        looks = looks | looks_so
-    return found, looks
+def _msign(x: Array) -> Array:
+    """U Vᵀ of x = U Σ Vᵀ; directions that x does not have are left out."""
+    u, s, vt = jnp.linalg.svd(x, full_matrices=False)
+    there = s > jnp.finfo(x.dtype).eps * max(x.shape) * jnp.max(s, initial=0)
+    return _times(u * there, vt)

@@ -1,0 +1,102 @@
+"""ResNet-9, a small convolutional network with batch normalisation, for studies on natural images.
+
+The network of David Page's "How to train your ResNet" (2018): eight convolutions of 3 × 3, each
+followed by batch normalisation and ReLU, two residual blocks, and a linear classifier. To add a
+network, write its module and give it a name in `NETWORKS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from unitnorm.archbn.model import Network, split_network
+
+PAD = 4  # pixels that a crop may move an image by
+BN_MOMENTUM = 0.9  # of the running statistics
+
+
+class ConvBlock(nnx.Module):
+    """Convolution 3 × 3 without bias, batch normalisation, ReLU, and pooling of 2 × 2 if asked."""
+
+    def __init__(self, inputs: int, outputs: int, *, pool: bool = False, rngs: nnx.Rngs):
+        self.conv = nnx.Conv(inputs, outputs, (3, 3), use_bias=False, rngs=rngs)
+        self.norm = nnx.BatchNorm(outputs, momentum=BN_MOMENTUM, use_fast_variance=False, rngs=rngs)
+        self.pool = pool
+
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        x = nnx.relu(self.norm(self.conv(x), use_running_average=not train))
+        return nnx.max_pool(x, (2, 2), (2, 2)) if self.pool else x
+
+
+class ResNet9(nnx.Module):
+    """Images (batch, height · width · channels), 0 to 255, to logits (batch, classes).
+
+    Args:
+      shape: of an image: (height, width) or (height, width, channels), at least 8 × 8.
+      width: filters of the first convolution; the widest have eight times as many.
+    """
+
+    def __init__(self, shape: tuple[int, ...], classes: int, *, width: int, rngs: nnx.Rngs):
+        self.shape = (*shape, 1)[:3]
+        block = partial(ConvBlock, rngs=rngs)
+        self.prepare = block(self.shape[2], width)
+        self.first = block(width, 2 * width, pool=True)
+        self.residual = nnx.List([block(2 * width, 2 * width) for _ in range(2)])
+        self.second = block(2 * width, 4 * width, pool=True)
+        self.third = block(4 * width, 8 * width, pool=True)
+        self.residual_last = nnx.List([block(8 * width, 8 * width) for _ in range(2)])
+        self.classifier = nnx.Linear(8 * width, classes, use_bias=False, rngs=rngs)
+
+    def __call__(self, x: Array, *, train: bool = False) -> Array:
+        x = (x.reshape(-1, *self.shape) / 255 - 0.5) / 0.25
+        x = self.first(self.prepare(x, train=train), train=train)
+        x = x + self._through(self.residual, x, train)
+        x = self.third(self.second(x, train=train), train=train)
+        x = x + self._through(self.residual_last, x, train)
+        return 0.125 * self.classifier(x.max((1, 2)))
+
+    def _through(self, blocks: Any, x: Array, train: bool) -> Array:
+        for block in blocks:
+            x = block(x, train=train)
+        return x
+
+
+NETWORKS: dict[str, Callable[..., nnx.Module]] = {
+    "resnet9-narrow": partial(ResNet9, width=8),
+    "resnet9": partial(ResNet9, width=64),
+}
+
+
+@lru_cache(maxsize=16)
+def convolutional(name: str, shape: tuple[int, ...], classes: int) -> Network:
+    """A network of `NETWORKS` as pure functions, its mini-batches flipped and shifted at random."""
+    make = NETWORKS[name]
+    network = split_network(lambda rngs: make(shape, classes, rngs=rngs), kernel_mask, None)
+    return network._replace(augment=partial(augment, (*shape, 1)[:3]), bn_momentum=BN_MOMENTUM)
+
+
+def kernel_mask(params: Any) -> Any:
+    """True for every kernel of a convolution, all of which feed a normalisation."""
+    return jax.tree.map(lambda w: w.ndim == 4, params)
+
+
+def augment(shape: tuple[int, ...], key: Array, x: Array) -> Array:
+    """Each image of (batch, features) mirrored or not, and moved by up to `PAD` pixels."""
+    images = x.reshape(-1, *shape)
+    padded = jnp.pad(images, ((0, 0), (PAD, PAD), (PAD, PAD), (0, 0)), mode="reflect")
+
+    def one(key: Array, image: Array) -> Array:
+        move, flip = jax.random.split(key)
+        start = jax.random.randint(move, (2,), 0, 2 * PAD + 1)
+        crop = jax.lax.dynamic_slice(image, (*start, 0), shape)
+        return jnp.where(jax.random.bernoulli(flip), crop[:, ::-1], crop)
+
+    changed = jax.vmap(one)(jax.random.split(key, len(images)), padded)
+    return changed.reshape(x.shape)

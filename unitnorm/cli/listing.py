@@ -1,0 +1,80 @@
+"""The command `unitnorm list`: what stands in the results folders, and how to go on with it."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import click
+
+from unitnorm.cli import options as opt
+from unitnorm.run.job import CHECKPOINTS
+
+
+@click.command("list", cls=opt.GroupedCommand, short_help="What was run, and how to go on.")
+@opt.out_option("runs", "Folder that is searched.")
+@opt.json_option
+def list_folders(out: Path, as_json: bool) -> None:
+    """List the results folders: experiment, state, runs recorded, size, and the last command.
+
+    The command of an unfinished folder goes on where it stopped.
+
+    \b
+    Example
+      unitnorm list
+      unitnorm list --out results --json
+    """
+    marks = ("provenance.json", CHECKPOINTS)
+    folders = sorted({path.parent for mark in marks for path in out.glob(f"**/{mark}")})
+    found = [look_at(folder) for folder in folders]
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    elif not found:
+        click.echo(f"nothing was run in {out} yet")
+    for about in () if as_json else found:
+        size = f"{about['bytes'] / 1e6:,.1f} MB"
+        runs = "" if about["runs"] is None else f", {about['runs']:,} runs"
+        click.echo(f"{about['folder']}: {about['experiment']}, {about['state']}{runs}, {size}")
+        if about["command"]:
+            click.echo(f"  {about['command']}")
+
+
+def look_at(folder: Path) -> dict[str, Any]:
+    """What a results folder holds: running, unfinished, recorded or damaged."""
+    about: dict[str, Any] = {"folder": str(folder), "experiment": "unknown", "state": "damaged"}
+    about |= {"runs": None, "command": None, "last": None}
+    about["bytes"] = sum(path.stat().st_size for path in folder.glob("**/*") if path.is_file())
+    try:
+        for name, read in (("runs.csv", Path.open), ("runs.csv.gz", gzip.open)):
+            if (folder / name).exists():
+                with read(folder / name, "rb") as lines:
+                    about["runs"] = sum(1 for _ in lines) - 1
+        if (folder / "provenance.json").exists():
+            provenance = json.loads((folder / "provenance.json").read_bytes())
+            last = provenance["commands"][-1]
+            about["experiment"] = provenance.get("kind", "table2")
+            about["command"] = opt.to_go_on(shlex.split(last["command"]))
+            about["last"] = last["started"]
+        left = (folder / CHECKPOINTS).exists()
+        about["state"] = "running" if is_held(folder) else "unfinished" if left else "recorded"
+    except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError):
+        pass  # damaged
+    return about
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process is at work in the folder."""
+    if not (folder / ".lock").exists():
+        return False
+    import filelock
+
+    try:
+        with filelock.FileLock(folder / ".lock", timeout=0):
+            return False
+    except filelock.Timeout:
+        return True
+    except OSError:  # a folder that cannot be written
+        return False
