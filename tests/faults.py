@@ -1,8 +1,8 @@
 """Real processes, killed at any moment and started again until they are done.
 
-`python -m tests.faults --kills 200` runs as many as one likes; `test_survival.py` runs thirty. The
-processes come out of a fork server that has imported everything, so that a life is spent on the
-experiment and not on imports. Change here what is killed, and when.
+`python -m tests.faults --kills 200` runs as many as one likes; `test_survival.py` runs three, and
+thirty. The processes come out of a fork server that has imported everything, so that a life is
+spent on the experiment and not on imports. Change here what is killed, and when.
 """
 
 from __future__ import annotations
@@ -26,20 +26,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
-
-from tests.idx import idx_of
+from tests.idx import write_blobs
 
 RECORDS = ("runs.csv", "history.csv", "sweep.csv", "filters.safetensors")
-CONFIG = """
+EPOCHS = 20
+CONFIG = f"""
 runs = 2
 depths = [1]
 updates = ["un"]
-[model]
-width = 4
-bn_momentum = 0.9
-[loss]
-batch_size = 20
+model = {{ width = 4, bn_momentum = 0.9 }}
+loss = {{ batch_size = 20 }}
 [sweep]
 rates = [1e-2, 1e-3]
 train_images = 100
@@ -48,27 +44,14 @@ epochs = 8
 [train]
 train_images = 200
 validation_images = 100
-min_epochs = 30
-max_epochs = 30
+min_epochs = {EPOCHS}
+max_epochs = {EPOCHS}
 """
 # Compiles in half the time.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 PATIENCE_S = 300  # a process that takes so long hangs
 # Starting a process asks after all others, and only one thread hears how one has ended.
 ASKING = threading.Lock()
-
-
-def write_idx(folder: Path, train: int = 300, test: int = 100, side: int = 6) -> Path:
-    """A data set of four classes that can be learnt."""
-    rng = np.random.default_rng(0)
-    patterns = rng.integers(0, 120, (4, side, side))
-    folder.mkdir(parents=True)
-    for prefix, count in (("train", train), ("t10k", test)):
-        labels = (np.arange(count) % 4).astype(np.uint8)
-        images = (patterns[labels] + rng.integers(0, 60, (count, side, side))).astype(np.uint8)
-        for name, array in ((f"{prefix}-images-idx3", images), (f"{prefix}-labels-idx1", labels)):
-            (folder / f"{name}-ubyte").write_bytes(idx_of(array))
-    return folder
 
 
 class Workshop:
@@ -82,7 +65,7 @@ class Workshop:
         self.folder = folder
         self.config = folder / "config.toml"
         self.config.write_text(CONFIG)
-        self.data = write_idx(folder / "data")
+        self.data = write_blobs(folder / "data", 300, 100)
         self.programs = folder / "programs"  # compiled ones, shared by all caches
         self.programs.mkdir()
         self._context = multiprocessing.get_context("forkserver")
@@ -127,26 +110,22 @@ class Life:
             os.kill(self._process.pid, number)
 
     def wait_until(self, there: Callable[[], object]) -> None:
-        """Return as soon as something is there; it must be before the process has ended."""
+        """Return as soon as something is there, or the process has ended."""
         until = time.monotonic() + PATIENCE_S
-        while not there():
-            assert self.running(), self._read("out", "err")
-            assert time.monotonic() < until, self._read("out", "err")
-            time.sleep(0.001)
+        while self.running() and not there():
+            assert time.monotonic() < until, f"hangs: {self._said()}"
+            time.sleep(0.0005)
 
     def end(self) -> tuple[int, str, str]:
         """Wait; the exit code (negative: the signal), and what was printed and complained of."""
-        until = time.monotonic() + PATIENCE_S
-        while self.running():
-            assert time.monotonic() < until, f"hangs: {self._read('out', 'err')}"
-            time.sleep(0.002)
-        found = self._process.exitcode, self._read("out"), self._read("err")
+        self.wait_until(lambda: False)
+        found = self._process.exitcode, *self._said()
         shutil.rmtree(self._folder)
         return found
 
-    def _read(self, *names: str) -> str:
-        paths = [self._folder / name for name in names]
-        return "".join(path.read_text() for path in paths if path.exists())
+    def _said(self) -> list[str]:
+        paths = [self._folder / name for name in ("out", "err")]
+        return [path.read_text() if path.exists() else "" for path in paths]
 
 
 def live(words: list[str], environment: dict[str, str], folder: str) -> None:
@@ -170,28 +149,20 @@ def no_pickle(event: str, _: tuple) -> None:
 
 # ---------------------------------------------------------------- kills
 
-
-def exists(pattern: str) -> Callable[[Path], bool]:
-    return lambda folder: found(folder, pattern)
+# What a process is at, and the files that tell, in or beside the results folder `out`; and within
+# how many seconds from then on it is killed.
+MOMENTS = {
+    "writing records": ("out/.records-*", 0.01),
+    "checkpointing": ("out/.checkpoints/*/unfinished.tmp", 0.1),
+    "training": ("out/.checkpoints/train-*", 1.0),
+    "sweep": ("out/.checkpoints/sweep-*", 0.8),
+    "start": (".", 2.0),
+}
 
 
 def found(folder: Path, pattern: str) -> bool:
     """There is a file of this name; unlike Path.glob's, folders may vanish meanwhile."""
-    return bool(glob.glob(pattern, root_dir=folder))
-
-
-# What a process is at, and the files that tell: looked for beside the results folder.
-MOMENTS: dict[str, Callable[[Path], bool]] = {
-    "start": lambda _: True,
-    "sweep": exists("out/.checkpoints/sweep-*"),
-    "training": exists("out/.checkpoints/train-*"),
-    "checkpointing": exists("out/.checkpoints/*/unfinished.tmp"),
-    "writing records": lambda folder: any(
-        (folder / "out" / name).exists() for name in (".records-staged", ".records-valid")
-    ),
-}
-SPREAD_S = {"start": 2.0, "sweep": 0.8, "training": 1.0, "checkpointing": 0.1}
-BRIEF_S = 0.01  # for the other moments, which are over soon
+    return bool(glob.glob(pattern, root_dir=folder, include_hidden=True))
 
 
 def contents(out: Path) -> dict[str, bytes]:
@@ -203,32 +174,30 @@ def contents(out: Path) -> dict[str, bytes]:
 
 
 def campaign(workshop: Workshop, name: str, kills: int, seed: int) -> tuple[Counter, list[dict]]:
-    """Kill a training `kills` times, at moments drawn from `seed`; resume until done, and again.
+    """Kill a training `kills` times, at each moment in turn; resume until done, and again.
 
     Returns:
       How often it was killed at which moment, and the records of every training that was done.
     """
-    rng = random.Random(seed)
+    rng, moments = random.Random(seed), list(MOMENTS)
     folder = workshop.folder / name
     folder.mkdir()
     cache, out = workshop.cache(name), folder / "out"
     killed: Counter = Counter()
     done = []
     while True:
-        moment = rng.choice(list(MOMENTS)) if killed.total() < kills else None
         life = workshop.start(workshop.train(out), cache)
-        if moment is not None:
-            delay = rng.uniform(0.0, SPREAD_S.get(moment, BRIEF_S))
-            while life.running() and not MOMENTS[moment](folder):
-                time.sleep(0.0005)
-            time.sleep(delay)
+        moment = moments[(seed + killed.total()) % len(moments)]
+        if killed.total() < kills:
+            pattern, spread_s = MOMENTS[moment]
+            life.wait_until(lambda pattern=pattern: found(folder, pattern))
+            time.sleep(rng.uniform(0.0, spread_s))
             life.send(signal.SIGKILL)
         code, said, errors = life.end()
         if code == -signal.SIGKILL:
             killed[moment] += 1
             continue
-        assert code == 0, f"killed {dict(killed)}: exit code {code}\n{said}{errors}"
-        assert errors == "", errors
+        assert (code, errors) == (0, ""), f"killed {dict(killed)}: exit code {code}\n{said}{errors}"
         left = {str(path.relative_to(out)) for path in out.rglob("*")} - {".lock"}
         assert left == {*RECORDS, "provenance.json"}, left
         assert {path.name for path in cache.iterdir()} == {"programs"}
@@ -244,17 +213,13 @@ def kill(workshop: Workshop, kills: int, seed: int, at_once: int = 2) -> Counter
     Raises:
       AssertionError: other records, stray files, or a process that failed by itself.
     """
-    cache = workshop.cache("undisturbed")
-    code, said, errors = workshop.start(
-        workshop.train(workshop.folder / "undisturbed"), cache
-    ).end()
-    assert (code, errors) == (0, ""), said + errors
-    expected = contents(workshop.folder / "undisturbed")
+    _, (expected,) = campaign(workshop, f"undisturbed-{seed}", 0, seed)
     shares = [kills // at_once + (i < kills % at_once) for i in range(at_once)]
+    starts = [seed + sum(shares[:i]) for i in range(at_once)]  # the next one's moments come after
     with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
         jobs = [
-            pool.submit(campaign, workshop, f"lane-{seed}-{i}", share, seed * at_once + i)
-            for i, share in enumerate(shares)
+            pool.submit(campaign, workshop, f"lane-{seed}-{start}", share, start)
+            for share, start in zip(shares, starts, strict=True)
         ]
         results = [job.result() for job in jobs]
     for killed, done in results:
@@ -270,12 +235,7 @@ def small_disk(folder: Path, size: str, *, read_only: bool = False) -> Iterator[
     folder.mkdir(exist_ok=True)
     options = f"size={size}" + ",ro" * read_only
     mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-    try:
-        done = subprocess.run(mount, capture_output=True)
-    except OSError:
-        yield None
-        return
-    if done.returncode:
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
         yield None
         return
     try:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,9 +9,8 @@ import numpy as np
 import pytest
 
 from unitnorm.errors import Interrupted
-from unitnorm.run import checkpoints
-from unitnorm.run.checkpoints import Checkpoints, Part
-from unitnorm.run.loop import Session, Status, Trainable, train
+from unitnorm.run.checkpoints import Checkpoints, Folder, Part
+from unitnorm.run.loop import Session, Status, train
 from unitnorm.run.progress import describe
 
 PART = Part("count", "0" * 64, ("counts/0",))
@@ -42,17 +39,14 @@ class Counter:
         return Status(epoch, epoch < self.epochs, f"{epoch} counted", "step 1" if unit else "")
 
 
-@dataclass
 class Memory(Checkpoints):
     """Keeps every state; it is due after these units."""
 
-    due_after: tuple[int, ...] = ()
-    saved: list[tuple[int, bool]] = field(default_factory=list)
-    asked: int = 0
+    def __init__(self, *due_after: int):
+        self.due_after, self.saved, self.asked = due_after, [], 0
 
     def restore(self, part: Part, like: Any) -> Any | None:
-        assert part == PART
-        assert like["units"].shape == ()
+        assert (part, like["units"].shape) == (PART, ())
         return {"units": np.asarray(self.saved[-1][0])} if self.saved else None
 
     def due(self) -> bool:
@@ -64,117 +58,70 @@ class Memory(Checkpoints):
         self.saved.append((int(state["units"]), wait))
 
 
-class Outside:
-    """A session that notes what it is told, and asks to stop at its n-th look."""
+def counted(memory: Checkpoints, stop_at: int = 0) -> list[Any]:
+    """What a training told, its end first: 6, or None where it was interrupted, at a look at
+    whether somebody has asked to stop; the first is before the first unit."""
+    told: list[Any] = []
+    looks = iter(range(1, 99))
 
-    def __init__(self, kept: Any = None, stop_at: int | None = None):
-        self.told: list[Any] = []
-        self.looks = 0
-        self.stop_at = stop_at
-        self.kept = Checkpoints() if kept is None else kept
-        self.session = Session(
-            self.report, self.told.append, checkpoints=self.kept, interrupted=self.interrupted
-        )
-
-    def report(self, program: Trainable, status: Status, seconds: float) -> None:
-        assert isinstance(program, Counter)
-        assert (program.title, program.epochs) == ("count", 3)
+    def report(program: Counter, status: Status, seconds: float) -> None:
         assert seconds > 0
-        self.told.append(status)
+        told.append(status)
 
-    def interrupted(self) -> bool:
-        self.looks += 1
-        return self.looks == self.stop_at
+    def after_epoch(state: Any, status: Status) -> None:
+        told.append(("epoch", status.epoch, int(state["units"])))
 
-    def train(self) -> int:
-        def after_epoch(state: Any, status: Status) -> None:
-            self.told.append(("epoch", status.epoch, int(state["units"])))
-
-        return int(train(PART, Counter(), self.session, after_epoch)["units"])
-
-    def lines(self) -> list[str]:
-        return [told for told in self.told if isinstance(told, str)]
-
-    def reports(self) -> list[Status]:
-        """What was shown of whole epochs."""
-        return [told for told in self.told if isinstance(told, Status) and not told.place]
+    session = Session(
+        report, told.append, checkpoints=memory, interrupted=lambda: next(looks) == stop_at
+    )
+    try:
+        return [int(train(PART, Counter(), session, after_epoch)["units"]), *told]
+    except Interrupted:
+        return [None, *told]
 
 
 def test_every_epoch_is_reported_once_after_its_records():
-    outside = Outside()
-    assert outside.train() == 6
-    assert outside.told == [
+    assert counted(Checkpoints()) == [
+        6,
         Status(0, True, "0 counted", "step 1"), ("epoch", 1, 2), Status(1, True, "1 counted"),
         Status(1, True, "1 counted", "step 1"), ("epoch", 2, 4), Status(2, True, "2 counted"),
         Status(2, True, "2 counted", "step 1"), ("epoch", 3, 6), Status(3, False, "3 counted"),
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("epoch", "says"),
-    [(1, "2.5 samples/s, ≤ 0:00:08 left"), (3, "2.5 samples/s, ≤ 0:00:00 left")],
-)
-def test_an_epoch_is_shown_with_its_speed_and_the_time_left(epoch, says):
-    status = Counter().status({"units": 2 * epoch})
-    assert describe(Counter(), status, seconds=4.0) == f"{epoch} counted, {says}"
+@pytest.mark.parametrize(("epoch", "left"), [(1, "0:00:08"), (3, "0:00:00")])
+def test_an_epoch_is_shown_with_its_speed_and_the_time_left(epoch, left):
+    shown = describe(Counter(), Counter().status({"units": 2 * epoch}), seconds=4.0)
+    assert shown == f"{epoch} counted, 2.5 samples/s, ≤ {left} left"
 
 
 def test_a_state_is_saved_when_it_is_due_and_never_at_the_end():
-    memory = Memory(due_after=(2, 3, 6))
-    assert Outside(memory).train() == 6
+    memory = Memory(2, 3, 6)
+    assert counted(memory)[0] == 6
     assert memory.saved == [(2, False), (3, False)]  # after 6 its records are to be written
 
 
-@pytest.mark.parametrize("units", range(1, 6))
+@pytest.mark.parametrize("units", range(7))
 def test_an_interruption_saves_and_the_next_start_goes_on(units):
-    memory = Memory()
-    first = Outside(memory, stop_at=units + 1)  # it is looked at before the first unit, too
-    with pytest.raises(Interrupted):
-        first.train()
-    assert memory.saved == [(units, True)]  # on the disk
-    assert len(first.reports()) == units // 2  # what has ended is reported
-    second = Outside(memory)
-    assert second.train() == 6
+    memory, whole = Memory(), counted(Checkpoints())[1:]
+    end, *told = counted(memory, stop_at=units + 1)
+    assert end == (6 if units == 6 else None)  # after the last unit there are results to record
+    assert memory.saved == ([(units, True)] if units else [])  # on the disk
+    cut = units + units // 2  # a unit is told once, and an epoch once more
+    assert told == whole[:cut]
     where = f"epoch {units // 2}" + (", step 1" if units % 2 else "")
-    assert second.lines()[0] == f"count: going on after {where}"
-    assert [report.epoch for report in second.reports()] == list(range(units // 2 + 1, 4))
-
-
-def test_an_interruption_before_the_first_unit_computes_nothing():
-    memory = Memory()
-    outside = Outside(memory, stop_at=1)
-    with pytest.raises(Interrupted):
-        outside.train()
-    assert (outside.told, memory.saved) == ([], [])
-
-
-def test_an_interruption_after_the_last_unit_leaves_the_results_to_be_recorded():
-    memory = Memory()
-    outside = Outside(memory, stop_at=7)
-    assert outside.train() == 6
-    assert memory.saved == [(6, True)]  # should writing them fail
-    again = Outside(memory)
-    assert again.train() == 6
-    assert again.reports() == []
+    going = [f"count: going on after {where}"] if units else []
+    assert counted(memory) == [6, *going, *whole[cut:]]
 
 
 def test_what_the_library_keeps_is_what_the_loop_goes_on_from(tmp_path):
-    """With real checkpoints; those of other runs are left alone."""
-    folder = tmp_path / "kept"
+    """With real checkpoints."""
 
-    def outside(stop_at: int | None = None) -> Outside:
-        told: list[str] = []
-        result = Outside(checkpoints.Folder(folder, every_s=0.0, say=told.append), stop_at)
-        return result
+    def folder() -> Folder:
+        return Folder(tmp_path / "kept", every_s=0.0, say=pytest.fail)
 
-    with pytest.raises(Interrupted):
-        outside(4).train()
-    (place,) = folder.iterdir()
-    assert json.loads((place / "about.json").read_text())["covers"] == ["counts/0"]
-    second = outside()
-    assert second.train() == 6
-    assert second.lines()[0] == "count: going on after epoch 1, step 1"
-    second.kept.drop(["other/0"])
-    assert place.is_dir()
-    second.kept.drop(["counts/0"])
-    assert not folder.exists()
+    assert counted(folder(), stop_at=4)[0] is None
+    again = folder()
+    assert counted(again)[:2] == [6, "count: going on after epoch 1, step 1"]
+    again.drop(["counts/0"])
+    assert not (tmp_path / "kept").exists()

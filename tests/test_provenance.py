@@ -40,7 +40,7 @@ def test_the_code_of_a_program_is_the_library_and_its_rooms_files(package):
     assert len(seen) == 5
 
 
-def test_a_fingerprint_is_of_all_that_it_is_given():
+def test_a_fingerprint_is_of_all_that_it_is_given_and_of_versions(monkeypatch):
     rates = np.array([[1e-2, 1e-3]])
 
     def of(rooms=("archbn",), updates=("un",), what="sweep", seeds=(0, 1), rates=rates):
@@ -51,7 +51,9 @@ def test_a_fingerprint_is_of_all_that_it_is_given():
         of(("segment",)), of(updates=("sm",)), of(what="train"), of(seeds=(0, 2)),
         of(rates=rates * (1 + 1e-15)), of(rates=rates.T),
     ]  # fmt: skip
-    assert len({of(), *others}) == 7
+    first = of()
+    monkeypatch.setattr("importlib.metadata.version", lambda name: f"another {name}")
+    assert len({first, *others, of()}) == 8
 
 
 def test_a_fingerprint_is_of_the_code_of_an_update_from_another_package(tmp_path, monkeypatch):

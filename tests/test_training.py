@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests import reference
-from tests.conftest import blobs
+from tests.idx import blobs
 from tests.test_model import as_numpy
 from unitnorm.archbn import protocol, run_many
 from unitnorm.archbn.batches import ORDER, argsort, draw_split, stream
@@ -246,16 +248,25 @@ def test_statistics_computed_anew_are_those_of_the_training_images():
     assert run.history.val_loss[1] == loss
 
 
-def test_the_rate_follows_the_bold_driver_and_the_history_the_epochs(both):
-    fast = [arm._replace(rate=np.full(3, 0.5, np.float32)) for arm in both.take(both.start())]
-    history = run_of(trained(both, 6, fast), 0, 0).history
-    rates, losses = history.lr, history.train_loss
-    assert rates[1] == rates[0] == 0.5
-    epochs = range(2, int(np.isfinite(losses).sum()))
-    assert len(epochs) >= 1
-    for epoch in epochs:
-        factor = 1.05 if losses[epoch - 1] < losses[epoch - 2] else 0.5
-        assert rates[epoch] == pytest.approx(rates[epoch - 1] * factor, rel=1e-6)
+@pytest.mark.parametrize("schedule", [protocol.BOLD_DRIVER, protocol.BOLD_DRIVER_BACK])
+def test_the_rate_follows_the_bold_driver_and_battitis_takes_an_epoch_back(schedule, both):
+    changes = {"rate": np.full(3, 0.5, np.float32), "schedule": np.full(3, schedule, np.int32)}
+    seen = [[arm._replace(**changes) for arm in both.take(both.start())]]
+    for _ in range(5):
+        seen.append(trained(both, 1, seen[-1]))
+    rises = []
+    for old, new in itertools.pairwise(seen):
+        for before, after in ((run_of(old, *at), run_of(new, *at)) for at in np.ndindex(2, 3)):
+            if after.epoch == before.epoch:  # it has ended
+                continue
+            assert after.history.lr[before.epoch] == before.rate
+            rose = after.history.train_loss[before.epoch] > before.watched
+            factor = 0.5 if rose else 1.05 if before.epoch else 1.0
+            assert after.rate == pytest.approx(before.rate * factor, rel=1e-6)
+            same = np.array_equal(after.params["theta"]["W"], before.params["theta"]["W"])
+            assert same == (rose and schedule == protocol.BOLD_DRIVER_BACK)
+            rises.append(rose)
+    assert {True, False} == set(rises)
 
 
 def test_the_sweep_has_a_fixed_rate_and_no_early_stop():
