@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -19,6 +20,15 @@ hypothesis.settings.register_profile(
     "unitnorm", derandomize=not os.environ.get("UNITNORM_RANDOM_CASES"), deadline=None
 )
 hypothesis.settings.load_profile("unitnorm")
+
+
+@pytest.fixture
+def hurried() -> Iterator[None]:
+    """Compiles without optimising, in half the time, what runs a few times only. Not where bits
+    are compared: it is the optimised code that may round with what is trained along."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from unitnorm.archbn.config import Model
 from unitnorm.archbn.minibatch import cross_entropy
 from unitnorm.archbn.model import ArchBN, archbn, max_pool_pairs
 
+pytestmark = pytest.mark.usefixtures("hurried")
 NETWORK = archbn(Model(), 784, 10, 2)
 
 
