@@ -230,7 +230,7 @@ def test_both_convolutions_give_the_same_and_are_told_side_by_side(fake, monkeyp
 def test_contestants_take_turns_after_warming_up(fake):
     log = []
     fake(lambda c: ({"samples": 5}, [{"n": 1}, {"n": 2}, {"n": 3}]))
-    found, missing = measure.measure(
+    found, missing = measure.in_turns(
         {name: Contestant("x", processes=2) for name in "abc"}, 3, log.append
     )
     assert "".join(line[-1] for line in log[1:]) == "aabbcc" + "abc" + "bca" + "cab"
@@ -261,7 +261,7 @@ def test_our_program_is_served_by_epochs_of_the_command_line(tmp_path, monkeypat
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # compiles sooner
     options = {"depth": 1, "seeds": 2, "updates": ["un"], "images": 100, "devices_used": 1}
     program = Contestant("program", {**options, "save_every_s": 0.0})
-    found, missing = measure.measure({"small": program}, 2, warm_up=0)
+    found, missing = measure.in_turns({"small": program}, 2, warm_up=0)
     assert not missing
     small = found["small"]
     assert small.samples == 2 * 100
@@ -275,10 +275,10 @@ def test_what_is_not_installed_is_named_and_what_fails_says_why(tmp_path, monkey
     (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('none here', name='torch')")
     monkeypatch.setenv("PYTHONPATH", ":".join([str(tmp_path), *filter(None, sys.path)]))
     peer = {"geoopt": Contestant("geoopt", {"depth": 1, "images": 100})}
-    assert measure.measure(peer, 1) == ({}, {"geoopt": "torch"})
+    assert measure.in_turns(peer, 1) == ({}, {"geoopt": "torch"})
     (tmp_path / "torch.py").write_text("import a_part_that_is_missing")
     with pytest.raises(UserError, match=r"bench: geoopt failed .*'a_part_that_is_missing'"):
-        measure.measure(peer, 1)
+        measure.in_turns(peer, 1)
 
 
 STUB = """
@@ -301,7 +301,7 @@ def test_copies_add_up_and_have_a_thread_each(copies, threads, tmp_path, monkeyp
     for name in measure.ONE_THREAD:
         monkeypatch.delenv(name, raising=False)
     peer = Contestant("geoopt", {"depth": 2}, copies)
-    found, _ = measure.measure({"geoopt": peer}, 1)
+    found, _ = measure.in_turns({"geoopt": peer}, 1)
     about, samples, answers = found["geoopt"]
     assert about == {"samples": 50, "threads": [threads] * 2, "options": {"depth": 2}}
     assert (samples, answers) == (50 * copies, [{"seconds": 1.0, "peak_memory_mb": 10.0 * copies}])

@@ -12,18 +12,9 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from unitnorm.bench import figures, roofline
+from unitnorm.bench import figures, measure, roofline
 from unitnorm.bench.contestants import VALIDATION_SHARE
-from unitnorm.bench.measure import (
-    Contestant,
-    Measurement,
-    Say,
-    Spread,
-    find_device,
-    make_cells,
-    measure,
-    slug,
-)
+from unitnorm.bench.measure import Contestant, Measurement, Say, Spread
 
 UPDATES = ("b-sgd", "un")
 SEEDS = 10  # of each update, as in Table 2
@@ -111,7 +102,7 @@ def measure_speed(
     Raises:
       UserError: a contestant fails.
     """
-    device = find_device()
+    device = measure.find_device()
     copies = device["count"] if device["platform"] == "cpu" else GPU_COPIES
     rows: list[list[Any]] = []
     costs: list[dict[str, Any]] = []
@@ -122,7 +113,7 @@ def measure_speed(
         def told(text: str, depth: int = depth) -> None:
             say(f"depth {depth}, {text}")
 
-        found, lacking = measure(list_contestants(depth, images, copies), rounds, told)
+        found, lacking = measure.in_turns(list_contestants(depth, images, copies), rounds, told)
         missing |= {entry.name: package for entry, package in lacking.items()}
         rates = {
             entry: [each.samples / answer["seconds"] for answer in each.answers]
@@ -165,9 +156,11 @@ def measure_speed(
         "(range) ": "{times_low:.2f}–{times_high:.2f}", "of bound": "{share:.0%}",
     }  # fmt: skip
     title = f"Training samples per second: medians and ranges of {rounds} rounds"
-    cells = make_cells(title, shown, columns, list_remarks(set(speeds["name"]), costs, missing))
+    cells = measure.make_cells(
+        title, shown, columns, list_remarks(set(speeds["name"]), costs, missing)
+    )
     return Measurement(
-        slug(device),
+        measure.slug(device),
         {"": speeds} | ({} if quick else {"-costs": pd.DataFrame(costs)}),
         cells,
         facts,
@@ -192,7 +185,7 @@ def measure_costs(depth: int, rounds: int, images: int, say: Say) -> Iterator[di
         seconds: dict[str, list[float]] = {name: [] for name in both}
         for start in range(COST_STARTS):
             say(f"{what}, start {start + 1} of {COST_STARTS}")
-            for name, found in measure(both, rounds)[0].items():
+            for name, found in measure.in_turns(both, rounds)[0].items():
                 seconds[name] += [answer["seconds"] for answer in found.answers]
         old, new = seconds["without"], seconds["with"]
         yield {

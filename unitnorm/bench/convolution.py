@@ -12,16 +12,9 @@ import pandas as pd
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from unitnorm.bench import measure
 from unitnorm.bench.contestants import seconds_of
-from unitnorm.bench.measure import (
-    Contestant,
-    Measurement,
-    Say,
-    Spread,
-    make_cells,
-    measure_each,
-    slug,
-)
+from unitnorm.bench.measure import Contestant, Measurement, Say, Spread
 from unitnorm.run.devices import prepare
 from unitnorm.run.provenance import device
 
@@ -88,7 +81,7 @@ def measure_convolution(rounds: int, *, quick: bool, say: Say) -> Measurement:
         for height, width in (SIZES[:-1] if quick else SIZES)
     }
     rows, about = [], {}
-    for size, found in measure_each(chosen, rounds, say):
+    for size, found in measure.one_by_one(chosen, rounds, say):
         about = found.about["device"]
         times = Spread.of([answer["direct"] / answer["fourier"] for answer in found.answers])
         seconds = [found.spread(way).median for way in ("direct", "fourier")]
@@ -104,6 +97,6 @@ def measure_convolution(rounds: int, *, quick: bool, say: Say) -> Measurement:
         "device (core), with its two derivatives; medians of the rounds."
     )
     title = "Seconds of a layer of SegNet, by XLA's convolution and by Fourier transforms"
-    cells = make_cells(title, frame, columns, [remark])
+    cells = measure.make_cells(title, frame, columns, [remark])
     facts = {"device": about, "rounds": rounds, "batch": BATCH, "channels": CHANNELS}
-    return Measurement(f"{slug(about)}-convolution", {"": frame}, cells, facts)
+    return Measurement(f"{measure.slug(about)}-convolution", {"": frame}, cells, facts)

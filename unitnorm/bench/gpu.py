@@ -22,8 +22,9 @@ import click
 import pandas as pd
 from rich.console import Console
 
+from unitnorm.bench import measure
 from unitnorm.bench.compare import IMAGES
-from unitnorm.bench.measure import Measurement, find_device, make_cells, slug
+from unitnorm.bench.measure import Measurement
 from unitnorm.errors import UserError
 from unitnorm.report.tables import Fitting
 from unitnorm.run import records
@@ -141,7 +142,9 @@ def summarise(frame: pd.DataFrame, out: Path, device: dict[str, Any]) -> Measure
     facts: dict[str, Any] = {"device": device, "seconds": seconds}
     remarks = ["table2-compiled: Table 2 again, with the programs that the first time compiled."]
     if {"bench", "table2-compiled"} <= seconds.keys():
-        speeds = pd.read_csv(out / "bench" / f"{slug(device)}.csv").query("name == 'geoopt'")
+        speeds = pd.read_csv(out / "bench" / f"{measure.slug(device)}.csv").query(
+            "name == 'geoopt'"
+        )
         epochs = pd.read_csv(out / "table2-compiled" / "runs.csv").groupby("depth")["epochs"].sum()
         if speeds.empty:
             remarks.append("geoopt's loop is not measured: torch or geoopt is not installed.")
@@ -150,7 +153,9 @@ def summarise(frame: pd.DataFrame, out: Path, device: dict[str, Any]) -> Measure
             facts["geoopt_s"] = float(needs)
             times = needs / seconds["table2-compiled"]
             remarks.append(f"geoopt's loop needs {needs:,.0f} s for these runs: × {times:,.0f}.")
-    cells = make_cells("On a GPU", frame, {name: f"{{{name}}}" for name in COLUMNS}, remarks)
+    cells = measure.make_cells(
+        "On a GPU", frame, {name: f"{{{name}}}" for name in COLUMNS}, remarks
+    )
     return Measurement("gpu", {"": frame}, cells, facts)
 
 
@@ -168,8 +173,8 @@ def main(out: Path, results: Path, data: tuple[str, ...], minutes: float) -> Non
     started = time.time()
     folders = {name: folder for name, _, folder in (text.partition("=") for text in data)}
     try:
-        device = find_device()
-        out /= slug(device)
+        device = measure.find_device()
+        out /= measure.slug(device)
         with records.locked(out):
             frame = work([*STEPS, *list_studies(results, folders)], out, minutes)
             made = summarise(frame, out, device)

@@ -17,17 +17,9 @@ import pandas as pd
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from unitnorm.bench import roofline
+from unitnorm.bench import measure, roofline
 from unitnorm.bench.contestants import make_epoch, seconds_of
-from unitnorm.bench.measure import (
-    Contestant,
-    Measurement,
-    Say,
-    find_device,
-    make_cells,
-    measure_each,
-    slug,
-)
+from unitnorm.bench.measure import Contestant, Measurement, Say
 from unitnorm.data import load_dataset
 from unitnorm.run import provenance
 from unitnorm.run.devices import prepare
@@ -154,7 +146,7 @@ def measure_kernels(rounds: int, *, quick: bool, say: Say) -> Measurement:
     Raises:
       UserError: a worker fails.
     """
-    device = find_device()
+    device = measure.find_device()
     names = ("platform", "depth", "update", "runs")
     chosen = {
         point: Contestant("kernels", dict(zip(names, (device["platform"], *point), strict=True)))
@@ -162,7 +154,7 @@ def measure_kernels(rounds: int, *, quick: bool, say: Say) -> Measurement:
         if not quick or point[2] == POINTS[0][2]
     }
     rows = []
-    for (depth, update, runs), found in measure_each(chosen, rounds, say):
+    for (depth, update, runs), found in measure.one_by_one(chosen, rounds, say):
         about, work = found.about, Work(*found.about["work"])
         flops = float(roofline.training_flops(depth) * roofline.BATCH * runs)
         predicted = [predict_us(work, flops, us, gpu) for gpu in GPUS for us in LAUNCH_US]
@@ -192,5 +184,5 @@ def measure_kernels(rounds: int, *, quick: bool, say: Say) -> Measurement:
         "the bytes or of the products, whichever is longer.",
         "here: measured, on one device; without evaluation.",
     ]
-    cells = make_cells("A training step of all runs at once", shown, columns, remarks)
-    return Measurement(f"{slug(device)}-kernels", {"": frame}, cells, facts)
+    cells = measure.make_cells("A training step of all runs at once", shown, columns, remarks)
+    return Measurement(f"{measure.slug(device)}-kernels", {"": frame}, cells, facts)

@@ -196,7 +196,7 @@ class Worker:
                 process.communicate()
 
 
-def measure(
+def in_turns(
     contestants: Mapping[Key, Contestant],
     rounds: int,
     say: Say = lambda _: None,
@@ -241,19 +241,19 @@ def measure(
     }, missing
 
 
-def measure_each(
+def one_by_one(
     contestants: Mapping[Key, Contestant], rounds: int, say: Say
 ) -> Iterator[tuple[Key, Found]]:
-    """`measure`, one contestant after the other, each alone on the machine."""
+    """`in_turns`, one contestant after the other, each alone on the machine."""
     for key, contestant in contestants.items():
-        found, _ = measure({key: contestant}, rounds, say)
+        found, _ = in_turns({key: contestant}, rounds, say)
         yield key, found[key]
 
 
 def find_device() -> dict[str, Any]:
     """What JAX computes on, as `run.provenance.device` tells it; asked in another process, which
     leaves a GPU's memory to the workers."""
-    found, _ = measure({"device": Contestant("nothing")}, 0)
+    found, _ = in_turns({"device": Contestant("nothing")}, 0)
     return found["device"].about["device"]
 
 

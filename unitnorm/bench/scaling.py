@@ -11,16 +11,9 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from unitnorm.bench import figures
+from unitnorm.bench import figures, measure
 from unitnorm.bench.compare import IMAGES, OURS, UPDATES
-from unitnorm.bench.measure import (
-    Contestant,
-    Measurement,
-    Say,
-    find_device,
-    make_cells,
-    measure_each,
-)
+from unitnorm.bench.measure import Contestant, Measurement, Say
 
 RUNS = (10, 20, 50, 100, 200)
 DEPTHS = (2, 4, 8, 16)
@@ -84,11 +77,11 @@ def measure_scaling(rounds: int, images: int, *, quick: bool, say: Say) -> Measu
     Raises:
       UserError: a process fails, for instance because the memory is full.
     """
-    device = find_device()
+    device = measure.find_device()
     cores = device["count"] if device["platform"] == "cpu" else 1  # GPUs are taken all
     points = {point: point.contestant(images) for point in list_points(cores, quick)}
     rows = []
-    for point, found in measure_each(points, rounds, say):
+    for point, found in measure.one_by_one(points, rounds, say):
         seconds, last = found.spread("seconds"), found.answers[-1]
         speed = found.samples / seconds.median
         rows.append(
@@ -111,5 +104,5 @@ def measure_scaling(rounds: int, images: int, *, quick: bool, say: Say) -> Measu
         "runs/h": "{runs_per_hour:,.0f}", "peak MB": "{peak_memory_mb:,.0f}",
     }  # fmt: skip
     remark = f"runs/h: of {RUN_EPOCHS} epochs of {IMAGES:,} images each."
-    cells = make_cells("Seconds of an epoch, and memory", frame, columns, [remark])
+    cells = measure.make_cells("Seconds of an epoch, and memory", frame, columns, [remark])
     return Measurement("scaling", {"": frame}, cells, facts, {"": figures.draw_scaling(frame)})

@@ -17,7 +17,8 @@ from typing import Any
 
 import pandas as pd
 
-from unitnorm.bench.measure import Contestant, Measurement, Say, make_cells, measure
+from unitnorm.bench import measure
+from unitnorm.bench.measure import Contestant, Measurement, Say
 from unitnorm.errors import UserError
 
 COLUMNS = ["what", "cache", "seconds", "low", "high"]
@@ -81,7 +82,7 @@ def measure_startup(rounds: int, *, say: Say) -> Measurement:
     Raises:
       UserError: a command fails.
     """
-    found, _ = measure({"startup": Contestant("startup")}, rounds, say, warm_up=0)
+    found, _ = measure.in_turns({"startup": Contestant("startup")}, rounds, say, warm_up=0)
     starts = {"help": (HELP, ""), "cold": (TRAIN, "cold"), "warm": (TRAIN, "warm")}
     rows = [[*what, *found["startup"].spread(name)] for name, what in starts.items()]
     frame = pd.DataFrame(rows, columns=COLUMNS)
@@ -96,4 +97,4 @@ def measure_startup(rounds: int, *, say: Say) -> Measurement:
         "(range)": "{low:.2f} – {high:.2f}",
     }  # fmt: skip
     title = "Seconds until --help is over, or the first epoch"
-    return Measurement("startup", {"": frame}, make_cells(title, frame, columns), facts)
+    return Measurement("startup", {"": frame}, measure.make_cells(title, frame, columns), facts)

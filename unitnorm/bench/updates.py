@@ -18,17 +18,9 @@ import optax
 import pandas as pd
 from jax.sharding import SingleDeviceSharding
 
+from unitnorm.bench import measure
 from unitnorm.bench.contestants import memory_rate, seconds_of
-from unitnorm.bench.measure import (
-    Contestant,
-    Found,
-    Measurement,
-    Say,
-    find_device,
-    make_cells,
-    measure_each,
-    slug,
-)
+from unitnorm.bench.measure import Contestant, Found, Measurement, Say
 from unitnorm.geometry import retraction
 from unitnorm.report.style import label
 from unitnorm.report.tables import Cells
@@ -117,13 +109,13 @@ def measure_updates(rounds: int, *, quick: bool, say: Say) -> Measurement:
     Raises:
       UserError: a worker fails.
     """
-    device = find_device()
+    device = measure.find_device()
     chosen = {
         "×".join(map(str, shape)): Contestant("updates", {"shape": shape})
         for shape in SHAPES
         if not quick or math.prod(shape) <= SMALL
     }
-    frame = pd.concat([tabulate(*each) for each in measure_each(chosen, rounds, say)])
+    frame = pd.concat([tabulate(*each) for each in measure.one_by_one(chosen, rounds, say)])
     facts = {
         "device": device,
         "rounds": rounds,
@@ -131,7 +123,7 @@ def measure_updates(rounds: int, *, quick: bool, say: Say) -> Measurement:
         "fastest and the slowest; what the memory needs for weights and state, read and written, "
         "and the gradient, read; compile_s: tracing and compiling, nothing cached",
     }
-    return Measurement(f"{slug(device)}-updates", {"": frame}, show(frame), facts)
+    return Measurement(f"{measure.slug(device)}-updates", {"": frame}, show(frame), facts)
 
 
 def tabulate(shape: str, found: Found) -> pd.DataFrame:
@@ -163,4 +155,4 @@ def show(frame: pd.DataFrame) -> Cells:
         "compile s: seconds to trace and compile a step, median of the shapes.",
     ]
     title = "Nanoseconds of a step per parameter"
-    return make_cells(title, others.join(wide).reset_index(), columns, remarks)
+    return measure.make_cells(title, others.join(wide).reset_index(), columns, remarks)
