@@ -265,7 +265,7 @@ def test_what_a_command_writes_goes_to_runs_unless_told_otherwise(name):
 
 @pytest.mark.parametrize(
     ("folder", "command"),
-    [("segnet", "`unitnorm segment report`"), ("table2", None), ("50-runs", None)],
+    [("segnet", "`unitnorm segment train"), ("table2", None), ("50-runs", None)],
 )
 def test_published_records_are_read_or_their_command_is_named(folder, command):
     out = ROOT / "results" / folder

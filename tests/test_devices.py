@@ -20,8 +20,8 @@ from unitnorm.data import load_dataset
 from unitnorm.run import devices
 from unitnorm.run.config import parse
 from unitnorm.run.loop import Session
+from unitnorm.run.planner import Group
 from unitnorm.table2 import experiment
-from unitnorm.table2.schema import SCHEMA
 
 
 def test_products_of_float32_are_of_float32_whatever_the_device():
@@ -125,20 +125,11 @@ for number in (1, 2, 3):
 
 def train_small(images: pathlib.Path) -> list[object]:
     """The history of three runs, on the devices there are."""
-    group = experiment.Group(1, ("un",), (0, 1, 2))
-    row = {
-        "depth": 1, "update": "un", "base_lr": 0.01, "val_error": 0.5, "train_loss": 1.0,
-        "diverged": False, "chosen": True,
-    }  # fmt: skip
-    rows = [row | {"run": run, "seed": run} for run in group.runs]
-    trained = experiment.train_group(
-        parse(SMALL, "", Config),
-        load_dataset(data_dir=images),
-        group,
-        SCHEMA.frame("sweep", rows),
-        Session(),
-    )
-    values = np.ravel(trained.history.to_numpy())
+    table2 = experiment.Table2(parse(SMALL, "", Config))
+    cells = experiment.Cells(1, ("un",), (0, 1, 2), np.full((3, 1), 0.01))
+    group = Group("train depth 1", "runs", cells.table(), cells)
+    found = table2.compute(group, load_dataset(data_dir=images), Session())
+    values = np.ravel(found.rows["history"].to_numpy())
     return [value.hex() if isinstance(value, float) else value for value in values]
 
 
