@@ -45,7 +45,7 @@ def toy(tmp_path, monkeypatch):
         (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
-    monkeypatch.setattr(gpu, "find_device", lambda: DEVICE)
+    monkeypatch.setattr(gpu.measure, "find_device", lambda: DEVICE)
     monkeypatch.setattr(gpu, "PRESETS", tmp_path)
     monkeypatch.setattr(gpu, "presets", lambda: ["toy", "study/toy"])
     steps = gpu.Step("table2-compiled", ("reproduce", "--config", "toy")), gpu.Step("none", ("x",))
