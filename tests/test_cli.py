@@ -296,7 +296,10 @@ def test_published_records_are_read_or_their_command_is_named(folder, command):
         (["study", "quick"], "is one for `unitnorm reproduce`, not for this"),
         (["train", "--data-dir", "/nowhere/at/all"], "/nowhere/at/all"),
         (["report", "--out", "/nowhere/at/all/there"], "no records"),
-        (["report", "--out", str(ROOT / "results/segnet")], "`unitnorm segment report` reads"),
+        (
+            ["report", "--out", str(ROOT / "results/segnet")],
+            "of the command `unitnorm segment train",
+        ),
     ],
 )
 def test_a_fault_is_one_line_and_exit_code_2(words, says, tmp_path, monkeypatch):

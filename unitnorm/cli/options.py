@@ -102,7 +102,7 @@ class FolderPath(click.Path):
     """A folder, which need not exist."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if Path(value).is_file():
+        if os.path.isfile(value):  # unlike Path.is_file, without errors for impossible names
             self.fail(f"{value} is a file; expected a folder", param, ctx)
         return super().convert(value, param, ctx)
 

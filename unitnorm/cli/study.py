@@ -66,9 +66,10 @@ def study(
       unitnorm study study/effective-rate --set compare.count=20 --dry-run
     """
     from unitnorm.run.config import find_config
+    from unitnorm.study.config import Plan
     from unitnorm.study.experiment import Study, count_runs
 
-    plan = read_plan(plan_name, overrides)
+    plan = opt.read_config(Plan, plan_name, overrides)
     training = opt.take_training_options(options)
     if training.out == Path(RUNS):
         training = replace(training, out=Path(RUNS) / Path(plan_name).stem)
@@ -100,25 +101,6 @@ def study(
     with open_job(Study(plan), plan, load_all, training) as job:
         do_study(plan, find_config(plan_name), job)
         write_study_report(training.out, job.records, page)
-
-
-def read_plan(name: str, overrides: tuple[str, ...]) -> Plan:
-    """The plan of this name or file.
-
-    Raises:
-      UserError: it is no plan, or one that makes no sense.
-    """
-    from unitnorm.run.config import presets
-    from unitnorm.study.config import Plan
-
-    plans = [preset for preset in presets() if preset.startswith("study/")]
-    if name in presets() and name not in plans:
-        command = "segment train" if name.startswith("segnet") else "reproduce"
-        raise UserError(
-            f"config {name}: no plan of a study; `unitnorm {command} --config {name}` takes it. "
-            f"Plans: {', '.join(plans)}"
-        )
-    return opt.read_config(Plan, name, overrides)
 
 
 def find_folders(plan: Plan, places: tuple[str, ...]) -> dict[str, Path]:
