@@ -75,6 +75,7 @@ def measure(workers: int, seconds: float, rounds: int) -> tuple[float, float]:
     ):
         engine.client.wait_for_workers(workers)
         engine.client.run(identity)  # imports the libraries on each
+        engine.sent[id(data[""])] = engine.client.scatter(data[""], hash=False, broadcast=True)
 
         def store(found: Records, done: Sequence[Done] = ()) -> None:
             records.write(Path(folder), found)
