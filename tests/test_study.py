@@ -264,7 +264,7 @@ def test_a_plan_that_makes_no_sense_is_refused_in_a_line(changes, said, plan_fil
 
 def test_what_is_no_plan_and_a_data_set_without_a_place_name_what_to_do():
     for words, said in (
-        (["study", "segnet"], "`unitnorm segment train --config segnet` takes it"),
+        (["study", "segnet"], "is one for `unitnorm segment train`, not for this"),
         (["study", "study/annealed", "--out", "nowhere"], "--data fashion=FOLDER"),
     ):
         result = CliRunner().invoke(cli.main, words)
