@@ -117,6 +117,17 @@ def test_sweep_and_reproduce_go_on_too(command, table, workshop, cache, once, tm
         assert (tmp_path / "out" / name).read_bytes() == (once / name).read_bytes()
 
 
+def test_who_looks_before_the_first_group_has_ended_sees_what_is_asked_for(
+    workshop, cache, tmp_path
+):
+    first = halted(workshop, cache, workshop.train(tmp_path / "out"), table="sweep")
+    said = run(workshop, cache, ["report", "--out", tmp_path / "out"])
+    assert said.splitlines() == ["0 of 2 runs so far"]
+    first.send(signal.SIGKILL)
+    first.send(signal.SIGCONT)
+    first.end()
+
+
 def test_fresh_starts_over(workshop, cache, once, tmp_path):
     stopped(workshop, cache, workshop.train(tmp_path / "out"))
     said = run(workshop, cache, workshop.train(tmp_path / "out", "--fresh"))

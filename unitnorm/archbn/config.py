@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from unitnorm.errors import UserError
-from unitnorm.run.config import ExperimentConfig, Section
+from unitnorm.run.config import ExperimentConfig, Section, check_updates
 
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -142,12 +142,7 @@ class Config(ExperimentConfig):
     bold_driver: BoldDriver = BoldDriver()
     stopping: Stopping = Stopping()
 
-    @field_validator("updates")
-    @classmethod
-    def _known(cls, updates: list[str]) -> list[str]:
-        from unitnorm.updates import check_update_name  # which imports JAX
-
-        return list(dict.fromkeys(map(check_update_name, updates)))
+    _known = field_validator("updates")(check_updates)
 
     def __hash__(self) -> int:
         """Its lists have none; equal configs, which programs are kept by, have equal protocols."""

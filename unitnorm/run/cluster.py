@@ -37,10 +37,18 @@ class Workers:
     running: dict[Any, tuple[Experiment, Group, Any]] = field(default_factory=dict)
     refused: list[str] = field(default_factory=list)
     sent: dict[int, Any] = field(default_factory=dict)  # data sets, by their identity here
+    count: int = 0  # of workers, at the last look
+
+    def __post_init__(self) -> None:
+        self.look()
+
+    def look(self) -> None:
+        """Count the workers, which is a message to the scheduler and back."""
+        self.count = len(self.client.scheduler_info(n_workers=-1)["workers"])
 
     def has_room(self) -> bool:
         """A worker has nothing to do, or one group waits for each at most."""
-        return len(self.running) < 2 * max(len(self._addresses()), 1)
+        return len(self.running) < 2 * max(self.count, 1)
 
     def give(self, experiment: Experiment, group: Group, data: Any, session: Session) -> None:
         """Have a group computed by whichever worker is free."""
@@ -61,6 +69,7 @@ class Workers:
         """
         since = time.monotonic()
         while True:
+            self.look()
             if session.interrupted():
                 self.client.cancel(list(self.running))
                 raise Interrupted
@@ -68,7 +77,7 @@ class Workers:
             done = [mine for future in ended for mine in self._take(future, session)]
             if done:
                 return done
-            if self._addresses():
+            if self.count:
                 since = time.monotonic()
             elif time.monotonic() - since > PATIENCE_S:
                 raise UserError(
@@ -113,9 +122,6 @@ class Workers:
             self.say(f"{worker} is refused: {other}; give it what this process has")
             self.client.retire_workers([worker.split()[0]], close_workers=True)
 
-    def _addresses(self) -> list[str]:
-        return list(self.client.scheduler_info(n_workers=-1)["workers"])
-
 
 @contextlib.contextmanager
 def connect(
@@ -151,7 +157,7 @@ def connect(
             cpu_devices = cpu_devices or max(devices.count_cores() // workers, 1)
         try:
             client = stack.enter_context(Client(address, timeout=PATIENCE_S, set_as_default=False))
-            client.wait_for_workers(1, timeout=PATIENCE_S)
+            client.wait_for_workers(workers or 1, timeout=PATIENCE_S)
         except (OSError, ValueError, TimeoutError) as error:
             detail = " ".join(str(error).split())[:200]
             raise UserError(
@@ -192,6 +198,7 @@ def visible_gpus() -> list[str]:
     return named if len(named) > 1 else []
 
 
+@functools.cache
 def identity() -> dict[str, str]:
     """What a worker must share with the process that plans: libraries and the code of unitnorm."""
     return provenance.versions() | {"code of unitnorm": provenance.code_identity(".")}

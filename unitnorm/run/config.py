@@ -147,6 +147,17 @@ def parse(values: dict[str, Any], where: str, schema: type[Schema]) -> Schema:
         raise UserError(f"{where}: {_explain(error, schema)}") from None
 
 
+def check_updates(updates: list[str]) -> list[str]:
+    """The updates of a config, each once, by the names of the registry.
+
+    Raises:
+      ValueError: one is unknown.
+    """
+    from unitnorm.updates import check_update_name  # which imports JAX
+
+    return list(dict.fromkeys(map(check_update_name, updates)))
+
+
 def parse_override(text: str) -> tuple[str, Any]:
     """Split `section.key=value`; the value is TOML, or a bare string.
 

@@ -159,9 +159,12 @@ def open_job(
             reporter, say, checkpoints=checkpoints, interrupted=lambda: stopping.is_set
         )
         stopping.after_the_epoch = True
-        yield Job(
-            experiment, loaded.data, options.out, known, session, engine, started, loaded.runs
-        )
+        data, runs = loaded.data, loaded.runs
+        job = Job(experiment, data, options.out, known, session, engine, started, runs)
+        if next(iter(experiment.missing(known)), None) is not None:
+            files: dict[str, dict[str, Any]] = {name: {} for name in schema.required}
+            job.store(known.with_arrays(files))  # so that others may look from now on
+        yield job
 
 
 @contextlib.contextmanager

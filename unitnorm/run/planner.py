@@ -143,7 +143,7 @@ def complete(plan: Plan) -> None:
         plan.store(records)
 
     session = replace(plan.session, grow=grow)
-    running: dict[frozenset[str], Group] = {}
+    running: set[frozenset[str]] = set()
     while True:
         busy: frozenset[str] = frozenset().union(*running)
         done: list[Done] = []
@@ -156,13 +156,13 @@ def complete(plan: Plan) -> None:
             names = group.names(experiment.schema)
             if not names & busy:
                 plan.engine.give(experiment, group, plan.data[group.data], session)
-                running[names] = group
+                running.add(names)
                 busy |= names
         if plan.engine is not None and running:
             done = plan.engine.next(session)
         if not done:
             return
         for group, _, _ in done:
-            running.pop(group.names(experiment.schema), None)
+            running.discard(group.names(experiment.schema))
         records = together([found for _, found, _ in done]).added_to(records)
         plan.store(records, done)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
-from unitnorm.run.config import ExperimentConfig, Section, difference
+from unitnorm.run.config import ExperimentConfig, Section, check_updates, difference
 
 Rate = Annotated[float, Field(gt=0.0, le=1e6)]
 Pixels = Annotated[int, Field(ge=1, le=4096)]
@@ -133,12 +133,7 @@ class SegmentConfig(ExperimentConfig):
     train: SegmentTraining = SegmentTraining()
     sweep: SegmentSweep = SegmentSweep()
 
-    @field_validator("updates")
-    @classmethod
-    def _known(cls, updates: list[str]) -> list[str]:
-        from unitnorm.updates import check_update_name  # which imports JAX
-
-        return list(dict.fromkeys(map(check_update_name, updates)))
+    _known = field_validator("updates")(check_updates)
 
     def protocol_of(self, update: str, rate: float) -> dict[str, Any]:
         """Everything that changes the numbers of one update, trained at one rate."""
