@@ -80,12 +80,13 @@ def measure(workers: int, seconds: float, rounds: int) -> tuple[float, float]:
         def store(found: Records, done: Sequence[Done] = ()) -> None:
             records.write(Path(folder), found)
 
-        plan = SimpleNamespace(data=data, records=empty, session=Session(), engine=engine,
-                               store=store, experiment=Squares(4 * workers, 0.1))  # fmt: skip
-        complete(plan)
         there = time.perf_counter()
-        plan.experiment = Squares(rounds * workers, seconds)
-        complete(plan)
+        complete(
+            SimpleNamespace(
+                data=data, records=empty, session=Session(), engine=engine, store=store,
+                experiment=Squares(rounds * workers, seconds),
+            )
+        )  # fmt: skip
         ended = time.perf_counter()
     return there - started, (ended - there) / rounds - seconds
 

@@ -149,7 +149,9 @@ def connect(
         raise UserError(
             "--workers and --scheduler need Dask: pip install 'unitnorm[cluster]'"
         ) from None
-    dask.config.set({"distributed.scheduler.allowed-failures": ATTEMPTS - 1})
+    # a scheduler that takes groups for short ones lets a worker wait beside the queue of another
+    durations = {"distributed.scheduler.default-task-durations": {compute.__name__: "30s"}}
+    dask.config.set({"distributed.scheduler.allowed-failures": ATTEMPTS - 1, **durations})
     with contextlib.ExitStack() as stack:
         address: Any = scheduler
         if workers is not None:
