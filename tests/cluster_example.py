@@ -97,10 +97,16 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="CSV file to write")
     options = parser.parse_args()
+    rows = []
     for workers in (1, 2, 4, 8):
         start, extra = importable_measure(workers, options.seconds, options.rounds)
         print(
             f"{workers} workers: ready after {start:.1f} s; {extra:.2f} s a group beside its "
             f"{options.seconds:g} s, {extra / options.seconds:.1%}"
         )
+        rows.append((workers, options.seconds, options.rounds, start, extra))
+    if options.out:
+        columns = ["workers", "group_s", "rounds", "ready_s", "extra_s"]
+        pd.DataFrame(rows, columns=columns).round(3).to_csv(options.out, index=False)
