@@ -62,7 +62,7 @@ def test_the_transformer_learns_with_its_kernels_at_unit_norm(monkeypatch, capsy
         monkeypatch.setattr(transformer, name, size)
     loss = transformer.main(30)
     assert capsys.readouterr().out == f"test loss {loss:.4f} nats a letter\n"
-    plain = transformer.train(0, "adamw", 3e-3, 30)
+    (plain,) = transformer.train([0], "adamw", 0.0, 3e-3, 0.0, 30)
     assert 2 < loss < 3.5  # log(100) is 4.6
     assert 2 < plain < 3.5
     for model, unit in zip(models, (True, False), strict=True):

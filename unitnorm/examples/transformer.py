@@ -5,6 +5,7 @@ inside a block can be scaled. The text is Python's language reference, which shi
 """
 
 import sys
+from collections.abc import Sequence
 from pydoc_data.topics import topics
 
 import jax
@@ -15,7 +16,7 @@ from flax import nnx
 
 from unitnorm.updates import build, normalized_kernels_nnx
 
-CONTEXT, WIDTH, HEADS, BLOCKS, BATCH = 64, 64, 4, 2, 32
+CONTEXT, WIDTH, HEADS, BLOCKS, BATCH = 64, 64, 4, 2, 16
 
 
 class Block(nnx.Module):
@@ -63,29 +64,32 @@ def step(model: Transformer, optimizer: nnx.Optimizer, text: jax.Array) -> None:
     optimizer.update(model, nnx.grad(loss_of)(model, text))
 
 
-def train(seed: int, name: str, rate: float, steps: int = 600, decay: float = 0.0) -> float:
-    """The loss on the last tenth of the text, after training on the rest; nan if it diverged.
+def train(
+    seeds: Sequence[int], name: str, rate: float, rest_rate: float, decay: float, steps: int
+) -> list[float]:
+    """The loss of each seed on the last tenth of the text, after training on the rest.
 
-    The named update is of the kernels, or "adamw" of everything. All else goes with AdamW at a rate
-    of 0.003; `decay` is AdamW's. Rates fall as half a cosine. The seed decides start and batches.
+    The update `name` is of the kernels, AdamW of the rest, or of all. Rates fall as half a cosine.
     """
     letters, text = np.unique(list("".join(topics.values())), return_inverse=True)
     windows = np.lib.stride_tricks.sliding_window_view(text, CONTEXT + 1)
     cut, cosine = len(text) * 9 // 10, optax.cosine_decay_schedule
-    test = jnp.asarray(windows[cut :: 4 * CONTEXT])
-    model = Transformer(len(letters), nnx.Rngs(seed))
-    rest = optax.adamw(cosine(rate if name == "adamw" else 3e-3, steps), weight_decay=decay)
-    kernels = False if name == "adamw" else normalized_kernels_nnx(model, test[:8, :-1])
-    # With AdamW alone the next line reads: update = rest
-    update = rest if name == "adamw" else build(name, cosine(rate, steps), kernels, rest=rest)
-    optimizer = nnx.Optimizer(model, update, wrt=nnx.Param)
-    for starts in np.random.default_rng(seed).integers(0, cut - CONTEXT, (steps, BATCH)):
-        step(model, optimizer, windows[starts])
-    return float(nnx.jit(loss_of)(model, test))
+    test, loss = jnp.asarray(windows[cut :: 4 * CONTEXT]), nnx.jit(loss_of)
+    models = [Transformer(len(letters), nnx.Rngs(seed)) for seed in seeds]
+    # With AdamW alone the next lines read: update = rest
+    update = rest = optax.adamw(cosine(rest_rate, steps), weight_decay=decay)
+    if name != "adamw":
+        kernels = normalized_kernels_nnx(models[0], test[:8, :-1])
+        update = build(name, cosine(rate, steps), kernels, rest=rest)
+    for seed, model in zip(seeds, models, strict=True):
+        optimizer = nnx.Optimizer(model, update, wrt=nnx.Param)
+        for starts in np.random.default_rng(seed).integers(0, cut - CONTEXT, (steps, BATCH)):
+            step(model, optimizer, windows[starts])
+    return [float(loss(model, test)) for model in models]
 
 
 def main(steps: int = 600) -> float:
-    loss = train(0, "un-adam", 0.01, steps)
+    (loss,) = train([0], "un-adam", 0.01, 3e-3, 0.0, steps)
     print(f"test loss {loss:.4f} nats a letter")
     return loss
 
