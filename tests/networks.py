@@ -10,12 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import linen, nnx
 
 from unitnorm.updates import FilterAxes
 
-DENSE, CONV = FilterAxes((0,)), FilterAxes((0, 1, 2))
-WHOLE = FilterAxes((0, 1))
+NEEDS_DEV = "needs what is in unitnorm[dev]"
+CONV, WHOLE = FilterAxes((0, 1, 2)), FilterAxes((0, 1))
 IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(8, 8, 8, 3)), jnp.float32)
 WORDS = jnp.asarray(np.random.default_rng(0).integers(0, 7, (4, 6)))
 
@@ -46,7 +47,7 @@ def of_nnx(model: Any, *inputs: Any) -> tuple[Any, Any]:
 
 
 def of_haiku(forward: Any, *inputs: Any) -> tuple[Any, Any]:
-    import haiku as hk
+    hk = pytest.importorskip("haiku", reason=NEEDS_DEV)
 
     net = hk.without_apply_rng(hk.transform_with_state(forward))
     params, state = jax.jit(net.init)(jax.random.key(0), *inputs)
@@ -85,39 +86,26 @@ def flax_resnet():
     return *of_linen(ResNet(), IMAGES), {f"{name}/kernel": CONV for name in names}
 
 
-def jax_resnet():
-    import jax_resnet
-
-    net = jax_resnet.ResNet50(stage_sizes=[1, 1], hidden_sizes=(2, 4), n_classes=10)
-    names = ["layers_0/ConvBlock_0/Conv_0/kernel"]
-    for block in ("layers_2", "layers_3"):
-        names += [f"{block}/ConvBlock_{i}/Conv_0/kernel" for i in range(3)]
-        names.append(f"{block}/ResNetSkipConnection_0/ConvBlock_0/Conv_0/kernel")
-    return *of_linen(net, jnp.tile(IMAGES, (2, 2, 2, 1))), dict.fromkeys(names, CONV)
-
-
-def haiku_resnet(version: int):
-    """In the second version blocks end in a sum, which is normalised: that is several kernels."""
-    import haiku as hk
+def haiku_resnet():
+    """ResNet v2: blocks end in a sum, which is normalised: that is several kernels."""
+    hk = pytest.importorskip("haiku", reason=NEEDS_DEV)
 
     def forward(images):
         net = hk.nets.ResNet(
-            (1, 1, 1, 1), 10, resnet_v2=version == 2, bottleneck=False,
+            (1, 1, 1, 1), 10, resnet_v2=True, bottleneck=False,
             channels_per_group=(4, 4, 8, 8), initial_conv_config={"output_channels": 4},
             strides=(1, 1, 2, 2),
         )  # fmt: skip
         return net(images, is_training=True)
 
-    ends = ["conv_0"] if version == 2 else ["conv_0", "conv_1", "shortcut_conv"]
-    names = ["res_net/~/initial_conv/w"] + [
-        f"res_net/~/block_group_{group}/~/block_0/~/{name}/w" for group in range(4) for name in ends
-    ]
+    names = ["res_net/~/initial_conv/w"]
+    names += [f"res_net/~/block_group_{i}/~/block_0/~/conv_0/w" for i in range(4)]
     return *of_haiku(forward, jnp.tile(IMAGES, (2, 4, 4, 1))), dict.fromkeys(names, CONV)
 
 
 def haiku_mobilenet():
     """Depthwise kernels (3, 3, 1, channels) and pointwise ones, each before a normalisation."""
-    import haiku as hk
+    hk = pytest.importorskip("haiku", reason=NEEDS_DEV)
 
     def forward(images):
         net = hk.nets.MobileNetV1((1, 2), (4, 6), 5)
@@ -126,20 +114,6 @@ def haiku_mobilenet():
     apply, params = of_haiku(forward, jnp.tile(IMAGES, (2, 2, 2, 1)))
     kernels = [n for n, layer in params.items() if "w" in layer and layer["w"].ndim == 4]
     return apply, params, {f"{name}/w": CONV for name in kernels}
-
-
-def haiku_grouped():
-    """A convolution in two groups, before a batch normalisation: still a factor for each filter."""
-    import haiku as hk
-
-    def forward(images):
-        x = hk.Conv2D(4, 3)(images)
-        x = hk.BatchNorm(True, True, 0.9)(x, is_training=True)
-        x = hk.Conv2D(6, 3, feature_group_count=2)(jax.nn.relu(x))
-        x = hk.BatchNorm(True, True, 0.9)(x, is_training=True)
-        return hk.Linear(3)(jax.nn.relu(x).mean((1, 2)))
-
-    return *of_haiku(forward, IMAGES), {"conv2_d/w": CONV, "conv2_d_1/w": CONV}
 
 
 def nnx_transformer():
@@ -186,40 +160,6 @@ def linen_transformer():
     attention = "layers/MultiHeadDotProductAttention_0"
     expected = {f"{attention}/{n}/kernel": FilterAxes((1, 3)) for n in ("query", "key")}
     return *of_linen(Transformer(), WORDS), expected
-
-
-def equinox_transformer():
-    """Post-norm, as in Vaswani et al. (2017): a block ends in LayerNorm of a sum."""
-    import equinox as eqx
-
-    class Block(eqx.Module):
-        attention: eqx.nn.MultiheadAttention
-        norm1: eqx.nn.LayerNorm
-        up: eqx.nn.Linear
-        norm2: eqx.nn.LayerNorm
-        down: eqx.nn.Linear
-        out: eqx.nn.Linear
-        embed: eqx.nn.Embedding
-
-        def __init__(self, key):
-            keys = jax.random.split(key, 5)
-            self.attention = eqx.nn.MultiheadAttention(2, 8, key=keys[0])
-            self.norm1, self.norm2 = eqx.nn.LayerNorm(8), eqx.nn.LayerNorm(12)
-            self.up = eqx.nn.Linear(8, 12, key=keys[1])
-            self.down = eqx.nn.Linear(12, 8, key=keys[2])
-            self.out = eqx.nn.Linear(8, 7, key=keys[3])
-            self.embed = eqx.nn.Embedding(7, 8, key=keys[4])
-
-        def __call__(self, words):
-            x = jax.vmap(self.norm1)(jax.vmap(self.embed)(words))
-            x = x + self.attention(x, x, x)
-            h = jax.vmap(self.norm2)(jax.vmap(self.up)(x))
-            return jax.vmap(self.out)(x + jax.vmap(self.down)(jax.nn.relu(h)))
-
-    params, static = eqx.partition(Block(jax.random.key(0)), eqx.is_inexact_array)
-    apply = jax.jit(lambda p: jax.vmap(eqx.combine(p, static))(WORDS))
-    expected = joint("up", WHOLE, FilterAxes((0,)), ("weight", "bias"))
-    return apply, params, {"embed/weight": FilterAxes((1,)), **expected}
 
 
 def unet():
@@ -304,7 +244,7 @@ def lstm():
 
 def decoder():
     """Transposed convolutions, as in DCGAN; in Haiku their kernels are (h, w, out, in)."""
-    import haiku as hk
+    hk = pytest.importorskip("haiku", reason=NEEDS_DEV)
 
     def forward(codes):
         x = hk.Linear(2 * 2 * 6)(codes).reshape(-1, 2, 2, 6)
@@ -349,20 +289,16 @@ def group_norm_ensemble():
     }  # fmt: skip
 
 
-NETWORKS = {
-    "flax-resnet": flax_resnet,
-    "jax-resnet": jax_resnet,
-    "haiku-resnet-v1": functools.partial(haiku_resnet, 1),
-    "haiku-resnet-v2": functools.partial(haiku_resnet, 2),
-    "haiku-mobilenet": haiku_mobilenet,
-    "haiku-grouped": haiku_grouped,
-    "nnx-transformer": nnx_transformer,
-    "linen-transformer": linen_transformer,
-    "equinox-transformer": equinox_transformer,
-    "unet": unet,
-    "unet-ensemble": group_norm_ensemble,
-    "vit": vit,
-    "lstm": lstm,
-    "decoder": decoder,
-    "weight-standardisation": weight_standardisation,
-}
+NETWORKS = [
+    flax_resnet,
+    haiku_resnet,
+    haiku_mobilenet,
+    nnx_transformer,
+    linen_transformer,
+    unet,
+    group_norm_ensemble,
+    vit,
+    lstm,
+    decoder,
+    weight_standardisation,
+]

@@ -7,11 +7,8 @@ network has there, so that it moves the same way from every scaling of the start
 all other parameters and clipping are optax's: optax.add_decayed_weights, optax.clip_by_global_norm.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import Array
 
@@ -26,6 +23,7 @@ from unitnorm.updates.parts import (
     Moments,
     Number,
     Schedulable,
+    Transformation,
     correction,
     map_filters,
     map_value,
@@ -39,6 +37,7 @@ from unitnorm.updates.parts import (
     widened,
     with_rate,
 )
+from unitnorm.updates.selection import FilterAxes, as_columns, from_columns
 
 
 @with_rate
@@ -52,7 +51,7 @@ def sgdp(
     wd_ratio: Number = 0.1,
     eps: float = 1e-8,
     axis: AxisSpec = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """SGD with momentum whose step loses its part along the weights, where they look invariant.
 
     m ← μ m + g; the step p is m, or g + μ m with Nesterov. If every filter of a leaf has
@@ -62,13 +61,6 @@ def sgdp(
     Source: Heo et al. (2021), AdamP: slowing down the slowdown for momentum optimizers on
     scale-invariant weights, Algorithm 1; the authors' SGDP (clovaai/AdamP). Their momentum default
     is 0, their experiments' 0.9.
-
-    >>> import jax.numpy as jnp, unitnorm
-    >>> w, g = jnp.array([[1.0], [0.0]]), jnp.array([[0.0], [1.0]])
-    >>> tx = unitnorm.sgdp(0.5)
-    >>> step, _ = tx.update(g, tx.init(w), w)
-    >>> print((w + step).ravel().round(3))
-    [ 1.  -0.5]
     """
 
     def leaf(axes: Axes, count: Array, w: Array, g: Array, m: Array) -> Arrays:
@@ -94,20 +86,13 @@ def adamp(
     delta: Number = 0.1,
     wd_ratio: Number = 0.1,
     axis: AxisSpec = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """Adam whose step loses its part along the weights, where they look invariant: see `sgdp`.
 
     The projected step is p = m / (√(v / (1−b2ᵗ)) + eps), the weight decay η that of AdamW:
     w ← (1 − λη) w − λ p / (1−b1ᵗ).
 
     Source: Heo et al. (2021), as for `sgdp`, Algorithm 2; the authors' AdamP.
-
-    >>> import jax.numpy as jnp, unitnorm
-    >>> w, g = jnp.array([[1.0], [0.0]]), jnp.array([[0.0], [1.0]])
-    >>> tx = unitnorm.adamp(0.5)
-    >>> step, _ = tx.update(g, tx.init(w), w)
-    >>> print((w + step).ravel().round(3))
-    [ 1.  -0.5]
     """
 
     def leaf(axes: Axes, count: Array, w: Array, g: Array, m: Array, v: Array) -> Arrays:
@@ -146,7 +131,7 @@ def sgd_g(
     *,
     axis: AxisSpec = None,
     off_manifold: OffManifold = "normalize",
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """SGD with momentum along geodesics: m ← μ m − λ h, w ← exp_w(m), m transported along itself.
 
     h is the Riemannian gradient of each filter, shortened to norm `clip` if it is longer (None: not
@@ -154,14 +139,6 @@ def sgd_g(
     paper adds to the loss is no part of it.
 
     Source: Cho and Lee (2017), Riemannian approach to batch normalization, Algorithm 2.
-
-    >>> import jax.numpy as jnp, unitnorm
-    >>> w, g = jnp.array([[1.0], [0.0]]), jnp.array([[5.0], [100.0]])
-    >>> tx = unitnorm.sgd_g(1.0)  # the gradient is cut to 0.1: an angle
-    >>> step, _ = tx.update(g, tx.init(w), w)
-    >>> w = w + step
-    >>> print(jnp.arctan2(w[1], w[0]).round(3))
-    [-0.1]
     """
 
     def leaf(axes: Axes, count: Array, w: Array, h: Array, m: Array) -> Arrays:
@@ -183,21 +160,13 @@ def adam_g(
     *,
     axis: AxisSpec = None,
     off_manifold: OffManifold = "normalize",
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """Adam along geodesics: w ← exp_w(−λ √(1−b2ᵗ)/(1−b1ᵗ) m/√(v + eps)), m transported along.
 
     h as in `sgd_g`, m ← b1 m + (1−b1) h, v ← b2 v + (1−b2) ‖h‖², one number per filter. It differs
     from `un_adam` by the geodesic, by the parallel transport and by the clipping.
 
     Source: Cho and Lee (2017), as for `sgd_g`, Algorithm 3.
-
-    >>> import jax.numpy as jnp, unitnorm
-    >>> w, g = jnp.array([[1.0], [0.0]]), jnp.array([[5.0], [100.0]])
-    >>> tx = unitnorm.adam_g(0.1)
-    >>> step, _ = tx.update(g, tx.init(w), w)
-    >>> w = w + step
-    >>> print(jnp.arctan2(w[1], w[0]).round(3))
-    [-0.1]
     """
 
     def leaf(axes: Axes, count: Array, w: Array, h: Array, m: Array, v: Array) -> Arrays:
@@ -235,7 +204,7 @@ def nero(
     *,
     axis: AxisSpec = None,
     off_manifold: OffManifold = "normalize",
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """Relative steps of neurons with mean zero and norm one: w ← C(w − λ g / √v̂).
 
     v ← β v + (1−β) ‖g‖² per filter, corrected for its zero start; C takes the mean off each filter
@@ -244,13 +213,6 @@ def nero(
 
     Source: Liu, Bernstein, Meister and Yue (2021), Learning by turning: neural architecture aware
     optimisation, Algorithm 1; the authors' code (jxbz/nero).
-
-    >>> import jax.numpy as jnp, unitnorm
-    >>> w, g = jnp.array([[3.0], [4.0], [8.0]]), jnp.array([[0.0], [1.0], [0.0]])
-    >>> tx = unitnorm.nero(0.1)
-    >>> step, _ = tx.update(g, tx.init(w), w)
-    >>> print(abs((w + step).mean().round(3)), unitnorm.filter_norms(w + step).round(3))
-    0.0 [1.]
     """
 
     def relative(axes: Axes, count: Array, w: Array, g: Array, v: Array) -> Arrays:
@@ -277,7 +239,7 @@ def lars(
     trust_coefficient: Number = 1.0,
     *,
     axis: AxisSpec = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """Layer-wise rates: m ← μ m + λ τ (‖w‖/‖d‖) d with d = g + η w, w ← w − m, norms over a leaf.
 
     The factor before d is λ alone where either norm is zero. τ only multiplies λ; it is 1 here, and
@@ -285,13 +247,6 @@ def lars(
 
     Source: You, Gitman and Ginsburg (2017), Large batch training of convolutional networks,
     Algorithm 1, in the form of optax.lars, which this is.
-
-    >>> import jax.numpy as jnp, unitnorm
-    >>> w, g = jnp.array([[2.0], [0.0]]), jnp.array([[0.0], [100.0]])
-    >>> tx = unitnorm.lars(0.5)
-    >>> step, _ = tx.update(g, tx.init(w), w)
-    >>> print((w + step).ravel().round(3))  # λ ‖w‖ far, whatever the gradient
-    [ 2. -1.]
     """
     del axis
     refuse_schedule("momentum", momentum)
@@ -310,7 +265,7 @@ def rotational_sgd(
     eps: float = 1e-8,
     axis: AxisSpec = None,
     off_manifold: OffManifold = "normalize",
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """Filters turn by the angle that weight decay would settle at: √(2λη/(1+μ)) per step.
 
     m ← μ m + g; d = Π_w(m) (of m without its mean if `zero_mean`); a ← β a + (1−β) ‖d‖² per filter,
@@ -320,13 +275,6 @@ def rotational_sgd(
     Source: Kosson, Messmer and Jaggi (2023), Rotational equilibrium: how weight decay balances
     learning across neural networks, Algorithm 1; the authors' RotationalSGD (epfml/REQ), whose
     `zero_mean` is True by default.
-
-    >>> import jax.numpy as jnp, unitnorm
-    >>> w, g = jnp.array([[1.0], [0.0]]), jnp.array([[5.0], [100.0]])
-    >>> tx = unitnorm.rotational_sgd(0.1, weight_decay=0.019)  # √(2 · 0.1 · 0.019 / 1.9)
-    >>> step, _ = tx.update(g, tx.init(w), w)
-    >>> print(((w + step)[1] / (w + step)[0]).round(4))
-    [-0.0447]
     """
 
     refuse_schedule("momentum", momentum)
@@ -365,7 +313,7 @@ def adam_srt(
     eps: float = 1e-8,
     *,
     axis: AxisSpec = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """Adam with one second moment per filter, both moments rescaled and turned along with it.
 
     m ← b1 m + (1−b1) g, v ← b2 v + (1−b2) ‖g‖²; w' = w − λ √d m̂ / (√v̂ + eps) with d entries in a
@@ -373,13 +321,6 @@ def adam_srt(
 
     Source: Roburin, de Mont-Marin, Bursuc, Marlet, Pérez and Aubry (2022), Spherical perspective on
     learning with normalization layers; the authors' AdamSRT (ymontmarin/adamsrt).
-
-    >>> import jax.numpy as jnp, unitnorm
-    >>> w, g = jnp.array([[1.0], [0.0]]), jnp.array([[0.0], [1.0]])
-    >>> tx = unitnorm.adam_srt(0.1)
-    >>> step, _ = tx.update(g, tx.init(w), w)
-    >>> print((w + step).ravel().round(3))
-    [ 1.    -0.141]
     """
 
     def leaf(axes: Axes, count: Array, w: Array, g: Array, m: Array, v: Array) -> Arrays:
@@ -404,7 +345,7 @@ def hyperball(
     *,
     axis: AxisSpec = None,
     off_manifold: OffManifold = "normalize",
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """Steps of fixed length at fixed norm: W ← R norm(W − λ R norm(u)), norm(x) = x/‖x‖.
 
     u is what `inner` answers. The norms are those of filters; with `axis` of all axes, those of a
@@ -417,13 +358,6 @@ def hyperball(
 
     Source: Wen, Dang, Lyu, Ma and Liang (2026), Fantastic pretraining optimizers and where to find
     them II: Hyperball optimization, arXiv 2606.16899.
-
-    >>> import jax.numpy as jnp, unitnorm
-    >>> w, g = jnp.array([[3.0], [4.0]]), jnp.array([[5.0], [0.0]])
-    >>> tx = unitnorm.hyperball(0.1, off_manifold="keep")
-    >>> step, _ = tx.update(g, tx.init(w), w)
-    >>> print(unitnorm.filter_norms(w + step))
-    [5.]
     """
     inner = optax.chain(
         optax.scale_by_adam() if inner is None else inner,
@@ -442,7 +376,7 @@ def ngpt(
     *,
     axis: AxisSpec = None,
     off_manifold: OffManifold = "normalize",
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """Adam, then unit norm, as nGPT trains its matrices: w ← Orth(w − λ m̂/(√v̂ + eps)).
 
     nGPT normalises along the embedding: `axis` has to say which that is for each matrix. Its
@@ -451,13 +385,6 @@ def ngpt(
 
     Source: Loshchilov, Hsieh, Sun and Ginsburg (2024), nGPT: normalized transformer with
     representation learning on the hypersphere, section 2.6 and the authors' code (NVIDIA/ngpt).
-
-    >>> import jax.numpy as jnp, unitnorm
-    >>> w, g = jnp.array([[1.0], [0.0]]), jnp.array([[0.0], [7.0]])
-    >>> tx = unitnorm.ngpt(0.75)
-    >>> step, _ = tx.update(g, tx.init(w), w)
-    >>> print((w + step).ravel().round(3))
-    [ 0.8 -0.6]
     """
     adam = optax.adam(learning_rate, b1, b2, eps)
     return on_sphere(adam, tangent=(), axis=axis, off_manifold=off_manifold)
@@ -470,19 +397,12 @@ def renorm_sgd(
     *,
     nesterov: bool = True,
     axis: AxisSpec = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """Unit norm, then a step of fixed length: w ← w/‖w‖ − λ u/‖u‖, m ← μ m + g, u = g + μ m.
 
     Norms are one before the step and not after it. Where u is 0 there is no step.
 
     Source: Jordan (2024), KellerJordan/research-airbench, renorm_airbench.py, whose rate is 0.07.
-
-    >>> import jax.numpy as jnp, unitnorm
-    >>> w, g = jnp.array([[2.0], [0.0]]), jnp.array([[0.0], [100.0]])
-    >>> tx = unitnorm.renorm_sgd(0.07)
-    >>> step, _ = tx.update(g, tx.init(w), w)
-    >>> print((w + step).ravel().round(3))
-    [ 1.   -0.07]
     """
 
     def leaf(axes: Axes, count: Array, w: Array, g: Array, m: Array) -> Arrays:
@@ -504,20 +424,13 @@ def adamwn(
     norm_ratio: Schedulable = 1.0,
     update_rate: Schedulable = 0.01,
     axis: AxisSpec = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """AdamW whose decay draws norms to a target: w ← w − λ m̂/(√v̂ + eps) − κ (1 − r‖w₀‖/‖w‖) w.
 
     r is `norm_ratio`, κ is `update_rate`; r = 0 is weight decay κ, κ = 1 sets the norm at once. κ
     is not multiplied by λ. The target is kept per filter, and κ = 0.01 is a choice made here.
 
     Source: Loshchilov (2023), Weight norm control, equation (3), arXiv 2311.11446.
-
-    >>> import jax.numpy as jnp, unitnorm
-    >>> w, g = jnp.array([[2.0], [0.0]]), jnp.zeros((2, 1))
-    >>> tx = unitnorm.adamwn(0.1, norm_ratio=0.5, update_rate=1.0)
-    >>> step, _ = tx.update(g, tx.init(w), w)
-    >>> print((w + step).ravel())  # half its norm at once
-    [1. 0.]
     """
 
     def control(axes: Axes, count: Array, w: Array, u: Array, start: Array) -> Arrays:
@@ -537,7 +450,7 @@ def muon(
     *,
     nesterov: bool = True,
     axis: AxisSpec = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """Momentum made orthogonal, of the matrix whose columns are the filters: optax.contrib.muon.
 
     m ← μ m + (1−μ) g; of m̂ (with Nesterov, looked ahead) about the nearest matrix with orthonormal
@@ -547,13 +460,6 @@ def muon(
     Source: Jordan, Jin, Boza, You, Cesista, Newhouse and Bernstein (2024), Muon: an optimizer for
     hidden layers in neural networks; momentum 0.95, Nesterov and five steps are theirs, λ is 0.02
     in their code (KellerJordan/Muon).
-
-    >>> import jax.numpy as jnp, unitnorm
-    >>> w, g = jnp.eye(2), jnp.diag(jnp.array([1.0, 100.0]))
-    >>> tx = unitnorm.muon(0.1)
-    >>> step, _ = tx.update(g, tx.init(w), w)
-    >>> print(bool((jnp.diag(step) < -0.04).all()))  # both, whatever their gradients
-    True
     """
     refuse_schedule("momentum", momentum)
 
@@ -580,7 +486,7 @@ def manifold_muon(
     dual_rate: float = 0.1,
     tolerance: float = 1e-6,
     axis: AxisSpec = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """Muon among orthonormal filters: W ← msign(W − λ A), WᵀW = 1, msign(U Σ Vᵀ) = U Vᵀ.
 
     W has the filters as columns, or the entries where those are fewer. A = msign(G + 2 W Λ) is the
@@ -591,26 +497,14 @@ def manifold_muon(
 
     Source: Bernstein (2025), Modular manifolds (thinkingmachines.ai), and its code
     (thinking-machines-lab/manifolds), whose K is 100 and α 0.01.
-
-    >>> import jax.numpy as jnp, unitnorm
-    >>> w, g = jnp.eye(3)[:, :2], jnp.ones((3, 2))
-    >>> tx = unitnorm.manifold_muon(0.1)
-    >>> step, _ = tx.update(g, tx.init(w), w)
-    >>> print(jnp.abs((w + step).T @ (w + step)).round(4))
-    [[1. 0.]
-     [0. 1.]]
     """
 
     def leaf(axes: Axes, count: Array, w: Array, g: Array) -> Arrays:
-        order = (*axes, *(a for a in range(w.ndim) if a not in axes))
-        entries = math.prod(w.shape[a] for a in axes)
-        wide = entries < w.size // max(entries, 1)
-
-        def as_tall(x: Array) -> Array:
-            matrix = x.transpose(order).reshape(entries, -1)
-            return matrix.T if wide else matrix
-
-        W, G = as_tall(w), as_tall(g)
+        filters = FilterAxes(axes)
+        W, G = as_columns(w, filters), as_columns(g, filters)
+        wide = W.shape[0] < W.shape[1]
+        if wide:
+            W, G = W.T, G.T
 
         def ascend(k: Array, carried: tuple[Array, Array]) -> Arrays:
             dual = carried[0]
@@ -622,9 +516,7 @@ def manifold_muon(
         dual = -(_times(W.T, G) + _times(G.T, W)) / 4
         A = jax.lax.fori_loop(0, dual_steps, ascend, (dual, jnp.zeros_like(W)))[1]
         new = _msign(W - value_at(learning_rate, count) * A)
-        shape = [w.shape[a] for a in order]
-        moved = (new.T if wide else new).reshape(shape).transpose(np.argsort(order))
-        return (moved - w,)
+        return (from_columns(new.T if wide else new, filters, w.shape) - w,)
 
     return widened(stateful(leaf, (), axis))
 
