@@ -37,6 +37,11 @@ def slanted(W):
     return 0.5 * W - TARGET
 
 
+def radial(W):
+    """Nearly along the rows."""
+    return 3 * W + 0.1 * slanted(W)
+
+
 def tangent(W):
     """Of a loss that depends on directions alone."""
     lengths = rivals.lengths(W)
@@ -111,7 +116,7 @@ OPTIONS = [
 def test_options_are_those_of_the_formula(name, update, options):
     expected = rule(name, **options)
     np.testing.assert_allclose(walk(update(RATE, axis=-1), slanted), expected, rtol=0, atol=1e-12)
-    assert np.abs(expected - rule(name)).max() > 1e-3
+    assert np.abs(expected - rule(name)).max() > 1e-4
 
 
 def test_a_norm_held_may_be_that_of_a_matrix():
@@ -120,13 +125,13 @@ def test_a_norm_held_may_be_that_of_a_matrix():
     np.testing.assert_allclose(walk(whole, slanted), expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("gradient", [slanted, tangent, together])
+@pytest.mark.parametrize("gradient", [radial, tangent, together])
 @pytest.mark.parametrize("name", ["sgdp", "adamp"])
 def test_the_projection_is_made_where_weights_look_invariant(name, gradient):
     found = walk(UPDATES[name].filters(RATE, axis=-1), gradient)
     np.testing.assert_allclose(found, rule(name, gradient), rtol=0, atol=1e-12)
     never = walk(UPDATES[name].filters(RATE, delta=0, axis=-1), gradient)
-    assert (np.abs(found - never).max() > 1e-4) == (gradient is not slanted)
+    assert (np.abs(found - never).max() > 1e-4) == (gradient is not radial)
 
 
 @pytest.mark.parametrize("size", [1, 24, 784])
