@@ -10,12 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import linen, nnx
 
 from unitnorm.updates import FilterAxes
 
-DENSE, CONV = FilterAxes((0,)), FilterAxes((0, 1, 2))
-WHOLE = FilterAxes((0, 1))
+NEEDS_DEV = "needs what is in unitnorm[dev]"
+CONV, WHOLE = FilterAxes((0, 1, 2)), FilterAxes((0, 1))
 IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(8, 8, 8, 3)), jnp.float32)
 WORDS = jnp.asarray(np.random.default_rng(0).integers(0, 7, (4, 6)))
 
@@ -46,7 +47,7 @@ def of_nnx(model: Any, *inputs: Any) -> tuple[Any, Any]:
 
 
 def of_haiku(forward: Any, *inputs: Any) -> tuple[Any, Any]:
-    import haiku as hk
+    hk = pytest.importorskip("haiku", reason=NEEDS_DEV)
 
     net = hk.without_apply_rng(hk.transform_with_state(forward))
     params, state = jax.jit(net.init)(jax.random.key(0), *inputs)
@@ -86,7 +87,7 @@ def flax_resnet():
 
 
 def jax_resnet():
-    import jax_resnet
+    jax_resnet = pytest.importorskip("jax_resnet", reason=NEEDS_DEV)
 
     net = jax_resnet.ResNet50(stage_sizes=[1, 1], hidden_sizes=(2, 4), n_classes=10)
     names = ["layers_0/ConvBlock_0/Conv_0/kernel"]
@@ -98,7 +99,7 @@ def jax_resnet():
 
 def haiku_resnet(version: int):
     """In the second version blocks end in a sum, which is normalised: that is several kernels."""
-    import haiku as hk
+    hk = pytest.importorskip("haiku", reason=NEEDS_DEV)
 
     def forward(images):
         net = hk.nets.ResNet(
@@ -117,7 +118,7 @@ def haiku_resnet(version: int):
 
 def haiku_mobilenet():
     """Depthwise kernels (3, 3, 1, channels) and pointwise ones, each before a normalisation."""
-    import haiku as hk
+    hk = pytest.importorskip("haiku", reason=NEEDS_DEV)
 
     def forward(images):
         net = hk.nets.MobileNetV1((1, 2), (4, 6), 5)
@@ -130,7 +131,7 @@ def haiku_mobilenet():
 
 def haiku_grouped():
     """A convolution in two groups, before a batch normalisation: still a factor for each filter."""
-    import haiku as hk
+    hk = pytest.importorskip("haiku", reason=NEEDS_DEV)
 
     def forward(images):
         x = hk.Conv2D(4, 3)(images)
@@ -190,7 +191,7 @@ def linen_transformer():
 
 def equinox_transformer():
     """Post-norm, as in Vaswani et al. (2017): a block ends in LayerNorm of a sum."""
-    import equinox as eqx
+    eqx = pytest.importorskip("equinox", reason=NEEDS_DEV)
 
     class Block(eqx.Module):
         attention: eqx.nn.MultiheadAttention
@@ -304,7 +305,7 @@ def lstm():
 
 def decoder():
     """Transposed convolutions, as in DCGAN; in Haiku their kernels are (h, w, out, in)."""
-    import haiku as hk
+    hk = pytest.importorskip("haiku", reason=NEEDS_DEV)
 
     def forward(codes):
         x = hk.Linear(2 * 2 * 6)(codes).reshape(-1, 2, 2, 6)

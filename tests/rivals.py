@@ -3,6 +3,7 @@
 Each yields W after every step. The options are those of the publications.
 """
 
+import functools
 import itertools
 
 import jax
@@ -38,21 +39,16 @@ def un(W, gradient, rate):
         yield W
 
 
-def un_momentum(W, gradient, rate):
-    M = np.zeros_like(W)
-    while True:
-        M = 0.9 * project(W, M) + project(W, gradient(W))
-        W = towards_sphere(W - rate * M)
-        yield W
-
-
-def un_nesterov(W, gradient, rate):
+def un_momentum(W, gradient, rate, momentum=0.9, nesterov=False):
     M = np.zeros_like(W)
     while True:
         R = project(W, gradient(W))
-        M = 0.9 * project(W, M) + R
-        W = towards_sphere(W - rate * (R + 0.9 * M))
+        M = momentum * project(W, M) + R
+        W = towards_sphere(W - rate * (R + momentum * M if nesterov else M))
         yield W
+
+
+un_nesterov = functools.partial(un_momentum, nesterov=True)
 
 
 def un_adam(W, gradient, rate):
@@ -92,9 +88,9 @@ def weight_norm(W, gradient, rate):
         yield np.asarray(of(v, g))
 
 
-def sgd_wd(W, gradient, rate):
+def sgd_wd(W, gradient, rate, decay=5e-4):
     while True:
-        W = W - rate * (gradient(W) + 5e-4 * W)
+        W = W - rate * (gradient(W) + decay * W)
         yield W
 
 

@@ -41,9 +41,9 @@ def test_an_example_learns_with_its_kernels_at_unit_norm(
         return unitnorm.build(name, learning_rate, filters, **options)
 
     monkeypatch.setattr(module, "build", build_and_note)
-    error = module.main(60)
+    error = module.main(40)
     assert built == [("un", kernels)]
-    assert error < 0.25  # nine in ten are wrong before training
+    assert error < 0.35  # nine in ten are wrong before training
     assert capsys.readouterr().out == f"test error {error:.4f}\n"
 
 
@@ -60,18 +60,18 @@ def test_the_transformer_learns_with_its_kernels_at_unit_norm(monkeypatch, capsy
     monkeypatch.setattr(transformer, "Transformer", Noted)
     for name, size in {"CONTEXT": 32, "WIDTH": 32, "BATCH": 16, "BLOCKS": 1}.items():
         monkeypatch.setattr(transformer, name, size)
-    loss = transformer.main(30)
+    loss = transformer.main(20)
     assert capsys.readouterr().out == f"test loss {loss:.4f} nats a letter\n"
-    (plain,) = transformer.train([0], "adamw", 0.0, 3e-3, 0.0, 30)
-    assert 2 < loss < 3.5  # log(100) is 4.6
-    assert 2 < plain < 3.5
+    (plain,) = transformer.train([0], "adamw", 0.0, 3e-3, 0.0, 20)
+    assert 2 < loss < 4  # log(100) is 4.6
+    assert 2 < plain < 4
     for model, unit in zip(models, (True, False), strict=True):
-        for block in model.blocks:
-            query, value = block.query.kernel[...], block.value.kernel[...]
-            norms = [*jnp.sqrt(jnp.sum(query**2, (0, 2))), jnp.linalg.norm(value)]
-            norms += [jnp.linalg.norm(layer.kernel[...]) for layer in (block.up, block.down)]
-            assert all(abs(norm - 1) < 1e-5 for norm in norms) == unit
-    lines = (Path(unitnorm.__path__[0]) / "examples" / "transformer.py").read_text().splitlines()
+        (block,) = model.blocks
+        query, value = block.query.kernel[...], block.value.kernel[...]
+        norms = [*jnp.sqrt(jnp.sum(query**2, (0, 2))), jnp.linalg.norm(value)]
+        norms += [jnp.linalg.norm(layer.kernel[...]) for layer in (block.up, block.down)]
+        assert all(abs(norm - 1) < 1e-5 for norm in norms) == unit
+    lines = Path(transformer.__file__).read_text().splitlines()
     assert len(lines) < 100
 
 

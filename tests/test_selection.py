@@ -10,7 +10,8 @@ import optax
 import pytest
 from flax import nnx
 
-from tests.networks import NETWORKS, of_nnx
+from tests import networks
+from tests.test_updates import assert_close
 from unitnorm import updates
 from unitnorm.updates import UPDATES, FilterAxes, axes_of_selection, build, examine_kernels
 
@@ -32,15 +33,6 @@ def normalised(h, axis=0):
 
 def random(*shape):
     return jnp.asarray(np.random.default_rng(2).normal(size=shape), jnp.float32)
-
-
-def chosen(selection):
-    """Path to what the selection says, for the leaves that it selects."""
-    return {
-        jax.tree_util.keystr(path): leaf
-        for path, leaf in jax.tree.leaves_with_path(selection)
-        if leaf
-    }
 
 
 def norms_over(w, axes):
@@ -95,77 +87,23 @@ def test_a_kernel_that_is_normalised_in_part_is_left_out_with_a_warning():
     assert report.selection == {"whole": True, "part": False}
 
 
-def test_a_stack_of_layers_has_filters_in_each_layer():
-    class Block(nnx.Module):
-        def __init__(self, rngs):
-            self.linear = nnx.Linear(5, 5, rngs=rngs)
-            self.norm = nnx.BatchNorm(5, rngs=rngs)
-
-        def __call__(self, x):
-            return nnx.relu(self.norm(self.linear(x)))
-
-    class Stack(nnx.Module):
-        def __init__(self, rngs):
-            @nnx.split_rngs(splits=3)
-            @nnx.vmap(in_axes=(0,), out_axes=0)
-            def layers(rngs):
-                return Block(rngs)
-
-            self.layers = layers(rngs)
-            self.out = nnx.Linear(5, 2, rngs=rngs)
-
-        def __call__(self, x):
-            @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
-            def run(x, layer):
-                return layer(x)
-
-            return self.out(run(x, self.layers))
-
-    model = Stack(nnx.Rngs(0))
-    selection = updates.normalized_kernels_nnx(model, X)
-    (found,) = chosen(selection).items()
-    assert "linear" in found[0]
-    assert found[1] == FilterAxes((1,))
-    params = nnx.state(model, nnx.Param)
-    new = one_step(jax.tree.map(jnp.asarray, nnx.to_pure_dict(params)), nnx.to_pure_dict(selection))
-    np.testing.assert_allclose(norms_over(new["layers"]["linear"]["kernel"], 1), 1, atol=1e-6)
-    unit = updates.normalize_filters(params, selection)
-    np.testing.assert_allclose(norms_over(unit["layers"]["linear"]["kernel"][...], 1), 1, atol=1e-6)
-
-
 def test_an_equinox_module_selects_though_it_can_be_called():
-    eqx = pytest.importorskip("equinox", reason="needs equinox: pip install unitnorm[dev]")
+    eqx = pytest.importorskip("equinox", reason=networks.NEEDS_DEV)
 
     class Net(eqx.Module):
-        conv: eqx.nn.Conv2d
-        norm: eqx.nn.BatchNorm
-        out: eqx.nn.Linear
+        conv: jax.Array
+        out: jax.Array
 
-        def __init__(self, key):
-            one, two = jax.random.split(key)
-            self.conv = eqx.nn.Conv2d(3, 4, 3, key=one)
-            self.norm = eqx.nn.BatchNorm(4, axis_name="batch", mode="batch")
-            self.out = eqx.nn.Linear(4, 2, key=two)
+        def __call__(self):
+            h = normalised(conv(PICTURES, self.conv), (0, 2, 3))
+            return h.clip(0).mean((2, 3)) @ self.out
 
-        def __call__(self, x, state):
-            h, state = self.norm(self.conv(x), state)
-            return self.out(jax.nn.relu(h).mean((1, 2))), state
-
-    net, state = eqx.nn.make_with_state(Net)(jax.random.key(0))
-    params, static = eqx.partition(net, eqx.is_inexact_array)
-
-    @jax.jit
-    def apply(params):
-        net = eqx.combine(params, static)
-        return jax.vmap(net, axis_name="batch", in_axes=(0, None), out_axes=(0, None))(
-            PICTURES, state
-        )
-
-    selection = updates.normalized_kernels(apply, params)
+    params = Net(random(4, 3, 3, 3), random(4, 2))
+    selection = updates.normalized_kernels(lambda net: net(), params)
     assert callable(selection)
-    assert chosen(selection) == {".conv.weight": FilterAxes((1, 2, 3))}
+    assert (selection.conv, selection.out) == (FilterAxes((1, 2, 3)), False)
     new = one_step(params, selection)
-    np.testing.assert_allclose(norms_over(new.conv.weight, (1, 2, 3)), 1, atol=1e-6)
+    np.testing.assert_allclose(norms_over(new.conv, (1, 2, 3)), 1, atol=1e-6)
 
 
 def test_a_partial_is_a_function():
@@ -186,13 +124,15 @@ def selected(report):
     return {found.name: found.blocks for found in report.findings if found.selected}
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@functools.cache
+def examined(name):
+    apply, params, expected = networks.NETWORKS[name]()
+    return examine_kernels(apply, params), params, expected
+
+
+@pytest.mark.parametrize("name", networks.NETWORKS)
 def test_what_can_be_scaled_in_networks_that_others_wrote(name):
-    pytest.importorskip("haiku" if "haiku" in name or name == "decoder" else "jax")
-    pytest.importorskip("equinox" if "equinox" in name else "jax")
-    pytest.importorskip("jax_resnet" if name == "jax-resnet" else "jax")
-    apply, params, expected = NETWORKS[name]()
-    report = examine_kernels(apply, params)
+    report, params, expected = examined(name)
     assert selected(report) == expected
     assert jax.tree.structure(report.selection) == jax.tree.structure(params)
     assert report.passes < 250
@@ -200,7 +140,7 @@ def test_what_can_be_scaled_in_networks_that_others_wrote(name):
 
 def test_one_network_on_paper():
     """The symmetries of attention with QK-norm as .docs/selections.md derives them, and no more."""
-    report = examine_kernels(*NETWORKS["nnx-transformer"]()[:2])
+    report = examined("nnx-transformer")[0]
     at = "attention"
     assert {(pair.times, pair.divided, pair.factors) for pair in report.pairs} == {
         ((f"{at}/out/kernel",), (f"{at}/value/bias", f"{at}/value/kernel"), 8),
@@ -217,35 +157,14 @@ def test_one_network_on_paper():
     assert said["passes"] == report.passes
 
 
-@pytest.mark.parametrize("norm", [nnx.LayerNorm, nnx.RMSNorm])
-def test_a_dense_layer_before_a_normalisation_by_layer_has_one_factor_with_its_bias(norm):
-    rngs = nnx.Rngs(0)
-    model = nnx.Sequential(nnx.Linear(5, 4, rngs=rngs), norm(4, rngs=rngs))
-    selection = nnx.to_pure_dict(updates.normalized_kernels_nnx(model, X))["layers"]
-    name = "layers/0/kernel"
-    assert selection[0] == {
-        "kernel": FilterAxes((0, 1), joint=name),
-        "bias": FilterAxes((0,), joint=name),
-    }
-    assert not any(selection[1].values())
-
-
-class Deep(nnx.Module):
-    def __init__(self, dtype, param_dtype):
-        options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": nnx.Rngs(0)}
-        self.layers = nnx.List([nnx.Linear(5, 5, **options) for _ in range(8)])
-        self.norms = nnx.List([nnx.BatchNorm(5, **options) for _ in range(8)])
-
-    def __call__(self, x):
-        for layer, norm in zip(self.layers, self.norms, strict=True):
-            x = nnx.relu(norm(layer(x)))
-        return x
-
-
-@pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
-def test_bfloat16_hides_nothing(param_dtype):
-    report = examine_kernels(*of_nnx(Deep(jnp.bfloat16, param_dtype), X))
-    assert selected(report) == {f"layers/{i}/kernel": FilterAxes((0,)) for i in range(8)}
+def test_bfloat16_hides_nothing():
+    options = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16, "rngs": nnx.Rngs(0)}
+    layers = []
+    for _ in range(8):
+        layers += [nnx.Linear(5, 5, **options), nnx.BatchNorm(5, **options), nnx.relu]
+    report = examine_kernels(*networks.of_nnx(nnx.Sequential(*layers), X))
+    kernels = [f"layers/{i}/kernel" for i in range(0, 24, 3)]
+    assert selected(report) == dict.fromkeys(kernels, FilterAxes((0,)))
 
 
 def test_parameters_on_several_devices_and_code_that_is_not_compiled_give_the_same():
@@ -257,9 +176,11 @@ def test_parameters_on_several_devices_and_code_that_is_not_compiled_give_the_sa
     def apply(p):
         return normalised(x @ p["kernel"]) @ p["out"]
 
-    plain = examine_kernels(apply, params)
+    said = []
+    plain = examine_kernels(apply, params, progress=said.append)
     spread = examine_kernels(jax.jit(apply), jax.device_put(params, rows))
     assert plain.selection == spread.selection == {"kernel": True, "out": False}
+    assert said[0] == "row 1 of 8"
 
 
 def test_what_stops_differentiation_stops_no_symmetry():
@@ -354,9 +275,16 @@ def test_running_statistics_are_told_from_no_normalisation():
     assert "training mode" not in str(raised.value)
 
 
-def test_code_that_cannot_be_traced_is_refused():
-    with pytest.raises(ValueError, match="cannot be traced by JAX"):
-        examine_kernels(lambda p: np.asarray(X @ p["kernel"]), {"kernel": random(5, 4)})
+@pytest.mark.parametrize(
+    ("apply", "complaint"),
+    [
+        (lambda p: np.asarray(X @ p["kernel"]), "cannot be traced by JAX"),
+        (lambda p: X @ p["kernel"] / 0, "not finite"),
+    ],
+)
+def test_outputs_that_tell_nothing_are_refused(apply, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        examine_kernels(apply, {"kernel": random(5, 4)})
 
 
 def test_two_normalisers_on_one_kernel_are_warned_of():
@@ -382,7 +310,6 @@ BLOCKS = {
         "bias": FilterAxes((), joint="q"),
         "rest": False,
     },
-    "strides": {"kernel": FilterAxes((0, 1, 2), (6, 2, 3, 2)), "bias": False, "rest": False},
 }
 
 
@@ -393,8 +320,6 @@ def as_rows(kind, tree):
         return np.stack([[*w[:, h].ravel(), *b[h]] for h in range(2)])
     if kind == "groups":
         return np.stack([w[:, h, i::2].ravel() for h in range(2) for i in range(2)])
-    if kind == "strides":
-        return np.stack([w[:, :, i::2].ravel() for i in range(2)])
     if kind == "whole":
         return w.reshape(1, -1)
     return np.stack([[*w[:, h, i], b[h, i]] for h in range(2) for i in range(6)])
@@ -444,27 +369,53 @@ def test_normalize_filters_divides_blocks_by_their_norms(kind):
     np.testing.assert_array_equal(unit["rest"], params["rest"])
 
 
+class Cnn(nnx.Module):
+    """No name tells a normalised kernel from another, and some start at zero."""
+
+    def __init__(self, rngs):
+        zeros, ones = nnx.initializers.zeros_init(), nnx.initializers.ones_init()
+        self.classifier = nnx.Conv(2, 4, (3, 3), use_bias=False, rngs=rngs)  # ReLU, normalised
+        self.norm0 = nnx.BatchNorm(4, rngs=rngs)
+        self.b = nnx.Linear(4, 4, rngs=rngs)  # its bias, a ReLU, normalised
+        self.norm1 = nnx.BatchNorm(4, scale_init=zeros, bias_init=ones, rngs=rngs)
+        self.batchnorm = nnx.Linear(4, 4, rngs=rngs)  # its bias, normalised by layer
+        self.norm2 = nnx.LayerNorm(4, rngs=rngs)
+        self.filters = nnx.Linear(4, 3, kernel_init=zeros, rngs=rngs)  # not normalised
+
+    def __call__(self, x):
+        x = self.norm0(nnx.relu(self.classifier(x)))
+        x = nnx.relu(self.norm1(nnx.relu(self.b(nnx.max_pool(x, (2, 2), (2, 2))))))
+        return self.filters(self.norm2(self.batchnorm(jnp.mean(x, (1, 2)))))
+
+
 def test_what_is_found_is_trained_in_nnx():
-    """Joint leaves in an nnx.Optimizer, in bfloat16: each block at norm one to its rounding."""
-    model = nnx.MultiHeadAttention(
-        2, 8, normalize_qk=True, decode=False, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)
-    )
-    x = random(4, 6, 8)
-    selection = updates.normalized_kernels_nnx(model, x)
+    """Joint leaves in an nnx.Optimizer: each block at norm one."""
+    model, images = Cnn(nnx.Rngs(0)), PICTURES.transpose(0, 2, 3, 1)[..., :2]
+    before = jax.tree.map(jnp.copy, nnx.state(model))
+    selection = updates.normalized_kernels_nnx(model, images)
+    assert_close(nnx.state(model), before, atol=0)  # its running statistics too
+    params = nnx.state(model, nnx.Param)
+    assert jax.tree.structure(selection) == jax.tree.structure(params)
+    found = {path[0].key for path, chosen in jax.tree.leaves_with_path(selection) if chosen}
+    assert found == {"classifier", "b", "batchnorm"}
+    assert nnx.to_pure_dict(selection)["classifier"] == {"kernel": True}
+
+    nnx.update(model, updates.normalize_filters(params, selection))
     optimizer = nnx.Optimizer(model, build("un-adam", 0.05, selection), wrt=nnx.Param)
-    before = nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
     @nnx.jit
     def step(model, optimizer):
-        optimizer.update(model, nnx.grad(lambda m: jnp.mean((m(x) - 1) ** 2))(model))
+        optimizer.update(model, nnx.grad(lambda m: jnp.mean((m(images) - 1) ** 2))(model))
 
-    for _ in range(2):
+    for _ in range(3):
         step(model, optimizer)
-    for layer in (model.query, model.key):
-        kernel, bias = (np.asarray(leaf[...], float) for leaf in (layer.kernel, layer.bias))
-        norms = np.sqrt((kernel**2).sum((0, 2)) + (bias**2).sum(1))
-        np.testing.assert_allclose(norms, 1, atol=4e-3)
-    assert np.abs(model.query.kernel[...] - before["query"]["kernel"]).max() > 1e-2
+    np.testing.assert_allclose(norms_over(model.classifier.kernel[...], (0, 1, 2)), 1, atol=1e-6)
+    each, whole = (np.vstack([m.kernel[...], m.bias[...]]) for m in (model.b, model.batchnorm))
+    np.testing.assert_allclose(norms_over(each, 0), 1, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(whole), 1, atol=1e-6)
+    moved = nnx.state(model, nnx.Param)
+    for name in ("classifier", "b", "batchnorm", "filters"):
+        assert np.abs(moved[name]["kernel"][...] - before[name]["kernel"][...]).max() > 1e-3
 
 
 def test_none_is_passed_over_in_selections_and_gradients():
@@ -496,11 +447,3 @@ def test_none_is_passed_over_in_selections_and_gradients():
 def test_blocks_that_do_not_fit_are_refused(selection, complaint):
     with pytest.raises(ValueError, match=complaint):
         build("un", 0.1, selection).init({"a": random(5, 3), "b": random(5, 3)})
-
-
-def test_progress_is_said():
-    said = []
-    examine_kernels(
-        lambda p: normalised(X @ p["kernel"]), {"kernel": random(5, 4)}, progress=said.append
-    )
-    assert said[0] == "row 1 of 8"

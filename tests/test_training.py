@@ -186,7 +186,7 @@ def test_a_state_that_went_over_the_host_goes_on_with_the_same_bits(both, health
 
 def test_every_update_learns_and_keeps_to_its_manifold():
     """A thousand steps: far below chance, and unit norms where promised."""
-    # the rivals' rates have other scales; they learn in test_rivals
+    # the rivals' rates have other scales; they learn in test_formulas
     updates = {n: u for n, u in UPDATES.items() if u.filters.__module__ != rivals.__name__}
     assert len(updates) >= 11
     task = task_of(config={"train": {**TRAIN, "min_epochs": 50, "max_epochs": 50}})

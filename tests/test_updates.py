@@ -1,5 +1,6 @@
 """One contract for every update, and each update against its formula in float64 NumPy."""
 
+import functools
 import inspect
 import re
 
@@ -84,9 +85,8 @@ def last(path):
 
 
 def assert_close(actual, expected, rtol=0.0, atol=1e-6):
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), actual, expected
-    )
+    close = functools.partial(np.testing.assert_allclose, rtol=rtol, atol=atol)
+    jax.tree.map(close, actual, expected)
 
 
 def farthest(a, b):
@@ -148,11 +148,13 @@ def test_a_state_is_empty_where_it_can_be_and_tells_what_is_shaped_like_paramete
     assert bool(shapes) == (name not in STATELESS | {"manifold-muon"})
     assert bool(jax.tree.leaves(state)) == (name not in STATELESS)
     traced = jax.eval_shape(lambda rate, p: build(name, rate, True).init(p), 0.1, kernels())
-    assert jax.eval_shape(build(name, 0.1, True).init, kernels()) == traced  # whatever the rate
+    whole = build(name, 0.1, True)
+    assert jax.eval_shape(whole.init, kernels()) == traced  # whatever the rate
+    assert whole.init(jax.eval_shape(kernels)) == traced  # shapes alone give those of a state
 
 
 @every_update
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
 def test_dtypes_are_kept_and_stable_under_cond(name, dtype):
     with jax.enable_x64(dtype == "float64"):
         tx = UPDATES[name].filters(0.1)
@@ -165,13 +167,10 @@ def test_dtypes_are_kept_and_stable_under_cond(name, dtype):
         state = tx.init(params)
         displacement, after = maybe(True, state)
         assert dtypes(displacement) == [jnp.dtype(dtype)]
-        assert_close(
-            displacement, one_update(tx, grads, params), atol=4e-3 if "16" in dtype else 1e-6
-        )
         same = maybe(False, state)[1]
         jax.tree.map(np.testing.assert_array_equal, same, state)
         assert dtypes(after) == dtypes(same) == dtypes(state)
-    if "16" in dtype:  # gradients and rates of another dtype change parameters and state no more
+    if dtype == "bfloat16":  # gradients and rates in float32 change neither parameters nor state
         tx = build(name, jnp.float32(0.1), True)
         displacement, after = tx.update(arrays(1), tx.init(params), params)
         assert dtypes(after) == dtypes(tx.init(params))
@@ -226,24 +225,37 @@ def test_multi_steps_moves_by_the_mean_gradient(name):
 
 
 @every_update
-@pytest.mark.parametrize("form", ["mask", "labels", "function"])
-def test_partition_sends_filters_and_the_rest_to_their_own(name, form):
+def test_partition_sends_filters_and_the_rest_to_their_own(name):
     """Each after its own clipping, and filters at a learning rate of their own."""
     rest = {"theta": arrays(3)["conv"], "shift": jnp.ones(4)}
     params = {"layer": kernels(), **rest}
     grads = {"layer": arrays(1), "theta": arrays(4)["conv"], "shift": jnp.full(4, 2.0)}
-    mask = {key: key == "layer" for key in params}
-    selection = {
-        "mask": mask,
-        "labels": {key: "filters" if mask[key] else "rest" for key in mask},
-        "function": lambda params: mask,
-    }[form]
-    tx = build(name, 0.1, selection, filters_learning_rate=0.02)
+    tx = build(name, 0.1, {key: key == "layer" for key in params}, filters_learning_rate=0.02)
     together = train(optax.chain(optax.clip(0.5), tx), params, lambda _: grads, 2)
     clipped = jax.tree.map(lambda g: jnp.clip(g, -0.5, 0.5), grads)
     filters = train(UPDATES[name].filters(0.02), kernels(), lambda _: clipped["layer"], 2)
     others = train(UPDATES[name].rest(0.1), rest, lambda _: {k: clipped[k] for k in rest}, 2)
     assert_close(together, {"layer": filters, **others})
+
+
+@pytest.mark.parametrize(
+    "selection",
+    [
+        {"conv": "filters", "dense": "rest"},
+        lambda params: {"conv": True, "dense": None},
+        {"conv": True, "dense": False},
+    ],
+    ids=["labels", "function", "mask"],
+)
+def test_a_selection_has_several_forms(selection):
+    params = arrays(0, layers=BOTH)
+    moved = last(train(build("un", 0.1, selection), params, lambda _: arrays(1, layers=BOTH), 1))
+    unit = normalize_filters(params, selection)
+    for tree in (moved, unit):
+        assert off_unit(tree["conv"]) < 1e-6
+    assert_close(unit["dense"], params["dense"], atol=0)
+    rows = normalize_filters({"w": params["dense"]}, True, axis=1)["w"]
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-6)
 
 
 @every_update
@@ -303,32 +315,16 @@ def test_a_gradient_of_none_moves_nothing_and_counts_as_zero(name):
     assert_close(state, after)
 
 
-@every_update
-def test_shapes_alone_give_the_shapes_of_a_state(name):
-    tx = build(name, 0.1, {"layer": True, "rest": False})
-    params = {"layer": kernels(dtype=jnp.bfloat16)["conv"], "rest": jnp.ones(4)}
-    shapes = tx.init(jax.eval_shape(lambda: params))
-    real = tx.init(params)
-    assert jax.tree.structure(shapes) == jax.tree.structure(real)
-    assert [(x.shape, x.dtype) for x in jax.tree.leaves(shapes)] == [
-        (x.shape, x.dtype) for x in jax.tree.leaves(real)
-    ]
-
-
-@pytest.mark.parametrize("split", ["filters", "entries"])
-@pytest.mark.parametrize("axis", [0, -1])
+@pytest.mark.parametrize("axis", [0, -1])  # entries of filters on several devices, or filters
 @pytest.mark.parametrize("name", [n for n in UPDATES if "muon" not in n])  # optax's reshapes
-def test_on_a_mesh_with_explicit_axes_it_moves_as_on_one_device(name, axis, split):
+def test_on_a_mesh_with_explicit_axes_it_moves_as_on_one_device(name, axis):
     random = np.random.default_rng(0)
     w, g = random.normal(size=(2, 64, 128)).astype("f4")
     w /= np.linalg.norm(w, axis=axis, keepdims=True)
     expected = last(train(UPDATES[name].filters(0.1, axis=axis), jnp.asarray(w), lambda _: g, 2))
     mesh = jax.make_mesh((2,), ("x",), (AxisType.Explicit,))
     with jax.set_mesh(mesh):
-        over = (
-            PartitionSpec("x") if (split == "filters") == (axis == -1) else PartitionSpec(None, "x")
-        )
-        w, g = (jax.device_put(a, NamedSharding(mesh, over)) for a in (w, g))
+        w, g = (jax.device_put(a, NamedSharding(mesh, PartitionSpec("x"))) for a in (w, g))
         tx = UPDATES[name].filters(0.1, axis=axis)
         found = jax.jit(lambda w: last(train(tx, w, lambda _: g, 2)))(w)
         assert jax.typeof(found).sharding.spec == jax.typeof(w).sharding.spec
@@ -338,22 +334,16 @@ def test_on_a_mesh_with_explicit_axes_it_moves_as_on_one_device(name, axis, spli
         np.testing.assert_allclose(lengths, 1, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", WITH_AXIS)
-@pytest.mark.parametrize(
-    "axis",
-    [
-        {"conv": (1, 2, 3), "dense": -1},
-        lambda path: {"conv": (-3, -2, -1), "dense": 1}[path],
-    ],
-    ids=["tree", "function"],
-)
-def test_explicit_axes(name, axis):
-    def filters_first(tree):
-        return jax.tree.map(lambda w: jnp.moveaxis(w, -1, 0), tree)
+def filters_first(tree):
+    return jax.tree.map(lambda w: jnp.moveaxis(w, -1, 0), tree)
 
+
+@pytest.mark.parametrize("name", WITH_AXIS)
+def test_explicit_axes(name):
     grads, params = arrays(1, layers=BOTH), kernels(layers=BOTH)
     expected = filters_first(one_update(UPDATES[name].filters(0.1), grads, params))
     grads, params = filters_first(grads), filters_first(params)
+    axis = {"conv": (1, 2, 3), "dense": -1}
     assert_close(one_update(build(name, 0.1, True, axis=axis), grads, params), expected)
     if name in {"sgdp", "adamp", "adamwn", "muon", "manifold-muon"}:
         return  # these notice the filters later, or in certain places alone, or see both axes
@@ -373,11 +363,11 @@ def test_a_whole_kernel_is_one_filter(name):
         np.testing.assert_allclose(jnp.linalg.norm(path[-1]), 1, atol=1e-6)
 
 
-def test_one_explicit_axis_serves_every_leaf():
+@pytest.mark.parametrize("axis", [-1, lambda path: {"a": 1, "b": -1}[path]])
+def test_one_axis_or_a_function_serves_every_leaf(axis):
     params = {"a": kernels(layers=BOTH)["dense"].T, "b": jnp.array([0.6, 0.8])}
-    moved = optax.apply_updates(
-        params, one_update(updates.un(0.1, axis=-1), jax.tree.map(jnp.ones_like, params), params)
-    )
+    grads = jax.tree.map(jnp.ones_like, params)
+    moved = last(train(updates.un(0.1, axis=axis), params, lambda _: grads, 1))
     np.testing.assert_allclose(np.linalg.norm(moved["a"], axis=1), 1, atol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(moved["b"]), 1, atol=1e-6)
 
@@ -423,11 +413,11 @@ def test_filters_may_keep_the_norms_that_they_start_with(name):
 
 def test_three_updates_are_one_on_a_scale_invariant_loss():
     gradient = jax.grad(lambda p: invariant_loss(p, kernels(5)))
-    paths = {
-        n: directions(train(UPDATES[n].filters(0.1), kernels(), gradient, 10)) for n in UPDATES
-    }
-    gaps = {n: farthest(path, paths["un"]) for n, path in paths.items()}
-    assert {n for n, gap in gaps.items() if gap < 1e-5} == {"un", "sm", "normalize"}
+    un, sm, plain = (
+        directions(train(UPDATES[name].filters(0.1), kernels(), gradient, 10))
+        for name in ("un", "sm", "normalize")
+    )
+    assert max(farthest(un, sm), farthest(un, plain)) < 1e-5
 
 
 @pytest.mark.parametrize("name", CONSTRAINED)
@@ -436,62 +426,41 @@ def test_filters_off_the_manifold_are_normalised_or_refused(name):
     moved = optax.apply_updates(off, one_update(UPDATES[name].filters(0.1), arrays(1), off))
     # Rounding is that of the start, a hundred times the manifold's.
     assert off_unit(moved) < 1e-4
-    path = train(UPDATES[name].filters(0.1), off, lambda _: arrays(1), 2)
-    assert off_unit(last(path)) < 1e-6
+    moved = optax.apply_updates(moved, one_update(UPDATES[name].filters(0.1), arrays(1), moved))
+    assert off_unit(moved) < 1e-6
 
     strict = UPDATES[name].filters(0.1, off_manifold="raise")
-    strict.init(kernels())
     strict.init(kernels(dtype=jnp.bfloat16))
     strict.init(jax.tree.map(lambda w: w.at[..., 0].set(0), kernels()))
     with pytest.raises(ValueError, match=r"conv of shape \(3, 3, 2, 4\).*norm 100"):
         strict.init(off)
     with pytest.raises(ValueError, match=r"conv.* norm nan"):
         strict.init(jax.tree.map(lambda w: w.at[0, 0, 0, 0].set(jnp.nan), kernels()))
-    with pytest.raises(ValueError, match="outside jit"):
-        jax.jit(strict.init)(kernels())
     with pytest.raises(ValueError, match="raise, trust, keep; got 'warn'"):
         UPDATES[name].filters(0.1, off_manifold="warn")
     trusting = one_update(UPDATES[name].filters(0.1, off_manifold="trust"), arrays(1), kernels())
     assert_close(trusting, one_update(UPDATES[name].filters(0.1), arrays(1), kernels()))
-    UPDATES[name].filters(0.1).init(off)
 
 
 # --- Errors -------------------------------------------------------------------------------------
 
 
-def test_an_unknown_name_is_answered_with_all_names():
-    with pytest.raises(ValueError, match="'nu'.*" + ", ".join(UPDATES)):
-        build("nu", 0.1, True)
-
-
 @pytest.mark.parametrize("name", WITH_AXIS)
-@pytest.mark.parametrize("bad", [jnp.ones(64), jnp.ones(())], ids=["vector", "scalar"])
-def test_leaves_without_filters_are_refused_before_training(name, bad):
-    with pytest.raises(ValueError, match=r"bn/scale of shape \((64,)?\).*optax.partition"):
-        UPDATES[name].filters(0.1).init({"bn": {"scale": bad}})
-
-
-@pytest.mark.parametrize("name", [name for name in WITH_AXIS if name != "muon"])  # looks at none
-@pytest.mark.parametrize("size", [1e-25, 1e25])
-def test_norms_whose_squares_are_out_of_range_are_refused_and_can_be_normalised(name, size):
-    params = {"conv": kernels()["conv"].at[..., 1].multiply(size)}
-    with pytest.raises(ValueError, match=r"conv of shape .*norm 1e.25.*normalize_filters"):
-        UPDATES[name].filters(0.1).init(params)
-    assert_close(normalize_filters(params, True), kernels())
-
-
-@pytest.mark.parametrize("name", WITH_AXIS)
-def test_complex_kernels_are_refused_by_name(name):
-    with pytest.raises(ValueError, match="layer/kernel is complex64"):
-        UPDATES[name].filters(0.1).init({"layer": {"kernel": jnp.ones((3, 2), jnp.complex64)}})
-
-
-@pytest.mark.parametrize("name", [*WITH_AXIS, "lars"])
-def test_params_are_needed(name):
+def test_what_cannot_be_moved_is_refused_before_training(name):
     tx = UPDATES[name].filters(0.1)
-    state = tx.init(kernels())
+    for bad in (jnp.ones(64), jnp.ones(())):
+        with pytest.raises(ValueError, match=r"bn/scale of shape \((64,)?\).*optax.partition"):
+            tx.init({"bn": {"scale": bad}})
+    with pytest.raises(ValueError, match="layer/kernel is complex64"):
+        tx.init({"layer": {"kernel": jnp.ones((3, 2), jnp.complex64)}})
     with pytest.raises(ValueError, match=r"update\(grads, state, params\)"):
-        tx.update(arrays(1), state)
+        tx.update(arrays(1), tx.init(kernels()))
+    for size in (1e-25, 1e25):
+        params = {"conv": kernels()["conv"].at[..., 1].multiply(size)}
+        assert_close(normalize_filters(params, True), kernels())
+        if name != "muon":  # which looks at no norm
+            with pytest.raises(ValueError, match=r"conv of shape .*norm 1e.25.*normalize_filters"):
+                tx.init(params)
 
 
 def test_an_injected_axis_is_refused_with_the_remedy():
@@ -507,7 +476,6 @@ def test_an_injected_axis_is_refused_with_the_remedy():
     [
         ({"conv": True}, "selection of filters does not fit"),
         ({"conv": True, "dense": "kernel"}, "got 'kernel'"),
-        ({"conv": True, "dense": [True, False]}, "selection of filters does not fit"),
     ],
 )
 def test_selections_that_do_not_fit_are_refused(selection, complaint):
@@ -518,17 +486,6 @@ def test_selections_that_do_not_fit_are_refused(selection, complaint):
 def test_axes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="axis does not fit"):
         updates.un(0.1, axis={"conv": 0}).init(kernels(layers=BOTH))
-
-
-def test_normalize_filters_touches_the_selected_alone():
-    params = {**arrays(1, layers=BOTH), "bias": jnp.ones(3)}
-    unit = normalize_filters(params, lambda p: {n: n == "dense" for n in p})
-    assert off_unit(unit["dense"]) < 1e-6
-    assert_close(
-        {n: unit[n] for n in ("conv", "bias")}, {n: params[n] for n in ("conv", "bias")}, atol=0
-    )
-    rows = normalize_filters({"w": params["dense"]}, True, axis=1)["w"]
-    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-6)
 
 
 def test_another_update_takes_the_lines_that_the_documentation_shows():

@@ -25,14 +25,9 @@ MOST_PIECES = 128  # of a row, each of which is code of its own
 def filter_axes(shape: Sequence[int], axis: Axis = None, name: str = "array") -> tuple[int, ...]:
     """The axes over which one filter runs, as sorted non-negative integers.
 
-    Args:
-        shape: shape of the array.
-        axis: an integer, several integers, or None for every axis but the last.
-        name: what to call the array in an error.
-
     Raises:
-        ValueError: no axis is given and the array has fewer than two; or an axis is out of range,
-            named twice, or no integer.
+        ValueError: no axis is given and the array, called `name`, has fewer than two; or an axis is
+            out of range, named twice, or no integer.
 
     >>> filter_axes((3, 3, 8, 16))  # a convolution kernel: sixteen filters
     (0, 1, 2)
@@ -67,10 +62,7 @@ def filter_axes(shape: Sequence[int], axis: Axis = None, name: str = "array") ->
 def filter_norms(w: jax.Array, axis: Axis = None, *, keepdims: bool = False) -> jax.Array:
     """Euclidean norm of each filter, in at least float32.
 
-    Args:
-        w: array of filters.
-        axis: axes over which one filter runs; default: every axis but the last.
-        keepdims: keep the summed axes with length one, so that the norms broadcast against `w`.
+    With `keepdims` the summed axes stay with length one, so that the norms broadcast against `w`.
 
     Raises:
         ValueError: see `filter_axes`; or `w` is complex.
@@ -90,15 +82,8 @@ def tangent_projection(w: jax.Array, z: jax.Array, axis: Axis = None) -> jax.Arr
     """Project `z` onto the tangent space at w/‖w‖: Π_w(z) = z − (⟨w, z⟩ / ⟨w, w⟩) w, per filter.
 
     At unit norm this is Π_W(Z) = Z − Diag(diag(Z Wᵀ)) W below Table 1, with the paper's rows as
-    filters. A zero filter has no tangent space, and its `z` comes back unchanged.
-
-    Args:
-        w: array of filters.
-        z: array of the same shape, for instance a Euclidean gradient.
-        axis: axes over which one filter runs; default: every axis but the last.
-
-    Returns:
-        An array of the shape and dtype of `z`.
+    filters. A zero filter has no tangent space, and its `z` comes back unchanged. The result has
+    the shape, which is that of `w` too, and the dtype of `z`.
 
     Raises:
         ValueError: see `filter_axes`; or an array is complex.
@@ -117,14 +102,8 @@ def retraction(w: jax.Array, axis: Axis = None) -> jax.Array:
     """Divide each filter by its norm: Orth(·) of Table 1.
 
     A zero filter has no direction and stays zero, without NaN. One with an infinite entry becomes
-    NaN, because zeros would let a diverged run pass for a dead filter.
-
-    Args:
-        w: array of filters.
-        axis: axes over which one filter runs; default: every axis but the last.
-
-    Returns:
-        An array of the shape and dtype of `w`.
+    NaN, because zeros would let a diverged run pass for a dead filter. The result has the shape and
+    dtype of `w`.
 
     Raises:
         ValueError: see `filter_axes`; or `w` is complex.
@@ -139,16 +118,12 @@ def retraction(w: jax.Array, axis: Axis = None) -> jax.Array:
     return unit(scaled, axes).astype(jnp.result_type(w))
 
 
-# --- Inside an update: arrays in at least float32, `axes` as `filter_axes` gives them, and squares
-# that are in range.
+# --- Inside an update: arrays in at least float32, `axes` as `filter_axes` gives them and kept at
+# length one by all that sums, and squares that are in range.
 
 
 def wide(x: jax.Array) -> jax.Array:
-    """The array in at least float32, the precision in which everything here is computed.
-
-    Raises:
-        ValueError: the array is complex.
-    """
+    """The array in at least float32; ValueError for a complex one."""
     dtype = jnp.promote_types(jnp.result_type(x), jnp.float32)
     if jnp.issubdtype(dtype, jnp.complexfloating):
         raise ValueError(f"filters are real, got {dtype}: keep real and imaginary parts apart")
@@ -156,7 +131,6 @@ def wide(x: jax.Array) -> jax.Array:
 
 
 def norms_of(w: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Norm of each filter, with `axes` kept at length one."""
     return jnp.sqrt(inner(w, w, axes))
 
 
@@ -169,7 +143,6 @@ def project(
 
 
 def unit(w: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """`retraction`."""
     return w * inverse_norms(norms_of(w, axes))
 
 
@@ -179,10 +152,7 @@ def inverse_norms(norms: jax.Array) -> jax.Array:
 
 
 def power_of_two(w: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """For each filter the power of two that brings its largest entry to between 1/2 and 1.
-
-    1 for a filter that is zero or not finite. `axes` are kept at length one.
-    """
+    """What brings each filter's largest entry to between 1/2 and 1; 1 if it is 0 or not finite."""
     largest = jnp.max(jnp.abs(w), axes, keepdims=True, initial=0)
     least = jnp.finfo(w.dtype).minexp  # powers of two below it are flushed to zero
     exponent = jnp.clip(jnp.frexp(largest)[1], least, -least)
@@ -191,7 +161,7 @@ def power_of_two(w: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 
 
 def inner(a: jax.Array, b: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Inner product of each pair of filters, with `axes` kept at length one.
+    """Inner product of each pair of filters.
 
     The first sums over any axis but the last are pairwise: XLA on a CPU adds a column entry by
     entry, and folding the array first is both closer (which keeps norms within 1e-6 of one for
@@ -200,24 +170,19 @@ def inner(a: jax.Array, b: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     product = a * b
     folds = 4
     for axis in axes:
-        size = product.shape[axis]
-        split = axis < product.ndim - 1 and not _on_several_devices(product, axis)
-        while split and folds and size > 1 and size % 2 == 0:
+        if axis == product.ndim - 1 or _on_several_devices(product, axis):
+            continue
+        while folds and product.shape[axis] > 1 and product.shape[axis] % 2 == 0:
             product = jnp.add(*jnp.split(product, 2, axis))
-            size = product.shape[axis]
             folds -= 1
     return jnp.sum(product, axes, keepdims=True)
 
 
 def row_sums(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
-    """Sum of function(*arrays), entry by entry, over the last axis, kept at length one.
+    """Sum of function(*arrays), which works entry by entry, over the last axis, kept at length one.
 
     Pairwise, in pieces of a few neighbours that go through `function` on their own: on a CPU, XLA
     makes one vectorised loop of that, without the array of the terms.
-
-    Args:
-        function: of arrays, to an array; entry by entry.
-        arrays: of at least one axis, all of the same last one.
     """
     size = arrays[0].shape[-1]
     width = VECTOR

@@ -130,9 +130,6 @@ _UPDATES = (
 UPDATES: Mapping[str, Update] = MappingProxyType({update.name: update for update in _UPDATES})
 
 
-ENTRY_POINTS = "unitnorm.updates"
-
-
 def check_update_name(name: str) -> str:
     """The name of an update as `find_update` takes it, spelt as in the registry.
 
@@ -196,7 +193,9 @@ def find_update(name: str) -> Update:
 
 
 def _entry_points() -> Mapping[str, importlib.metadata.EntryPoint]:
-    return {point.name: point for point in importlib.metadata.entry_points(group=ENTRY_POINTS)}
+    return {
+        point.name: point for point in importlib.metadata.entry_points(group="unitnorm.updates")
+    }
 
 
 def build(
@@ -253,15 +252,11 @@ def assert_on_manifold(
 
     An update that something scales after it, such as optax.chain(unitnorm.un(0.1), optax.scale(2)),
     leaves the manifold in silence; this says so.
-
-    Args:
-        params: parameters, not traced.
-        filters: which leaves are filters, as for `build`.
-        axis: axes over which one filter runs, see `parts.AxisSpec`; default: as selected.
+    `filters` says which leaves are filters, as for `build`; `axis` is by default as selected.
 
     Raises:
         ValueError: a filter's norm is neither 0 nor 1 within 1e-5, or within four times the
-            precision of a coarser dtype; with the leaf and the norm.
+            precision of a coarser dtype; with the leaf and the norm. Or parameters are traced.
 
     >>> import jax.numpy as jnp, unitnorm
     >>> unitnorm.assert_on_manifold({"kernel": jnp.eye(2), "bias": jnp.ones(2)},

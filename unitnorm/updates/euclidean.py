@@ -14,6 +14,7 @@ from unitnorm.updates.parts import (
     AxisSpec,
     LearningRate,
     Schedulable,
+    Transformation,
     map_value,
     norms_leaf,
     stateful,
@@ -44,9 +45,7 @@ def b_sgd(learning_rate: LearningRate, *, axis: AxisSpec = None) -> optax.Gradie
 
 
 @with_rate
-def b_sgd_median(
-    learning_rate: LearningRate, *, axis: AxisSpec = None
-) -> optax.GradientTransformationExtraArgs:
+def b_sgd_median(learning_rate: LearningRate, *, axis: AxisSpec = None) -> Transformation:
     """B-SGD without the fall of its rate: w_i ← w_i − λ m² ∇ℓ, then W ← W/m, m = median ‖w_i‖.
 
     The median runs over the filters i of a leaf, before the step and anew after it. Before a
@@ -84,7 +83,7 @@ def sgd_wd(
     *,
     summed_over: int = 1,
     axis: AxisSpec = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """Gradient descent with weight decay: w ← w − λ (∇ℓ + n η w).
 
     Before a normalisation layer the decay does not regularise, it holds the effective rate λ/‖w‖²
@@ -109,9 +108,7 @@ def sgd_wd(
 
 
 @with_rate
-def sm(
-    learning_rate: LearningRate, *, axis: AxisSpec = None
-) -> optax.GradientTransformationExtraArgs:
+def sm(learning_rate: LearningRate, *, axis: AxisSpec = None) -> Transformation:
     """Gradient descent in the scaled metric ⟨ξ, η⟩/‖w‖² of each filter: w ← w − λ ‖w‖² ∇ℓ.
 
     Under w → α w with α > 0 the gradient shrinks by α and the step grows by α, so the network moves
@@ -139,9 +136,7 @@ def sm(
 
 
 @with_rate
-def weight_norm(
-    learning_rate: LearningRate, *, axis: AxisSpec = None
-) -> optax.GradientTransformationExtraArgs:
+def weight_norm(learning_rate: LearningRate, *, axis: AxisSpec = None) -> Transformation:
     """Weight normalisation: gradient descent on v and g of W = g v / ‖v‖, from v = W, g = ‖W‖.
 
     With ∇W the gradient of the loss, ∇g = ⟨∇W, v⟩ / ‖v‖ and ∇v = (g / ‖v‖)(∇W − ∇g v / ‖v‖). Flax

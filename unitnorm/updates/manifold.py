@@ -6,8 +6,7 @@ All share the arguments `learning_rate` (a number, a traced scalar or an optax s
 ValueError for a leaf without filters. Send biases, scales and classifiers elsewhere, with
 `updates.build` or optax.partition. The update is a displacement: optax.apply_updates lands on the
 manifold, and nothing may scale it afterwards; `assert_on_manifold` looks. Weight decay is not
-offered: followed by a normalisation it shrinks nothing and only changes the size of the step in
-secret.
+offered: before a normalisation it only changes the size of the step in secret.
 """
 
 from collections.abc import Collection
@@ -27,8 +26,10 @@ from unitnorm.updates.parts import (
     Moments,
     Number,
     Schedulable,
+    Transformation,
     check_filters,
     correction,
+    in_wide,
     map_filters,
     norms_leaf,
     per_entry,
@@ -36,7 +37,6 @@ from unitnorm.updates.parts import (
     refuse_off_manifold,
     stateful,
     transformation,
-    unit_leaf,
     value_at,
     widen,
     with_rate,
@@ -59,7 +59,7 @@ def on_sphere(
     tangent: Collection[Tangent] = ("gradient", "moments", "step"),
     axis: AxisSpec = None,
     off_manifold: OffManifold = "normalize",
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """Any optax optimiser, made to move its filters at fixed norm: w ← Orth(w/‖w‖ + u).
 
     u is what `inner` answers, at w/‖w‖ and in at least float32, to the gradient there, which is
@@ -102,64 +102,50 @@ def on_sphere(
     def init(params: optax.Params) -> OnSphereState:
         check_filters(params, axis)
         if off_manifold == "raise":
-            refuse_off_manifold(params, map_filters(unit_leaf, axis, widen(params)))
+            wide = widen(params)
+            unit = map_filters(lambda axes, w: geometry.retraction(w, axes), axis, wide)
+            refuse_off_manifold(params, unit)
         radius = map_filters(norms_leaf, axis, params) if off_manifold == "keep" else ()
         return OnSphereState(inner.init(widen(params)), radius)
 
-    def update(
-        updates: optax.Updates, state: OnSphereState, params: optax.Params, **extra: Any
-    ) -> tuple[optax.Updates, OnSphereState]:
-        def project(axes: Axes, _: Array, m: Array, at: _Point) -> Array:
-            return geometry.project(at.w, m, axes, at.squared).astype(m.dtype)
+    def update(updates: Any, state: Any, params: Any, **extra: Any) -> tuple[Any, OnSphereState]:
+        def project(axes: Axes, w: Array, m: Array, squared: Array) -> Array:
+            return geometry.project(w, m, axes, squared).astype(m.dtype)
 
-        def gradient(axes: Axes, _: Array, g: Array, at: _Point) -> Array:
-            return (
-                _riemannian(axes, at, g) if "gradient" in tangent else at.norms * geometry.wide(g)
-            )
+        def gradient(axes: Axes, w: Array, g: Array, squared: Array) -> Array:
+            if "gradient" in tangent:
+                return _riemannian(axes, w, g, squared)
+            return jnp.sqrt(squared) * g
 
-        def unit(axes: Axes, _: Array, at: _Point) -> Array:
-            return at.w * geometry.inverse_norms(at.norms)
+        def unit(axes: Axes, w: Array, squared: Array) -> Array:
+            return w * geometry.inverse_norms(jnp.sqrt(squared))
 
-        at = map_filters(_locate, axis, params)
-        gradients = map_filters(gradient, axis, params, updates, at)
+        squared = map_filters(lambda axes, w: geometry.inner(w, w, axes), axis, params)
+        gradients = map_filters(gradient, axis, params, updates, squared)
         memory = state.inner
         if "moments" in tangent:
-            memory = _map_moments(lambda tree: map_filters(project, axis, params, tree, at), memory)
-        steps, after = inner.update(gradients, memory, map_filters(unit, axis, params, at), **extra)
+            memory = _map_moments(lambda m: map_filters(project, axis, params, m, squared), memory)
+        at = map_filters(unit, axis, params, squared)
+        steps, after = inner.update(gradients, memory, at, **extra)
         if "step" in tangent:
-            steps = map_filters(project, axis, params, steps, at)
+            steps = map_filters(project, axis, params, steps, squared)
         radius = [state.radius] if off_manifold == "keep" else []
-        moved = map_filters(_land, axis, params, steps, at, *radius)
+        moved = map_filters(_land, axis, params, steps, squared, *radius)
         return moved, OnSphereState(after, state.radius)
 
-    return transformation(init, update)
+    return transformation(init, in_wide(update))
 
 
-class _Point(NamedTuple):
-    """Where a leaf is, in at least float32."""
-
-    w: Array
-    squared: Array  # ⟨w, w⟩, with the axes of a filter at length one
-
-    @property
-    def norms(self) -> Array:
-        return jnp.sqrt(self.squared)
+def _riemannian(axes: Axes, w: Array, g: Array, squared: Array) -> Array:
+    """‖w‖ Π_w(g); `squared` is ⟨w, w⟩ of each filter."""
+    return jnp.sqrt(squared) * geometry.project(w, g, axes, squared)
 
 
-def _locate(axes: Axes, w: Array) -> _Point:
-    return _Point(geometry.wide(w), geometry.inner(geometry.wide(w), geometry.wide(w), axes))
-
-
-def _riemannian(axes: Axes, at: _Point, g: Array) -> Array:
-    """‖w‖ Π_w(g)."""
-    return at.norms * geometry.project(at.w, geometry.wide(g), axes, at.squared)
-
-
-def _land(axes: Axes, w: Array, u: Array, at: _Point, radius: Array | float = 1.0) -> Array:
+def _land(axes: Axes, w: Array, u: Array, squared: Array, radius: Array | None = None) -> Array:
     """The displacement from w to Orth(w/‖w‖ + u), or to that times the radius."""
     # ‖w‖ (w/‖w‖ + u): the retraction divides by the norm, so this needs no division of its own.
-    new = geometry.unit(at.w + at.norms * u, axes)
-    return ((new if isinstance(radius, float) else radius * new) - at.w).astype(w.dtype)
+    new = geometry.unit(w + jnp.sqrt(squared) * u, axes)
+    return (new if radius is None else radius * new) - w
 
 
 def _map_moments(function: Any, state: optax.OptState) -> optax.OptState:
@@ -177,28 +163,19 @@ def _map_moments(function: Any, state: optax.OptState) -> optax.OptState:
 
 @with_rate
 def un(
-    learning_rate: LearningRate,
-    *,
-    axis: AxisSpec = None,
-    off_manifold: OffManifold = "normalize",
-) -> optax.GradientTransformationExtraArgs:
+    learning_rate: LearningRate, *, axis: AxisSpec = None, off_manifold: OffManifold = "normalize"
+) -> Transformation:
     """Riemannian gradient descent on the oblique manifold, the paper's UN: w ← Orth(w − λ Π_w(∇ℓ)).
 
-    Π_w projects onto the tangent space and Orth divides by the norm, per filter. It holds no state
-    unless `learning_rate` is a schedule.
+    Π_w projects onto the tangent space and Orth divides by the norm, per filter: `on_sphere` of
+    gradient descent. Small leaves of rows (filters over the last axis) that are trusted to be on
+    the manifold take the same step to rounding in fewer passes over the memory.
 
-    It is `on_sphere` of gradient descent. Small leaves of rows (filters over the last axis) that
-    are trusted to be on the manifold take the same step to rounding in fewer passes over the
-    memory, for a longer compilation (`_row_step`).
-
-    The promise, and what is left of the symmetry: on a network whose filters are normalised, UN
-    goes the same way from every positive scaling of the filters. It does not undo the scalings that
-    are left once norms are fixed: where only ReLU or maximum pooling stand between two layers, (γ,
-    β) of a feature times c > 0 and the next layer's weights for that feature divided by c give the
-    same outputs; UN, as every update here, goes another way from there.
-
-    Raises:
-        ValueError: by `init` and `update`, for a leaf without filters; see `on_sphere`.
+    On a network whose filters are normalised, UN goes the same way from every positive scaling of
+    the filters. It does not undo the scalings that are left once norms are fixed: where only ReLU
+    or maximum pooling stand between two layers, (γ, β) of a feature times c > 0 and the next
+    layer's weights for that feature divided by c give the same outputs; UN, as every update here,
+    goes another way from there.
 
     Source: Badrinarayanan, Mishra and Cipolla (2015), equation (2) and Table 1.
 
@@ -216,20 +193,18 @@ def un(
     if off_manifold != "trust":
         return general
 
-    def update(
-        updates: optax.Updates, state: OnSphereState, params: optax.Params, **extra: Any
-    ) -> tuple[optax.Updates, OnSphereState]:
+    def update(updates: Any, state: Any, params: Any, **extra: Any) -> tuple[Any, OnSphereState]:
         factor, after = scale.update(jnp.ones([]), state.inner)  # −λ, also of a schedule
 
         def leaf(axes: Axes, w: Array, g: Array) -> Array:
             if axes == (w.ndim - 1,) and w.size <= ROW_STEP_SIZE:
                 return _row_step(w, g, factor)
-            at = _locate(axes, w)
-            return _land(axes, w, factor * _riemannian(axes, at, g), at)
+            squared = geometry.inner(w, w, axes)
+            return _land(axes, w, factor * _riemannian(axes, w, g, squared), squared)
 
         return map_filters(leaf, axis, params, updates), OnSphereState(after, ())
 
-    return transformation(general.init, update)
+    return transformation(general.init, in_wide(update))
 
 
 # Measured on two cores: up to here, which holds the layers of Table 2, `_row_step` is up to three
@@ -246,10 +221,9 @@ def _row_step(w: Array, g: Array, factor: Array) -> Array:
     that of the norm, made by Pythagoras of ⟨w, w⟩, ⟨w, g⟩ and ⟨g, g⟩, which would cancel where g is
     nearly parallel to w.
     """
-    w_wide, g_wide = geometry.wide(w), geometry.wide(g)
     short = w.shape[-1] <= geometry.SHORT
-    inner = geometry.row_sums(jnp.multiply, w_wide, g_wide)
-    squared = geometry.row_sums(jnp.square, w_wide) if short else jnp.ones_like(inner)
+    inner = geometry.row_sums(jnp.multiply, w, g)
+    squared = geometry.row_sums(jnp.square, w) if short else jnp.ones_like(inner)
     share = inner / jnp.where(squared == 0, 1, squared)
     rate = factor * squared
 
@@ -257,12 +231,11 @@ def _row_step(w: Array, g: Array, factor: Array) -> Array:
         return w + rate * (g - share * w)
 
     if short:
-        tangent_squared = geometry.row_sums(jnp.square, g_wide) - inner * share
+        tangent_squared = geometry.row_sums(jnp.square, g) - inner * share
         new_squared = squared + rate**2 * jnp.maximum(tangent_squared, 0)
     else:
-        new_squared = geometry.row_sums(lambda w, g: jnp.square(step(w, g)), w_wide, g_wide)
-    new = step(w_wide, g_wide) * geometry.inverse_norms(jnp.sqrt(new_squared))
-    return (new - w_wide).astype(w.dtype)
+        new_squared = geometry.row_sums(lambda w, g: jnp.square(step(w, g)), w, g)
+    return step(w, g) * geometry.inverse_norms(jnp.sqrt(new_squared)) - w
 
 
 @with_rate
@@ -273,7 +246,7 @@ def un_momentum(
     nesterov: bool = False,
     axis: AxisSpec = None,
     off_manifold: OffManifold = "normalize",
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """UN with heavy-ball momentum: m ← μ Π_w(m) + Π_w(∇ℓ), w ← Orth(w − λ m).
 
     The buffer starts at zero, so that the first step is UN's, and is kept tangent by projection at
@@ -313,7 +286,7 @@ def un_nesterov(
     *,
     axis: AxisSpec = None,
     off_manifold: OffManifold = "normalize",
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """UN with Nesterov momentum: m ← μ Π_w(m) + r, w ← Orth(w − λ (r + μ m)), r = Π_w(∇ℓ).
 
     The parameters are the point looked ahead to, as in optax.sgd(nesterov=True), whose first step
@@ -340,7 +313,7 @@ def un_adam(
     *,
     axis: AxisSpec = None,
     off_manifold: OffManifold = "normalize",
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """Riemannian Adam: r = Π_w(∇ℓ), m ← b1 Π_w(m) + (1−b1) r, v ← b2 v + (1−b2) ‖r‖².
 
     Then w ← Orth(w − λ m̂ / (√v̂ + eps)), both moments corrected for their zero start. The second
@@ -376,11 +349,8 @@ def un_adam(
 
 @with_rate
 def normalize(
-    learning_rate: LearningRate,
-    *,
-    axis: AxisSpec = None,
-    off_manifold: OffManifold = "normalize",
-) -> optax.GradientTransformationExtraArgs:
+    learning_rate: LearningRate, *, axis: AxisSpec = None, off_manifold: OffManifold = "normalize"
+) -> Transformation:
     """Normalisation without projection: a Euclidean step, then unit norm, w ← Orth(w − λ ∇ℓ).
 
     Where the loss does not change with the norm of a filter, ∇ℓ is tangent already and this is UN
@@ -407,7 +377,7 @@ def un_carried(
     median: bool = False,
     axis: AxisSpec = None,
     off_manifold: OffManifold = "normalize",
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """UN at the effective rates of B-SGD: w ← Orth(w − (λ/n) r), n ← n + λ²‖r‖²/n, r = Π_w(∇ℓ).
 
     Free filters in front of a normalisation layer move as unit ones at the rate λ/‖w‖², and their

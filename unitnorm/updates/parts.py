@@ -6,7 +6,6 @@ of a function of a single leaf. Chain links with optax's own, and put the chain 
 None, as of a frozen parameter, counts as zero, and its update is None: the parameter stays.
 """
 
-import dataclasses
 import functools
 import math
 import numbers
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 from jax.typing import ArrayLike
+from optax import GradientTransformationExtraArgs as Transformation
 
 from unitnorm import geometry
 
@@ -30,27 +30,23 @@ LearningRate = Schedulable
 Number = float | Array
 Axes = tuple[int, ...]
 Arrays = tuple[Array, ...]
-NEEDS_PARAMS = "this step depends on where the parameters are: call update(grads, state, params)"
+
+
+# What a memory starts with, in at least float32; a number for each filter keeps the axes of the
+# filter at length one.
 
 
 def norms_leaf(axes: Axes, w: Array) -> Array:
-    """Norm of each filter, with the axes of a filter at length one."""
     return geometry.filter_norms(w, axes, keepdims=True)
 
 
-def unit_leaf(axes: Axes, w: Array) -> Array:
-    """What `retraction` makes of a leaf."""
-    return geometry.retraction(w, axes)
-
-
 def per_entry(axes: Axes, w: Array) -> Array:
-    """Zeros shaped like a leaf, in at least float32."""
-    del axes
+    """Zeros shaped like a leaf."""
     return jnp.zeros_like(geometry.wide(w))
 
 
 def per_filter(axes: Axes, w: Array) -> Array:
-    """A zero for each filter, in at least float32, with the axes of a filter at length one."""
+    """A zero for each filter."""
     return jnp.zeros_like(jnp.sum(geometry.wide(w), axes, keepdims=True))
 
 
@@ -73,17 +69,14 @@ Build = TypeVar("Build", bound=Callable[..., optax.GradientTransformation])
 
 
 def with_rate(update: Build) -> Build:
-    """An update whose learning rate is looked at, where it is a number, before anything is built.
-
-    Raises:
-        ValueError: by the update, for a rate that is negative, not finite, or no rate at all.
-    """
+    """An update that raises ValueError for a rate that is negative, not finite, or no rate."""
 
     @functools.wraps(update)
     def checked(learning_rate: Schedulable, *args: Any, **options: Any) -> Any:
-        plain = learning_rate is None or isinstance(learning_rate, bool | str | bytes | complex)
-        sound = not plain
-        if sound and isinstance(learning_rate, numbers.Real):
+        sound = learning_rate is not None
+        if isinstance(learning_rate, bool | str | bytes | complex):
+            sound = False
+        elif isinstance(learning_rate, numbers.Real):
             sound = 0 <= float(learning_rate) < math.inf
         if not sound:
             raise ValueError(
@@ -114,12 +107,12 @@ def correction(decay: Number, count: Array) -> Array:
 
 
 def transformation(
-    init: Callable[..., Any], update: Callable[..., Any]
-) -> optax.GradientTransformationExtraArgs:
+    init: Callable[..., Any], update: Callable[..., Any], *, needs_params: bool = True
+) -> Transformation:
     """An optax transformation of `init` and of `update`, which takes extra arguments.
 
-    It needs parameters. A gradient that is None counts as zero, and its update is None. `init` also
-    takes shapes, as of jax.eval_shape, and gives shapes.
+    A gradient that is None counts as zero, and its update is None. `init` also takes shapes, as of
+    jax.eval_shape, and gives shapes.
     """
 
     def init_or_shapes(params: optax.Params) -> Any:
@@ -129,25 +122,26 @@ def transformation(
     def update_or_none(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, Any]:
-        if params is None:
-            raise ValueError(NEEDS_PARAMS)
-        filled = jax.tree.map(lambda w, u: jnp.zeros_like(w) if u is None else u, params, updates)
+        if params is None and needs_params:
+            raise ValueError(
+                "this step depends on where the parameters are: call update(grads, state, params)"
+            )
+        like = updates if params is None else params
+        filled = jax.tree.map(lambda w, u: jnp.zeros_like(w) if u is None else u, like, updates)
         steps, state = update(filled, state, params, **extra)
-        return jax.tree.map(lambda w, u, x: u if u is None else x, params, updates, steps), state
+        return jax.tree.map(lambda w, u, x: u if u is None else x, like, updates, steps), state
 
-    return optax.GradientTransformationExtraArgs(init_or_shapes, update_or_none)
+    return Transformation(init_or_shapes, update_or_none)
 
 
-def stateless(leaf: Callable[..., Array], axis: AxisSpec) -> optax.GradientTransformationExtraArgs:
+def stateless(leaf: Callable[..., Array], axis: AxisSpec) -> Transformation:
     """An optax transformation that applies leaf(axes, w, u) to every parameter and its update."""
 
     def init(params: optax.Params) -> optax.OptState:
         check_filters(params, axis)
         return optax.EmptyState()
 
-    def update(
-        updates: optax.Updates, state: optax.OptState, params: optax.Params, **extra: Any
-    ) -> tuple[optax.Updates, optax.OptState]:
+    def update(updates: Any, state: Any, params: Any, **extra: Any) -> tuple[Any, Any]:
         return map_filters(leaf, axis, params, updates), state
 
     return transformation(init, update)
@@ -168,9 +162,7 @@ class FilterState(NamedTuple):
     memory: Any  # a tuple of trees, each shaped like the parameters or with a number per filter
 
 
-def stateful(
-    leaf: Callable[..., Arrays], start: tuple[Any, ...], axis: AxisSpec
-) -> optax.GradientTransformationExtraArgs:
+def stateful(leaf: Callable[..., Arrays], start: tuple[Any, ...], axis: AxisSpec) -> Transformation:
     """An optax transformation with a memory of its own for every parameter.
 
     Args:
@@ -188,8 +180,8 @@ def stateful(
         return FilterState(jnp.zeros([], jnp.int32), memory)
 
     def update(
-        updates: optax.Updates, state: FilterState, params: optax.Params, **extra: Any
-    ) -> tuple[optax.Updates, FilterState]:
+        updates: Any, state: FilterState, params: Any, **extra: Any
+    ) -> tuple[Any, FilterState]:
         rows = []
         for axes, w, u, *memory in _side_by_side(axis, params, updates, *state.memory):
             new, *after = leaf(axes, state.count, w, geometry.wide(u), *memory)
@@ -202,20 +194,20 @@ def stateful(
     return transformation(init, update)
 
 
-def widened(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """`inner` in at least float32, its steps in the dtype of their parameters."""
-    inner = optax.with_extra_args_support(inner)
+def in_wide(update: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
+    """An `update` made in at least float32, with steps in the dtype of their parameters."""
 
-    def init(params: optax.Params) -> optax.OptState:
-        return inner.init(widen(params))
-
-    def update(
-        updates: optax.Updates, state: optax.OptState, params: optax.Params, **extra: Any
-    ) -> tuple[optax.Updates, optax.OptState]:
-        steps, state = inner.update(widen(updates), state, widen(params), **extra)
+    def wide(updates: Any, state: Any, params: Any, **extra: Any) -> tuple[Any, Any]:
+        steps, state = update(widen(updates), state, widen(params), **extra)
         return jax.tree.map(lambda w, u: u.astype(w.dtype), params, steps), state
 
-    return transformation(init, update)
+    return wide
+
+
+def widened(inner: optax.GradientTransformation) -> Transformation:
+    """`inner` in at least float32, its steps in the dtype of their parameters."""
+    inner = optax.with_extra_args_support(inner)
+    return transformation(lambda params: inner.init(widen(params)), in_wide(inner.update))
 
 
 def map_filters(
@@ -258,11 +250,7 @@ def axes_of_leaves(params: optax.Params, axis: AxisSpec) -> list[Axes]:
 
 
 def axis_of_leaves(params: optax.Params, axis: AxisSpec) -> list[geometry.Axis]:
-    """What `axis` says of each leaf of `params` in order, not yet checked against its shape.
-
-    Raises:
-        ValueError: `axis` does not fit the tree.
-    """
+    """What `axis` says of each leaf of `params` in order, not yet checked against its shape."""
     if is_function(axis):
         return [axis(leaf_name(path)) for path, _ in jax.tree.leaves_with_path(params)]
     return leaves_beside(params, axis, "axis", _is_axis)
@@ -276,7 +264,7 @@ def is_function(x: Any) -> TypeGuard[Callable[..., Any]]:
 
 
 def leaves_beside(
-    params: optax.Params, tree: Any, what: str, is_leaf: Callable[[Any], bool] | None = None
+    params: optax.Params, tree: Any, what: str, is_leaf: Callable[[Any], bool]
 ) -> list[Any]:
     """For each leaf of `params` in order, the leaf of `tree` that goes with it.
 
@@ -291,20 +279,14 @@ def leaves_beside(
     if all(name in named for name in names):
         return [named[name] for name in names]
     try:
-        boxes = jax.tree.broadcast(jax.tree.map(_Box, tree, is_leaf=is_leaf), params)
+        spread = jax.tree.broadcast(tree, params, is_leaf)
     except ValueError as error:
         raise ValueError(
             f"{what} does not fit the parameters: expected one value, a pytree of values or a "
             f"function; {str(error).splitlines()[0]}"
         ) from None
-    return [box.content for box in jax.tree.leaves(boxes)]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Box:
-    """Hides a tuple or None from jax.tree."""
-
-    content: Any
+    structure: Any = jax.tree.structure(params)
+    return structure.flatten_up_to(spread)
 
 
 def leaf_name(path: Sequence[Any]) -> str:

@@ -7,11 +7,8 @@ network has there, so that it moves the same way from every scaling of the start
 all other parameters and clipping are optax's: optax.add_decayed_weights, optax.clip_by_global_norm.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import Array
 
@@ -26,6 +23,7 @@ from unitnorm.updates.parts import (
     Moments,
     Number,
     Schedulable,
+    Transformation,
     correction,
     map_filters,
     map_value,
@@ -39,6 +37,7 @@ from unitnorm.updates.parts import (
     widened,
     with_rate,
 )
+from unitnorm.updates.selection import FilterAxes, as_columns, from_columns
 
 
 @with_rate
@@ -52,7 +51,7 @@ def sgdp(
     wd_ratio: Number = 0.1,
     eps: float = 1e-8,
     axis: AxisSpec = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """SGD with momentum whose step loses its part along the weights, where they look invariant.
 
     m ← μ m + g; the step p is m, or g + μ m with Nesterov. If every filter of a leaf has
@@ -94,7 +93,7 @@ def adamp(
     delta: Number = 0.1,
     wd_ratio: Number = 0.1,
     axis: AxisSpec = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """Adam whose step loses its part along the weights, where they look invariant: see `sgdp`.
 
     The projected step is p = m / (√(v / (1−b2ᵗ)) + eps), the weight decay η that of AdamW:
@@ -146,7 +145,7 @@ def sgd_g(
     *,
     axis: AxisSpec = None,
     off_manifold: OffManifold = "normalize",
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """SGD with momentum along geodesics: m ← μ m − λ h, w ← exp_w(m), m transported along itself.
 
     h is the Riemannian gradient of each filter, shortened to norm `clip` if it is longer (None: not
@@ -183,7 +182,7 @@ def adam_g(
     *,
     axis: AxisSpec = None,
     off_manifold: OffManifold = "normalize",
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """Adam along geodesics: w ← exp_w(−λ √(1−b2ᵗ)/(1−b1ᵗ) m/√(v + eps)), m transported along.
 
     h as in `sgd_g`, m ← b1 m + (1−b1) h, v ← b2 v + (1−b2) ‖h‖², one number per filter. It differs
@@ -235,7 +234,7 @@ def nero(
     *,
     axis: AxisSpec = None,
     off_manifold: OffManifold = "normalize",
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """Relative steps of neurons with mean zero and norm one: w ← C(w − λ g / √v̂).
 
     v ← β v + (1−β) ‖g‖² per filter, corrected for its zero start; C takes the mean off each filter
@@ -277,7 +276,7 @@ def lars(
     trust_coefficient: Number = 1.0,
     *,
     axis: AxisSpec = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """Layer-wise rates: m ← μ m + λ τ (‖w‖/‖d‖) d with d = g + η w, w ← w − m, norms over a leaf.
 
     The factor before d is λ alone where either norm is zero. τ only multiplies λ; it is 1 here, and
@@ -310,7 +309,7 @@ def rotational_sgd(
     eps: float = 1e-8,
     axis: AxisSpec = None,
     off_manifold: OffManifold = "normalize",
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """Filters turn by the angle that weight decay would settle at: √(2λη/(1+μ)) per step.
 
     m ← μ m + g; d = Π_w(m) (of m without its mean if `zero_mean`); a ← β a + (1−β) ‖d‖² per filter,
@@ -365,7 +364,7 @@ def adam_srt(
     eps: float = 1e-8,
     *,
     axis: AxisSpec = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """Adam with one second moment per filter, both moments rescaled and turned along with it.
 
     m ← b1 m + (1−b1) g, v ← b2 v + (1−b2) ‖g‖²; w' = w − λ √d m̂ / (√v̂ + eps) with d entries in a
@@ -404,7 +403,7 @@ def hyperball(
     *,
     axis: AxisSpec = None,
     off_manifold: OffManifold = "normalize",
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """Steps of fixed length at fixed norm: W ← R norm(W − λ R norm(u)), norm(x) = x/‖x‖.
 
     u is what `inner` answers. The norms are those of filters; with `axis` of all axes, those of a
@@ -442,7 +441,7 @@ def ngpt(
     *,
     axis: AxisSpec = None,
     off_manifold: OffManifold = "normalize",
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """Adam, then unit norm, as nGPT trains its matrices: w ← Orth(w − λ m̂/(√v̂ + eps)).
 
     nGPT normalises along the embedding: `axis` has to say which that is for each matrix. Its
@@ -470,7 +469,7 @@ def renorm_sgd(
     *,
     nesterov: bool = True,
     axis: AxisSpec = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """Unit norm, then a step of fixed length: w ← w/‖w‖ − λ u/‖u‖, m ← μ m + g, u = g + μ m.
 
     Norms are one before the step and not after it. Where u is 0 there is no step.
@@ -504,7 +503,7 @@ def adamwn(
     norm_ratio: Schedulable = 1.0,
     update_rate: Schedulable = 0.01,
     axis: AxisSpec = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """AdamW whose decay draws norms to a target: w ← w − λ m̂/(√v̂ + eps) − κ (1 − r‖w₀‖/‖w‖) w.
 
     r is `norm_ratio`, κ is `update_rate`; r = 0 is weight decay κ, κ = 1 sets the norm at once. κ
@@ -537,7 +536,7 @@ def muon(
     *,
     nesterov: bool = True,
     axis: AxisSpec = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """Momentum made orthogonal, of the matrix whose columns are the filters: optax.contrib.muon.
 
     m ← μ m + (1−μ) g; of m̂ (with Nesterov, looked ahead) about the nearest matrix with orthonormal
@@ -580,7 +579,7 @@ def manifold_muon(
     dual_rate: float = 0.1,
     tolerance: float = 1e-6,
     axis: AxisSpec = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """Muon among orthonormal filters: W ← msign(W − λ A), WᵀW = 1, msign(U Σ Vᵀ) = U Vᵀ.
 
     W has the filters as columns, or the entries where those are fewer. A = msign(G + 2 W Λ) is the
@@ -602,15 +601,11 @@ def manifold_muon(
     """
 
     def leaf(axes: Axes, count: Array, w: Array, g: Array) -> Arrays:
-        order = (*axes, *(a for a in range(w.ndim) if a not in axes))
-        entries = math.prod(w.shape[a] for a in axes)
-        wide = entries < w.size // max(entries, 1)
-
-        def as_tall(x: Array) -> Array:
-            matrix = x.transpose(order).reshape(entries, -1)
-            return matrix.T if wide else matrix
-
-        W, G = as_tall(w), as_tall(g)
+        filters = FilterAxes(axes)
+        W, G = as_columns(w, filters), as_columns(g, filters)
+        wide = W.shape[0] < W.shape[1]
+        if wide:
+            W, G = W.T, G.T
 
         def ascend(k: Array, carried: tuple[Array, Array]) -> Arrays:
             dual = carried[0]
@@ -622,9 +617,7 @@ def manifold_muon(
         dual = -(_times(W.T, G) + _times(G.T, W)) / 4
         A = jax.lax.fori_loop(0, dual_steps, ascend, (dual, jnp.zeros_like(W)))[1]
         new = _msign(W - value_at(learning_rate, count) * A)
-        shape = [w.shape[a] for a in order]
-        moved = (new.T if wide else new).reshape(shape).transpose(np.argsort(order))
-        return (moved - w,)
+        return (from_columns(new.T if wide else new, filters, w.shape) - w,)
 
     return widened(stateful(leaf, (), axis))
 

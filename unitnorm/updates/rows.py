@@ -68,28 +68,23 @@ class Rows:
         """How much the entries of a leaf matter."""
         return float(self.sizes(Part(leaf))[0])
 
-    def divide(self, leaf: int, axis: int) -> list[Part]:
-        """All ways to divide an axis in two parts or more, the finest first."""
+    def divide(self, leaf: int, axis: int, count: int) -> list[Part]:
+        """All ways to divide an axis in so many parts."""
         n = self.shapes[leaf][axis]
-        return [
-            Part(leaf, axis, d, strided)
-            for d in range(n, 1, -1)
-            if n % d == 0
-            for strided in ((False, True) if d < n else (False,))
-        ]
+        strides = (False, True) if count < n else (False,)
+        return [Part(leaf, axis, count, strided) for strided in strides if n % count == 0]
+
+    def divisions(self, leaf: int, axis: int) -> list[Part]:
+        """All ways to divide an axis in two parts or more, the finest first."""
+        counts = range(self.shapes[leaf][axis], 1, -1)
+        return [part for count in counts for part in self.divide(leaf, axis, count)]
 
     def parts(self, leaves: Sequence[int], count: int) -> list[Part]:
         """All ways to divide an axis of one of the leaves in so many parts."""
         if count == 1:
             return [Part(leaf) for leaf in leaves]
-        return [
-            part
-            for leaf in leaves
-            for axis, n in enumerate(self.shapes[leaf])
-            if n % count == 0
-            for part in (Part(leaf, axis, count), Part(leaf, axis, count, True))
-            if not part.strided or count < n
-        ]
+        axes = [(leaf, axis) for leaf in leaves for axis in range(len(self.shapes[leaf]))]
+        return [part for leaf, axis in axes for part in self.divide(leaf, axis, count)]
 
     def vanishing(self, part: Part, tolerance: float = _SUGGESTED) -> tuple[np.ndarray, np.ndarray]:
         """(parts,) twice: whose sums vanish, and which are alive."""
@@ -109,10 +104,8 @@ class Rows:
         """Few items of other leaves that cancel the target: Σ x_j s_j = 0 with x = 1 for it.
 
         Orthogonal matching pursuit on the sums s of all rows and parts, then without what is not
-        needed. No leaf is there twice, and none that is free.
-
-        Returns:
-            Coefficients x, with that of the target; None: nothing cancels it.
+        needed. No leaf is there twice, and none that is free. The coefficients x, with that of the
+        target; None: nothing cancels it.
         """
         items = [p for p in items if p.leaf != target.leaf and not self.free(p)]
         goal = self.sums(target).ravel()

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import optax
 
 from unitnorm import geometry
-from unitnorm.updates.parts import AxisSpec, axis_of_leaves, is_function, leaf_name, leaves_beside
+from unitnorm.updates import parts
+from unitnorm.updates.parts import AxisSpec, is_function, leaf_name
 
 Selection = Any | Callable[[optax.Params], Any]
 
@@ -50,7 +51,7 @@ class FilterAxes:
         >>> FilterAxes((0, 2), view=(8, 4, 16)).factors((8, 64))
         (1, 4, 1)
         """
-        view = tuple(shape) if self.view is None else self.view
+        view = self.view or tuple(shape)
         return tuple(1 if a in self.axes else n for a, n in enumerate(view))
 
 
@@ -80,33 +81,18 @@ def partition(
     optimisers = {"filters": filters, "rest": rest}
 
     def init(params: optax.Params) -> optax.OptState:
-        if any(isinstance(w, jax.ShapeDtypeStruct) for w in jax.tree.leaves(params)):
-            return jax.eval_shape(init, params)
         layout = _layout(params, selection)
         return optax.partition(optimisers, lambda _: layout.labels()).init(layout.pack(params))
 
-    def update(
-        updates: optax.Updates,
-        state: optax.OptState,
-        params: optax.Params | None = None,
-        **extra: Any,
-    ) -> tuple[optax.Updates, optax.OptState]:
+    def update(updates: Any, state: Any, params: Any, **extra: Any) -> tuple[Any, Any]:
         like = updates if params is None else params
         layout = _layout(like, selection)
-        leaves, treedef = jax.tree.leaves(like), layout.treedef
-        given = treedef.flatten_up_to(updates)
-        filled = [jnp.zeros_like(w) if g is None else g for g, w in zip(given, leaves, strict=True)]
         steps, state = optax.partition(optimisers, lambda _: layout.labels()).update(
-            layout.pack(treedef.unflatten(filled)),
-            state,
-            None if params is None else layout.pack(params),
-            **extra,
+            layout.pack(updates), state, None if params is None else layout.pack(params), **extra
         )
-        moved = treedef.flatten_up_to(layout.unpack(steps, like))
-        kept = [None if g is None else u for g, u in zip(given, moved, strict=True)]
-        return treedef.unflatten(kept), state
+        return layout.unpack(steps, like), state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return parts.transformation(init, update, needs_params=False)
 
 
 def axes_of_selection(selection: Selection) -> AxisSpec:
@@ -133,10 +119,7 @@ def normalize_filters(
 ) -> optax.Params:
     """The parameters with every selected filter divided by its norm; a zero filter stays zero.
 
-    Args:
-        params: parameters.
-        selection: which leaves are filters.
-        axis: axes over which one filter runs, see `parts.AxisSpec`; default: as selected.
+    `axis` is as in `parts.AxisSpec`, by default as selected.
 
     Raises:
         ValueError: a selection or an axis does not fit the parameters.
@@ -149,19 +132,20 @@ def normalize_filters(
     axis = axes_of_selection(selection) if axis is None else axis
     layout = _layout(params, selection)
     packed = layout.pack(params)
-    named, treedef = jax.tree.flatten_with_path(packed)
-    labels = jax.tree.leaves(layout.labels())
-    results = []
-    for (path, w), label, spec in zip(named, labels, axis_of_leaves(packed, axis), strict=True):
+    (named, treedef), labels = jax.tree.flatten_with_path(packed), jax.tree.leaves(layout.labels())
+    leaves = []
+    for (path, w), label, spec in zip(
+        named, labels, parts.axis_of_leaves(packed, axis), strict=True
+    ):
         if label == "filters":
             w = geometry.retraction(w, geometry.filter_axes(jnp.shape(w), spec, leaf_name(path)))
-        results.append(w)
-    return layout.unpack(jax.tree.unflatten(treedef, results), params)
+        leaves.append(w)
+    return layout.unpack(jax.tree.unflatten(treedef, leaves), params)
 
 
 def as_columns(w: jax.Array, blocks: FilterAxes) -> jax.Array:
     """A leaf as an array (entries of a filter, filters)."""
-    view = jnp.reshape(w, jnp.shape(w) if blocks.view is None else blocks.view)
+    view = jnp.reshape(w, blocks.view or jnp.shape(w))
     counting = [a for a in range(view.ndim) if a not in blocks.axes]
     entries = math.prod(view.shape[a] for a in blocks.axes)
     return jnp.transpose(view, (*blocks.axes, *counting)).reshape(entries, -1)
@@ -169,7 +153,7 @@ def as_columns(w: jax.Array, blocks: FilterAxes) -> jax.Array:
 
 def from_columns(columns: jax.Array, blocks: FilterAxes, shape: Sequence[int]) -> jax.Array:
     """The leaf of that shape whose `as_columns` is given."""
-    view = tuple(shape) if blocks.view is None else blocks.view
+    view = blocks.view or tuple(shape)
     order = (*blocks.axes, *(a for a in range(len(view)) if a not in blocks.axes))
     lying = columns.reshape([view[a] for a in order])
     return jnp.transpose(lying, [order.index(a) for a in range(len(view))]).reshape(shape)
@@ -179,7 +163,7 @@ class _Layout(NamedTuple):
     """How the leaves of a tree are handed to the update of the filters."""
 
     treedef: Any
-    chosen: list[bool | FilterAxes]  # of each leaf
+    chosen: list[Any]  # of each leaf: FilterAxes, or whether it holds filters
     joint: dict[str, list[int]]  # the leaves of each name, in order
 
     def labels(self) -> Any:
@@ -189,36 +173,35 @@ class _Layout(NamedTuple):
 
     def pack(self, tree: Any) -> Any:
         leaves = self.treedef.flatten_up_to(tree)
-        packed = [
-            jnp.reshape(leaf, blocks.view) if isinstance(blocks, FilterAxes) and blocks.view
-            else leaf
-            for leaf, blocks in zip(leaves, self.chosen, strict=True)
-        ]  # fmt: skip
+        packed = list(leaves)
+        for i in self.viewed():
+            packed[i] = jnp.reshape(leaves[i], self.chosen[i].view)
         for members in self.joint.values():
-            packed[members[0]] = jnp.concatenate(
-                [as_columns(leaves[i], self.blocks(i)) for i in members]
-            )
+            columns = [as_columns(leaves[i], self.chosen[i]) for i in members]
+            packed[members[0]] = jnp.concatenate(columns)
         return self.treedef.unflatten(self._dropped(packed))
 
     def unpack(self, packed: Any, like: Any) -> Any:
         """What `pack` packed, each leaf in the shape and dtype of that of `like`."""
         given, kind = self.treedef.flatten_up_to(packed), self.treedef.flatten_up_to(like)
         leaves = list(given)
-        for i, blocks in enumerate(self.chosen):
-            if isinstance(blocks, FilterAxes) and blocks.view and blocks.joint is None:
-                leaves[i] = jnp.reshape(given[i], jnp.shape(kind[i]))
+        for i in self.viewed():
+            leaves[i] = jnp.reshape(given[i], jnp.shape(kind[i]))
         for members in self.joint.values():
             rows, start = given[members[0]], 0
             for i in members:
                 stop = start + jnp.size(kind[i]) // rows.shape[1]
-                leaf = from_columns(rows[start:stop], self.blocks(i), jnp.shape(kind[i]))
+                leaf = from_columns(rows[start:stop], self.chosen[i], jnp.shape(kind[i]))
                 leaves[i], start = leaf.astype(jnp.result_type(kind[i])), stop
         return self.treedef.unflatten(leaves)
 
-    def blocks(self, i: int) -> FilterAxes:
-        found = self.chosen[i]
-        assert isinstance(found, FilterAxes)
-        return found
+    def viewed(self) -> list[int]:
+        """The leaves that are read in another shape, and are not joint."""
+        return [
+            i
+            for i, blocks in enumerate(self.chosen)
+            if isinstance(blocks, FilterAxes) and blocks.view and blocks.joint is None
+        ]
 
     def _dropped(self, leaves: list[Any]) -> list[Any]:
         """All but the first of joint leaves as nodes without leaves."""
@@ -231,10 +214,10 @@ def _layout(params: optax.Params, selection: Selection) -> _Layout:
         selection = selection(params)
     named, treedef = jax.tree.flatten_with_path(params)
     values = {True: True, False: False, None: False, "filters": True, "rest": False}
-    chosen: list[bool | FilterAxes] = []
+    chosen: list[Any] = []
     joint: dict[str, list[int]] = {}
     counts: dict[str, int] = {}
-    given = leaves_beside(params, selection, "the selection of filters", _is_none)
+    given = parts.leaves_beside(params, selection, "the selection of filters", _is_none)
     for i, ((path, w), leaf) in enumerate(zip(named, given, strict=True)):
         if not isinstance(leaf, FilterAxes):
             value = leaf if leaf is None or isinstance(leaf, str) else bool(leaf)
@@ -246,7 +229,7 @@ def _layout(params: optax.Params, selection: Selection) -> _Layout:
             chosen.append(values[value])
             continue
         shape, name = jnp.shape(w), leaf_name(path)
-        view = shape if leaf.view is None else leaf.view
+        view = leaf.view or shape
         if math.prod(view) != math.prod(shape) or not set(leaf.axes) <= set(range(len(view))):
             raise ValueError(f"{name} of shape {shape} has no filters as {leaf} says")
         chosen.append(leaf)

@@ -78,14 +78,13 @@ class KernelReport:
 
     def __str__(self) -> str:
         rows = [("leaf", "shape", "blocks over", "blocks", "effect", "finding")]
-        for found in self.findings:
+        for name, shape, blocks, effect, reason, _ in self.findings:
             over = count = ""
-            if found.blocks is not None:
-                view = found.blocks.view
-                over = f"{found.blocks.axes}" + (f" of {view}" if view else "")
-                count = str(math.prod(found.blocks.factors(found.shape)))
-            effect = "" if np.isnan(found.effect) else f"{found.effect:.0e}"
-            rows.append((found.name, str(found.shape), over, count, effect, found.reason))
+            if blocks is not None:
+                over = f"{blocks.axes}" + (f" of {blocks.view}" if blocks.view else "")
+                count = str(math.prod(blocks.factors(shape)))
+            shown = "" if np.isnan(effect) else f"{effect:.0e}"
+            rows.append((name, str(shape), over, count, shown, reason))
         lines = _table(rows)
         if self.pairs:
             pairs = [("times c", "times 1/c", "factors", "effect")] + [
@@ -102,14 +101,10 @@ class KernelReport:
         >>> report.to_json()
         '{"findings": [], "pairs": [], "passes": 3}'
         """
-        findings = [
-            found._asdict()
-            | {
-                "blocks": None if found.blocks is None else asdict(found.blocks),
-                "effect": None if np.isnan(found.effect) else found.effect,
-            }
-            for found in self.findings
-        ]
+        findings = [found._asdict() for found in self.findings]
+        for found in findings:
+            found["blocks"] = None if found["blocks"] is None else asdict(found["blocks"])
+            found["effect"] = None if np.isnan(found["effect"]) else found["effect"]
         pairs = [pair._asdict() for pair in self.pairs]
         return json.dumps({"findings": findings, "pairs": pairs, "passes": self.passes})
 
@@ -136,12 +131,6 @@ def normalized_kernels(
     that they lie otherwise. `build` and `normalize_filters` follow it; an update made by hand for
     `partition` needs `axis=axes_of_selection(selection)`.
 
-    Returns:
-        A pytree shaped like `params`: a selection.
-
-    Raises:
-        ValueError: as `examine_kernels`.
-
     >>> import jax.numpy as jnp, numpy as np, unitnorm
     >>> x = jnp.asarray(np.random.default_rng(0).normal(size=(32, 5)))
     >>> params = {"hidden": jnp.ones((5, 4)), "out": jnp.ones((4, 3))}
@@ -162,9 +151,6 @@ def normalized_kernels_nnx(model: Any, *inputs: Any, axis: AxisSpec = None, seed
     Warns:
         UserWarning: as `examine_kernels`; or a selected kernel is inside nnx.WeightNorm, which
             divides it by its norm as well.
-
-    Raises:
-        ValueError: see `normalized_kernels`.
 
     >>> import jax.numpy as jnp, numpy as np, unitnorm
     >>> from flax import nnx
@@ -220,11 +206,10 @@ def examine_kernels(
     selected are blocks of scales and shifts alone, and blocks of several kernels, such as all that
     end in one normalised sum; their `FilterAxes` stand in the findings, for a selection by hand.
 
-    The symmetry belongs to the network and not to its parameters, so it is tested at parameters
-    moved a little at random, where no start at zero hides what a leaf does; and in float32, though
-    the network computes in bfloat16. It takes 8 forward and reverse passes, one more for each leaf
-    that is not scaled alone, up to 136 in all; and three forward passes or more for
-    each block that is tried.
+    The symmetry is tested at parameters moved a little at random, where no start at zero hides what
+    a leaf does, and in float32, whatever the network computes in. It takes 8 forward and reverse
+    passes, one more for each leaf that is not scaled alone, up to 136 in all; and three forward
+    passes or more for each block that is tried.
 
     Args:
         apply: from parameters to outputs (any pytree of arrays), in training mode, with the
@@ -232,16 +217,15 @@ def examine_kernels(
             and pure, such that JAX can trace it. Of a pair whose second is no array only the first
             counts: the second holds new statistics, as Linen's `mutable` and Equinox's stateful
             layers give.
-        params: parameters, such as a Linen dictionary, an nnx.State of nnx.Param or the arrays of
-            an Equinox module.
+        params: such as a Linen dictionary, an nnx.State of nnx.Param or the arrays of an Equinox
+            module.
         axis: axes over which one filter runs, see `parts.AxisSpec`; default: they are found.
             Leaves that hold no filters over it are not tried, and nothing is joint.
         seed: of the random points and factors.
         progress: called with a line now and then, such as `print`.
 
     Warns:
-        UserWarning: a kernel is normalised in part alone (some of its blocks, or nearly), and was
-            left out.
+        UserWarning: a kernel is normalised in part alone, and was left out.
 
     Raises:
         ValueError: two calls of `apply` differ; the outputs are not finite; or no kernel is found,
@@ -306,12 +290,7 @@ class _Network:
         _refuse_random(outputs, rounded)
         try:
             traced = jax.make_jaxpr(outputs)(rounded)
-        except (
-            jax.errors.ConcretizationTypeError,
-            jax.errors.TracerArrayConversionError,
-            jax.errors.TracerIntegerConversionError,
-            jax.errors.UnexpectedTracerError,
-        ) as error:
+        except jax.errors.JAXTypeError as error:
             raise ValueError(
                 "apply cannot be traced by JAX, as jax.grad has to: make it a pure function of the "
                 f"parameters; {str(error).splitlines()[0]}"
@@ -341,6 +320,17 @@ class _Network:
         self.passes += 1
         return [np.asarray(out, np.float64) for out in self.forward(leaves)]
 
+    def finding(
+        self,
+        leaf: int,
+        reason: str,
+        effect: float = np.nan,
+        blocks: FilterAxes | None = None,
+        selected: bool = False,
+    ) -> KernelFinding:
+        name, shape = self.names[leaf], self.shapes[leaf]
+        return KernelFinding(name, shape, blocks, effect, reason, selected)
+
     def is_kernel(self, leaf: int) -> bool:
         return sum(n > 1 for n in self.shapes[leaf]) >= 2 and any(
             contact.primitive not in ENTRY_BY_ENTRY for contact in self.contacts[leaf]
@@ -352,10 +342,9 @@ class _Network:
         extra: Sequence[Any] = (),
         evaluate: Callable[[list[Any], list[Any]], list[Any]] | None = None,
     ) -> tuple[Rows, Callable[[int], None]]:
-        """Rows of leaves and of extra arrays, which are numbered on; and what adds rows up to some.
+        """A few rows of leaves and of extra arrays, numbered on; and what adds rows up to some.
 
-        Args:
-            evaluate: from parameters and extra arrays to outputs.
+        `evaluate` goes from parameters and extra arrays to outputs.
         """
         count = len(self.given)
         of = [*leaves, *range(count, count + len(extra))]
@@ -369,9 +358,7 @@ class _Network:
                 full = list(arrays)
                 for i, array in zip(of, chosen, strict=True):
                     full[i] = array
-                if evaluate is None:
-                    return self.forward(full)
-                return evaluate(full[:count], full[count:])
+                return evaluate(full[:count], full[count:]) if evaluate else self.forward(full)
 
             chosen = [arrays[i] for i in of]
             (slopes,) = jax.vjp(outputs, chosen)[1](cotangents)
@@ -388,6 +375,7 @@ class _Network:
                 rows.add(row(arrays, cotangents))
                 self.passes += 3
 
+        add(_ROWS)
         return rows, add
 
     def tried(self, signs: dict[int, int], blocks: dict[int, FilterAxes]) -> _Group:
@@ -397,9 +385,8 @@ class _Network:
         """
         group = _Group(signs, blocks, math.inf)
         for _ in range(3):
-            group = group._replace(effect=min(group.effect, self.effect(group)))
-            if group.effect < _TOLERANCE:
-                break
+            if group.effect >= _TOLERANCE:
+                group = group._replace(effect=min(group.effect, self.effect(group)))
         return group
 
     def effect(self, group: _Group) -> float:
@@ -431,23 +418,20 @@ class _Network:
         main = max(signs, key=lambda i: (len(self.shapes[i]), -i))
         axes: list[dict[int, Part]] = []  # for each axis of `main` that divides, how all do
         for axis in range(len(self.shapes[main])):
-            ways = (rows.divide_alike(signs, part) for part in rows.divide(main, axis))
+            ways = (rows.divide_alike(signs, part) for part in rows.divisions(main, axis))
             if (way := next(filter(None, ways), None)) is not None:
                 axes.append(way)
         subsets = [c for k in range(len(axes) + 1) for c in itertools.combinations(axes, k)]
         subsets.sort(key=lambda c: -math.prod(way[main].parts for way in c))
-        nearest: _Group | None = None
+        tried: list[_Group] = []
         for subset in subsets:
             blocks = {i: _blocks(self.shapes[i], [way[i] for way in subset]) for i in signs}
             if None in blocks.values():
                 continue
-            group = self.tried(signs, cast(dict[int, FilterAxes], blocks))
-            if nearest is None or group.effect < nearest.effect:
-                nearest = group
-            if group.effect < _TOLERANCE:
+            tried.append(self.tried(signs, cast(dict[int, FilterAxes], blocks)))
+            if tried[-1].effect < _TOLERANCE:
                 break
-        assert nearest is not None  # the last subset is empty: one block
-        return nearest
+        return min(tried, key=lambda group: group.effect)  # the last subset is empty: one block
 
     def groups(self, rows: Rows, live: Sequence[int]) -> list[_Group]:
         """Leaves scaled alone, then those that share a factor, the fewest leaves first."""
@@ -470,7 +454,7 @@ class _Network:
         for leaf in live:
             self.progress(f"what is scaled against {self.names[leaf]}")
             axes = range(len(rows.shapes[leaf]))
-            for ways in [*(rows.divide(leaf, axis) for axis in axes), [Part(leaf)]]:
+            for ways in [*(rows.divisions(leaf, axis) for axis in axes), [Part(leaf)]]:
                 for part in ways:
                     whole = part.parts == 1 and any((leaf, axis) in covered for axis in axes)
                     if whole or (leaf, part.axis) in covered:
@@ -491,7 +475,7 @@ class _Network:
     def part(self, rows: Rows, leaf: int, least: float = 0) -> str | None:
         """Whether some blocks of a leaf can be scaled, more than a share `least`, but not all."""
         for axis in range(len(self.shapes[leaf])):
-            for part in rows.divide(leaf, axis):
+            for part in rows.divisions(leaf, axis):
                 vanish, alive = rows.vanishing(part)
                 good, count = int((vanish & alive).sum()), int(alive.sum())
                 if not rows.free(part) and good > least * count:
@@ -510,8 +494,7 @@ class _Network:
             return evaluate(self.code, leaves, lambda e, o, x: x * by_use.get((e, o), 1))
 
         ones = [jnp.ones(equations[e].invars[o].aval.shape) for e, o in uses]
-        rows, add = self.rows([], ones, used)
-        add(_ROWS)
+        rows, _ = self.rows([], ones, used)
         free = sum(rows.free(Part(i)) for i in rows.shapes)
         if not 0 < free < len(uses):
             return None
@@ -531,8 +514,7 @@ class _Network:
                 constants[k] = array
             return evaluate(self.code, leaves, constants=constants)
 
-        rows, add = self.rows(live, [self.code.consts[k] for k in places], held)
-        add(_ROWS)
+        rows, _ = self.rows(live, [self.code.consts[k] for k in places], held)
 
         def follows(leaf: int) -> bool:
             for axis, n in enumerate(self.shapes[leaf]):
@@ -550,18 +532,14 @@ class _Network:
 
 def _search(network: _Network, params: optax.Params, axis: AxisSpec) -> KernelReport:
     rows, add = network.rows(network.floats)
-    add(_ROWS)
     largest = max((rows.effect(i) for i in network.floats), default=0)
     live = [i for i in network.floats if rows.effect(i) > 1e-6 * largest]
-    findings = {
-        i: KernelFinding(network.names[i], network.shapes[i], None, np.nan, reason, False)
-        for i in range(len(network.given))
-        if i not in live
-        for reason in [
-            "without effect" if i in network.floats
-            else f"not tried: {jnp.result_type(network.given[i])}"
-        ]
-    }  # fmt: skip
+    findings = {}
+    for i, leaf in enumerate(network.given):
+        if i not in network.floats:
+            findings[i] = network.finding(i, f"not tried: {jnp.result_type(leaf)}")
+        elif i not in live:
+            findings[i] = network.finding(i, "without effect")
     pairs: list[_Group] = []
     if axis is None:
         add(min(_ROWS + sum(not rows.free(Part(i)) for i in live), _MOST_ROWS))
@@ -574,12 +552,9 @@ def _search(network: _Network, params: optax.Params, axis: AxisSpec) -> KernelRe
                 findings[i] = _by_hand(network, i, spec)
     for i in live:
         if i not in findings:
-            whole = Part(i)
-            effect = float(np.linalg.norm(rows.sums(whole)) / rows.effect(i))
+            effect = float(np.linalg.norm(rows.sums(Part(i))) / rows.effect(i))
             reason = (network.tied(i) or network.part(rows, i)) if network.is_kernel(i) else None
-            findings[i] = KernelFinding(
-                network.names[i], network.shapes[i], None, effect, reason or "not normalised", False
-            )
+            findings[i] = network.finding(i, reason or "not normalised", effect)
     ordered = tuple(findings[i] for i in range(len(network.given)))
     if in_part := [found.name for found in ordered if found.reason.startswith("in part")]:
         warnings.warn(
@@ -589,12 +564,9 @@ def _search(network: _Network, params: optax.Params, axis: AxisSpec) -> KernelRe
         )
     if not any(found.selected for found in ordered):
         raise ValueError(_nothing(ordered, network.held_by_constants(live)))
-    return KernelReport(
-        jax.tree.unflatten(jax.tree.structure(params), [_selected(found) for found in ordered]),
-        ordered,
-        tuple(_pair(network, pair) for pair in pairs),
-        network.passes,
-    )
+    selection = jax.tree.unflatten(jax.tree.structure(params), map(_selected, ordered))
+    described = tuple(_pair(network, pair) for pair in pairs)
+    return KernelReport(selection, ordered, described, network.passes)
 
 
 def _findings(
@@ -603,60 +575,53 @@ def _findings(
     """What a group says of its leaves, but for those that another one has taken."""
     kernels = [i for i in group.signs if network.is_kernel(i)]
     first = (kernels or list(group.signs))[0]
-    entries = sum(math.prod(network.shapes[i]) for i in group.signs) // group.factors(
-        network.shapes
-    )
-    part = network.part(rows, first, 0.5) if kernels and len(group.signs) == 1 else None
+    why = None
     if group.effect >= _TOLERANCE:
-        why = "in part: nearly" if kernels and group.effect < _DOUBTFUL else "not normalised"
-    elif part:
-        why = part
+        why = _bound(group.effect) if kernels else "not normalised"
+    elif kernels and len(group.signs) == 1:
+        why = network.part(rows, first, 0.5)
     elif taken:
         names = ", ".join(network.names[i] for i in group.signs if i in taken)
         why = f"free only together with {names}, in blocks of their own"
-    else:
-        why = ""
-    refusal = (
-        "; not selected: a single entry has no direction" if entries == 1
-        else "; not selected: no kernel" if not kernels
-        else "; not selected: several kernels" if len(kernels) > 1
-        else ""
-    )  # fmt: skip
+    refusal = ""
+    if sum(math.prod(network.shapes[i]) for i in group.signs) == group.factors(network.shapes):
+        refusal = "; not selected: a single entry has no direction"
+    elif not kernels:
+        refusal = "; not selected: no kernel"
+    elif len(kernels) > 1:
+        refusal = "; not selected: several kernels"
     found = {}
-    for i in group.signs:
+    for i, blocks in group.blocks.items():
         if i in taken:
             continue
-        blocks: FilterAxes | None = group.blocks[i]
-        others = [network.names[j] for j in group.signs if j != i]
         if why:
-            reason, blocks = why, None
-        else:
-            reason = _in_words(group.blocks[i], network.shapes[i])
-            if others:
-                reason += f", together with {', '.join(others)}"
-                blocks = replace(group.blocks[i], joint=network.names[first])
-            reason += refusal
-        found[i] = KernelFinding(
-            network.names[i], network.shapes[i], blocks, group.effect, reason,
-            selected=not (why or refusal),
-        )  # fmt: skip
+            found[i] = network.finding(i, why, group.effect)
+            continue
+        reason = _in_words(blocks, network.shapes[i])
+        if others := [network.names[j] for j in group.signs if j != i]:
+            reason += f", together with {', '.join(others)}"
+            blocks = replace(blocks, joint=network.names[first])
+        found[i] = network.finding(i, reason + refusal, group.effect, blocks, not refusal)
     return found
 
 
+def _bound(effect: float) -> str:
+    """Why blocks are left out that change the outputs by so much."""
+    return "in part: nearly" if effect < _DOUBTFUL else "not normalised"
+
+
 def _by_hand(network: _Network, i: int, spec: geometry.Axis) -> KernelFinding:
-    name, shape = network.names[i], network.shapes[i]
+    shape = network.shapes[i]
     try:
-        blocks = FilterAxes(geometry.filter_axes(shape, spec, name))
+        blocks = FilterAxes(geometry.filter_axes(shape, spec))
     except ValueError:
-        reason = f"not tried: no filters over axis={spec!r}"
-        return KernelFinding(name, shape, None, np.nan, reason, False)
+        return network.finding(i, f"not tried: no filters over axis={spec!r}")
     if all(shape[a] == 1 for a in blocks.axes):
-        return KernelFinding(name, shape, None, np.nan, "not tried: a single entry", False)
+        return network.finding(i, "not tried: a single entry")
     effect = network.tried({i: 1}, {i: blocks}).effect
     if effect < _TOLERANCE:
-        return KernelFinding(name, shape, blocks, effect, _in_words(blocks, shape), True)
-    reason = "in part: nearly" if effect < _DOUBTFUL else "not normalised"
-    return KernelFinding(name, shape, None, effect, reason, False)
+        return network.finding(i, _in_words(blocks, shape), effect, blocks, True)
+    return network.finding(i, _bound(effect), effect)
 
 
 def _pair(network: _Network, pair: _Group) -> PairFinding:

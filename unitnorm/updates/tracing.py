@@ -24,11 +24,8 @@ def evaluate(
     """The outputs of traced code, its calls inlined, in at least float32 throughout.
 
     Rules of differentiation that the code brings along, and its stops, are left out: what counts is
-    what the outputs do.
-
-    Args:
-        tap: of the number of an equation, that of an operand and the operand, to the operand.
-        constants: in place of those of the code.
+    what the outputs do. `tap` goes from the number of an equation, that of an operand and the
+    operand, to the operand; `constants` stand in place of those of the code.
     """
     constants = closed.consts if constants is None else constants
     environment = dict(zip(closed.jaxpr.constvars, map(_wide, constants), strict=True))
@@ -124,10 +121,8 @@ def find_contacts(
 ) -> list[Contact]:
     """All equations in which what is made of parameters alone meets what is made of data.
 
-    Args:
-        leaves: for variables made of parameters, of which.
-        sizes: of the parameters.
-        data: variables made of data; default: constants that are no scalars.
+    `leaves` says of variables made of parameters, of which; `sizes` are those of the parameters;
+    `data` are variables made of data, by default constants that are no scalars.
     """
     leaves = dict(leaves)
     data = {v for v in jaxpr.constvars if v.aval.shape} if data is None else set(data)
