@@ -129,10 +129,8 @@ def test_what_is_read_is_what_was_written(out):
     assert found["songs"]["length"].to_list()[2:] == [0.0701, 0.0701]  # a float32's shortest
     assert found["notes"].query("voice == 'a'")["bar"].to_list() == [2, 1, 2, 1]
     assert found.files == expected.files
-    names = {
-        f"{table}/{voice}/{take}" for table in SCHEMA.tables for voice in "ab" for take in "01"
-    }
-    assert found.recorded() == names
+    cells = ("a/0", "a/1", "b/0", "b/1")
+    assert found.recorded() == {f"{table}/{cell}" for table in SCHEMA.tables for cell in cells}
     put(out, found)
     assert contents(out) == before  # reading and writing again changes no digit
 
@@ -147,32 +145,15 @@ def test_rows_take_the_place_of_those_of_the_same_run_and_leave_together():
     assert not merged.is_empty()
 
 
-def test_arrays_join_a_file_beside_those_that_are_there(out):
-    known = records.read(out, SCHEMA)
-    joined = known.with_arrays({ARRAYS: {"b": np.ones(3)}, "new.wav": {"c": np.zeros(2)}})
-    shapes = {name: array.shape for name, array in joined.arrays(ARRAYS).items()}
-    assert shapes == {"a": (4, 36), "b": (3,)}
-    assert list(joined.arrays("new.wav")) == ["c"]
-    assert known.arrays("none.wav") == {}
-
-
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("damage", ["cut", "altered", "empty", "gone", "a folder", "garbage"])
+@pytest.mark.parametrize("damage", ["cut", "altered", "empty", "gone", "a folder"])
 def test_a_damaged_file_is_named(name, damage, out):
-    path = out / name
-    content = path.read_bytes()
-    middle = len(content) // 2
-    flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-    if name == "provenance.json":  # a text of which any letter may be another
-        flipped = content.replace(b'"started": "', b'"started": 7, "x": "')
+    path, content = out / name, (out / name).read_bytes()
     path.unlink()
     if damage == "a folder":
         path.mkdir()
     elif damage != "gone":
-        path.write_bytes(
-            {"cut": content[:middle], "altered": flipped, "empty": b"",
-             "garbage": bytes(range(256)) * 9}[damage]
-        )  # fmt: skip
+        path.write_bytes({"cut": content[:-9], "altered": content[::-1], "empty": b""}[damage])
     refused(out, f"{name}.*{records.REPAIR}")
 
 
@@ -325,8 +306,6 @@ def test_killed_at_any_call_the_old_records_or_the_new_ones_are_there(tmp_path, 
 
 def test_a_full_disk_leaves_the_old_records(tmp_path):
     with small_disk(tmp_path / "disk", "256k") as disk:
-        if disk is None:
-            pytest.skip("mounting a small file system is not permitted here")
         put(disk / "out", example())
         large = example().with_arrays({ARRAYS: {"a": np.zeros((100, 1000))}})
         with (
@@ -351,8 +330,6 @@ def test_a_file_size_limit_is_a_full_disk_too(out):
 
 def test_a_folder_that_cannot_be_written_is_refused_at_once_and_can_be_read(tmp_path):
     with small_disk(tmp_path / "disk", "1m") as disk:
-        if disk is None:
-            pytest.skip("mounting a small file system is not permitted here")
         put(disk / "out", example())
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True, capture_output=True)
         for folder in (disk / "out", disk / "new"):

@@ -219,32 +219,31 @@ def locked(folder: Path, *, make: bool = True, needed: bool = True) -> Iterator[
     except (OSError, ValueError) as error:  # the latter on a null character
         raise _cannot(folder, "used as a results folder", error) from None
     lock = filelock.FileLock(folder / _LOCK, timeout=0.1, poll_interval=0.01)
-    fault = None
-    if not os.access(folder, os.W_OK):  # said now, and not after an hour of training
-        fault = f"{folder}: cannot be written (permissions); give another --out"
-    else:
+    # said now, and not after an hour of training
+    fault = "cannot be written (permissions); give another --out"
+    held = os.access(folder, os.W_OK)
+    if held:
+        fault = (
+            "another unitnorm process is at work here; wait for it to end, or give another --out"
+        )
         try:
             lock.acquire()
         except filelock.Timeout:
-            fault = (
-                f"{folder}: another unitnorm process is at work here; wait for it to end, or give "
-                "another --out"
-            )
+            held = False
         except OSError as error:
             raise _cannot(folder, "locked", error) from None
-    if fault and needed:
-        raise UserError(fault)
-    if fault:
-        yield False
-        return
+    if needed and not held:
+        raise UserError(f"{folder}: {fault}")
     try:
-        recover(folder)
-        yield True
+        if held:
+            recover(folder)
+        yield held
     finally:
-        # while it is held: whoever has it open finds that it has no name, and looks again
-        with contextlib.suppress(OSError):  # as on a system that removes no open file
-            os.unlink(folder / _LOCK)
-        lock.release()
+        if held:
+            # while it is held: whoever has it open finds that it has no name, and looks again
+            with contextlib.suppress(OSError):  # as on a system that removes no open file
+                os.unlink(folder / _LOCK)
+            lock.release()
 
 
 def recover(folder: Path) -> None:
@@ -442,17 +441,15 @@ def _read_provenance(path: Path, schema: Schema) -> dict[str, Any]:
                 f"they are of the command `{wrote:.80}`"
             )
         schema.about.model_validate(read.data)
+        # only the names of this schema: a provenance from elsewhere must not lead out of the folder
+        always, files = set(schema.always()), set(read.files)
+        if not always <= files or not all(re.fullmatch(schema.files, x) for x in files - always):
+            raise KeyError("files")
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise _damaged(path) from None
-    # only the names of this schema: a provenance from elsewhere must not lead out of the folder
-    always, files = set(schema.always()), set(read.files)
-    if not always <= files or not all(re.fullmatch(schema.files, x) for x in files - always):
-        raise _damaged(path)
+        raise UserError(
+            f"{path}: damaged: not the provenance of a results folder; {REPAIR}"
+        ) from None
     return provenance
-
-
-def _damaged(path: Path) -> UserError:
-    return UserError(f"{path}: damaged: not the provenance of a results folder; {REPAIR}")
 
 
 def _one_line(error: Exception) -> str:
