@@ -397,6 +397,7 @@ def test_readers_look_while_another_process_writes(out, monkeypatch):
         (out / "songs.csv").rename(valid / "songs.csv")
         threading.Timer(0.1, lambda: (valid / "songs.csv").rename(out / "songs.csv")).start()
         assert len(records.read_alone(out, SCHEMA)["songs"]) == 4
+        assert len(records.read(out, SCHEMA)["songs"]) == 4
         assert valid.exists()
         (out / "songs.csv").write_text("damaged")
         with a_line(r"songs.csv: altered or cut", out):

@@ -153,16 +153,13 @@ def own_workers(count: int) -> contextlib.AbstractContextManager[Any]:
     """A scheduler and worker processes on this machine, a GPU for each where there are several."""
     from distributed import Nanny, Scheduler, SpecCluster
 
-    options = {"nthreads": 1, "host": "127.0.0.1", "silence_logs": 50}
-    gpus = visible_gpus()
-    each = [{"CUDA_VISIBLE_DEVICES": gpus[k % len(gpus)]} if gpus else {} for k in range(count)]
-    return SpecCluster(
-        workers={
-            k: {"cls": Nanny, "options": {**options, "env": env}} for k, env in enumerate(each)
-        },
-        scheduler={"cls": Scheduler, "options": {"host": "127.0.0.1", "dashboard": False}},
-        silence_logs=50,
-    )
+    gpus, workers = visible_gpus(), {}
+    for number in range(count):
+        env = {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {}
+        options = {"nthreads": 1, "host": "127.0.0.1", "silence_logs": 50, "env": env}
+        workers[number] = {"cls": Nanny, "options": options}
+    scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", "dashboard": False}}
+    return SpecCluster(workers=workers, scheduler=scheduler, silence_logs=50)
 
 
 def visible_gpus() -> list[str]:

@@ -189,9 +189,8 @@ def check_matching(
     other_data = any(old[key] != new[key] for key in old.keys() & new.keys())
     if differs is not None or other_data:
         what = "data set" if differs is None else f"config{differs}"
-        others, hint = (
-            ("other runs with ", "") if options.fresh else ("", ", or start over with --fresh")
-        )
+        others = "other runs with " if options.fresh else ""
+        hint = "" if options.fresh else ", or start over with --fresh"
         raise UserError(
             f"{options.out}: holds records of {others}another {what}; give another --out{hint}"
         )
