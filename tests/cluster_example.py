@@ -11,7 +11,7 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,8 +20,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from unitnorm.run import records
+from unitnorm.run.cluster import connect, identity
 from unitnorm.run.loop import Session
-from unitnorm.run.planner import Done, Found, Group
+from unitnorm.run.planner import Found, Group, complete
 from unitnorm.run.records import Records, Schema, Table
 
 SCHEMA = Schema("squares", {"runs": Table({"n": "i", "square": "i"}, ("n",))}, ("n",))
@@ -40,14 +42,15 @@ class Squares:
     mark: Path = Path()
     schema: Schema = SCHEMA
 
-    def missing(self, records: Records) -> Iterator[Group]:
-        have = set(records["runs"]["n"])
-        for n in range(self.count):
-            if n not in have:
-                yield Group(f"square {n}", "runs", pd.DataFrame({"n": [n]}), n)
+    def group(self, n: int) -> Group:
+        return Group(f"square {n}", "runs", pd.DataFrame({"n": [n]}), n)
 
-    def again(self, records: Records, chosen: Mapping[str, Any]) -> Iterator[Group]:
-        yield from ()
+    def missing(self, known: Records) -> Iterator[Group]:
+        have = set(known["runs"]["n"])
+        return (self.group(n) for n in range(self.count) if n not in have)
+
+    def again(self, known: Records, chosen: Mapping[str, Any]) -> Iterator[Group]:
+        yield self.group(int(chosen["n"]))
 
     def compute(self, group: Group, data: list[Any], session: Session) -> Found:
         if group.what == self.kills and not self.mark.exists():
@@ -60,31 +63,23 @@ class Squares:
 
 def measure(workers: int, seconds: float, rounds: int) -> tuple[float, float]:
     """Seconds until workers have libraries and data, and those a group costs beside its own."""
-    from unitnorm.run import records
-    from unitnorm.run.cluster import connect, identity
-    from unitnorm.run.planner import complete
-
-    data = {"": [*range(1000), np.zeros(55_000_000, np.uint8)]}
+    data = [*range(1000), np.zeros(55_000_000, np.uint8)]
     about = {"config": {}, "config_sha256": "", "data": {}, "commands": []}
-    empty = replace(Records.empty(SCHEMA), provenance=about)
     started = time.perf_counter()
     with (
-        tempfile.TemporaryDirectory() as folder,
-        records.locked(Path(folder)),
+        tempfile.TemporaryDirectory() as name,
+        records.locked(folder := Path(name)),
         connect(None, workers, 1, print) as engine,
     ):
         engine.client.wait_for_workers(workers)
         engine.client.run(identity)  # imports the libraries on each
-        engine.sent[id(data[""])] = engine.client.scatter(data[""], hash=False, broadcast=True)
-
-        def store(found: Records, done: Sequence[Done] = ()) -> None:
-            records.write(Path(folder), found)
-
+        engine.sent[id(data)] = engine.client.scatter(data, hash=False, broadcast=True)
         there = time.perf_counter()
         complete(
             SimpleNamespace(
-                data=data, records=empty, session=Session(), engine=engine, store=store,
-                experiment=Squares(rounds * workers, seconds),
+                experiment=Squares(rounds * workers, seconds), data={"": data}, engine=engine,
+                records=replace(Records.empty(SCHEMA), provenance=about), session=Session(),
+                store=lambda known, done=(): records.write(folder, known),
             )
         )  # fmt: skip
         ended = time.perf_counter()

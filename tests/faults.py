@@ -8,8 +8,8 @@ spent on the experiment and not on imports. Change here what is killed, and when
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import contextlib
+import fnmatch
 import glob
 import json
 import multiprocessing
@@ -20,11 +20,12 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import pytest
 
 from tests.idx import write_blobs
 
@@ -50,42 +51,29 @@ max_epochs = {EPOCHS}
 # Compiles in half the time.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 PATIENCE_S = 300  # a process that takes so long hangs
-# Starting a process asks after all others, and only one thread hears how one has ended.
-ASKING = threading.Lock()
 
 
 class Workshop:
-    """A config, a data set and a fork server: what commands need to run.
-
-    Args:
-      folder: an empty one, for everything.
-    """
+    """A config, a data set, a cache and a fork server in an empty folder: what commands need."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.config = folder / "config.toml"
         self.config.write_text(CONFIG)
         self.data = write_blobs(folder / "data", 300, 100)
-        self.programs = folder / "programs"  # compiled ones, shared by all caches
-        self.programs.mkdir()
+        self.cache = folder / "cache"
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["tests.preloaded"])
-
-    def cache(self, name: str) -> Path:
-        """An empty cache, with the compiled programs of the others."""
-        folder = self.folder / f"cache-{name}"
-        folder.mkdir()
-        (folder / "programs").symlink_to(self.programs)
-        return folder
 
     def train(self, out: Path, *more: object) -> list[str]:
         """The words of a command that trains, saving the state of every epoch."""
         words = ["train", "--config", self.config, "--data-dir", self.data, "--out", out]
         return [str(word) for word in (*words, "--checkpoint-every", 0, *more)]
 
-    def start(self, words: list[str], cache: Path, **environment: str) -> Life:
-        """Start a command in a process of its own."""
-        own = {"UNITNORM_CACHE": str(cache), "XLA_FLAGS": QUICK, **environment}
+    def start(self, words: list[str], **environment: str) -> Life:
+        """Start a command in a process of its own; with HALT=sweep or train, it stands still when
+        it has saved a first state of one."""
+        own = {"UNITNORM_CACHE": str(self.cache), "XLA_FLAGS": QUICK, **environment}
         return Life(self._context, words, own)
 
 
@@ -97,12 +85,10 @@ class Life:
         self._process = context.Process(
             target=live, args=(words, environment, str(self._folder)), daemon=True
         )
-        with ASKING:
-            self._process.start()
+        self._process.start()
 
     def running(self) -> bool:
-        with ASKING:
-            return self._process.is_alive()
+        return self._process.is_alive()
 
     def send(self, number: int) -> None:
         """Send a signal, unless the process has ended."""
@@ -117,8 +103,9 @@ class Life:
             time.sleep(0.0005)
 
     def end(self) -> tuple[int, str, str]:
-        """Wait; the exit code (negative: the signal), and what was printed and complained of."""
-        self.wait_until(lambda: False)
+        """Let go on and wait; the exit code (negative: the signal), and what was printed and
+        complained of."""
+        self.wait_until(lambda: self.send(signal.SIGCONT))
         found = self._process.exitcode, *self._said()
         shutil.rmtree(self._folder)
         return found
@@ -134,11 +121,23 @@ def live(words: list[str], environment: dict[str, str], folder: str) -> None:
         handle = os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(handle, descriptor)
     os.environ |= environment
+    os.replace = halting(os.replace, environment.get("HALT", "nowhere"))
     sys.addaudithook(no_pickle)
     sys.argv = ["unitnorm", *words]
     from unitnorm.cli import main
 
     main()
+
+
+def halting(replace: Callable[..., None], table: str) -> Callable[..., None]:
+    """`os.replace`, which stops the process where it puts a first state in place."""
+
+    def replace_and_halt(old: Path, new: Path) -> None:
+        replace(old, new)
+        if fnmatch.fnmatch(str(new), f"*/.checkpoints/{table}-*/1.safetensors"):
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    return replace_and_halt
 
 
 def no_pickle(event: str, _: tuple) -> None:
@@ -154,8 +153,8 @@ def no_pickle(event: str, _: tuple) -> None:
 MOMENTS = {
     "writing records": ("out/.records-*", 0.01),
     "checkpointing": ("out/.checkpoints/*/unfinished.tmp", 0.1),
-    "training": ("out/.checkpoints/train-*", 1.0),
-    "sweep": ("out/.checkpoints/sweep-*", 0.8),
+    "training": ("out/.checkpoints/train-*", 0.3),
+    "sweep": ("out/.checkpoints/sweep-*", 0.3),
     "start": (".", 2.0),
 }
 
@@ -173,21 +172,22 @@ def contents(out: Path) -> dict[str, bytes]:
     return {**tables, "provenance.json": json.dumps(provenance).encode()}
 
 
-def campaign(workshop: Workshop, name: str, kills: int, seed: int) -> tuple[Counter, list[dict]]:
+def kill(workshop: Workshop, expected: dict[str, bytes], kills: int, seed: int) -> Counter:
     """Kill a training `kills` times, at each moment in turn; resume until done, and again.
 
     Returns:
-      How often it was killed at which moment, and the records of every training that was done.
+      How often it was killed at which moment.
+
+    Raises:
+      AssertionError: other records, stray files, or a process that failed by itself.
     """
-    rng, moments = random.Random(seed), list(MOMENTS)
-    folder = workshop.folder / name
+    rng, killed = random.Random(seed), Counter()
+    folder = workshop.folder / f"killed-{seed}"
     folder.mkdir()
-    cache, out = workshop.cache(name), folder / "out"
-    killed: Counter = Counter()
-    done = []
+    out = folder / "out"
     while True:
-        life = workshop.start(workshop.train(out), cache)
-        moment = moments[(seed + killed.total()) % len(moments)]
+        life = workshop.start(workshop.train(out))
+        moment = list(MOMENTS)[killed.total() % len(MOMENTS)]
         if killed.total() < kills:
             pattern, spread_s = MOMENTS[moment]
             life.wait_until(lambda pattern=pattern: found(folder, pattern))
@@ -200,44 +200,23 @@ def campaign(workshop: Workshop, name: str, kills: int, seed: int) -> tuple[Coun
         assert (code, errors) == (0, ""), f"killed {dict(killed)}: exit code {code}\n{said}{errors}"
         left = {str(path.relative_to(out)) for path in out.rglob("*")} - {".lock"}
         assert left == {*RECORDS, "provenance.json"}, left
-        assert {path.name for path in cache.iterdir()} == {"programs"}
-        done.append(contents(out))
+        assert {path.name for path in workshop.cache.iterdir()} == {"programs"}
+        records = contents(out)
+        differs = [name for name in expected if records[name] != expected[name]]
+        assert not differs, f"{differs} after kills {dict(killed)}"
         if killed.total() >= kills:
-            return killed, done
+            return killed
         shutil.rmtree(out)
 
 
-def kill(workshop: Workshop, kills: int, seed: int, at_once: int = 2) -> Counter:
-    """Kill trainings `kills` times in all; every one that is done must have the same records.
-
-    Raises:
-      AssertionError: other records, stray files, or a process that failed by itself.
-    """
-    _, (expected,) = campaign(workshop, f"undisturbed-{seed}", 0, seed)
-    shares = [kills // at_once + (i < kills % at_once) for i in range(at_once)]
-    starts = [seed + sum(shares[:i]) for i in range(at_once)]  # the next one's moments come after
-    with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
-        jobs = [
-            pool.submit(campaign, workshop, f"lane-{seed}-{start}", share, start)
-            for share, start in zip(shares, starts, strict=True)
-        ]
-        results = [job.result() for job in jobs]
-    for killed, done in results:
-        for records in done:
-            differs = [name for name in expected if records[name] != expected[name]]
-            assert not differs, f"{differs} after kills {dict(killed)}"
-    return sum((killed for killed, _ in results), Counter())
-
-
 @contextlib.contextmanager
-def small_disk(folder: Path, size: str, *, read_only: bool = False) -> Iterator[Path | None]:
-    """A file system of its own on `folder`; None where the system does not permit one."""
+def small_disk(folder: Path, size: str, *, read_only: bool = False) -> Iterator[Path]:
+    """A file system of its own on `folder`; the test is skipped where none is permitted."""
     folder.mkdir(exist_ok=True)
     options = f"size={size}" + ",ro" * read_only
     mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        yield None
-        return
+        pytest.skip("mounting a small file system is not permitted here")
     try:
         yield folder
     finally:
@@ -250,8 +229,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=int(time.time()))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
-        started = time.monotonic()
-        killed = kill(Workshop(Path(folder)), options.kills, options.seed)
+        started, workshop, once = time.monotonic(), Workshop(Path(folder)), Path(folder) / "once"
+        assert workshop.start(workshop.train(once)).end()[0] == 0
+        killed = kill(workshop, contents(once), options.kills, options.seed)
     seconds = time.monotonic() - started
     print(f"{killed.total()} kills in {seconds:.0f} s (seed {options.seed}), identical records")
     for moment, count in sorted(killed.items()):

@@ -1,5 +1,5 @@
-"""This machine: its devices, on Linux and macOS, and the same bits whatever their number and
-whatever is set in the shell."""
+"""This machine: its devices, on Linux and macOS, the same bits whatever their number, and compiled
+programs that are kept within a bound."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 
+import filelock
 import jax
 import numpy as np
 import pytest
@@ -23,24 +24,23 @@ from unitnorm.run.loop import Session
 from unitnorm.run.planner import Group
 from unitnorm.table2 import experiment
 
-
-def test_products_of_float32_are_of_float32_whatever_the_device():
-    code = (
-        "import jax, jax.numpy as jnp; from unitnorm.run import devices; devices.prepare(1); "
-        "x = jnp.ones((2, 2)); print(jax.jit(jnp.matmul).lower(x, x).as_text())"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "precision = [HIGHEST, HIGHEST]" in done.stdout
+ROOT = pathlib.Path(__file__).parents[1]
 
 
-def test_devices_that_are_not_there_are_a_line():
-    for name in ("cuda", "nonsense"):
-        done = subprocess.run(
-            [sys.executable, "-m", "unitnorm", "segment", "evaluate", "--synthetic"],
-            env={**os.environ, "JAX_PLATFORMS": name}, capture_output=True, text=True,
-        )  # fmt: skip
-        assert (done.returncode, done.stdout) == (2, "")
-        assert re.fullmatch(f"error: JAX_PLATFORMS={name}: .* no such device .*\n", done.stderr)
+def python(code: str, *words: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a program in a process that was not set up for tests."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, words)],
+        cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["cuda", "nonsense"])
+def test_devices_that_are_not_there_are_a_line(name):
+    code = "from unitnorm.cli import main; main(['segment', 'evaluate', '--synthetic'])"
+    done = python(code, JAX_PLATFORMS=name)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(f"error: JAX_PLATFORMS={name}: .* no such device .*\n", done.stderr)
 
 
 @pytest.fixture
@@ -55,8 +55,7 @@ def on_macos(monkeypatch):
 
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(pathlib.Path, "read_text", read)
-    for name in ("sched_getaffinity", "sched_setaffinity"):
-        monkeypatch.delattr(os, name, raising=False)
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
 
 
 def test_on_macos_every_core_is_used(on_macos, monkeypatch):
@@ -102,6 +101,8 @@ def test_only_the_cores_that_this_process_may_use_are_counted():
     assert devices.count_cores() == len(allowed)
 
 
+# ---------------------------------------------------------------- bits
+
 SMALL = {
     "runs": 3, "depths": [1],
     "model": {"width": 8}, "loss": {"batch_size": 20},
@@ -112,12 +113,15 @@ SMALL = {
 }  # fmt: skip
 DEVICES = """
 import sys
-import jax
-jax.config.update("jax_num_cpu_devices", 3)
 from pathlib import Path
+import jax, jax.numpy as jnp
+from unitnorm.run import devices
+devices.prepare(2)
 from tests.test_devices import train_small
+x = jnp.ones((2, 2))
+print(jax.jit(jnp.matmul).lower(x, x).as_text().count("precision = [HIGHEST, HIGHEST]"))
 found = jax.devices()
-for number in (1, 2, 3):
+for number in (1, 2):
     jax.devices = lambda *_: found[:number]
     print(train_small(Path(sys.argv[1])))
 """
@@ -134,14 +138,84 @@ def train_small(images: pathlib.Path) -> list[object]:
 
 
 def test_every_number_of_devices_gives_the_same_bits(idx_folder):
-    # 3 runs: 2 devices do not share them evenly
-    root = pathlib.Path(__file__).parents[1]
-    done = subprocess.run(
-        [sys.executable, "-c", DEVICES, idx_folder], cwd=root, capture_output=True, text=True,
-        env={**os.environ, "XLA_FLAGS": faults.QUICK},
-    )  # fmt: skip
+    """With 3 runs, which 2 devices do not share evenly; products of float32 are of float32."""
+    done = python(DEVICES, idx_folder, XLA_FLAGS=faults.QUICK)
     assert done.returncode == 0, done.stderr
-    one, two, three = done.stdout.splitlines()
+    products, one, two = done.stdout.splitlines()
+    assert products == "1"
     assert one.count("0x1.") > 3 * 3 * 5  # numbers, and not NaN
     assert one == two
-    assert one == three
+
+
+# ---------------------------------------------------------------- compiled programs
+
+PROGRAMS = """
+import sys
+from unitnorm.run import devices
+devices.CACHE_BYTES = int(sys.argv[1])
+devices.prepare(1)
+import jax, jax.numpy as jnp
+for number in map(float, sys.argv[2:]):
+    print(jax.jit(lambda x: jnp.sin(x) + number)(jnp.float32(0.0)))
+"""
+
+
+def compute(kept: pathlib.Path, *numbers: int, most: int = 1 << 30) -> dict[str, bytes]:
+    """The programs that are kept, after one for each number has run without a word of anything."""
+    done = python(PROGRAMS, most, *numbers, UNITNORM_CACHE=str(kept.parent))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split() == [f"{number}.0" for number in numbers]
+    return {path.name: path.read_bytes() for path in kept.glob("*-cache")}
+
+
+def test_programs_are_compiled_once_anew_where_a_process_was_killed_and_within_a_bound(tmp_path):
+    """As `devices` takes for granted of JAX: NAME-cache is written first, and then NAME-atime."""
+    kept = tmp_path / "programs"
+    before = compute(kept, 1, 2)
+    assert len(before) >= 2
+    used = {name: f"{name.removesuffix('-cache')}-atime" for name in before}
+    assert {path.name for path in kept.iterdir()} == {*before, *used.values(), ".lockfile"}
+    assert compute(kept, 1, 2) == before
+    for number, (name, content) in enumerate(before.items()):  # killed before, or after, its end
+        (kept / name).write_bytes(content[: len(content) // 2] if number % 2 else content)
+        (kept / used[name]).unlink()
+    after = compute(kept, 1, 2, 3)
+    assert before.keys() < after.keys()
+    assert all(len(after[name]) > len(before[name]) // 2 for name in before)
+    assert all((kept / used[name]).exists() for name in before)
+    most = sum(map(len, before.values()))
+    bounded = compute(kept, *range(4, 9), most=most)
+    assert 0 < sum(map(len, bounded.values())) <= most
+
+
+def test_a_program_that_another_process_is_writing_is_not_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(devices, "CACHE_PATIENCE_S", 0.01)
+    unfinished = tmp_path / "jit_f-0-cache"
+    unfinished.write_bytes(b"x")
+    with filelock.FileLock(tmp_path / ".lockfile"), pytest.raises(filelock.Timeout):
+        devices.remove_unfinished(tmp_path)
+    assert unfinished.exists()
+    devices.remove_unfinished(tmp_path)
+    assert not unfinished.exists()
+
+
+@pytest.mark.parametrize("where", ["/proc/none", "/dev/null/none"])
+def test_where_nothing_can_be_kept_one_does_without(where, monkeypatch):
+    told = {}
+    monkeypatch.setenv("UNITNORM_CACHE", where)
+    monkeypatch.setattr(jax.config, "update", told.__setitem__)
+    devices.keep_compiled()
+    assert told == {}
+
+
+def test_the_cache_is_where_the_user_or_the_system_says(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for own, shared, expected in (
+        ("", "", tmp_path / ".cache/unitnorm"),
+        ("", "relative", tmp_path / ".cache/unitnorm"),  # which the standard says to ignore
+        ("", "/shared", pathlib.Path("/shared/unitnorm")),
+        ("/own", "/shared", pathlib.Path("/own")),
+    ):
+        monkeypatch.setenv("UNITNORM_CACHE", own)
+        monkeypatch.setenv("XDG_CACHE_HOME", shared)
+        assert devices.cache_folder() == expected

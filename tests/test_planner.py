@@ -14,15 +14,19 @@ from tests.cluster_example import SCHEMA, Squares
 from unitnorm.errors import Interrupted, UserError
 from unitnorm.run import verify
 from unitnorm.run.loop import Session
-from unitnorm.run.planner import Done, Found, complete, together
+from unitnorm.run.planner import Done, Found, add, complete
 from unitnorm.run.records import Records
 
 DATA = {"": list(range(10))}
 
 
+def row(n: int, square: int) -> pd.DataFrame:
+    return SCHEMA.frame("runs", [{"n": n, "square": square}])
+
+
 @dataclass
 class Backwards:
-    """An engine of two workers that computes what it was given last first."""
+    """Two workers that compute what they were given last first."""
 
     given: list[Any] = field(default_factory=list)
     order: list[int] = field(default_factory=list)
@@ -31,28 +35,30 @@ class Backwards:
     def has_room(self) -> bool:
         return len(self.given) < 2
 
-    def give(self, experiment, group, data, session) -> None:
-        self.given.append((experiment, group, data, session))
+    def give(self, experiment, group, data) -> None:
+        self.given.append((experiment, group, data))
         self.order.append(group.what)
 
     def next(self, session) -> list[Done]:
         if len(self.order) >= self.stop_at:
             raise Interrupted
-        experiment, group, data, mine = self.given.pop()
-        mine.grow(Found({"runs": SCHEMA.frame("runs", [{"n": 9, "square": len(self.order)}])}))
-        return [Done(group, experiment.compute(group, data, mine), "worker")]
+        experiment, group, data = self.given.pop()
+        session.grow(Found({"runs": row(9, len(self.order))}))
+        return [Done(group, experiment.compute(group, data, session), "worker")]
 
 
 def completed(experiment, engine=None, records=None) -> list[Records]:
-    """All that was stored."""
+    """All that was stored, until it was complete or interrupted."""
     kept: list[Records] = []
-    complete(
-        SimpleNamespace(
-            experiment=experiment, data=DATA, engine=engine, session=Session(),
-            records=Records.empty(SCHEMA) if records is None else records,
-            store=lambda records, done=(): kept.append(records),
-        )
+    job = SimpleNamespace(
+        experiment=experiment, data=DATA, engine=engine, session=Session(),
+        records=Records.empty(SCHEMA) if records is None else records,
+        store=lambda records, done=(): kept.append(records),
     )  # fmt: skip
+    try:
+        complete(job)
+    except Interrupted:
+        assert len(engine.order) == engine.stop_at
     return kept
 
 
@@ -79,46 +85,28 @@ def test_an_engine_gets_each_group_once_while_it_has_room_and_records_grow():
 
 
 def test_an_interruption_keeps_what_has_ended():
-    engine = Backwards(stop_at=4)
-    kept: list[Records] = []
-    plan = SimpleNamespace(
-        experiment=Squares(9), data=DATA, engine=engine, session=Session(),
-        records=Records.empty(SCHEMA), store=lambda records, done=(): kept.append(records),
-    )  # fmt: skip
-    with pytest.raises(Interrupted):
-        complete(plan)
-    assert {1, 2} <= set(squares(kept[-1]))
+    assert {1, 2} <= set(squares(completed(Squares(9), Backwards(stop_at=4))[-1]))
 
 
 def test_several_groups_are_added_as_one():
-    def found(n: int) -> Found:
-        rows = SCHEMA.frame("runs", [{"n": n, "square": n * n}])
-        return Found({"runs": rows}, {f"{n}.txt": b"x"}, {"a.safetensors": {str(n): np.ones(n)}})
-
-    records = together([found(1), found(2)]).added_to(Records.empty(SCHEMA))
+    found = [
+        Found({"runs": row(n, n * n)}, {f"{n}.txt": b"x"}, {"a.safetensors": {str(n): np.ones(n)}})
+        for n in (1, 2)
+    ]
+    records = add(Records.empty(SCHEMA), *found)
     assert squares(records) == {1: 1, 2: 4}
     assert {"1.txt", "2.txt"} < set(records.files)
     assert sorted(records.arrays("a.safetensors")) == ["1", "2"]
 
 
-@dataclass(frozen=True)
-class Again(Squares):
-    """Squares whose runs can be computed again."""
-
-    def again(self, records, chosen):
-        yield from (group for group in self.missing(Records.empty(SCHEMA)) if group.what == 3)
-
-
 def test_a_recorded_run_is_computed_again_and_told_from_an_altered_one():
     known = completed(Squares(5))[-1]
     chosen = verify.choose(known["runs"], n=3)
-    (check,) = verify.verify(Again(5), known, DATA[""], chosen, Session())
-    assert (check.matches, check.found) == (True, "1 row with the same bits")
-    table = known["runs"].assign(square=[0, 1, 4, 10, 16])
-    altered = replace(known, tables={"runs": table})
-    (check,) = verify.verify(Again(5), altered, DATA[""], chosen, Session())
-    assert not check.matches
-    assert check.found == "1 of 1 row differ: square 10 there, 9 here"
+    (check,) = verify.verify(Squares(5), known, DATA[""], chosen, Session())
+    assert check == ("runs.csv", True, "1 row with the same bits")
+    altered = replace(known, tables={"runs": known["runs"].assign(square=[0, 1, 4, 10, 16])})
+    (check,) = verify.verify(Squares(5), altered, DATA[""], chosen, Session())
+    assert check == ("runs.csv", False, "1 of 1 row differ: square 10 there, 9 here")
     with pytest.raises(UserError, match="--n 7: no such run is recorded; there are 0, 1, 2"):
         verify.choose(known["runs"], n=7)
 

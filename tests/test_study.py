@@ -18,6 +18,7 @@ from unitnorm.data import load_dataset
 from unitnorm.errors import UserError
 from unitnorm.run.config import PRESETS, load, presets
 from unitnorm.run.loop import Session
+from unitnorm.run.planner import add
 from unitnorm.run.records import Records, read
 from unitnorm.study import experiment
 from unitnorm.study.config import ArmPlan, ComparisonPlan, Plan, Seeds
@@ -67,7 +68,7 @@ def run_all(plan: Plan, blobs, records: Records) -> list[Records]:
     """The records each time that a group has been added."""
     stages, trials = [], experiment.Study(plan)
     while groups := list(trials.missing(records)):
-        records = trials.compute(groups[0], blobs, Session()).added_to(records)
+        records = add(records, trials.compute(groups[0], blobs, Session()))
         stages.append(records)
     return stages
 

@@ -10,6 +10,7 @@ import json
 import shlex
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -31,21 +32,20 @@ def workshop(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def cache(workshop):
-    return workshop.cache("shared")
-
-
-@pytest.fixture(scope="module")
-def once(workshop, cache):
-    """The records of a training that nothing happened to."""
+def once(workshop):
+    """The records and the report of a training that nothing happened to."""
     out = workshop.folder / "once"
-    run(workshop, cache, workshop.train(out))
+    run(workshop, reproduce(workshop, out))
     return out
 
 
-def run(workshop, cache, words, code=0, **environment) -> str:
+def reproduce(workshop, out: Path) -> list[str]:
+    return ["reproduce", *workshop.train(out)[1:]]
+
+
+def run(workshop, words, code=0, **environment) -> str:
     """Run a command to its end; what it printed, or where a fault is expected, its line."""
-    ended, said, errors = workshop.start([str(word) for word in words], cache, **environment).end()
+    ended, said, errors = workshop.start([str(word) for word in words], **environment).end()
     assert ended == code, said + errors
     if code == REFUSED:
         assert (errors.count("\n"), errors[:7]) == (1, "error: "), errors
@@ -53,98 +53,86 @@ def run(workshop, cache, words, code=0, **environment) -> str:
     return said
 
 
-def halted(workshop, cache, words, table="train") -> Life:
+def halted(workshop, words, table="train") -> Life:
     """A command that stands still, having saved a state of a sweep or training."""
     out = Path(words[words.index("--out") + 1])
-    life = workshop.start(words, cache)
+    life = workshop.start(words, HALT=table)
     life.wait_until(lambda: found(out, f".checkpoints/{table}-*/1.safetensors"))
-    life.send(signal.SIGSTOP)
     assert life.running(), life.end()
     return life
 
 
-def stopped(workshop, cache, words, number=signal.SIGKILL, **at) -> tuple[int, str, str]:
+def stopped(workshop, words, number=signal.SIGKILL, **at) -> tuple[int, str, str]:
     """A command that got a signal at that point."""
-    life = halted(workshop, cache, words, **at)
+    life = halted(workshop, words, **at)
     life.send(number)
-    life.send(signal.SIGCONT)
     return life.end()
 
 
-def test_three_kills_at_any_moment_cost_nothing(workshop):
-    assert set(kill(workshop, 3, seed=0)) == {"writing records", "checkpointing", "training"}
+def interrupted(workshop, words, number, table) -> list[str]:
+    """The command that one named that was stopped by this signal."""
+    code, _, errors = stopped(workshop, words, number, table=table)
+    assert code == INTERRUPTED
+    assert errors.splitlines()[0] == "stopping …"
+    named = shlex.split(errors.partition("Go on with: ")[2])
+    assert named == ["unitnorm", *words]
+    return named[1:]
+
+
+def test_three_kills_at_any_moment_cost_nothing(workshop, once):
+    killed = kill(workshop, contents(once), 3, seed=0)
+    assert set(killed) == {"writing records", "checkpointing", "training"}
 
 
 @pytest.mark.slow
-def test_thirty_kills_at_any_moment_cost_nothing(workshop):
-    killed = kill(workshop, 30, seed=3)
+def test_thirty_kills_at_any_moment_cost_nothing(workshop, once):
+    killed = kill(workshop, contents(once), 30, seed=3)
     assert killed.total() == 30
     assert set(killed) == set(MOMENTS)
 
 
-def test_the_same_command_twice_gives_the_same_bytes(workshop, cache, once, tmp_path):
-    run(workshop, cache, workshop.train(tmp_path / "again"))
+def test_the_same_command_twice_gives_the_same_bytes(workshop, once, tmp_path):
+    run(workshop, reproduce(workshop, tmp_path / "again"))
     assert contents(tmp_path / "again") == contents(once)
-    for out in (once, tmp_path / "again"):
-        run(workshop, cache, ["report", "--out", out])
     made = [path.relative_to(once) for path in once.rglob("*") if path.is_file()]
     assert len(made) > len(RECORDS) + 8
     for name in set(made) - {Path("provenance.json")}:
         assert (tmp_path / "again" / name).read_bytes() == (once / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_epoch_and_the_command_it_names_goes_on(
-    number, workshop, cache, once, tmp_path
-):
-    code, _, errors = stopped(workshop, cache, workshop.train(tmp_path / "out"), number)
-    assert code == INTERRUPTED
-    assert errors.splitlines()[0] == "stopping …"
-    words = shlex.split(errors.partition("Go on with: ")[2])
-    assert words == ["unitnorm", *workshop.train(tmp_path / "out")]
-    said = run(workshop, cache, words[1:])
+def test_a_signal_ends_the_epoch_and_the_command_it_names_goes_on(workshop, once, tmp_path):
+    words = interrupted(workshop, workshop.train(tmp_path / "out"), signal.SIGTERM, "sweep")
+    words = interrupted(workshop, words, signal.SIGINT, "train")
+    copy = shutil.copytree(tmp_path / "out", tmp_path / "copy")
+    said = run(workshop, words)
     assert int(said.partition("train depth 1: going on after epoch ")[2].split()[0]) >= 1
     assert f"epoch 1/{EPOCHS}" not in said
     assert contents(tmp_path / "out") == contents(once)
+    said = run(workshop, ["sweep", *workshop.train(copy, "--fresh")[1:]])
+    assert "going on" not in said  # --fresh starts over
+    assert "sweep depth 1: epoch 1/" in said
+    assert not (copy / ".checkpoints").exists()
+    assert (copy / "sweep.csv").read_bytes() == (once / "sweep.csv").read_bytes()
 
 
-@pytest.mark.parametrize(("command", "table"), [("sweep", "sweep"), ("reproduce", "train")])
-def test_sweep_and_reproduce_go_on_too(command, table, workshop, cache, once, tmp_path):
-    words = [command, *workshop.train(tmp_path / "out")[1:]]
-    assert stopped(workshop, cache, words, table=table)[0] == -signal.SIGKILL
-    assert f"{table} depth 1: going on after epoch" in run(workshop, cache, words)
-    for name in ("sweep.csv",) if table == "sweep" else RECORDS:
+def test_sweep_and_reproduce_go_on_too(workshop, once, tmp_path):
+    words = reproduce(workshop, tmp_path / "out")
+    sweep = ["sweep", *words[1:]]
+    assert stopped(workshop, sweep, table="sweep")[0] == -signal.SIGKILL
+    code, said, _ = stopped(workshop, words)
+    assert code == -signal.SIGKILL
+    assert "sweep depth 1: going on after epoch" in said
+    assert "train depth 1: going on after epoch" in run(workshop, words)
+    for name in RECORDS:
         assert (tmp_path / "out" / name).read_bytes() == (once / name).read_bytes()
 
 
-def test_who_looks_before_the_first_group_has_ended_sees_what_is_asked_for(
-    workshop, cache, tmp_path
-):
-    first = halted(workshop, cache, workshop.train(tmp_path / "out"), table="sweep")
-    said = run(workshop, cache, ["report", "--out", tmp_path / "out"])
-    assert said.splitlines() == ["0 of 2 runs so far"]
-    first.send(signal.SIGKILL)
-    first.send(signal.SIGCONT)
-    first.end()
-
-
-def test_fresh_starts_over(workshop, cache, once, tmp_path):
-    stopped(workshop, cache, workshop.train(tmp_path / "out"))
-    said = run(workshop, cache, workshop.train(tmp_path / "out", "--fresh"))
-    assert "going on" not in said
-    assert f"epoch 1/{EPOCHS}" in said
-    assert contents(tmp_path / "out") == contents(once)
-
-
-def test_two_at_once_the_second_is_told_and_the_first_is_not_disturbed(
-    workshop, cache, once, tmp_path
-):
-    first = halted(workshop, cache, workshop.train(tmp_path / "out"))
-    line = run(workshop, cache, workshop.train(tmp_path / "out"), REFUSED)
+def test_two_at_once_the_second_is_told_and_the_first_is_not_disturbed(workshop, once, tmp_path):
+    first = halted(workshop, workshop.train(tmp_path / "out"), table="sweep")
+    line = run(workshop, workshop.train(tmp_path / "out"), REFUSED)
     assert "another unitnorm process is at work here" in line
-    said = run(workshop, cache, ["report", "--out", tmp_path / "out"])  # may look meanwhile
+    said = run(workshop, ["report", "--out", tmp_path / "out"])  # may look, before any group's end
     assert said.splitlines() == ["0 of 2 runs so far"]
-    first.send(signal.SIGCONT)
     assert first.end()[::2] == (0, "")
     assert contents(tmp_path / "out") == contents(once)
 
@@ -165,12 +153,10 @@ def test_damaged_records_are_refused_by_every_command_and_kept(
     assert (out / name).read_bytes() == content[: len(content) // 2]
 
 
-def test_a_full_disk_is_a_line_and_what_was_saved_stays(workshop, cache, once, tmp_path):
+def test_a_full_disk_is_a_line_and_what_was_saved_stays(workshop, once, tmp_path):
     with small_disk(tmp_path / "disk", "1m") as disk:
-        if disk is None:
-            pytest.skip("mounting a small file system is not permitted here")
         out = disk / "out"
-        life = halted(workshop, cache, workshop.train(out))  # with none to make room with
+        life = halted(workshop, workshop.train(out))  # with none to make room with
         ballast = disk / "ballast"
         with ballast.open("wb", buffering=0) as file:
             for size in (1 << 20, 1 << 12, 1):
@@ -179,66 +165,58 @@ def test_a_full_disk_is_a_line_and_what_was_saved_stays(workshop, cache, once, t
                         pass
                 except OSError:
                     pass
-        life.send(signal.SIGCONT)
-        code, _, errors = life.end()
+            code, _, errors = life.end()
         assert (code, errors.count("\n")) == (REFUSED, 1), errors
         assert "No space left on device" in errors
         assert "free some space" in errors
         ballast.unlink()
-        assert "going on after epoch" in run(workshop, cache, workshop.train(out))
+        assert "going on after epoch" in run(workshop, workshop.train(out))
         assert contents(out) == contents(once)
 
 
-def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_computed(
-    workshop, cache, tmp_path
-):
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_computed(workshop, tmp_path):
     with small_disk(tmp_path / "disk", "1m", read_only=True) as disk:
-        if disk is None:
-            pytest.skip("mounting a small file system is not permitted here")
-        line = run(workshop, cache, workshop.train(disk / "out"), REFUSED)
+        line = run(workshop, workshop.train(disk / "out"), REFUSED)
         assert str(disk / "out") in line
 
 
 def test_no_home_folder_does_no_harm(workshop, once, tmp_path):
     nowhere = {"HOME": "/nowhere/at/all", "XDG_CACHE_HOME": "", "UNITNORM_CACHE": ""}
-    run(workshop, Path(), ["sweep", *workshop.train(tmp_path / "out")[1:]], **nowhere)
+    run(workshop, ["sweep", *workshop.train(tmp_path / "out")[1:]], **nowhere)
     assert (tmp_path / "out" / "sweep.csv").read_bytes() == (once / "sweep.csv").read_bytes()
 
 
 def test_a_loss_that_is_not_finite_is_recorded_with_its_epoch_and_reported(
-    workshop, cache, once, tmp_path
+    workshop, once, tmp_path
 ):
     """A run whose recorded rate is far too large; the other is as it was."""
     out, known = tmp_path / "out", records.read(once, SCHEMA)
     sweep = known["sweep"]
     spoilt = sweep["chosen"] & (sweep["run"] == 0)
-    sweep = SCHEMA.sorted("sweep", sweep.assign(base_lr=sweep["base_lr"].where(~spoilt, 1e30)))
-    tables = {**records.Records.empty(SCHEMA).tables, "sweep": sweep}
+    sweep = sweep.assign(base_lr=sweep["base_lr"].where(~spoilt, 1e30))
+    swept = records.Records.empty(SCHEMA).with_rows("sweep", sweep).with_arrays({FILTERS: {}})
     with records.locked(out):
-        records.write(
-            out, records.Records(SCHEMA, tables, {FILTERS: known.files[FILTERS]}, known.provenance)
-        )
-    run(workshop, cache, workshop.train(out))
+        records.write(out, replace(swept, provenance=known.provenance))
+    said = run(workshop, reproduce(workshop, out))
     runs, before = pd.read_csv(out / "runs.csv"), pd.read_csv(once / "runs.csv")
     assert runs["diverged"].to_list() == [True, False]
     assert runs["stop_reason"][0] == "non-finite"
     assert runs.loc[1].equals(before.loc[1])
     history = pd.read_csv(out / "history.csv")
     assert (history.groupby("run").size().to_numpy() == runs["epochs"]).all()
-    said = run(workshop, cache, ["report", "--out", out])
     for text in (said, (out / "table2.md").read_text()):
         assert "Diverged and non-finite runs, left out of every mean" in text
 
 
-def test_verify_says_that_every_bit_matches(workshop, cache, once):
+def test_verify_says_that_every_bit_matches(workshop, once):
     words = ["verify", "--out", once, "--run", 0, "--data-dir", workshop.data]
-    said = run(workshop, cache, words)
+    said = run(workshop, words)
     for name in ("config", "data", "sweep.csv", "history.csv", "runs.csv", "filters"):
         assert name in said
     assert "differ" not in said
 
 
-def test_verify_says_what_does_not_match(workshop, cache, once, tmp_path):
+def test_verify_says_what_does_not_match(workshop, once, tmp_path):
     """Records that were altered with care, hashes and all, and said to be of other data."""
     out = shutil.copytree(once, tmp_path / "out")
     history = pd.read_csv(out / "history.csv", dtype=str)
@@ -250,7 +228,7 @@ def test_verify_says_what_does_not_match(workshop, cache, once, tmp_path):
     provenance["data"]["sha256"] = "0" * 64
     provenance["commands"][0]["commit"] = "an older one"
     (out / "provenance.json").write_text(json.dumps(provenance))
-    said = run(workshop, cache, ["verify", "--out", out, "--data-dir", workshop.data], 1)
+    said = run(workshop, ["verify", "--out", out, "--data-dir", workshop.data], 1)
     assert f"history.csv: 1 of {EPOCHS} rows differ from epoch 5 on: train_loss by up to" in said
     assert "…, recorded 000000000000…\n" in said
     assert "DOES NOT MATCH its record" in said

@@ -1,12 +1,8 @@
-"""The exceptions that a user is meant to see, each as one line.
-
-Raise `UserError` for anything the user can mend: the command line prints its message on one line
-and leaves with `exit_code`, without a traceback. Everything else is a defect of ours.
-"""
+"""The exceptions that a user is meant to see, each as one line; any other is a defect of ours."""
 
 
 class UserError(Exception):
-    """One clear line: what is wrong, where, what was expected, what to do."""
+    """What the user can mend, in one line: what is wrong, where, what was expected, what to do."""
 
     exit_code = 2
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -171,11 +172,12 @@ def tell_when_declared(known: Records, plan_file: bytes, committed: str | None) 
 def do_dry_run(plan: Plan, out: Path) -> None:
     """Say what is missing, and for how long: as recorded, or as a part of a run takes here."""
     from unitnorm.run.progress import clock
-    from unitnorm.run.records import read
+    from unitnorm.run.records import PROVENANCE, Records, read_alone
     from unitnorm.study.experiment import Pace, count_recorded, count_runs, measure_pace
     from unitnorm.study.schema import SCHEMA
 
-    known = read(out, SCHEMA)
+    there = os.path.exists(out / PROVENANCE)
+    known = read_alone(out, SCHEMA) if there else Records.empty(SCHEMA)
     asked, done = count_runs(plan), count_recorded(plan, known["runs"])
     for purpose, count in asked.items():
         click.echo(f"{purpose}: {count} runs, {done[purpose]} recorded")

@@ -221,7 +221,7 @@ def do_report(out: Path, **output: bool) -> None:
     from unitnorm.run import records
     from unitnorm.table2.schema import SCHEMA
 
-    with records.held_if_free(out) as held:
+    with records.locked(out, make=False, needed=False) as held:
         known = records.read_to_show(out, SCHEMA, held)
         if progress := so_far(known):
             click.echo(progress)

@@ -4,9 +4,7 @@ A checkpoint folder has one sub-folder for each program that was stopped, named 
 fingerprint. In it are `about.json` and the last two states, `1.safetensors`, `2.safetensors`, …,
 each with the SHA-256 of all its bytes in its own header. A state is written under another name and
 renamed when it is whole and on the disk. Nothing but `Folder.drop` removes a state that could be
-the last: damaged ones are set aside, and whatever else hinders reading ends the command. A
-program's sub-folder goes when its results are recorded. Change here how states are kept; what a
-state is, is the business of the experiment.
+the last: damaged ones are set aside, and whatever else hinders reading ends the command.
 """
 
 from __future__ import annotations
@@ -21,13 +19,11 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 from unitnorm.errors import UserError
@@ -37,42 +33,45 @@ EVERY_S = 5.0  # a state is saved at most so often; see `Folder`
 KEEP = 2  # states of a program: the newest, and one to fall back on
 FORMAT = 1  # of about.json and of a state; raised when an older reader would misread them
 BLANK = "0" * 64  # stands for a state's SHA-256 while that is taken
+STATE = r"(\d+)\.safetensors"
 
 
-@dataclass(frozen=True)
-class Part:
-    """The part of an experiment that a checkpoint belongs to.
+class Part(NamedTuple):
+    """The part of an experiment that a checkpoint belongs to."""
 
-    Attributes:
-      title: what the user calls it, such as "train depth 4".
-      fingerprint: SHA-256 of all that its numbers depend on; only equal ones share checkpoints.
-      covers: names of the records that it will become; see `Folder.drop`.
-    """
-
-    title: str
-    fingerprint: str
-    covers: tuple[str, ...] = ()
+    title: str  # what the user calls it, such as "train depth 4"
+    fingerprint: str  # SHA-256 of all that its numbers depend on; only equal ones share checkpoints
+    covers: tuple[str, ...] = ()  # names of the records that it will become
 
 
 class Checkpoints:
     """Keeps nothing: for programs that are not worth it and processes that do not write."""
 
     def restore(self, part: Part, like: Any) -> Any | None:
-        """The saved state, a tree of NumPy arrays like `like`; None if none was saved."""
+        """The newest whole state of `part`, a tree of NumPy arrays; None if there is none.
+
+        `like` is a tree of its structure, of anything with a shape and a dtype.
+        """
 
     def due(self) -> bool:
         """It is time to save."""
         return False
 
     def save(self, part: Part, state: Any, *, wait: bool) -> None:
-        """Keep the state; `wait`: it is on the disk before this returns."""
+        """Keep a tree of NumPy arrays that nobody changes from now on.
+
+        It is written in the background, unless one is to `wait` until it is on the disk.
+        """
 
     def drop(self, covers: Iterable[str]) -> None:
-        """Remove what was saved of runs with these names (`records.Records.recorded`)."""
+        """Remove what was saved of any run with one of these names (`records.Records.recorded`)."""
 
 
 class Folder(Checkpoints):
     """The checkpoints in one folder, which one process uses at a time.
+
+    Every method raises a `UserError` where the disk is full or the folder cannot be read or
+    written, if need be for the save before; the states saved before that stay.
 
     Args:
       folder: where; made with the first save, removed with the last checkpoint.
@@ -89,17 +88,6 @@ class Folder(Checkpoints):
         self._writing: concurrent.futures.Future[None] | None = None
 
     def restore(self, part: Part, like: Any) -> Any | None:
-        """The newest state of `part` that is whole; None if there is none.
-
-        Args:
-          like: a tree of the state's structure, of anything with a shape and a dtype.
-
-        Returns:
-          A tree of NumPy arrays. Damaged states are set aside, and said so.
-
-        Raises:
-          UserError: a state cannot be read although it is not damaged; everything stays as it is.
-        """
         self.finish()
         self._saved_at = time.monotonic()
         place = self._place(part)
@@ -107,13 +95,13 @@ class Folder(Checkpoints):
             states = _states(place)
             if not states:
                 self._say_of_others(part)
-        for step in sorted(states, reverse=True):
+        for step, path in sorted(states.items(), reverse=True):
             try:
-                arrays = _read(states[step])
+                arrays = _read(path)
             except _DamageError as damage:
-                aside = place / f"damaged-{states[step].name}"
+                aside = path.with_name(f"damaged-{path.name}")
                 with _errors(self._folder, "written"):
-                    os.replace(states[step], aside)
+                    os.replace(path, aside)
                 self._say(
                     f"{part.title}: checkpoint {step} is damaged ({damage}) and is set aside as "
                     f"{aside.name}; using the one before it, if there is one"
@@ -123,28 +111,16 @@ class Folder(Checkpoints):
             others = [name for name in wanted | found if wanted.get(name) != found.get(name)]
             if others:
                 raise UserError(
-                    f"{states[step]}: its {others[0]} is not that of this program, although "
-                    "settings and code are; start over with --fresh"
+                    f"{path}: its {others[0]} is not that of this program, although settings and "
+                    "code are; start over with --fresh"
                 )
             return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted])
         return None
 
     def due(self) -> bool:
-        """It is time to save."""
         return time.monotonic() - self._saved_at >= self._every_s
 
     def save(self, part: Part, state: Any, *, wait: bool) -> None:
-        """Keep a state and forget all but the last `KEEP`.
-
-        Args:
-          state: a tree of NumPy arrays that nobody changes from now on: they are written in the
-            background.
-          wait: return only when the state is on the disk.
-
-        Raises:
-          UserError: the disk is full or the folder cannot be written, now or at the save before;
-            the states saved before that stay.
-        """
         self.finish()
         self._writing = self._writer.submit(_write, self._place(part), part, _named(state))
         if wait:
@@ -152,13 +128,7 @@ class Folder(Checkpoints):
         self._saved_at = time.monotonic()
 
     def drop(self, covers: Iterable[str]) -> None:
-        """Remove every checkpoint that covers one of these records, and what killed saves left.
-
-        A checkpoint is of use only as long as none of its runs is recorded.
-
-        Raises:
-          UserError: as `save`.
-        """
+        # a checkpoint is of use only as long as none of its runs is recorded
         gone = set(covers)
         self.finish()
         with _errors(self._folder, "removed"):
@@ -170,11 +140,7 @@ class Folder(Checkpoints):
                 self._folder.rmdir()
 
     def finish(self) -> None:
-        """Return when the state that is being written is on the disk.
-
-        Raises:
-          UserError: as `save`.
-        """
+        """Return when the state that is being written is on the disk."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
             with _errors(self._folder, "written"):
@@ -212,12 +178,12 @@ def _write(place: Path, part: Part, arrays: Mapping[str, np.ndarray]) -> None:
         {"format": str(FORMAT), "sha256": BLANK},
     )
     digest = hashlib.sha256(content).hexdigest()
-    step = 1 + max(_numbers(place), default=0)
+    # no number is given twice, nor one that was set aside
+    step = 1 + max(_states(place, f"(?:damaged-)?{STATE}"), default=0)
     # the header comes first, so that the first blank is its own
     _write_whole(place / f"{step}.safetensors", content.replace(BLANK.encode(), digest.encode(), 1))
-    states = _states(place)
-    for old in sorted(states)[:-KEEP]:
-        states[old].unlink()
+    for _, old in sorted(_states(place).items())[:-KEEP]:
+        old.unlink()
 
 
 def _write_whole(path: Path, content: bytes) -> None:
@@ -234,37 +200,24 @@ def _write_whole(path: Path, content: bytes) -> None:
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a state by name.
-
-    Raises:
-      _DamageError: its bytes are not those that were written.
-      UserError: they are, or may be, but cannot be read.
-    """
+    """The arrays of a state by name; a `UserError` where its bytes are whole or may be, but
+    cannot be read."""
     with _errors(path, "read"):
         content = path.read_bytes()
     try:
         start = 8 + int.from_bytes(content[:8], "little")  # of the arrays, after a header of JSON
         noted = json.loads(content[8:start])["__metadata__"]
-        blank = content[:start].replace(noted["sha256"].encode(), BLANK.encode(), 1)
-        found = hashlib.sha256(blank)
+        whole = content.replace(noted["sha256"].encode(), BLANK.encode(), 1)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError):
         raise _DamageError("its header cannot be read") from None
-    found.update(memoryview(content)[start:])
-    if found.hexdigest() != noted["sha256"]:
+    if hashlib.sha256(whole).hexdigest() != noted["sha256"]:
         raise _DamageError("its content does not have the SHA-256 that was noted")
     if noted.get("format") != str(FORMAT):
         raise UserError(
             f"{path}: of format {noted.get('format')}, this version of unitnorm reads {FORMAT}; "
             "go on with the version that wrote it, or start over with --fresh"
         )
-    try:
-        return safetensors.numpy.load(content)
-    except Exception as problem:
-        reason = " ".join(f"{type(problem).__name__}: {problem}".split())[:120]
-        raise UserError(
-            f"{path}: whole, but safetensors {safetensors.__version__} cannot read it ({reason}); "
-            "go on with the version that wrote it, or start over with --fresh"
-        ) from problem
+    return safetensors.numpy.load(content)
 
 
 def _kinds(arrays: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -274,21 +227,13 @@ def _kinds(arrays: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], np.dty
 
 def _named(tree: Any) -> dict[str, Any]:
     """The leaves of a tree by their path, in order: a file need not know our containers."""
-    return {
-        jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
-def _states(place: Path) -> dict[int, Path]:
+def _states(place: Path, pattern: str = STATE) -> dict[int, Path]:
     """A program's states by number."""
-    found = (re.fullmatch(r"(\d+)\.safetensors", name) for name in _listed(place))
+    found = (re.fullmatch(pattern, name) for name in _listed(place))
     return {int(match[1]): place / match[0] for match in found if match}
-
-
-def _numbers(place: Path) -> list[int]:
-    """The numbers that states have or had, those set aside with them: none is given twice."""
-    found = (re.search(r"(\d+)\.safetensors$", name) for name in _listed(place))
-    return [int(match[1]) for match in found if match]
 
 
 def _listed(folder: Path) -> list[str]:
@@ -303,11 +248,9 @@ def _covers(place: Path) -> list[str] | None:
     """What a program's sub-folder covers; None if it does not say, as after a killed start."""
     try:
         about = json.loads((place / "about.json").read_bytes())
-        covers = about["covers"] if about["format"] == FORMAT else None
-    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
+        return about["covers"] if about["format"] == FORMAT else None
+    except (FileNotFoundError, ValueError, LookupError, TypeError):
         return None
-    whole = isinstance(covers, list) and all(isinstance(name, str) for name in covers)
-    return covers if whole else None
 
 
 def _slug(title: str) -> str:

@@ -13,7 +13,6 @@ import functools
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 from unitnorm.errors import Interrupted, UserError
@@ -27,57 +26,52 @@ REFUSALS = 16  # a restarted worker counts again
 ATTEMPTS = 3  # a group whose workers have died so often is not tried again
 
 
-@dataclass
 class Workers:
-    """An engine of the workers that a scheduler has; they may come and go."""
+    """The workers that a scheduler has; they may come and go."""
 
-    client: Any
-    say: Callable[[str], None]
-    cpu_devices: int | None
-    running: dict[Any, tuple[Experiment, Group, Any]] = field(default_factory=dict)
-    refused: list[str] = field(default_factory=list)
-    sent: dict[int, Any] = field(default_factory=dict)  # data sets, by their identity here
-    count: int = 0  # of workers, at the last look
+    def __init__(self, client: Any, cpu_devices: int | None, say: Callable[[str], None]):
+        self.client = client
+        self.sent: dict[int, Any] = {}  # data sets, by their identity here
+        self._cpu_devices = cpu_devices
+        self._say = say
+        self._running: dict[Any, tuple[Experiment, Group, Any]] = {}
+        self._refused: set[str] = set()
+        self._look()
 
-    def __post_init__(self) -> None:
-        self.look()
-
-    def look(self) -> None:
+    def _look(self) -> None:
         """Count the workers, which is a message to the scheduler and back."""
-        self.count = len(self.client.scheduler_info(n_workers=-1)["workers"])
+        self._count = len(self.client.scheduler_info(n_workers=-1)["workers"])
 
     def has_room(self) -> bool:
         """A worker has nothing to do, or one group waits for each at most."""
-        return len(self.running) < 2 * max(self.count, 1)
+        return len(self._running) < 2 * max(self._count, 1)
 
-    def give(self, experiment: Experiment, group: Group, data: Any, session: Session) -> None:
+    def give(self, experiment: Experiment, group: Group, data: Any) -> None:
         """Have a group computed by whichever worker is free."""
         if id(data) not in self.sent:
             self.sent[id(data)] = self.client.scatter(data, hash=False)
         sent = self.sent[id(data)]
         future = self.client.submit(
-            compute, experiment, group, sent, identity(), self.cpu_devices, pure=False
+            compute, experiment, group, sent, identity(), self._cpu_devices, pure=False
         )
-        self.running[future] = (experiment, group, data)
+        self._running[future] = (experiment, group, data)
 
     def next(self, session: Session) -> list[Done]:
         """The groups that are done, as soon as there is one.
 
-        Raises:
-          Interrupted: somebody has asked to stop; what is being computed is given up.
-          UserError: a group has failed, its workers have died too often, or no worker is left.
+        It is `Interrupted` if somebody has asked to stop, and gives up what is being computed.
         """
         since = time.monotonic()
         while True:
-            self.look()
+            self._look()
             if session.interrupted():
-                self.client.cancel(list(self.running))
+                self.client.cancel(list(self._running))
                 raise Interrupted
-            ended = [future for future in self.running if future.done()]
+            ended = [future for future in self._running if future.done()]
             done = [mine for future in ended for mine in self._take(future, session)]
             if done:
                 return done
-            if self.count:
+            if self._count:
                 since = time.monotonic()
             elif time.monotonic() - since > PATIENCE_S:
                 raise UserError(
@@ -90,12 +84,12 @@ class Workers:
         """What a task gave; it is given again where it was lost, or its worker is refused."""
         from distributed import CancelledError, KilledWorker
 
-        experiment, group, data = self.running.pop(future)
+        experiment, group, data = self._running.pop(future)
         try:
             found, worker, other = future.result()
         except CancelledError:  # the worker that had the data has died with them
             self.sent.pop(id(data), None)
-            self.give(experiment, group, data, session)
+            self.give(experiment, group, data)
             return
         except KilledWorker:
             raise UserError(
@@ -106,21 +100,13 @@ class Workers:
             session.say(f"{group.title}: done by {worker}")
             yield Done(group, found, worker)
             return
-        self._refuse(worker, other)
-        self.give(experiment, group, data, session)
-
-    def _refuse(self, worker: str, other: str) -> None:
-        """Send a worker away that has other code or libraries.
-
-        Raises:
-          UserError: so many had to go that the others, if there are any, are like them.
-        """
-        if len(self.refused) == REFUSALS:
+        if len(self._refused) == REFUSALS:  # the others, if there are any, are like them
             raise UserError(f"{REFUSALS} workers were refused, the last for its {other}")
-        if worker not in self.refused:
-            self.refused.append(worker)
-            self.say(f"{worker} is refused: {other}; give it what this process has")
-            self.client.retire_workers([worker.split()[0]], close_workers=True)
+        if worker not in self._refused:
+            self._refused.add(worker)
+            self._say(f"{worker} is refused: {other}; give it what this process has")
+            self.client.retire_workers([worker], close_workers=True)
+        self.give(experiment, group, data)
 
 
 @contextlib.contextmanager
@@ -130,15 +116,9 @@ def connect(
     cpu_devices: int | None,
     say: Callable[[str], None],
 ) -> Iterator[Workers]:
-    """The workers of a scheduler, or so many of one's own on this machine.
+    """The workers of a scheduler, an address such as tcp://host:8786, or so many of one's own here.
 
-    Args:
-      scheduler: its address, such as tcp://host:8786.
-      workers: processes to start here.
-      cpu_devices: of each worker; None: the cores, shared out evenly.
-
-    Raises:
-      UserError: both are given, dask is not installed, or nobody answers.
+    Each has `cpu_devices`; None: all cores, which workers of one's own share.
     """
     if scheduler is not None and workers is not None:
         raise UserError("--scheduler and --workers: give one; the scheduler has its own workers")
@@ -166,28 +146,20 @@ def connect(
                 f"--scheduler {scheduler}: no scheduler with a worker answers ({detail}); start "
                 "`dask scheduler` and `dask worker ADDRESS --nthreads 1`"
             ) from None
-        yield Workers(client, say, cpu_devices)
+        yield Workers(client, cpu_devices, say)
 
 
-@contextlib.contextmanager
-def own_workers(count: int) -> Iterator[Any]:
+def own_workers(count: int) -> contextlib.AbstractContextManager[Any]:
     """A scheduler and worker processes on this machine, a GPU for each where there are several."""
     from distributed import Nanny, Scheduler, SpecCluster
 
-    gpus = visible_gpus()
-    specs = {
-        number: {
-            "cls": Nanny,
-            "options": {
-                "nthreads": 1, "host": "127.0.0.1", "silence_logs": 50,
-                "env": {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {},
-            },
-        }
-        for number in range(count)
-    }  # fmt: skip
+    gpus, workers = visible_gpus(), {}
+    for number in range(count):
+        env = {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {}
+        options = {"nthreads": 1, "host": "127.0.0.1", "silence_logs": 50, "env": env}
+        workers[number] = {"cls": Nanny, "options": options}
     scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", "dashboard": False}}
-    with SpecCluster(workers=specs, scheduler=scheduler, silence_logs=50) as cluster:
-        yield cluster
+    return SpecCluster(workers=workers, scheduler=scheduler, silence_logs=50)
 
 
 def visible_gpus() -> list[str]:
@@ -206,10 +178,8 @@ def identity() -> dict[str, str]:
     return provenance.versions() | {"code of unitnorm": provenance.code_identity(".")}
 
 
-@functools.cache
-def prepare(cpu_devices: int | None) -> None:
-    """`devices.prepare`, which a process can do once."""
-    devices.prepare(cpu_devices)
+# which a process can do once
+prepare = functools.cache(devices.prepare)
 
 
 def compute(

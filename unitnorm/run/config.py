@@ -81,11 +81,7 @@ def presets() -> list[str]:
 
 
 def find_config(name: str | Path) -> Path:
-    """The file of a config: a path, or the name of a preset.
-
-    Raises:
-      UserError: there is neither.
-    """
+    """The file of a config: a path, or the name of a preset."""
     path, known = Path(name), presets()
     try:
         if path.is_file():
@@ -93,9 +89,9 @@ def find_config(name: str | Path) -> Path:
     except (OSError, ValueError):  # no file can have this name
         return path
     # a file of a checkout may be named by somebody who has the installed package alone
-    inside = path.as_posix().removeprefix("configs/").removesuffix(".toml")
-    if str(name) in known or (path.as_posix() == f"configs/{inside}.toml" and inside in known):
-        return PRESETS / f"{inside}.toml"
+    for preset in known:
+        if path.as_posix() in (preset, f"configs/{preset}.toml"):
+            return PRESETS / f"{preset}.toml"
     if path.suffix == ".toml" or path.exists() or len(path.parts) > 2:
         return path
     raise UserError(
@@ -107,12 +103,8 @@ def find_config(name: str | Path) -> Path:
 def load(path: str | Path | None, overrides: dict[str, Any] | None, schema: type[Schema]) -> Schema:
     """Read a TOML file (None: the defaults), put `overrides` (dotted key → value) on top, check.
 
-    Args:
-      path: of a file, or the name of a preset.
-
-    Raises:
-      UserError: the file cannot be read, or a key or value is not allowed; one line names the key,
-        the value and what is allowed.
+    What cannot be read or is not allowed is a `UserError` that names the key, the value and what is
+    allowed.
     """
     where = "config" if path is None else f"config {path}"
     values: dict[str, Any] = {}
@@ -131,16 +123,18 @@ def load(path: str | Path | None, overrides: dict[str, Any] | None, schema: type
         except ValueError:  # a null character, or one that no file system encodes
             raise UserError(f"{where}: no file can have this name") from None
     for key, value in (overrides or {}).items():
-        _put(values, key, value)
+        *sections, last = key.split(".")
+        place = values
+        for name in sections:
+            place = place.setdefault(name, {})
+            if not isinstance(place, dict):
+                raise UserError(f"--set {key}: {name!r} is a value, not a section")
+        place[last] = value
     return parse(values, where, schema)
 
 
 def parse(values: dict[str, Any], where: str, schema: type[Schema]) -> Schema:
-    """Check a mapping against the schema.
-
-    Raises:
-      UserError: as `load`.
-    """
+    """Check a mapping against the schema, as `load`."""
     try:
         return schema.model_validate(values)
     except pydantic.ValidationError as error:
@@ -148,22 +142,14 @@ def parse(values: dict[str, Any], where: str, schema: type[Schema]) -> Schema:
 
 
 def check_updates(updates: list[str]) -> list[str]:
-    """The updates of a config, each once, by the names of the registry.
-
-    Raises:
-      ValueError: one is unknown.
-    """
+    """The updates of a config, each once, by the names of the registry; or a ValueError."""
     from unitnorm.updates import check_update_name  # which imports JAX
 
     return list(dict.fromkeys(map(check_update_name, updates)))
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """Split `section.key=value`; the value is TOML, or a bare string.
-
-    Raises:
-      UserError: no `=`, or an empty key.
-    """
+    """Split `section.key=value`; the value is TOML, or a bare string."""
     key, sign, raw = (part.strip() for part in text.partition("="))
     if not sign or not key:
         raise UserError(f"--set {text!r}: expected KEY=VALUE, for example loss.batch_size=50")
@@ -172,15 +158,6 @@ def parse_override(text: str) -> tuple[str, Any]:
     except (tomllib.TOMLDecodeError, RecursionError):
         value = {}
     return key, value["value"] if value.keys() == {"value"} else raw
-
-
-def _put(values: dict[str, Any], key: str, value: Any) -> None:
-    *sections, last = key.split(".")
-    for name in sections:
-        values = values.setdefault(name, {})
-        if not isinstance(values, dict):
-            raise UserError(f"--set {key}: {name!r} is a value, not a section")
-    values[last] = value
 
 
 def _explain(error: pydantic.ValidationError, schema: type[Section]) -> str:

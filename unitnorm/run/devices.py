@@ -13,12 +13,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import filelock
 import jax
 
 from unitnorm.errors import UserError
-from unitnorm.run.compiled import keep_compiled
 
 VECTORS = {"avx512f": "AVX-512", "avx2": "AVX2"}  # flags of x86 processors, the widest first
+CACHE_BYTES = 1 << 30  # of compiled programs; beyond that, what was not used for longest goes
+CACHE_PATIENCE_S = 10.0  # for another process that is reading or writing a program
 # People set these in their shell for programs of their own. An experiment must give the same
 # numbers there, and must not be stopped: where a run has no value, or has blown up, NaN is meant.
 SETTINGS = {
@@ -91,3 +93,45 @@ def cpu_model() -> str:
             done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=10)
             return done.stdout.strip()
     return platform.processor() or platform.machine()
+
+
+# ---------------------------------------------------------------- compiled programs
+
+
+def keep_compiled() -> None:
+    """Have JAX keep compiled programs in the folder `programs` of the cache, where there is one."""
+    try:
+        folder = cache_folder() / "programs"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):
+        return
+    if not os.access(folder, os.W_OK):
+        return
+    with contextlib.suppress(OSError):  # another process holds the lock: no harm, only a warning
+        remove_unfinished(folder)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what killed processes have half written.
+
+    JAX writes NAME-cache, in place, and then NAME-atime, while it holds `.lockfile`. It leaves what
+    a killed process has half written: it would warn and compile anew each time, and could keep no
+    further program, for it asks every one for its NAME-atime.
+    """
+    with filelock.FileLock(folder / ".lockfile", timeout=CACHE_PATIENCE_S):
+        for program in folder.glob("*-cache"):
+            if not program.with_name(f"{program.name.removesuffix('-cache')}-atime").exists():
+                program.unlink()
+
+
+def cache_folder() -> Path:
+    """UNITNORM_CACHE, else XDG_CACHE_HOME/unitnorm, else ~/.cache/unitnorm; a RuntimeError where
+    none of them is set and there is no home folder."""
+    if own := os.environ.get("UNITNORM_CACHE"):
+        return Path(own)
+    shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    # the XDG standard says that a relative path is to be ignored
+    return (shared if shared.is_absolute() else Path.home() / ".cache") / "unitnorm"

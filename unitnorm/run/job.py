@@ -24,9 +24,10 @@ from unitnorm.errors import UserError
 if TYPE_CHECKING:
     import pandas as pd
 
+    from unitnorm.run.cluster import Workers
     from unitnorm.run.config import ExperimentConfig
     from unitnorm.run.loop import Session
-    from unitnorm.run.planner import Done, Engine, Experiment
+    from unitnorm.run.planner import Done, Experiment
     from unitnorm.run.records import Records
 
 CHECKPOINTS = ".checkpoints"  # in a results folder
@@ -63,7 +64,7 @@ class Job:
     out: Path
     records: Records
     session: Session
-    engine: Engine | None
+    engine: Workers | None  # None: this process computes
     started: float
     runs: int  # how many are asked for
     rows: int = 0  # added to the records so far
@@ -111,13 +112,7 @@ def open_job(
     load: Callable[[], Loaded],
     options: TrainingOptions,
 ) -> Iterator[Job]:
-    """Check everything, lock the results folder and show progress; the frame of every training.
-
-    Args:
-      config: of the experiment.
-      load: gives its data.
-      options: of the command line.
-    """
+    """Check everything, lock the results folder and show progress; the frame of every training."""
     started = time.time()
     with contextlib.ExitStack() as stack:
         stopping = stack.enter_context(interruptible())
@@ -133,13 +128,13 @@ def open_job(
         def say(text: str) -> None:
             console.print(text, highlight=False, soft_wrap=True)
 
-        loaded = load()
-        schema, expected = experiment.schema, provenance.describe(config, loaded.about)
+        data, about, runs, selected, lines = load()
+        schema, expected = experiment.schema, provenance.describe(config, about)
         stack.enter_context(records.locked(options.out))
         known = records.read(options.out, schema)
         dropped = None
         if options.fresh:
-            dropped = known.cells() if loaded.selected is None else loaded.selected
+            dropped = known.cells() if selected is None else selected
             known = known.without(dropped)
         known = check_matching(known, config, expected, options)
         every_s = EVERY_S if options.checkpoint_every is None else options.checkpoint_every
@@ -151,32 +146,24 @@ def open_job(
             if (options.out / records.PROVENANCE).exists():
                 known = records.write(options.out, known)
         checkpoints.drop(done)
-        for line in loaded.lines:
+        for line in lines:
             say(line)
-        engine = stack.enter_context(find_engine(options, say))
-        reporter = stack.enter_context(progress.shown(console))
+        engine = None
+        if options.workers is not None or options.scheduler is not None:
+            from unitnorm.run.cluster import connect
+
+            there = connect(options.scheduler, options.workers, options.devices, say)
+            engine = stack.enter_context(there)
         session = Session(
-            reporter, say, checkpoints=checkpoints, interrupted=lambda: stopping.is_set
-        )
+            stack.enter_context(progress.shown(console)), say, checkpoints=checkpoints,
+            interrupted=lambda: stopping.is_set,
+        )  # fmt: skip
         stopping.after_the_epoch = True
-        data, runs = loaded.data, loaded.runs
         job = Job(experiment, data, options.out, known, session, engine, started, runs)
-        if next(iter(experiment.missing(known)), None) is not None:
+        if any(True for _ in experiment.missing(known)):
             files: dict[str, dict[str, Any]] = {name: {} for name in schema.required}
             job.store(known.with_arrays(files))  # so that others may look from now on
         yield job
-
-
-@contextlib.contextmanager
-def find_engine(options: TrainingOptions, say: Callable[[str], None]) -> Iterator[Engine | None]:
-    """The workers that the options ask for; None: this process computes."""
-    if options.workers is None and options.scheduler is None:
-        yield None
-        return
-    from unitnorm.run.cluster import connect
-
-    with connect(options.scheduler, options.workers, options.devices, say) as engine:
-        yield engine
 
 
 @contextlib.contextmanager
@@ -194,22 +181,18 @@ def open_recomputation() -> Iterator[Session]:
 def check_matching(
     known: Records, config: ExperimentConfig, expected: dict[str, Any], options: TrainingOptions
 ) -> Records:
-    """The folder's records, if they are of this config and data; new ones have their provenance.
-
-    Raises:
-      UserError: they are of another config or data set.
-    """
+    """The folder's records, if they are of this config and data; new ones have their provenance."""
     if not known.provenance or known.is_empty():
         return replace(known, provenance=expected)
     found = known.provenance
     differs, old, new = config.conflict(found["config"]), found["data"], expected["data"]
     other_data = any(old[key] != new[key] for key in old.keys() & new.keys())
-    what = "config" if differs is not None else "data set" if other_data else ""
-    if what:
+    if differs is not None or other_data:
+        what = "data set" if differs is None else f"config{differs}"
+        others = "other runs with " if options.fresh else ""
         hint = "" if options.fresh else ", or start over with --fresh"
         raise UserError(
-            f"{options.out}: holds records of {'other runs with ' if options.fresh else ''}"
-            f"another {what}{differs or ''}; give another --out{hint}"
+            f"{options.out}: holds records of {others}another {what}; give another --out{hint}"
         )
     grown = {"data": old | new, "commands": found["commands"]}
     return replace(known, provenance=found | expected | grown)

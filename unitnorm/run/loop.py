@@ -52,21 +52,15 @@ class Trainable(Protocol):
 
 @dataclass(frozen=True)
 class Session:
-    """The outside world, as far as an experiment needs it.
+    """The outside world, as far as an experiment needs it."""
 
-    Attributes:
-      report: shows how far a program is, after a unit and so many seconds of its epoch.
-      say: shows a line.
-      grow: stores what is known of a group before its end, see `planner.Found`.
-      checkpoints: keeps states.
-      interrupted: whether somebody has asked to stop.
-    """
-
+    # shows how far a program is, after a unit and so many seconds of its epoch
     report: Callable[[Trainable, Status, float], None] = lambda program, status, seconds: None
-    say: Callable[[str], None] = lambda line: None
+    say: Callable[[str], None] = lambda line: None  # shows a line
+    # stores what is known of a group before its end, a `planner.Found`
     grow: Callable[[Any], None] = lambda found: None
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
-    interrupted: Callable[[], bool] = lambda: False
+    interrupted: Callable[[], bool] = lambda: False  # somebody has asked to stop
 
 
 def train(
@@ -75,14 +69,10 @@ def train(
     session: Session,
     after_epoch: Callable[[Any, Status], None] = lambda state, status: None,
 ) -> Any:
-    """Advance a program until it has ended, from its checkpoint if there is one.
+    """Advance a program until it has ended, from its checkpoint `part` if there is one.
 
-    Args:
-      part: the name and identity of its checkpoints.
-      after_epoch: is given the state and status after every epoch, for records that grow.
-
-    Raises:
-      Interrupted: on request, after a unit; the state is saved.
+    On request it is `Interrupted` after a unit, when the state is saved. `after_epoch` is given
+    the state and status after every epoch, for records that grow.
     """
     state = program.start()
     saved = session.checkpoints.restore(part, program.take(state))
@@ -92,9 +82,9 @@ def train(
     if saved is not None:
         where = f"epoch {status.epoch}" + (f", {status.place}" if status.place else "")
         session.say(f"{part.title}: going on after {where}")
-    started = time.perf_counter()
     if status.active and session.interrupted():
         raise Interrupted
+    started = time.perf_counter()
     while status.active:
         state = program.advance(state)
         before, status = status, program.status(state)

@@ -1,7 +1,4 @@
-"""How a running experiment looks: a progress bar on a terminal, plain lines elsewhere.
-
-Only the terminal is touched here, through rich. To show another figure, add it to `describe`.
-"""
+"""How a running experiment looks: a progress bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -20,7 +17,6 @@ from unitnorm.run.loop import Status, Trainable
 
 PLAIN_EVERY_S = 5.0  # at most one plain line per program in so many seconds, beside the last
 SPARKS, SPARKS_SHOWN = "▁▂▃▄▅▆▇█", 24
-
 
 Report = Callable[[Trainable, Status, float], None]
 Show = Callable[[Trainable, Status, str], None]
@@ -71,12 +67,11 @@ def bars(console: Console) -> Iterator[Show]:
 
 def lines(console: Console) -> Show:
     """Plain lines: the first epoch, then one every few seconds, and the last; none within one."""
-    last: dict[str, float] = {}
+    last: dict[str, float] = defaultdict(lambda: -math.inf)
 
     def show(program: Trainable, status: Status, text: str) -> None:
         now = time.monotonic()
-        soon = now - last.get(program.title, -PLAIN_EVERY_S) < PLAIN_EVERY_S
-        if not status.place and not (status.active and soon):
+        if not status.place and not (status.active and now - last[program.title] < PLAIN_EVERY_S):
             last[program.title] = now
             line = f"{program.title}: epoch {status.epoch}/{program.epochs}, {text}"
             console.print(line, soft_wrap=True, highlight=False)
@@ -89,17 +84,15 @@ def describe(
 ) -> str:
     """What the program says of itself, its speed and the time left at most.
 
-    Args:
-      seconds: of an epoch; NaN while that is not known.
-      errors: validation errors of the epochs so far, to be drawn.
+    `seconds` are those of an epoch, NaN while that is not known; the `errors` so far are drawn.
     """
-    parts = [f"{status.text} {sparkline(errors)}".rstrip()]
-    if not math.isnan(seconds):
-        speed = program.samples / seconds
-        left = (program.epochs - status.epoch) * seconds if status.active else 0
-        parts.append(f"{speed / 1e3:,.0f}k" if speed >= 1e4 else f"{speed:,.1f}")
-        parts[-1] += f" samples/s, ≤ {clock(left)} left"
-    return ", ".join(parts)
+    text = f"{status.text} {sparkline(errors)}".rstrip()
+    if math.isnan(seconds):
+        return text
+    speed = program.samples / seconds
+    left = (program.epochs - status.epoch) * seconds if status.active else 0
+    shown = f"{speed / 1e3:,.0f}k" if speed >= 1e4 else f"{speed:,.1f}"
+    return f"{text}, {shown} samples/s, ≤ {clock(left)} left"
 
 
 def sparkline(values: Sequence[float]) -> str:

@@ -1,11 +1,11 @@
 """Where records come from: versions, device, commit, and the identity of the code.
 
-Every results folder tells them for each command that added to it; checkpoints and workers of a
-cluster are compared by the identity.
+Every results folder tells them for each command; checkpoints and workers are compared by them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import hashlib
@@ -63,25 +63,21 @@ def device() -> dict[str, Any]:
 @functools.cache
 def commit() -> str | None:
     """The commit of the code, with "+" if it has been changed since; None outside a checkout."""
-    try:
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
         # a package may be installed inside a checkout of something else
         _git(PACKAGE, "ls-files", "--error-unmatch", "__init__.py")
-        head = _git(PACKAGE, "rev-parse", "HEAD")
         changed = _git(PACKAGE, "status", "--porcelain", "--", ".")
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return head + ("+" if changed else "")
+        return _git(PACKAGE, "rev-parse", "HEAD") + ("+" if changed else "")
+    return None
 
 
 def committed(path: Path) -> str | None:
     """When a file was last committed, as it stands now; None if it is not, or has changed since."""
     folder, name = path.resolve().parent, path.resolve().name
-    try:
-        if _git(folder, "status", "--porcelain", "--", name):
-            return None
-        return _git(folder, "log", "-1", "--format=%cI %h", "--", name) or None
-    except (OSError, subprocess.SubprocessError):
-        return None
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        if not _git(folder, "status", "--porcelain", "--", name):
+            return _git(folder, "log", "-1", "--format=%cI %h", "--", name) or None
+    return None
 
 
 def _git(folder: Path, *words: str) -> str:

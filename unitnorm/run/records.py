@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -38,28 +38,31 @@ PROVENANCE = "provenance.json"
 REPAIR = "restore the folder from a copy, or give another --out"
 
 WRITING_S = 2.0  # so long a reader waits for a writer to have put its set in place
-_DTYPES = {"i": "int64", "f": "float64", "d": "float64", "b": "bool", "s": "object"}
 _STAGED, _VALID, _LOCK = ".records-staged", ".records-valid", ".lock"
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of an experiment.
+    """A table of an experiment."""
 
-    Attributes:
-      columns: name → kind: "i" whole number, "f" float32, written as its shortest decimal, "d"
-        float64, "b" truth value, "s" text.
-      key: the columns that name a row, in the order in which rows are sorted.
-      descending: those of `key` that are sorted from the largest on.
-      packed: the file is NAME.csv.gz, for tables of many thousand rows.
-      later: columns that older records lack, each with the value that is read for them then.
-    """
-
+    # name → kind: "i" whole number, "f" float32, written as its shortest decimal, "d" float64, "b"
+    # truth value, "s" text
     columns: Mapping[str, str]
-    key: tuple[str, ...]
-    descending: tuple[str, ...] = ()
-    packed: bool = False
+    key: tuple[str, ...]  # the columns that name a row, in the order in which rows are sorted
+    descending: tuple[str, ...] = ()  # those of `key` that are sorted from the largest on
+    packed: bool = False  # the file is NAME.csv.gz, for tables of many thousand rows
+    # columns that older records lack, each with the value that is read for them then
     later: Mapping[str, Any] = field(default_factory=dict)
+
+    def typed(self, rows: pd.DataFrame) -> pd.DataFrame:
+        """The columns with the dtypes of their kinds."""
+        dtypes = {"i": "int64", "f": "float64", "d": "float64", "b": "bool", "s": "object"}
+        return rows.astype({name: dtypes[kind] for name, kind in self.columns.items()})
+
+    def sorted(self, rows: pd.DataFrame) -> pd.DataFrame:
+        """The rows in the table's order."""
+        ascending = [name not in self.descending for name in self.key]
+        return rows.sort_values(list(self.key), ascending=ascending, ignore_index=True)
 
 
 class About(pydantic.BaseModel):
@@ -70,42 +73,31 @@ class About(pydantic.BaseModel):
 
 @dataclass(frozen=True)
 class Schema:
-    """What the results folder of an experiment holds.
+    """What the results folder of an experiment holds."""
 
-    Attributes:
-      kind: of experiment, such as "table2"; a folder of another kind is refused.
-      tables: by name.
-      cell: the columns that name a run in every table.
-      files: pattern of the names of further files, such as weights.
-      about: the keys of provenance.json's `data`.
-      required: further files that are always there.
-    """
-
-    kind: str
+    kind: str  # of experiment, such as "table2"; a folder of another kind is refused
     tables: Mapping[str, Table]
-    cell: tuple[str, ...]
-    files: str = r"(?!)"
-    about: type[About] = About
-    required: tuple[str, ...] = ()
+    cell: tuple[str, ...]  # the columns that name a run in every table
+    files: str = r"(?!)"  # pattern of the names of further files, such as weights
+    about: type[About] = About  # the keys of provenance.json's `data`
+    required: tuple[str, ...] = ()  # further files that are always there
 
     def file_of(self, table: str) -> str:
         """The file of a table."""
         return f"{table}.csv.gz" if self.tables[table].packed else f"{table}.csv"
 
+    def always(self) -> list[str]:
+        """The files that are always there."""
+        return [*map(self.file_of, self.tables), *self.required]
+
     def frame(self, table: str, rows: Sequence[Mapping[Any, Any]]) -> pd.DataFrame:
         """Rows as a table with its columns, dtypes and order."""
         spec = self.tables[table]
         result = pd.DataFrame(rows, columns=list(spec.columns))
-        for name in (name for name, kind in spec.columns.items() if kind == "f"):
-            result[name] = result[name].map(shortest).astype("float64")
-        result = result.astype({name: _DTYPES[kind] for name, kind in spec.columns.items()})
-        return self.sorted(table, result)
-
-    def sorted(self, table: str, rows: pd.DataFrame) -> pd.DataFrame:
-        """Rows of a table in its order."""
-        key, falling = list(self.tables[table].key), self.tables[table].descending
-        ascending = [name not in falling for name in key]
-        return rows.sort_values(key, ascending=ascending, ignore_index=True)
+        for name, kind in spec.columns.items():
+            if kind == "f":
+                result[name] = result[name].map(shortest)
+        return spec.sorted(spec.typed(result))
 
     def names(self, table: str, cells: pd.DataFrame) -> set[str]:
         """What the runs of `cells` are called in a table, such as "runs/4/un/0"."""
@@ -117,26 +109,15 @@ class Schema:
         key = list(self.cell)
         return pd.MultiIndex.from_frame(table[key]).isin(pd.MultiIndex.from_frame(cells[key]))
 
-    def rows_of(self, table: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
-        """The rows of `table` whose run is among `cells`."""
-        return table[self.among(table, cells)].reset_index(drop=True)
-
 
 @dataclass(frozen=True)
 class Records:
-    """What a results folder holds; empty tables where nothing is recorded yet.
-
-    Attributes:
-      schema: of the experiment.
-      tables: by name, with the schema's columns and order.
-      files: content of the further files by name.
-      provenance: see `unitnorm.run.provenance`; `{}` before the first write.
-    """
+    """What a results folder holds; empty tables where nothing is recorded yet."""
 
     schema: Schema
-    tables: dict[str, pd.DataFrame]
-    files: dict[str, bytes] = field(default_factory=dict)
-    provenance: dict[str, Any] = field(default_factory=dict)
+    tables: dict[str, pd.DataFrame]  # by name, with the schema's columns and order
+    files: dict[str, bytes] = field(default_factory=dict)  # the further ones
+    provenance: dict[str, Any] = field(default_factory=dict)  # {} before the first write
 
     @classmethod
     def empty(cls, schema: Schema) -> Records:
@@ -155,7 +136,8 @@ class Records:
         old = self.tables[table]
         kept = old[~self.schema.among(old, rows)]
         merged = pd.concat([part for part in (kept, rows) if len(part)] or [kept])
-        return replace(self, tables={**self.tables, table: self.schema.sorted(table, merged)})
+        merged = self.schema.tables[table].sorted(merged)
+        return replace(self, tables={**self.tables, table: merged})
 
     def with_files(self, files: Mapping[str, bytes]) -> Records:
         """With these files added or replaced."""
@@ -170,18 +152,11 @@ class Records:
         return self.with_files(files)
 
     def arrays(self, name: str) -> dict[str, np.ndarray]:
-        """The arrays of a safetensors file; none where there is no such file.
-
-        Raises:
-          UserError: the file holds something else.
-        """
-        if name not in self.files:
-            return {}
+        """The arrays of a safetensors file; none where there is no such file."""
         try:
-            found: dict[str, np.ndarray] = safetensors.numpy.load(self.files[name])
+            return safetensors.numpy.load(self.files[name]) if name in self.files else {}
         except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
             raise UserError(f"{name}: not arrays of runs: {_one_line(error)}; {REPAIR}") from None
-        return found
 
     def without(self, cells: pd.DataFrame) -> Records:
         """Without the rows of these runs."""
@@ -209,6 +184,7 @@ class _Command(About):
 
 
 class _Provenance(About):
+    kind: str = ""  # the first records name none
     config: dict[str, Any]
     config_sha256: str
     data: dict[str, Any]
@@ -221,98 +197,87 @@ def shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-class BusyError(UserError):
-    """Another process holds a folder."""
-
-
 # ---------------------------------------------------------------- files
 
 
 @contextlib.contextmanager
-def locked(folder: Path, *, make: bool = True) -> Iterator[None]:
-    """Hold a results folder for one process, to write to it.
+def locked(folder: Path, *, make: bool = True, needed: bool = True) -> Iterator[bool]:
+    """Hold a results folder for one process, to write to it; `make` it where it is missing.
 
-    Args:
-      folder: where; made if it is missing, unless `make` is false.
-
-    Raises:
-      UserError: another process holds it, it is missing, or it cannot be made or written.
+    Where another process holds it, or it cannot be written, that is a `UserError` if it is
+    `needed`; else False is given.
     """
     try:
         if make:
             folder.mkdir(parents=True, exist_ok=True)
         if not os.path.isdir(folder):
-            raise FileNotFoundError(errno.ENOENT, "no such folder")
+            raise FileNotFoundError
     except FileNotFoundError:
         raise UserError(
             f"{folder}: no records: there is no such folder; name another with --out"
         ) from None
     except (OSError, ValueError) as error:  # the latter on a null character
         raise _cannot(folder, "used as a results folder", error) from None
-    if not os.access(folder, os.W_OK):  # said now, and not after an hour of training
-        raise UserError(f"{folder}: cannot be written (permissions); give another --out")
     lock = filelock.FileLock(folder / _LOCK, timeout=0.1, poll_interval=0.01)
+    # said now, and not after an hour of training
+    fault = "cannot be written (permissions); give another --out"
+    held = os.access(folder, os.W_OK)
+    if held:
+        fault = (
+            "another unitnorm process is at work here; wait for it to end, or give another --out"
+        )
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            held = False
+        except OSError as error:
+            raise _cannot(folder, "locked", error) from None
+    if needed and not held:
+        raise UserError(f"{folder}: {fault}")
     try:
-        lock.acquire()
-    except filelock.Timeout:
-        raise BusyError(
-            f"{folder}: another unitnorm process is at work here; wait for it to end, or give "
-            "another --out"
-        ) from None
-    except OSError as error:
-        raise _cannot(folder, "locked", error) from None
-    try:
-        recover(folder)
-        yield
+        if held:
+            recover(folder)
+        yield held
     finally:
-        # while it is held: whoever has it open finds that it has no name, and looks again
-        with contextlib.suppress(OSError):  # as on a system that removes no open file
-            os.unlink(folder / _LOCK)
-        lock.release()
+        if held:
+            # while it is held: whoever has it open finds that it has no name, and looks again
+            with contextlib.suppress(OSError):  # as on a system that removes no open file
+                os.unlink(folder / _LOCK)
+            lock.release()
 
 
 def recover(folder: Path) -> None:
     """Complete or undo what a process killed while writing records has left."""
-    valid = folder / _VALID
     try:
-        if valid.is_dir():
+        if (folder / _VALID).is_dir():
             _publish(folder)
         shutil.rmtree(folder / _STAGED, ignore_errors=True)
     except OSError as error:
         raise _cannot(folder, "repaired after an interrupted write", error) from None
 
 
-def read(folder: Path, schema: Schema, *, repair: bool = True) -> Records:
+def read(folder: Path, schema: Schema) -> Records:
     """The records of a folder, checked against their hashes; empty ones if there are none.
 
-    Args:
-      repair: complete what a killed process has left; not where one may be writing.
-
-    Raises:
-      UserError: a file is missing, altered, cut or of another format, or the folder is of another
-        kind of experiment; one line says which, what was expected and what to do.
+    Call inside `locked`, which completes what a killed process has left, or see `read_alone`.
+    Whatever is missing, altered, cut or of another format or experiment is a `UserError`.
     """
-    if not os.path.isdir(folder):  # unlike Path.is_dir, without errors for impossible names
-        return Records.empty(schema)
-    if repair and (folder / _VALID).is_dir():
-        recover(folder)
     path = folder / PROVENANCE
-    if not path.exists():
-        for name in (*map(schema.file_of, schema.tables), *schema.required):
-            if (folder / name).exists():
+    if not os.path.exists(path):  # unlike Path.exists, without errors for impossible names
+        for name in schema.always():
+            if os.path.exists(folder / name):
                 raise UserError(f"{path}: missing beside {name}; {REPAIR}")
         return Records.empty(schema)
     provenance = _read_provenance(path, schema)
     contents = {}
     for name, digest in provenance["files"].items():
-        content = _read_bytes(folder / name)
-        found = hashlib.sha256(content).hexdigest()
+        contents[name] = _read_bytes(folder / name)
+        found = hashlib.sha256(contents[name]).hexdigest()
         if found != digest:
             raise UserError(
                 f"{folder / name}: altered or cut: expected SHA-256 {digest[:12]}… from "
                 f"{PROVENANCE}, found {found[:12]}…; {REPAIR}"
             )
-        contents[name] = content
     tables = {
         name: _parse_csv(schema, name, contents.pop(schema.file_of(name)), folder)
         for name in schema.tables
@@ -323,37 +288,13 @@ def read(folder: Path, schema: Schema, *, repair: bool = True) -> Records:
 def kind_of(folder: Path) -> str | None:
     """Which kind of experiment a folder's records are of; None where there are none to be read."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
-        provenance = json.loads((folder / PROVENANCE).read_bytes())
-        return str(provenance["kind"])
+        return str(json.loads((folder / PROVENANCE).read_bytes())["kind"])
     return None
 
 
-@contextlib.contextmanager
-def held_if_free(folder: Path) -> Iterator[bool]:
-    """Hold a folder to read from, and perhaps write to; false where another process is at work.
-
-    Raises:
-      UserError: there is no such folder.
-    """
-    with contextlib.ExitStack() as stack:
-        free = True
-        if os.path.isdir(folder) and not os.access(folder, os.W_OK):
-            free = False
-        else:
-            try:
-                stack.enter_context(locked(folder, make=False))
-            except BusyError:
-                free = False
-        yield free
-
-
 def read_alone(folder: Path, schema: Schema) -> Records:
-    """`read`, to look at: also where another process is at work, or the folder is not writable.
-
-    Raises:
-      UserError: as `read`, or there are no records.
-    """
-    with held_if_free(folder) as held:
+    """`read`, to look at: also where another process is at work, or the folder is not writable."""
+    with locked(folder, make=False, needed=False) as held:
         return read_to_show(folder, schema, held)
 
 
@@ -362,7 +303,7 @@ def read_to_show(folder: Path, schema: Schema, held: bool) -> Records:
     until = time.monotonic() + (0.0 if held else WRITING_S)
     while True:
         try:
-            records = read(folder, schema, repair=held)
+            records = read(folder, schema)
             break
         except UserError:  # of a set that is being put in place, or damaged
             if time.monotonic() >= until:
@@ -374,19 +315,14 @@ def read_to_show(folder: Path, schema: Schema, held: bool) -> Records:
 
 
 def write(folder: Path, records: Records) -> Records:
-    """Replace a folder's records as a whole; call inside `locked`.
-
-    Returns:
-      The records, with the hashes of the files in their provenance.
-
-    Raises:
-      UserError: the disk is full or the folder cannot be written; the old records stay.
-    """
-    schema = records.schema
-    files = {
-        schema.file_of(name): _to_csv(schema.tables[name], table)
-        for name, table in records.tables.items()
-    } | records.files
+    """Replace a folder's records as a whole, inside `locked`; they come back with their hashes."""
+    schema, files = records.schema, {}
+    for name, table in records.tables.items():
+        content = table.to_csv(index=False, lineterminator="\n").encode()
+        if schema.tables[name].packed:
+            content = gzip.compress(content, 6, mtime=0)  # 9 takes twice as long
+        files[schema.file_of(name)] = content
+    files |= records.files
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     about = {"format": FORMAT, "kind": schema.kind}
     records = replace(records, provenance={**about, **records.provenance, "files": hashes})
@@ -398,13 +334,12 @@ def write(folder: Path, records: Records) -> Records:
 def write_files(folder: Path, files: Mapping[str, bytes], replacing: str = "") -> None:
     """Put several files in place, all or none, even if the process is killed at any moment.
 
+    Where the disk is full or the folder cannot be written, what was there stays.
+
     Args:
       folder: where, held by `locked`.
       files: content by name; a name may have one folder in front.
       replacing: a pattern; files of such names that are not among `files` are removed afterwards.
-
-    Raises:
-      UserError: the disk is full or the folder cannot be written; what was there stays.
     """
     staged = folder / _STAGED
     try:
@@ -453,47 +388,37 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _to_csv(spec: Table, table: pd.DataFrame) -> bytes:
-    content = table.to_csv(index=False, lineterminator="\n").encode()
-    return gzip.compress(content, 6, mtime=0) if spec.packed else content  # 9 takes twice as long
+def _number(text: str) -> float:
+    """By Python: not every version of pandas reads to the last bit."""
+    return float(text or "nan")
+
+
+_READERS: dict[str, Callable[[str], Any]] = {
+    "i": int, "f": _number, "d": _number, "b": {"True": True, "False": False}.__getitem__, "s": str
+}  # fmt: skip
 
 
 def _parse_csv(schema: Schema, name: str, content: bytes, folder: Path) -> pd.DataFrame:
     spec, path = schema.tables[name], folder / schema.file_of(name)
-    numbers = [column for column, kind in spec.columns.items() if kind in "fd"]
-    dtypes = {c: "object" if c in numbers else _DTYPES[kind] for c, kind in spec.columns.items()}
-    texts = [column for column, kind in spec.columns.items() if kind == "s"]
     try:
-        with np.errstate(invalid="raise"):  # a number that is no whole one
-            table = pd.read_csv(
-                io.BytesIO(gzip.decompress(content) if spec.packed else content),
-                dtype=dtypes,
-                keep_default_na=False,
-                na_values={column: [""] for column in numbers},
-            )
-        for column in numbers:
-            if column in table:  # by Python: not every version of pandas reads to the last bit
-                table[column] = np.array([float(text) for text in table[column]], np.float64)
-    except (ValueError, OverflowError, FloatingPointError, TypeError, OSError, EOFError) as error:
+        text = io.BytesIO(gzip.decompress(content) if spec.packed else content)
+        table = pd.read_csv(text, dtype=str, keep_default_na=False)
+        for column in spec.columns.keys() & set(table.columns):
+            table[column] = table[column].map(_READERS[spec.columns[column]])
+        table = table.assign(**{c: x for c, x in spec.later.items() if c not in table})
+        if set(table.columns) == set(spec.columns):
+            table = spec.typed(table[list(spec.columns)])
+    except (ValueError, OverflowError, LookupError, OSError, EOFError) as error:
         raise UserError(f"{path}: not a table of records: {_one_line(error)}; {REPAIR}") from None
-    table = table.assign(**{c: x for c, x in spec.later.items() if c not in table})
-    if set(table.columns) == set(spec.columns):
-        table = table[list(spec.columns)]
     if list(table.columns) != list(spec.columns):
         raise UserError(
             f"{path}: columns {','.join(map(str, table.columns))}; expected "
             f"{','.join(spec.columns)}; {REPAIR}"
         )
     for column in schema.cell:
-        kind = spec.columns[column]
-        good = (
-            table[column].astype(str).str.fullmatch(r"[\w.+@:=-]+")
-            if column in texts
-            else table[column] >= 0
-            if kind == "i"
-            else table[column].notna()
-        )
-        if not good.all():
+        values = table[column]
+        is_text = spec.columns[column] == "s"
+        if not (values.str.fullmatch(r"[\w.+@:=-]+") if is_text else values >= 0).all():
             raise UserError(f"{path}: a row names no {', '.join(schema.cell)}; {REPAIR}")
     if table.duplicated(list(spec.key)).any():
         raise UserError(f"{path}: a row stands there twice; {REPAIR}")
@@ -508,25 +433,19 @@ def _read_provenance(path: Path, schema: Schema) -> dict[str, Any]:
                 f"{path}: records of format {provenance['format']!r:.20}, this version of unitnorm "
                 f"reads format {FORMAT}; give another --out"
             )
-        kind = provenance.get("kind", schema.kind)  # the first records name none
-        _Provenance.model_validate(provenance)
-        if kind != schema.kind and isinstance(kind, str):
-            wrote = provenance["commands"][-1]["command"] if provenance["commands"] else "another"
+        read = _Provenance.model_validate(provenance)
+        if read.kind not in ("", schema.kind):
+            wrote = read.commands[-1].command if read.commands else "another"
             raise UserError(
-                f"{path.parent}: holds records of the kind {kind:.40}, not {schema.kind}; they are "
-                f"of the command `{wrote:.80}`"
+                f"{path.parent}: holds records of the kind {read.kind:.40}, not {schema.kind}; "
+                f"they are of the command `{wrote:.80}`"
             )
-        if kind != schema.kind:
-            raise KeyError("kind")
-        schema.about.model_validate(provenance["data"])
+        schema.about.model_validate(read.data)
         # only the names of this schema: a provenance from elsewhere must not lead out of the folder
-        expected = {*map(schema.file_of, schema.tables), *schema.required}
-        found = set(provenance["files"])
-        if not expected <= found or not all(
-            re.fullmatch(schema.files, name) for name in found - expected
-        ):
+        always, files = set(schema.always()), set(read.files)
+        if not always <= files or not all(re.fullmatch(schema.files, x) for x in files - always):
             raise KeyError("files")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(
             f"{path}: damaged: not the provenance of a results folder; {REPAIR}"
         ) from None

@@ -1,14 +1,13 @@
 """Verify: a recorded run is computed again, and compared bit for bit.
 
-The records' own hashes are checked when they are read (`records.read`). Change here what is
-compared, and what is said about it; how a run is computed again is the experiment's `again`.
+The records' own hashes are checked when they are read (`records.read`); how a run is computed again
+is the experiment's `again`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -22,21 +21,16 @@ from unitnorm.run.records import Records
 MATTERS = {"versions": ("unitnorm", "jax", "jaxlib"), "device": ("platform", "kind", "machine")}
 
 
-@dataclass(frozen=True)
-class Check:
-    """One thing that was compared."""
+class Check(NamedTuple):
+    """One thing that was compared, and what was found, in one line."""
 
     what: str
     matches: bool
-    found: str  # one line
+    found: str
 
 
 def choose(runs: pd.DataFrame, **wanted: int | str | None) -> pd.DataFrame:
-    """The first of the recorded runs with these values (None: any), as a table of one row.
-
-    Raises:
-      UserError: there is none.
-    """
+    """The first of the recorded runs with these values (None: any), as a table of one row."""
     if runs.empty:
         raise UserError("no run is recorded; `unitnorm train` records some")
     for column, value in wanted.items():
@@ -51,13 +45,7 @@ def choose(runs: pd.DataFrame, **wanted: int | str | None) -> pd.DataFrame:
 def verify(
     experiment: Experiment, known: Records, data: Any, chosen: pd.DataFrame, session: Session
 ) -> Iterator[Check]:
-    """Compute a recorded run again and compare, one check after the other.
-
-    Args:
-      known: the records of a folder, as read.
-      data: the data set of the run.
-      chosen: the run; see `choose`.
-    """
+    """Compute a recorded run, `chosen`, again and compare, one check after the other."""
     row: Mapping[str, Any] = {str(key): value for key, value in chosen.iloc[0].items()}
     for group in experiment.again(known, row):
         found = experiment.compute(group, data, session)
@@ -73,9 +61,8 @@ def verify(
 def compare(table: str, known: Records, computed: pd.DataFrame, chosen: pd.DataFrame) -> Check:
     """A run's rows as recorded and as computed: the same in every digit, or how far apart."""
     schema, file = known.schema, known.schema.file_of(table)
-    mine = schema.rows_of(known[table], chosen)
-    computed = schema.rows_of(computed, chosen)
-    old, new = (schema.frame(table, t.to_dict("records")) for t in (mine, computed))
+    mine = (rows[schema.among(rows, chosen)] for rows in (known[table], computed))
+    old, new = (schema.frame(table, rows.to_dict("records")) for rows in mine)
     for column, default in schema.tables[table].later.items():
         if (old[column].isna() | (old[column] == default)).all():  # recorded before there was one
             new[column] = old[column]
@@ -84,31 +71,28 @@ def compare(table: str, known: Records, computed: pd.DataFrame, chosen: pd.DataF
     if len(old) != len(new):
         return Check(file, False, f"{_rows(old)} recorded, {_rows(new)} computed")
     differs = (old != new) & ~(old.isna() & new.isna())
-    columns = [column for column in old if differs[column].any()]
-    first = old[differs.any(axis=1)].iloc[0]
-    where = f" from epoch {first['epoch']} on" if "epoch" in old else ""
-    return Check(
-        file,
-        False,
-        f"{int(differs.any(axis=1).sum())} of {_rows(old)} differ{where}: "
-        + ", ".join(f"{column} {_apart(old[column], new[column])}" for column in columns),
+    apart = differs.any(axis=1)
+    where = f" from epoch {old[apart]['epoch'].iloc[0]} on" if "epoch" in old else ""
+    columns = ", ".join(
+        f"{column} {_apart(old[column], new[column])}" for column in old if differs[column].any()
     )
+    return Check(file, False, f"{apart.sum()} of {_rows(old)} differ{where}: {columns}")
 
 
 def elsewhere(recorded: dict[str, Any]) -> str:
     """In what machine, versions and commit differ from those recorded; "" where they do not."""
     here = {"versions": provenance.versions(), "device": provenance.device()}
-    commit = provenance.commit()
-    notes: list[list[str]] = [
-        [
+    notes, commit = [], provenance.commit()
+    for command in recorded["commands"]:
+        note = [
             f"{key} {command[part].get(key)}, here {here[part][key]}"
             for part, keys in MATTERS.items()
             for key in keys
             if command[part].get(key) != here[part][key]
         ]
-        + [f"commit {command['commit']}, here {commit}"] * (command.get("commit") != commit)
-        for command in recorded["commands"]
-    ]
+        if command.get("commit") != commit:
+            note.append(f"commit {command['commit']}, here {commit}")
+        notes.append(note)
     fewest: list[str] = min(notes, key=len, default=[])
     return ", ".join(fewest)
 
