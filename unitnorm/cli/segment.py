@@ -1,7 +1,4 @@
-"""The commands `unitnorm segment …`: read options, call the package, print.
-
-Everything heavy is imported inside the commands, so that --help stays quick.
-"""
+"""The commands `unitnorm segment …`: read options, call the package, print."""
 
 from __future__ import annotations
 
@@ -20,6 +17,8 @@ from unitnorm.errors import UserError
 from unitnorm.run.job import Loaded, open_job
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from unitnorm.report.tables import Cells
     from unitnorm.run.records import Records
     from unitnorm.segment.config import SegmentConfig
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
 OUT = "runs/segnet"
 # a link to results/segnet/renewed/un.safetensors
 PUBLISHED = Path(__file__).parents[1] / "segment" / "un.safetensors"
+FILE = click.Path(path_type=Path, dir_okay=False)
 
 
 @click.group(short_help="SegNet on CamVid: train, measure, predict.")
@@ -61,12 +61,6 @@ def weights_option(*, multiple: bool = False) -> opt.Decorator:
         default=[PUBLISHED] if multiple else PUBLISHED,
         help=f"File that train wrote{often}.  [default: UN's, which are part of unitnorm]",
     )  # fmt: skip
-
-
-def file_option(name: str, text: str, **settings: Any) -> opt.Decorator:
-    """An option that names a file to write."""
-    kind = click.Path(path_type=Path, dir_okay=False)
-    return opt.option(name, group=opt.RECORDS, type=kind, help=text, **settings)
 
 
 training_options = opt.together(
@@ -109,7 +103,8 @@ def train(**options: Any) -> None:
 
 @command(short_help="Measure trained weights on a split.")
 @weights_option(multiple=True)
-@file_option("--save", "Markdown file to write the table to, too.")
+@opt.option("--save", group=opt.RECORDS, type=FILE,
+            help="Markdown file to write the table to, too.")  # fmt: skip
 @opt.option("--split", group=opt.DATA, type=click.Choice(["train", "val", "test"]),
             default="test", show_default=True, help="Which images.")  # fmt: skip
 @scene_options
@@ -121,8 +116,9 @@ def evaluate(weights: tuple[Path, ...], save: Path | None, split: str, **scene_c
       unitnorm segment evaluate --data-dir CamVid --weights un.safetensors
     """
     _prepare()
-    from unitnorm.report.tables import to_markdown
-    from unitnorm.segment.evaluation import Evaluator
+    from unitnorm.report.tables import to_page
+    from unitnorm.segment.evaluation import Evaluator, by_sequence
+    from unitnorm.segment.schema import ALL
     from unitnorm.segment.tables import tabulate
     from unitnorm.segment.weights import read_weights
 
@@ -131,20 +127,20 @@ def evaluate(weights: tuple[Path, ...], save: Path | None, split: str, **scene_c
         raise UserError("--weights: trained on images of different sizes; measure them one by one")
     data = _load_for(loaded[0], scene_choice)
     scenes, (height, width) = data.splits[split], data.size
-    matrices = [Evaluator(x.network).confusion(x.weights, scenes) for x in loaded]
+    matrices = [
+        by_sequence(Evaluator(trained.network).confusion(trained.weights, scenes), scenes.sequences)
+        for trained in loaded
+    ]
     names = [f"{path.parent.name}/{path.stem}" for path in weights]
     if len(set(names)) < len(names):
         names = list(map(str, weights))
-    columns = {name: found.sum(0) for name, found in zip(names, matrices, strict=True)}
+    columns = {name: found[ALL] for name, found in zip(names, matrices, strict=True)}
     if len(loaded) == 1:
-        columns = {loaded[0].update: matrices[0].sum(0)}
-        drives = sorted(set(scenes.sequences.tolist()))
-        for drive in drives if len(drives) > 1 else ():
-            columns[drive] = matrices[0][scenes.sequences == drive].sum(0)
+        columns = {loaded[0].update: matrices[0].pop(ALL)} | matrices[0]
     title = f"{data.name} {split}, {len(scenes.labels)} images of {height}×{width}"
     table = tabulate(title, columns)
     if save is not None:
-        _write(save.parent, {save.name: to_markdown(table).encode() + b"\n"})
+        _write(save.parent, {save.name: to_page([table]).encode()})
     _print([table])
 
 
@@ -152,8 +148,8 @@ def evaluate(weights: tuple[Path, ...], save: Path | None, split: str, **scene_c
 @opt.config_option("segnet_small")
 @weights_option()
 @scene_options
-@file_option("--out", "File to write.", default=Path("runs/renewed.safetensors"),
-             show_default=True)  # fmt: skip
+@opt.option("--out", group=opt.RECORDS, type=FILE, help="File to write.",
+            default=Path("runs/renewed.safetensors"), show_default=True)  # fmt: skip
 def renew(weights: Path, out: Path, **options: Any) -> None:
     """Recompute the batch statistics of trained weights, as the config's train.statistics says.
 
@@ -173,14 +169,13 @@ def renew(weights: Path, out: Path, **options: Any) -> None:
             'train.statistics = "running": nothing to average; expected "batches" or "images"'
         )
     trained = read_weights(weights)
-    data = _load_for(trained, options)
+    splits = _load_for(trained, options).splits
     program = SegNetProgram(
         "renew", config.model_copy(update={"network": trained.network}), trained.update,
-        config.seed, 1.0, [1.0], data.splits["train"], data.splits["val"],
+        config.seed, 1.0, [1.0], splits["train"], splits["val"],
     )  # fmt: skip
     found = program.with_statistics(trained.weights, 1)
-    packed = pack_weights(found, trained.network, trained.update, trained.size)
-    _write(out.parent, {out.name: packed})
+    _write(out.parent, {out.name: pack_weights(trained._replace(weights=found))})
     click.echo(f"{weights}: statistics of {program.samples} images in {out}")
 
 
@@ -238,7 +233,7 @@ def report(out: Path, count: int, **scene_choice: Any) -> None:
     """
     _prepare(1)
     from unitnorm.report.style import encode
-    from unitnorm.report.tables import to_markdown
+    from unitnorm.report.tables import to_page
     from unitnorm.run import records
     from unitnorm.segment import pictures, schema, tables
 
@@ -246,8 +241,7 @@ def report(out: Path, count: int, **scene_choice: Any) -> None:
         known = records.read(out, schema.SCHEMA)
         if known.is_empty():
             raise UserError(f"{out}: no records here; run `unitnorm segment train --out {out}`")
-        shown = map(to_markdown, tables.list_tables(known))
-        files = {"table.md": "\n\n".join(shown).encode() + b"\n"}
+        files = {"table.md": to_page(tables.list_tables(known)).encode()}
         if not known["history"].empty:
             drawn = encode(pictures.draw_curves(known["metrics"], known["history"]))
             files |= {f"figures/curves.{ending}": drawn[ending] for ending in ("png", "svg")}
@@ -258,11 +252,8 @@ def report(out: Path, count: int, **scene_choice: Any) -> None:
         else:
             click.echo("no Figure 2 without weights and images: give --data-dir")
         records.write_files(out, files)
-    _print_tables(known)
+    _print_figures(known)
     click.echo(f"{', '.join(files)} in {out}")
-
-
-# ---------------------------------------------------------------- shared
 
 
 def do_training(options: dict[str, Any], *, sweep_only: bool = False) -> None:
@@ -284,16 +275,14 @@ def do_training(options: dict[str, Any], *, sweep_only: bool = False) -> None:
     with open_job(experiment, config, load, replace(chosen, devices=devices)) as job:
         groups = list(experiment.missing(job.records))
         swept = [group.what[0] for group in groups if group.table == "sweep"]
-        if sweep_only and not groups:
-            job.session.say(
-                "sweep: every selected update has its learning rate; --fresh starts over"
-            )
-        elif not groups:
-            job.session.say("train: every selected run is recorded; --fresh starts over")
-        elif not sweep_only and swept:
+        if not groups:
+            of_sweep = "sweep: every selected update has its learning rate"
+            done = of_sweep if sweep_only else "train: every selected run is recorded"
+            job.session.say(f"{done}; --fresh starts over")
+        elif swept and not sweep_only:
             job.session.say(f"train: {', '.join(swept)}: no learning rate yet, sweeping first")
         complete(job)
-        _print_tables(job.records)
+        _print_figures(job.records)
 
 
 def _read_config(
@@ -344,14 +333,15 @@ def _print(tables: Iterable[Cells]) -> None:
     Console().print(*map(Fitting, tables), sep="")
 
 
-def _print_tables(known: Records) -> None:
+def _print_figures(known: Records) -> None:
+    """Print the tables without the classes, which would be too wide."""
     from unitnorm.segment.schema import FIGURES
     from unitnorm.segment.tables import list_tables
 
-    _print(list_tables(known, FIGURES))  # with the classes it would be too wide
+    _print(list_tables(known, FIGURES))
 
 
-def _draw_figure2(out: Path, known: Records, count: int, scene_choice: dict[str, Any]) -> Any:
+def _draw_figure2(out: Path, known: Records, count: int, scene_choice: dict[str, Any]) -> Figure:
     from unitnorm.report.style import label, sort_updates
     from unitnorm.segment import pictures, predicting
     from unitnorm.segment.weights import read_weights
@@ -366,6 +356,6 @@ def _draw_figure2(out: Path, known: Records, count: int, scene_choice: dict[str,
             f"expected {about['name']} with SHA-256 {about['sha256'][:12]}…"
         )
     images, labels, _ = data.splits["test"].spread(count)
-    return pictures.draw_samples(
-        images, labels, {label(u): predicting.predict_all(loaded[u], images) for u in updates}
-    )
+    rows = {"ground truth": list(labels)}
+    rows |= {label(u): predicting.predict_all(loaded[u], images) for u in updates}
+    return pictures.draw_samples(images, rows)

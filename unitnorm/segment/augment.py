@@ -23,7 +23,6 @@ def augment(
     statistics of batch normalisation, and no image that is measured has any.
 
     Args:
-      key: of all draws.
       image: (height, width, 3), 0 to 255.
       labels: (height, width).
       size: height and width of the part, at most the image's.

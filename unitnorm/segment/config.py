@@ -6,12 +6,11 @@ The defaults are a plain training, nothing changed at random but flips; what gav
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
-from unitnorm.run.config import ExperimentConfig, Section, check_updates, difference
+from unitnorm.run.config import ExperimentConfig, Section, check_updates
 
 Rate = Annotated[float, Field(gt=0.0, le=1e6)]
 Pixels = Annotated[int, Field(ge=1, le=4096)]
@@ -135,19 +134,14 @@ class SegmentConfig(ExperimentConfig):
 
     _known = field_validator("updates")(check_updates)
 
-    def protocol_of(self, update: str, rate: float) -> dict[str, Any]:
-        """Everything that changes the numbers of one update, trained at one rate."""
-        return self.protocol() | {"learning_rates": {update: rate}}
-
     def conflict(self, recorded: Any) -> str | None:
         """As for every config; but a rate of an update that is new to the records is none."""
-        mine = json.loads(json.dumps(self.protocol()))
         try:
-            train = recorded["train"]
-            rates = {**mine["learning_rates"], **recorded["learning_rates"]}
-            mine["learning_rates"] = {**rates, **mine["learning_rates"]}
-            train = {**train, "statistics": current_name(train["statistics"])}
-            recorded = {**recorded, "learning_rates": rates, "train": train}
-        except (TypeError, KeyError):
-            pass
-        return None if recorded == mine else difference(recorded, mine)
+            rates = {**recorded["learning_rates"]}
+            train = {**recorded["train"]}
+            train["statistics"] = current_name(train["statistics"])
+        except (TypeError, KeyError):  # records that were changed by hand
+            return super().conflict(recorded)
+        recorded = {**recorded, "learning_rates": self.learning_rates | rates, "train": train}
+        mine = self.model_copy(update={"learning_rates": rates | self.learning_rates})
+        return super(SegmentConfig, mine).conflict(recorded)

@@ -45,11 +45,9 @@ def transforms(k: int) -> Transforms:
         return np.stack([np.cos(angle), -np.sin(angle)], axis=1)  # (f, 2, side²)
 
     inverse = matrix(m) * np.where(own == conjugate, 1, 2)[kept][:, None, None] / size**2
-    found = (
-        matrix(m).reshape(-1, m * m), matrix(k).reshape(-1, k * k), inverse.reshape(-1, m * m).T,
-        *(np.repeat((-1.0) ** f, 2)[:, None, None, None] for f in frequencies.T),
-    )  # fmt: skip
-    return Transforms(*(x.astype(np.float32) for x in found))
+    found = matrix(m).reshape(-1, m * m), matrix(k).reshape(-1, k * k), inverse.reshape(-1, m * m).T
+    shifts = (np.repeat((-1.0) ** f, 2)[:, None, None, None] for f in frequencies.T)
+    return Transforms(*(x.astype(np.float32) for x in (*found, *shifts)))
 
 
 def fourier_convolution(x: Array, kernel: Array) -> Array:
@@ -77,9 +75,8 @@ def fourier_convolution(x: Array, kernel: Array) -> Array:
 def _row_by_row(k: int, x: Array, weights: Array) -> Array:
     """All rows of outputs, (rows, m², n, columns, d), one after another: one fits the cache.
 
-    Args:
-      x: blocks (rows + 1, m², n, columns + 1, c).
-      weights: the kernel's transform (3, f, c, d): real part, imaginary − real, real + imaginary.
+    `x` are blocks (rows + 1, m², n, columns + 1, c), `weights` the kernel's transform (3, f, c, d):
+    real part, imaginary − real, real + imaginary.
     """
     block = transforms(k).block
 
@@ -88,10 +85,6 @@ def _row_by_row(k: int, x: Array, weights: Array) -> Array:
         return lower, _one_row(k, upper, lower, weights)
 
     return jax.lax.scan(step, jnp.tensordot(block, x[0], 1), x[1:])[1]
-
-
-def _forward(k: int, x: Array, weights: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _row_by_row(k, x, weights), (x, weights)
 
 
 def _backward(k: int, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
@@ -114,16 +107,12 @@ def _backward(k: int, kept: tuple[Array, Array], gradient: Array) -> tuple[Array
     return jnp.concatenate([by_rows, by_last[None]]), by_weights
 
 
-_row_by_row.defvjp(_forward, _backward)
+_row_by_row.defvjp(lambda k, x, weights: (_row_by_row(k, x, weights), (x, weights)), _backward)
 
 
 def _one_row(k: int, upper: Array, lower: Array, weights: Array) -> Array:
-    """A row of outputs, (m², n, columns, d).
-
-    Args:
-      upper, lower: the transforms of the two rows of blocks that it depends on,
-        (2f, n, columns + 1, c).
-      weights: the kernel's, (3, f, c, d).
+    """A row of outputs, (m², n, columns, d), from the transforms of the two rows of blocks that it
+    depends on, (2f, n, columns + 1, c), and the kernel's, (3, f, c, d).
     """
     matrices = transforms(k)
     _, n, columns, c = upper.shape

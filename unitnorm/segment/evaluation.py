@@ -1,6 +1,7 @@
-"""Measurements on whole images: confusion matrices, and statistics of batch normalisation.
+"""What is measured: confusion matrices of whole images, their figures, and batch statistics.
 
-Images go through the network a few at a time, shared among all devices.
+Unlabelled pixels count nowhere. The figures are those of the SegNet papers: global accuracy, class
+average, intersection over union (IoU).
 """
 
 from __future__ import annotations
@@ -19,10 +20,66 @@ from numpy.typing import NDArray
 from unitnorm.archbn.minibatch import batch_statistics
 from unitnorm.segment.config import SegNetConfig
 from unitnorm.segment.data import Scenes
-from unitnorm.segment.metrics import count_confusion
 from unitnorm.segment.model import segnet
 from unitnorm.segment.palette import CLASSES, UNLABELLED
+from unitnorm.segment.schema import ALL, COLUMNS
 from unitnorm.segment.weights import Weights
+
+# Of the SegNet authors' own training on CamVid (segnet_basic_train.prototxt of their tutorial), in
+# the order of `palette.NAMES`: median frequency weights of the 367 label images, each within a
+# tenth, but for "sign", 9.6, where the images give 3.8; they probably had a narrower class.
+PUBLISHED_WEIGHTS = (
+    0.2595, 0.1826, 4.5640, 0.1417, 0.9051, 0.3826, 9.6446, 1.8418, 0.6823, 6.2478, 7.3614,
+)  # fmt: skip
+
+
+def measure(matrix: NDArray[np.integer]) -> dict[str, float]:
+    """The figures of a confusion matrix of all classes, by their columns of the records.
+
+    Global accuracy: the part of all pixels that is right; class average: its mean over the classes;
+    IoU of a class: right pixels over those that are of the class or taken for it. Classes without a
+    pixel are NaN, and left out of the means.
+    """
+    pixels = np.asarray(matrix, np.float64)
+    right, true, predicted = np.diag(pixels), pixels.sum(1), pixels.sum(0)
+    with np.errstate(invalid="ignore"):  # 0 / 0
+        whole, each = right.sum() / pixels.sum(), right / true
+        iou = right / (true + predicted - right)
+    means = [float(x[np.isfinite(x)].mean()) if pixels.any() else np.nan for x in (each, iou)]
+    return dict(zip(COLUMNS, (float(whole), *means, *iou), strict=True))
+
+
+def by_sequence(matrices: np.ndarray, sequences: np.ndarray) -> dict[str, np.ndarray]:
+    """Confusion matrices of images, (n, …), added: over all and, if there are several, by drive."""
+    chosen = {str(drive): sequences == drive for drive in np.unique(sequences)}
+    drives = {drive: matrices[mask].sum(0) for drive, mask in chosen.items() if not mask.all()}
+    return {ALL: matrices.sum(0)} | drives
+
+
+def median_frequency_weights(labels: NDArray[np.uint8], classes: int) -> NDArray[np.float32]:
+    """Weights of the classes in the loss: median(f) / f(c), float32 (classes,).
+
+    f(c) is the number of pixels of class c over the number of labelled and unlabelled pixels of the
+    images that have it (Eigen and Fergus 2015, as in the SegNet paper). A class that no image has
+    weighs nothing. `labels` are those of the training images, (n, height, width).
+    """
+    counts = np.stack([np.bincount(image.ravel(), minlength=256)[:classes] for image in labels])
+    with np.errstate(invalid="ignore"):  # 0 / 0
+        frequency = counts.sum(0) / (labels[0].size * (counts > 0).sum(0))
+    known = np.isfinite(frequency)
+    median = np.median(frequency[known]) if known.any() else 0.0
+    return np.where(known, median / frequency, 0).astype(np.float32)
+
+
+def count_confusion(labels: Array, predictions: Array, classes: int) -> Array:
+    """Pixels of true class i predicted to be of class j: int32 (classes, classes).
+
+    Labels of `classes` or above are unlabelled pixels. Exact up to 2³¹ pixels.
+    """
+    cells = labels.astype(jnp.int32) * classes + predictions.astype(jnp.int32)
+    cells = jnp.where(labels < classes, cells, classes * classes)
+    counts = jnp.bincount(cells.ravel(), length=classes * classes + 1)
+    return counts[:-1].reshape(classes, classes).astype(jnp.int32)
 
 
 def make_mesh() -> Mesh:
@@ -31,12 +88,7 @@ def make_mesh() -> Mesh:
 
 
 class Evaluator:
-    """Compiled measurements of networks of one kind.
-
-    Args:
-      config: of the network.
-      batch: images at a time, rounded up to a multiple of the devices.
-    """
+    """Compiled measurements of networks of one kind, `batch` images at a time over all devices."""
 
     def __init__(self, config: SegNetConfig, batch: int = 8):
         mesh = make_mesh()
@@ -73,8 +125,7 @@ class Evaluator:
 
         Of their means and of their variances, as in the SegNet authors' code.
         """
-        total = jax.tree.map(jnp.zeros_like, weights.stats)
-        count = 0
+        total, count = jax.tree.map(jnp.zeros_like, weights.stats), 0
         for images in batches:
             total = jax.block_until_ready(self._add(total, weights.params, images))
             count += 1

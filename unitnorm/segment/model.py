@@ -100,7 +100,10 @@ class Convolution(nnx.Module):
 
 
 class SegNetBasic(nnx.Module):
-    """Images (n, h, w, 3) of values 0 to 255, any h and w → float32 logits (n, h, w, classes)."""
+    """Images (n, h, w, 3) of values 0 to 255, any h and w → float32 logits (n, h, w, classes).
+
+    `train` normalises with the whole batch and moves the running statistics.
+    """
 
     def __init__(self, config: SegNetConfig, classes: int, mesh: Mesh | None, *, rngs: nnx.Rngs):
         width = config.features
@@ -111,7 +114,6 @@ class SegNetBasic(nnx.Module):
         self.classifier = nnx.Conv(width, classes, (1, 1), kernel_init=_unit_filters, rngs=rngs)
 
     def __call__(self, x: Array, *, train: bool = False) -> Array:
-        """Logits. `train` normalises with the whole batch and moves the running statistics."""
         x = local_response_normalisation(x)
         kept: list[tuple[Array, int, int]] = []
         for encoder in self.encoders:
@@ -130,7 +132,9 @@ def segnet(config: SegNetConfig, classes: int, mesh: Mesh | None = None) -> Netw
     Args:
       mesh: of one axis, among whose devices images are shared.
     """
-    return split_network(lambda rngs: SegNetBasic(config, classes, mesh, rngs=rngs))
+    return split_network(
+        lambda rngs: SegNetBasic(config, classes, mesh, rngs=rngs), filter_mask, axis=None
+    )
 
 
 def choose_convolution(config: SegNetConfig, mesh: Mesh | None) -> Callable[..., Array]:
@@ -159,9 +163,8 @@ def choose_convolution(config: SegNetConfig, mesh: Mesh | None) -> Callable[...,
 def filter_mask(params: Any) -> Any:
     """True for every kernel that feeds a batch normalisation, False for all else."""
     mask = jax.tree.map(lambda _: False, params)
-    for part in ("encoders", "decoders"):
-        for layer in mask[part].values():
-            layer["conv"]["kernel"] = True
+    for layer in (*mask["encoders"].values(), *mask["decoders"].values()):
+        layer["conv"]["kernel"] = True
     return mask
 
 

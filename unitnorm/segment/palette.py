@@ -15,14 +15,11 @@ CLASSES = len(NAMES)
 UNLABELLED = CLASSES  # this label means: nobody said what it is
 UNKNOWN = 255  # this one: a colour of no class
 
-# Red, green and blue as the SegNet authors draw them; the last is for unlabelled pixels.
-COLOURS = np.array(
-    [
-        (128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222), (128, 128, 0),
-        (192, 128, 128), (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192), (0, 0, 0),
-    ],
-    np.uint8,
-)  # fmt: skip
+# Red, green and blue of each label, as the SegNet authors draw them; the last: unlabelled pixels.
+COLOURS = np.array([
+    (128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222), (128, 128, 0),
+    (192, 128, 128), (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192), (0, 0, 0),
+], np.uint8)  # fmt: skip
 
 # CamVid's own 32 classes and colours, by the class that they are merged into. Colours:
 # label_colors.txt of CamVid (Brostow, Fauqueur and Cipolla 2009, "Semantic object classes in
@@ -48,11 +45,6 @@ CAMVID = {
     "bicyclist": {"Bicyclist": (0, 128, 192), "MotorcycleScooter": (192, 0, 192)},
     "unlabelled": {"Void": (0, 0, 0)},
 }  # fmt: skip
-
-
-def coloured(labels: NDArray[np.integer]) -> NDArray[np.uint8]:
-    """Labels of any shape as colours: (…) → uint8 (…, 3)."""
-    return COLOURS[labels]
 
 
 def from_colours(colours: NDArray[np.uint8]) -> NDArray[np.uint8]:

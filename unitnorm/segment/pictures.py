@@ -1,7 +1,4 @@
-"""What a segmentation looks like: Figure 2 of the paper, single photos, and the training's curves.
-
-In the style of `unitnorm.report.style`, whose settings and `encode` are used.
-"""
+"""What a segmentation looks like: Figure 2 of the paper, photos, and the training's curves."""
 
 from __future__ import annotations
 
@@ -16,33 +13,24 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from unitnorm.report import style
-from unitnorm.segment.palette import COLOURS, NAMES, coloured
+from unitnorm.segment.palette import COLOURS, NAMES
 
 TALLEST = 12.0  # inches
 Images = Sequence[NDArray[np.uint8]]
 
 
-def draw_samples(
-    images: NDArray[np.uint8], truth: NDArray[np.uint8], predictions: Mapping[str, Images]
-) -> Figure:
-    """Figure 2: a column per image; below it the ground truth and each prediction.
-
-    Args:
-      images: (n, h, w, 3).
-      truth: labels of each image, (n, h, w).
-      predictions: by the title of their row, labels of each image.
-    """
-    below = {"ground truth": truth} | dict(predictions)
-    rows = {title: [coloured(x) for x in labels] for title, labels in below.items()}
+def draw_samples(images: NDArray[np.uint8], labels: Mapping[str, Images]) -> Figure:
+    """Figure 2: a column per image (h, w, 3), below it the labels (h, w) of each titled row."""
+    rows = {title: [COLOURS[x] for x in row] for title, row in labels.items()}
     return _draw_grid({"image": list(images)} | rows, [*NAMES, "unlabelled"])
 
 
 def draw_photo(image: NDArray[np.uint8], labels: NDArray[np.uint8]) -> Figure:
     """A photo (h, w, 3) and its prediction (h, w), beside each other; stacked if it is wide."""
     height, width = labels.shape
-    rows: dict[str, Images] = {"": [image, coloured(labels)]}
+    rows: dict[str, Images] = {"": [image, COLOURS[labels]]}
     if width > 2 * height:
-        rows = {"": [image], " ": [coloured(labels)]}
+        rows = {"": [image], " ": [COLOURS[labels]]}
     return _draw_grid(rows, list(NAMES))
 
 

@@ -17,7 +17,7 @@ from unitnorm.errors import UserError
 from unitnorm.report.style import encode
 from unitnorm.segment.data import opened
 from unitnorm.segment.model import segnet
-from unitnorm.segment.palette import CLASSES, COLOURS, NAMES, coloured
+from unitnorm.segment.palette import CLASSES, COLOURS, NAMES
 from unitnorm.segment.pictures import draw_photo
 from unitnorm.segment.weights import TrainedSegNet
 
@@ -74,7 +74,9 @@ def open_photo(path: Path) -> Image.Image:
     with warnings.catch_warnings(), opened(path) as image:
         warnings.simplefilter("ignore")
         upright, mode = ImageOps.exif_transpose(image), image.mode
-        values = np.asarray(upright) if mode[0] in "IF" else np.zeros(1)
+        if mode[0] not in "IF":
+            return upright.convert("RGB")
+        values = np.asarray(upright)
         # mode I has 32 bits, but for these formats, whose numbers Pillow brings to 16
         if mode.startswith("I;16") or (mode == "I" and image.format in ("PNG", "PPM")):
             values = values / 65535
@@ -83,9 +85,7 @@ def open_photo(path: Path) -> Image.Image:
                 f"{path}: has mode {mode} and values from {values.min():g} to {values.max():g}; "
                 "expected 8 or 16 bits, or floating-point numbers from 0 to 1"
             )
-        if mode[0] in "IF":
-            upright = Image.fromarray(np.rint(255 * values).astype(np.uint8))
-        return upright.convert("RGB")
+        return Image.fromarray(np.rint(255 * values).astype(np.uint8)).convert("RGB")
 
 
 def segment_photo(
@@ -100,10 +100,7 @@ def segment_photo(
     scale = (size[0] * size[1] / (photo.width * photo.height)) ** 0.5
     small = (max(1, round(photo.width * scale)), max(1, round(photo.height * scale)))
     smooth = Image.Resampling.BOX if scale < 1 else Image.Resampling.BILINEAR
-    shrunk = photo if small == photo.size else photo.resize(small, smooth)
-    scores = predict(np.asarray(shrunk, np.uint8))
-    if small == photo.size:
-        return scores.argmax(-1).astype(np.uint8)
+    scores = predict(np.asarray(photo.resize(small, smooth), np.uint8))
     # one class at a time: all at once would take gigabytes for a large photo
     best = np.full((photo.height, photo.width), -np.inf, np.float32)
     labels = np.zeros(best.shape, np.uint8)
@@ -125,7 +122,7 @@ def draw_all(photo: Image.Image, labels: NDArray[np.uint8], *, overlay: bool) ->
     drawn.putpalette(COLOURS.ravel().tolist())
     images = {"labels": drawn}
     if overlay:
-        images["overlay"] = Image.blend(photo, Image.fromarray(coloured(labels)), 0.5)
+        images["overlay"] = Image.blend(photo, Image.fromarray(COLOURS[labels]), 0.5)
     files = {}
     for name, image in images.items():
         content = io.BytesIO()
@@ -139,6 +136,6 @@ def draw_all(photo: Image.Image, labels: NDArray[np.uint8], *, overlay: bool) ->
 
 def describe_shares(labels: NDArray[np.uint8]) -> str:
     """The classes' shares of the pixels, the largest first: "road 41%, sky 22%, …"."""
-    shares = np.bincount(labels.ravel(), minlength=CLASSES)[:CLASSES] / labels.size
+    shares = np.bincount(labels.ravel(), minlength=CLASSES) / labels.size
     order = np.argsort(-shares, kind="stable")
     return ", ".join(f"{NAMES[c]} {shares[c]:.0%}" for c in order if shares[c] >= 0.005)

@@ -39,73 +39,61 @@ def scene(
     rng: np.random.Generator, height: int, width: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """One scene: uint8 (height, width, 3) and (height, width)."""
-    canvas = _Canvas(rng, height, width)
-    u = rng.uniform
+    image = Image.new("RGB", (width, height))
+    label = Image.new("L", (width, height), UNLABELLED)
+    brushes, u = (ImageDraw.Draw(image), ImageDraw.Draw(label)), rng.uniform
+
+    def draw(shape: str, name: str, *points: tuple[float, float]) -> None:
+        at = [tuple(np.round(np.array(point) * [width, height]).tolist()) for point in points]
+        tone = np.array(_LOOKS[name]) * u(0.8, 1.2)
+        colour = tuple(np.clip(tone, 0, 255).astype(int).tolist())
+        for brush, fill in zip(brushes, (colour, NAMES.index(name)), strict=True):
+            getattr(brush, shape)(at, fill=fill)
+
+    def box(name: str, left: float, top: float, right: float, bottom: float) -> None:
+        draw("rectangle", name, (left, top), (right, bottom))
+
+    def ellipse(name: str, left: float, top: float, right: float, bottom: float) -> None:
+        draw("ellipse", name, (left, top), (right, bottom))
+
     horizon = u(0.42, 0.52)
     vanishing = u(0.4, 0.6)
-    canvas.box("sky", 0, 0, 1, 1)
+    box("sky", 0, 0, 1, 1)
     for side in (0, 1):
         x = 0.0
         while x < 0.45:  # from the edge towards the vanishing point, ever smaller
             step = u(0.08, 0.2)
             top = horizon - (0.5 - x) * u(0.5, 0.95)
             left, right = (x, x + step) if side == 0 else (1 - x - step, 1 - x)
-            canvas.box("building", left, top, right, horizon + 0.06)
+            box("building", left, top, right, horizon + 0.06)
             x += step
     for _ in range(rng.integers(1, 4)):
         x, r = u(0.05, 0.95), u(0.05, 0.14)
-        canvas.box("tree", x - 0.01, horizon - r, x + 0.01, horizon + 0.04)
-        canvas.ellipse("tree", x - r * 0.8, horizon - 2.4 * r, x + r * 0.8, horizon - 0.3 * r)
-    canvas.box("pavement", 0, horizon, 1, 1)
+        box("tree", x - 0.01, horizon - r, x + 0.01, horizon + 0.04)
+        ellipse("tree", x - r * 0.8, horizon - 2.4 * r, x + r * 0.8, horizon - 0.3 * r)
+    box("pavement", 0, horizon, 1, 1)
     left, right = u(-0.1, 0.12), u(0.88, 1.1)
     tip = (vanishing - 0.03, horizon), (vanishing + 0.03, horizon)
-    canvas.draw("polygon", "road", *tip, (right, 1), (left, 1))
+    draw("polygon", "road", *tip, (right, 1), (left, 1))
     far, near = (vanishing - 0.1, 0.0) if rng.integers(2) else (vanishing + 0.1, 1.0)
     upper, lower = (far, horizon), (far, horizon + 0.04)
-    canvas.draw("polygon", "fence", upper, (near, horizon + 0.02), (near, horizon + 0.2), lower)
+    draw("polygon", "fence", upper, (near, horizon + 0.02), (near, horizon + 0.2), lower)
     for _ in range(rng.integers(1, 4)):
         size = u(0.08, 0.24)
         x, foot = u(0.25, 0.75), horizon + size * u(0.8, 1.4)
-        canvas.box("car", x - size / 2, foot - size * 0.45, x + size / 2, foot)
-        canvas.box("car", x - size / 3, foot - size * 0.8, x + size / 3, foot - size * 0.4)
+        box("car", x - size / 2, foot - size * 0.45, x + size / 2, foot)
+        box("car", x - size / 3, foot - size * 0.8, x + size / 3, foot - size * 0.4)
     for name in ("pedestrian", "pedestrian", "bicyclist"):
         size = u(0.16, 0.3)
         x, foot = (u(0.04, 0.25), u(0.75, 0.96))[rng.integers(2)], horizon + size * u(0.9, 1.3)
         wide = 0.13 * size if name == "pedestrian" else 0.3 * size
-        canvas.box(name, x - wide, foot - 0.75 * size, x + wide, foot)
-        canvas.ellipse(name, x - 0.1 * size, foot - size, x + 0.1 * size, foot - 0.75 * size)
+        box(name, x - wide, foot - 0.75 * size, x + wide, foot)
+        ellipse(name, x - 0.1 * size, foot - size, x + 0.1 * size, foot - 0.75 * size)
     for _ in range(2):
         x, top = (u(0.08, 0.3), u(0.7, 0.92))[rng.integers(2)], horizon - u(0.2, 0.38)
-        canvas.box("pole", x - 0.008, top, x + 0.008, horizon + u(0.1, 0.2))
-        canvas.box("sign", x - 0.035, top - 0.03, x + 0.035, top + 0.06)
-    return canvas.arrays()
-
-
-class _Canvas:
-    """A picture and its labels, drawn with the same strokes."""
-
-    def __init__(self, rng: np.random.Generator, height: int, width: int):
-        self._rng = rng
-        self._scale = np.array([width, height])
-        self._image = Image.new("RGB", (width, height))
-        self._label = Image.new("L", (width, height), UNLABELLED)
-
-    def draw(self, shape: str, name: str, *points: tuple[float, float]) -> None:
-        at = [tuple(np.round(np.array(point) * self._scale).tolist()) for point in points]
-        tone = np.array(_LOOKS[name]) * self._rng.uniform(0.8, 1.2)
-        fill = tuple(np.clip(tone, 0, 255).astype(int).tolist())
-        getattr(ImageDraw.Draw(self._image), shape)(at, fill=fill)
-        getattr(ImageDraw.Draw(self._label), shape)(at, fill=NAMES.index(name))
-
-    def box(self, name: str, left: float, top: float, right: float, bottom: float) -> None:
-        self.draw("rectangle", name, (left, top), (right, bottom))
-
-    def ellipse(self, name: str, left: float, top: float, right: float, bottom: float) -> None:
-        self.draw("ellipse", name, (left, top), (right, bottom))
-
-    def arrays(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-        """The picture under noise, and the labels, of which a few are missing."""
-        image, label = np.asarray(self._image, float), np.array(self._label)
-        noisy = image + self._rng.normal(0, 9.0, image.shape)
-        label[self._rng.random(label.shape) < 0.01] = UNLABELLED
-        return np.clip(noisy, 0, 255).astype(np.uint8), label
+        box("pole", x - 0.008, top, x + 0.008, horizon + u(0.1, 0.2))
+        box("sign", x - 0.035, top - 0.03, x + 0.035, top + 0.06)
+    noisy = np.asarray(image, float) + rng.normal(0, 9.0, (height, width, 3))
+    labels = np.array(label)
+    labels[rng.random(labels.shape) < 0.01] = UNLABELLED
+    return np.clip(noisy, 0, 255).astype(np.uint8), labels

@@ -8,6 +8,7 @@ normalisation are those of the whole mini-batch.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -17,16 +18,21 @@ import optax
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
+from unitnorm.archbn.evaluation import measure_norms
 from unitnorm.archbn.minibatch import cross_entropy
 from unitnorm.errors import UserError
-from unitnorm.geometry import filter_norms
 from unitnorm.run.loop import Status
 from unitnorm.segment.augment import augment
 from unitnorm.segment.config import SegmentConfig
 from unitnorm.segment.data import Scenes
-from unitnorm.segment.evaluation import Evaluator, make_mesh
-from unitnorm.segment.metrics import PUBLISHED_WEIGHTS, measure, median_frequency_weights
-from unitnorm.segment.model import filter_mask, segnet
+from unitnorm.segment.evaluation import (
+    PUBLISHED_WEIGHTS,
+    Evaluator,
+    make_mesh,
+    measure,
+    median_frequency_weights,
+)
+from unitnorm.segment.model import segnet
 from unitnorm.segment.palette import CLASSES
 from unitnorm.segment.weights import Weights
 from unitnorm.updates import UPDATES, build
@@ -59,7 +65,6 @@ class SegNetProgram:
 
     Args:
       title: what the user calls it.
-      config: of the experiment.
       update, seed, rate: which run; `rate` is its base learning rate.
       scales: of each epoch, the part of the size at which images are trained on and measured.
       train, held_out: images that are trained on, and measured on, at their full size.
@@ -83,11 +88,10 @@ class SegNetProgram:
             raise UserError(f"train.batch_size = {part.batch_size}, but {few}")
         self.title, self.epochs, self.samples = title, len(scales), images
         self.steps = -(-images // part.batch_size)  # mini-batches per epoch
-        self.update, self.scales, self.final_size = update, scales, train.size_at(scales[-1])
+        self.update, self.seed, self.rate = update, seed, rate
+        self.scales, self.final_size = scales, train.size_at(scales[-1])
         self._config, self._network = config, segnet(config.network, CLASSES, mesh)
         self._run = jnp.uint32(seed), jnp.float32(rate)  # traced: all runs share what is compiled
-        self._full = train, held_out
-        self._scaled: tuple[float, Scenes, Scenes, Any] | None = None
         self._by_image = NamedSharding(mesh, PartitionSpec("image"))
         self._everywhere = NamedSharding(mesh, PartitionSpec())
         self._class_weights = {
@@ -96,14 +100,21 @@ class SegNetProgram:
             "none": lambda: np.ones(CLASSES, np.float32),
         }[part.class_weights]()
         # as many pixels at a time as in training, if there are as many devices as images
-        height, width = train.size_at(1.0)
-        crop = min(part.crop[0], height) * min(part.crop[1], width)
-        batch = max(1, part.batch_size * crop // (height * width))
+        (height, width), (rows, columns) = train.size_at(1.0), self._crop(train.labels)
+        batch = max(1, part.batch_size * (rows * columns) // (height * width))
         self.evaluator = Evaluator(config.network, batch)
         self._init = jax.jit(self._start, out_shardings=self._everywhere)
         self._step = jax.jit(self._train_step, donate_argnums=0, out_shardings=self._everywhere)
-        self._record = jax.jit(record, donate_argnums=0, out_shardings=self._everywhere)
+        self._record = jax.jit(self._add_epoch, donate_argnums=0, out_shardings=self._everywhere)
         self._draw = jax.jit(self._batch)
+
+        @functools.lru_cache(maxsize=1)
+        def at(scale: float) -> tuple[Scenes, Scenes, tuple[Array, Array]]:
+            """Both sets of images at a part of their size, and the first on the devices."""
+            small = train.scaled(scale)
+            return small, held_out.scaled(scale), jax.device_put(small[:2], self._everywhere)
+
+        self._at = at
 
     # ------------------------------------------------------------ what the loop calls
 
@@ -135,7 +146,7 @@ class SegNetProgram:
         known = np.flatnonzero(confusion.any((1, 2))[:epoch])
         if known.size:
             found = measure(confusion[known[-1]])
-            text += f", global {found.global_accuracy:.1%}, mean IoU {found.mean_iou:.1%}"
+            text += f", global {found['global_accuracy']:.1%}, mean IoU {found['mean_iou']:.1%}"
         return Status(epoch, epoch < self.epochs and bool(np.isfinite(loss[epoch - 1])), text)
 
     # ------------------------------------------------------------ measurement
@@ -158,13 +169,6 @@ class SegNetProgram:
             batches = (self._draw(jnp.int32(i), *on_devices, self._run[0])[0] for i in steps)
         return self.evaluator.recompute_statistics(weights, batches)
 
-    def _at(self, scale: float) -> tuple[Scenes, Scenes, tuple[Array, Array]]:
-        """Both sets of images at a part of their size, and the first on the devices."""
-        if self._scaled is None or self._scaled[0] != scale:
-            train, held_out = (scenes.scaled(scale) for scenes in self._full)
-            self._scaled = scale, train, held_out, jax.device_put(train[:2], self._everywhere)
-        return self._scaled[1:]
-
     def _finish_epoch(self, state: SegNetState) -> SegNetState:
         """Record the epoch; where it is time to, measure and keep the weights that are best.
 
@@ -175,18 +179,21 @@ class SegNetProgram:
         loss, matrix = np.float32(float(state.loss) / self.steps), np.zeros((CLASSES,) * 2)
         due = epoch == self.epochs or epoch % self._config.train.measure_every == 0
         if due and np.isfinite(loss):
-            scale = self.scales[epoch - 1]
+            scale, best = self.scales[epoch - 1], -1.0
             weights = self.measured(state.now, epoch)
             matrix = self.evaluator.confusion(weights, self._at(scale)[1]).sum(0)
-            best = (
-                measure(np.asarray(state.figures.confusion[before - 1])).mean_iou
-                if before
-                else -1.0
-            )
-            if scale == self.scales[-1] and not measure(matrix).mean_iou <= best:
+            if before:
+                best = measure(np.asarray(state.figures.confusion[before - 1]))["mean_iou"]
+            if scale == self.scales[-1] and not measure(matrix)["mean_iou"] <= best:
                 copy = jax.tree.map(jnp.copy, weights)  # a step uses up the arrays of its state
                 state = state._replace(best=copy, best_epoch=jnp.int32(epoch))
         return self._record(state, epoch - 1, loss, matrix.astype(np.int32))
+
+    def rate_at(self, step: Array | int, base: Any) -> Any:
+        """The learning rate of the mini-batch after `step` others."""
+        if self._config.train.decay == "none":
+            return base
+        return optax.cosine_decay_schedule(base, self.steps * self.epochs)(step)
 
     # ------------------------------------------------------------ traced
 
@@ -205,14 +212,12 @@ class SegNetProgram:
         rest = UPDATES[self.update].rest(rate)
         if decay := self._config.train.weight_decay:
             rest = optax.chain(optax.add_decayed_weights(decay), rest)
-        return build(self.update, rate, filters=filter_mask(params), rest=rest)
+        return build(self.update, rate, filters=self._network.mask(params), rest=rest)
 
-    def rate_at(self, step: Array | int, base: Array | None = None) -> Array:
-        """The learning rate of the mini-batch after `step` others."""
-        base = self._run[1] if base is None else base
-        if self._config.train.decay == "none":
-            return base
-        return optax.cosine_decay_schedule(base, self.steps * self.epochs)(step)
+    def _crop(self, labels: Any) -> tuple[int, int]:
+        """Height and width of the part of an image that is trained on."""
+        rows, columns = self._config.train.crop
+        return min(rows, labels.shape[1]), min(columns, labels.shape[2])
 
     def _batch(self, step: Array, images: Array, labels: Array, seed: Array) -> tuple[Array, Array]:
         """A mini-batch, changed at random: images float32 and labels int32.
@@ -220,19 +225,17 @@ class SegNetProgram:
         Each epoch has an order of its own. Where the batch size does not divide the images, the
         first of an order stand again at its end, so that all batches are of one size.
         """
-        key, part = jax.random.key(seed), self._config.train
+        key, size = jax.random.key(seed), self._config.train.batch_size
         epoch, place = step // self.steps, step % self.steps
         order_key = jax.random.fold_in(jax.random.fold_in(key, ORDER), epoch)
         order = jax.random.permutation(order_key, len(labels))
-        index = order[(place * part.batch_size + jnp.arange(part.batch_size)) % len(labels)]
+        index = order[(place * size + jnp.arange(size)) % len(labels)]
         keys = jax.random.fold_in(jax.random.fold_in(key, AUGMENT), step)
-        keys = jax.random.split(keys, part.batch_size)
+        keys = jax.random.split(keys, size)
         index, keys = jax.lax.with_sharding_constraint((index, keys), self._by_image)
-        _, height, width = labels.shape
-        size = min(part.crop[0], height), min(part.crop[1], width)
-        batch = jax.vmap(
-            lambda key, image, label: augment(key, image, label, size, self._config.augmentation)
-        )(keys, images[index], labels[index])
+        crop, options = self._crop(labels), self._config.augmentation
+        change = jax.vmap(lambda key, image, label: augment(key, image, label, crop, options))
+        batch = change(keys, images[index], labels[index])
         return jax.lax.with_sharding_constraint(batch, self._by_image)
 
     def _train_step(
@@ -247,17 +250,17 @@ class SegNetProgram:
         (loss, stats), gradient = jax.value_and_grad(objective, has_aux=True)(state.now.params)
         optimiser = self._optimiser(self.rate_at(state.step, rate), state.now.params)
         steps, opt_state = optimiser.update(gradient, state.opt_state, state.now.params)
-        params = optax.apply_updates(state.now.params, steps)
-        now = Weights(params, stats)
+        now = Weights(optax.apply_updates(state.now.params, steps), stats)
         loss = state.loss + loss
         return state._replace(now=now, opt_state=opt_state, step=state.step + 1, loss=loss)
 
-
-def record(state: SegNetState, row: Array, loss: Array, confusion: Array) -> SegNetState:
-    """The state with an epoch's figures in their row, ready for the next."""
-    new = EpochFigures(loss, norm_deviation(state.now.params), confusion)
-    figures = jax.tree.map(lambda old, x: old.at[row].set(x), state.figures, new)
-    return state._replace(loss=jnp.zeros_like(state.loss), figures=figures)
+    def _add_epoch(
+        self, state: SegNetState, row: Array, loss: Array, confusion: Array
+    ) -> SegNetState:
+        """The state with an epoch's figures in their row, ready for the next."""
+        new = EpochFigures(loss, measure_norms(self._network, state.now.params)[0], confusion)
+        figures = jax.tree.map(lambda old, x: old.at[row].set(x), state.figures, new)
+        return state._replace(loss=jnp.zeros_like(state.loss), figures=figures)
 
 
 def weighted_cross_entropy(logits: Array, labels: Array, weights: np.ndarray | Array) -> Array:
@@ -283,9 +286,3 @@ def divide_out(weights: Weights, class_weights: np.ndarray) -> Weights:
     factors = np.where(class_weights > 0, class_weights, 1)
     corrected = {**classifier, "bias": classifier["bias"] - jnp.log(factors)}
     return weights._replace(params={**weights.params, "classifier": corrected})
-
-
-def norm_deviation(params: Any) -> Array:
-    """max |‖w‖ − 1| over all filters that feed a batch normalisation."""
-    pairs = zip(jax.tree.leaves(params), jax.tree.leaves(filter_mask(params)), strict=True)
-    return jnp.stack([jnp.abs(filter_norms(w) - 1).max() for w, chosen in pairs if chosen]).max()

@@ -16,7 +16,7 @@ from unitnorm.segment.config import SegNetConfig
 from unitnorm.segment.model import segnet
 from unitnorm.segment.palette import CLASSES, NAMES
 
-FORMAT = 1  # of the file; raised when an older reader would misread it
+FORMAT = "1"  # of the file; raised when an older reader would misread it
 
 
 class Weights(NamedTuple):
@@ -26,30 +26,28 @@ class Weights(NamedTuple):
     stats: Any
 
 
-def pack_weights(
-    weights: Weights, network: SegNetConfig, update: str, size: tuple[int, int]
-) -> bytes:
-    """The content of a file of weights; `size`: height and width of the images trained on."""
-    about = {
-        "format": str(FORMAT), "network": network.model_dump_json(), "update": update,
-        "height": str(size[0]), "width": str(size[1]), "classes": " ".join(NAMES),
-    }  # fmt: skip
-    tensors = {name: np.asarray(x) for name, x in _named(weights).items()}
-    content = safetensors.numpy.save(tensors, about)
-    # the library orders `about` as it happens; here the same weights are the same bytes
-    size_of_header = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + size_of_header])
-    header = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-    return content[:8] + header.ljust(size_of_header) + content[8 + size_of_header :]
-
-
 class TrainedSegNet(NamedTuple):
-    """A network with its weights, and the size of image that it was trained on."""
+    """A network with its weights; the height and width of the images that it was trained on."""
 
     network: SegNetConfig
     weights: Weights
     update: str
     size: tuple[int, int]
+
+
+def pack_weights(trained: TrainedSegNet) -> bytes:
+    """The content of a file of weights; the same weights are the same bytes."""
+    about = {
+        "format": FORMAT, "network": trained.network.model_dump_json(), "update": trained.update,
+        "height": str(trained.size[0]), "width": str(trained.size[1]), "classes": " ".join(NAMES),
+    }  # fmt: skip
+    tensors = {name: np.asarray(x) for name, x in _named(trained.weights).items()}
+    content = safetensors.numpy.save(tensors, about)
+    # the library orders `about` as it happens
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    return content[:8] + header.ljust(end - 8) + content[end:]
 
 
 def read_weights(path: Path) -> TrainedSegNet:
@@ -67,27 +65,23 @@ def read_weights(path: Path) -> TrainedSegNet:
         with safetensors.safe_open(path, framework="numpy") as file:
             about = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if about["format"] != str(FORMAT) or about["classes"] != " ".join(NAMES):
+        if about["format"] != FORMAT or about["classes"] != " ".join(NAMES):
             raise KeyError("format")
         network = SegNetConfig.model_validate_json(about["network"])
-        weights = _nested(tensors, network)
+        like = Weights(*jax.eval_shape(segnet(network, CLASSES).init, jax.random.key(0)))
+        wanted = _named(like)
+        if {n: x.shape for n, x in tensors.items()} != {n: x.shape for n, x in wanted.items()}:
+            raise ValueError("the tensors do not fit the network")
+        leaves = [tensors[name] for name in wanted]
+        weights = jax.tree.unflatten(jax.tree.structure(like), leaves)
         size = int(about["height"]), int(about["width"])
+        return TrainedSegNet(network, weights, about["update"], size)
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as problem:
         reason = " ".join(f"{type(problem).__name__}: {problem}".split())[:160]
         raise UserError(
             f"{path}: not the weights of a SegNet of this version ({reason}); expected a file "
             "that `unitnorm segment train` wrote"
         ) from None
-    return TrainedSegNet(network, weights, about["update"], size)
-
-
-def _nested(tensors: dict[str, np.ndarray], network: SegNetConfig) -> Weights:
-    """Tensors in the places that the network has for them."""
-    like = Weights(*jax.eval_shape(segnet(network, CLASSES).init, jax.random.key(0)))
-    wanted = _named(like)
-    if {n: x.shape for n, x in tensors.items()} != {n: x.shape for n, x in wanted.items()}:
-        raise ValueError("the tensors do not fit the network")
-    return jax.tree.unflatten(jax.tree.structure(like), [tensors[name] for name in wanted])
 
 
 def _named(weights: Weights) -> dict[str, Any]:
