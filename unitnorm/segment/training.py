@@ -17,7 +17,7 @@ import optax
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
-from unitnorm.archbn.minibatch import cross_entropy
+from unitnorm.archbn.evaluation import cross_entropy
 from unitnorm.errors import UserError
 from unitnorm.geometry import filter_norms
 from unitnorm.run.loop import Status
