@@ -83,7 +83,7 @@ def test_the_rate_warms_up_and_falls_to_zero():
     assert protocol.rate_within(jnp.int32(protocol.CONSTANT), base, base, done[3]) == base
 
 
-def test_a_study_trains_it_like_archbn(hurried):
+def test_a_study_trains_it_like_archbn():
     assert set(NETWORKS) == {*get_args(get_args(Plan.model_fields["networks"].annotation)[0])}
     study = Study(parse(PLAN, "plan", Plan))
     (group,) = study.missing(Records.empty(study.schema))
