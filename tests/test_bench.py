@@ -21,7 +21,7 @@ from click.testing import CliRunner
 
 from unitnorm import build, cli, data
 from unitnorm.archbn.config import Config
-from unitnorm.archbn.minibatch import cross_entropy
+from unitnorm.archbn.evaluation import cross_entropy
 from unitnorm.archbn.model import FILTER_AXIS, archbn, filter_mask
 from unitnorm.bench import (
     compare,

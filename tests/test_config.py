@@ -18,15 +18,11 @@ from unitnorm.segment.config import SegmentConfig
 from unitnorm.study.config import Plan
 
 
-def test_the_defaults_are_table2():
+def test_the_defaults_are_table2_which_names_every_key():
     assert load("table2", None, Config) == load(None, None, Config) == Config()
-
-
-def test_table2_names_every_key():
-    written = tomllib.loads((PRESETS / "table2.toml").read_text())
     defaults = Config().model_dump()
     defaults["data"].pop("data_dir")  # no value in TOML means none
-    assert written == defaults
+    assert tomllib.loads((PRESETS / "table2.toml").read_text()) == defaults
 
 
 def test_the_protocol_is_the_papers():
@@ -39,34 +35,26 @@ def test_the_protocol_is_the_papers():
     assert (c.stopping.train_error, c.stopping.lookback, c.stopping.flat) == (1e-5, 5, 1e-5)
 
 
-# ---------------------------------------------------------------- presets
-
-
 def test_every_preset_is_valid():
     assert {"table2", "quick", "segnet", "segnet_small"} <= set(presets())
     for name in presets():
         if "/" not in name:
             load(name, None, SegmentConfig if name.startswith("segnet") else Config)
-    assert load("quick", None, Config).runs == 3
 
 
-def test_presets_are_found_by_name_from_anywhere(tmp_path, monkeypatch):
+def test_presets_are_found_by_name_from_anywhere_and_no_file_that_nobody_has_named(
+    tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     # by the path in a checkout, too, where there is none
     assert find_config("quick") == find_config("configs/quick.toml") == PRESETS / "quick.toml"
     with pytest.raises(UserError, match=r"config quack: no file .* there are .*quick.*table2"):
         load("quack", None, Config)
-
-
-def test_a_file_that_nobody_has_named_does_not_apply(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
     for folder in (tmp_path, tmp_path / "configs"):
         folder.mkdir(exist_ok=True)
         (folder / "table2.toml").write_text("seed = 7")
-    assert load(None, None, Config).seed == 0
-    assert load("table2", None, Config).seed == 0
-    assert load("table2.toml", None, Config).seed == 7
-    assert load("configs/table2.toml", None, Config).seed == 7
+    names = None, "table2", "table2.toml", "configs/table2.toml"
+    assert [load(name, None, Config).seed for name in names] == [0, 0, 7, 7]
 
 
 def test_configs_are_read_without_jax(tmp_path):
@@ -75,8 +63,7 @@ def test_configs_are_read_without_jax(tmp_path):
         "import sys\n"
         "from unitnorm.run.config import load\n"
         "from unitnorm.archbn import config\n"
-        "from unitnorm.table2 import schema\n"
-        "import unitnorm.segment.config\n"
+        "import unitnorm.table2.schema, unitnorm.segment.config\n"
         "load('quick', {'seed': 3}, config.Config)\n"
         "from unitnorm.cli import main\n"
         "main(['config', 'table2'], standalone_mode=False)\n"
@@ -88,9 +75,6 @@ def test_configs_are_read_without_jax(tmp_path):
     assert done.stdout == (PRESETS / "table2.toml").read_text() + "[]\n"
 
 
-# ---------------------------------------------------------------- faults
-
-
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -98,7 +82,6 @@ def test_configs_are_read_without_jax(tmp_path):
         ("depths = []", "depths = []: expected at least 1 item, found 0"),
         ("depths = 2", "depths = 2: expected a list"),
         ("runs = 2.5", "runs = 2.5: expected a whole number"),
-        ("runs = true", "runs = True: expected a whole number"),
         ('updates = ["sgd"]', "'sgd' is not an update"),
         ("learning_rate = 1", "unknown key learning_rate; allowed: seed, "),
         ("[loss]\nbatch = 10", "unknown key loss.batch; allowed: batch_size, "),
@@ -138,9 +121,8 @@ def test_a_file_that_is_missing_or_not_text(tmp_path):
         load(tmp_path / "binary.toml", None, Config)
 
 
-def test_overrides():
+def test_an_override_reaches_its_key_and_beats_the_file(tmp_path):
     for text, key, value in (
-        ("loss.batch_size=50", "loss.batch_size", 50),
         ("sweep.rates=[0.1, 1e-3]", "sweep.rates", [0.1, 1e-3]),
         ("loss.reduction=mean", "loss.reduction", "mean"),
         ('data.dataset="fashion"', "data.dataset", "fashion"),
@@ -148,14 +130,9 @@ def test_overrides():
         ("data.data_dir=a=b", "data.data_dir", "a=b"),
     ):
         assert parse_override(text) == (key, value)
-
-
-def test_an_override_reaches_its_key_and_beats_the_file(tmp_path):
     path = tmp_path / "c.toml"
     path.write_text("[loss]\nbatch_size = 20")
     assert load(path, {"loss.batch_size": 30}, Config).loss.batch_size == 30
-    with pytest.raises(UserError, match=r"unknown key loss\.size"):
-        load(path, {"loss.size": 1}, Config)
     with pytest.raises(UserError, match="is a value, not a section"):
         load(path, {"loss.batch_size.x": 1}, Config)
     for bad in ("seed", "=3"):
@@ -169,26 +146,22 @@ def test_more_images_than_there_are():
     Config().check_images(60_000)
 
 
-def test_the_fingerprint_is_of_the_protocol_alone():
-    base = Config()
-    selection = {"runs": 3, "depths": [7], "updates": ["un"], "data": {"data_dir": "x"}}
-    same = parse(selection, "", Config)
-    assert same.fingerprint() == base.fingerprint()
-    for other in ({"seed": 1}, {"loss": {"batch_size": 50}}, {"stopping": {"flat": 0.0}}):
-        assert parse(other, "", Config).fingerprint() != base.fingerprint()
-
-
 def test_updates_are_known_by_either_spelling_and_stand_once():
     assert parse({"updates": ["un_adam", "un", "un-adam"]}, "", Config).updates == ["un-adam", "un"]
 
 
-def test_a_protocol_that_differs_is_told_by_its_first_key():
-    recorded = json.loads(json.dumps(Config().protocol()))
-    assert parse({"runs": 3}, "", Config).conflict(recorded) is None
-    other = parse({"loss": {"batch_size": 50}, "seed": 1}, "", Config)
-    assert other.conflict(recorded) == " (seed: 0 there, 1 here)"
-    assert "loss.batch_size: 100 there, 50 here" in parse(
-        {"loss": {"batch_size": 50}}, "", Config
-    ).conflict(recorded)
+def test_a_protocol_that_differs_is_told_by_its_first_key_and_the_selection_is_none():
+    base, recorded = Config(), json.loads(json.dumps(Config().protocol()))
+    selection = {"runs": 3, "depths": [7], "updates": ["un"], "data": {"data_dir": "x"}}
+    same = parse(selection, "", Config)
+    assert same.conflict(recorded) is None
+    assert same.fingerprint() == base.fingerprint()
+    for changes, told in (
+        ({"loss": {"batch_size": 50}, "seed": 1}, " (seed: 0 there, 1 here)"),
+        ({"loss": {"batch_size": 50}}, " (loss.batch_size: 100 there, 50 here)"),
+    ):
+        other = parse(changes, "", Config)
+        assert other.conflict(recorded) == told
+        assert other.fingerprint() != base.fingerprint()
     for damaged in ({}, {"loss": 3}, None, [], {**recorded, "extra": 1}):
-        assert Config().conflict(damaged) is not None
+        assert base.conflict(damaged) is not None

@@ -10,13 +10,15 @@ import pytest
 from flax import nnx
 
 from tests import reference
-from unitnorm.archbn import evaluation, starts
+from unitnorm.archbn import evaluation, model
 from unitnorm.archbn.config import Model
-from unitnorm.archbn.minibatch import cross_entropy
-from unitnorm.archbn.model import ArchBN, archbn, max_pool_pairs
+from unitnorm.archbn.model import START, ArchBN, archbn, max_pool_pairs
 
 pytestmark = pytest.mark.usefixtures("hurried")
 NETWORK = archbn(Model(), 784, 10, 2)
+RNG = np.random.default_rng(0)
+X = (RNG.integers(0, 256, (50, 784)) * (RNG.random((50, 784)) < 0.3)).astype(np.float32)
+Y = RNG.integers(0, 10, 50)
 
 
 def as_numpy(params):
@@ -29,22 +31,15 @@ def as_numpy(params):
 
 
 @pytest.fixture(scope="module")
-def batch():
-    rng = np.random.default_rng(0)
-    x = rng.integers(0, 256, (50, 784)) * (rng.random((50, 784)) < 0.3)
-    return x.astype(np.float32), rng.integers(0, 10, 50)
-
-
-@pytest.fixture(scope="module")
 def start():
     return NETWORK.init(jax.random.key(1))
 
 
 @pytest.fixture(scope="module")
-def loss(batch, start):
+def loss(start):
     """The summed cross-entropy of the mini-batch, of parameters."""
-    x, y = batch
-    return jax.jit(lambda p: cross_entropy(NETWORK.apply(p, start[1], x, True)[0], y).sum())
+    apply = NETWORK.apply
+    return jax.jit(lambda p: evaluation.cross_entropy(apply(p, start[1], X, True)[0], Y).sum())
 
 
 def test_the_papers_shapes_and_no_biases(start):
@@ -56,6 +51,9 @@ def test_the_papers_shapes_and_no_biases(start):
         "theta": {"W": (10, 32)},
     }
     assert start[1]["layers"][1]["norm"]["mean"].shape == (64,)
+    for depth, width in ((0, 64), (2, 63), (2, 0)):
+        with pytest.raises(ValueError, match="need depth"):
+            ArchBN(784, depth, width, rngs=nnx.Rngs(0))
 
 
 def test_initial_rows_are_gaussian_directions_of_unit_norm(start):
@@ -69,39 +67,25 @@ def test_initial_rows_are_gaussian_directions_of_unit_norm(start):
     assert np.abs(layers[0][0] @ layers[0][0].T - np.eye(64)).max() < 0.2
 
 
-def test_forward_pass_loss_and_gradient(batch, start, loss):
-    x, y = batch
-    known = as_numpy(start[0])
-    total, expected, _ = reference.forward(*known, x.astype(float), y, 1e-5)
-    np.testing.assert_allclose(NETWORK.apply(*start, x, True)[0], expected, atol=2e-5)
+def test_forward_pass_loss_and_gradient(start, loss):
+    known, x = as_numpy(start[0]), X.astype(float)
+    total, expected, _ = reference.forward(*known, x, Y, 1e-5)
+    np.testing.assert_allclose(NETWORK.apply(*start, X, True)[0], expected, atol=2e-5)
     assert float(loss(start[0])) == pytest.approx(total, rel=1e-5)
-    found, found_theta = as_numpy(jax.grad(loss)(start[0]))
-    layers, theta = reference.gradients(*known, x.astype(float), y, 1e-5)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4 * np.abs(b).max()),
-        [found, found_theta], [layers, theta],
+        as_numpy(jax.grad(loss)(start[0])), reference.gradients(*known, x, Y, 1e-5),
     )  # fmt: skip
 
 
-def test_loss_unchanged_under_positive_scaling_of_filters(start, loss):
-    params = start[0]
-    before = float(loss(params))
-    factors = iter(jnp.exp(jax.random.normal(jax.random.key(2), (2, 64, 1))))
-
-    def of(change):
-        return float(loss(NETWORK.with_filters(params, change)))
-
-    assert of(lambda w: next(factors) * w) == pytest.approx(before, rel=1e-4)
-    assert of(lambda w: -w) != pytest.approx(before, rel=1e-2)  # a negative factor is no symmetry
-    assert of(lambda w: w.at[:, 0].add(1.0)) != pytest.approx(before, rel=1e-2)
-
-
-@pytest.mark.parametrize("kind", starts.START)
+@pytest.mark.parametrize("kind", START)
 def test_an_unbalanced_start_computes_the_same_from_other_norms(kind, start, loss):
     params, _ = start
-    spread = jnp.where(np.asarray(starts.START) == kind, 1.5, 0.0)
-    moved = starts.unbalance(params, spread, jax.random.key(3))
-    assert float(loss(moved)) == pytest.approx(float(loss(params)), rel=1e-4)
+    before = float(loss(params))
+    moved = model.unbalance(params, 1.5 * (np.asarray(START) == kind), jax.random.key(3))
+    assert float(loss(moved)) == pytest.approx(before, rel=1e-4)
+    negative = NETWORK.with_filters(moved, lambda w: -w)
+    assert float(loss(negative)) != pytest.approx(before, rel=1e-2)  # a sign is no symmetry
     norms = np.concatenate([np.linalg.norm(w, axis=1) for w in NETWORK.filters(moved)])
     scales = np.concatenate([scale for _, scale, _ in as_numpy(moved)[0]])
     if kind == "norms":
@@ -137,17 +121,15 @@ def test_the_size_of_a_step_is_that_of_float64(update, start):
     np.testing.assert_allclose(found, (rates, angles), rtol=1e-3)
 
 
-def test_running_statistics_follow_the_batches_and_serve_at_test_time(batch):
-    x, _ = batch
-    model = ArchBN(784, 1, 8, bn_momentum=0.75, rngs=nnx.Rngs(0))
-    h = np.asarray(x, np.float64) @ np.asarray(model.layers[0].rows.W[...], np.float64).T
-    model(x, train=True)
-    norm = model.layers[0].norm
+def test_running_statistics_follow_the_batches_and_serve_at_test_time():
+    network = ArchBN(784, 1, 8, bn_momentum=0.75, rngs=nnx.Rngs(0))
+    h = np.asarray(X, np.float64) @ np.asarray(network.layers[0].rows.W[...], np.float64).T
+    network(X, train=True)
+    norm = network.layers[0].norm
     np.testing.assert_allclose(norm.mean[...], 0.25 * h.mean(0), rtol=1e-4, atol=1e-3)
     np.testing.assert_allclose(norm.var[...], 0.75 + 0.25 * h.var(0), rtol=1e-4)
     before = np.asarray(norm.mean[...])
-    one, both = model(x[:1]), model(x)
-    np.testing.assert_allclose(one[0], both[0], atol=1e-5)  # no other image has a say
+    np.testing.assert_allclose(network(X[:1])[0], network(X)[0], atol=1e-5)  # no other has a say
     np.testing.assert_array_equal(norm.mean[...], before)
 
 
@@ -158,14 +140,6 @@ def test_pooling_and_its_gradient(pairs):
     np.testing.assert_array_equal(max_pool_pairs(h, pairs), np.maximum(left, right))
     weights = jnp.arange(20.0).reshape(5, 4) + 1
     found = jax.grad(lambda h: (max_pool_pairs(h, pairs) * weights).sum())(h)
-    expected = np.zeros((5, 8))
-    for i, j in np.ndindex(5, 4):
-        a, b = (2 * j, 2 * j + 1) if pairs == "adjacent" else (j, j + 4)
-        expected[i, a if h[i, a] >= h[i, b] else b] = weights[i, j]
-    np.testing.assert_array_equal(found, expected)
-
-
-@pytest.mark.parametrize(("depth", "width"), [(0, 64), (2, 63), (2, 0)])
-def test_impossible_networks_are_refused(depth, width):
-    with pytest.raises(ValueError, match="need depth"):
-        ArchBN(784, depth, width, rngs=nnx.Rngs(0))
+    first = np.asarray(left >= right)
+    expected = np.stack([weights * first, weights * ~first], -1 if pairs == "adjacent" else 1)
+    np.testing.assert_array_equal(found, expected.reshape(5, 8))

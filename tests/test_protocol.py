@@ -2,54 +2,37 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import jax.numpy as jnp
 import pytest
 
 from unitnorm.archbn import protocol
+from unitnorm.archbn.config import BoldDriver, Stopping, Train
 
 INF, NAN = float("inf"), float("nan")
 
 
 @pytest.mark.parametrize(
-    ("watched", "previous", "expected"),
+    ("schedule", "previous", "expected"),
     [
-        (0.9, INF, 1.0),  # the first epoch has nothing to compare with
-        (0.9, 1.0, 1.05),
-        (1.1, 1.0, 0.5),
-        (1.0, 1.0, 1.0),
+        ("bold-driver", 1.0, 0.15),  # down, from this epoch's 0.3
+        ("bold-driver-back", 1.0, 0.15),
+        ("bold-driver", 3.0, 0.315),  # up
+        ("bold-driver", 2.0, 0.3),  # it stayed
+        ("bold-driver", INF, 0.3),  # the first epoch has nothing to compare with
+        ("constant", 1.0, 1.0),
+        ("cosine", 1.0, 0.75),  # of the base rate, a third of the way: (1 + cos 60°) / 2
     ],
 )
-def test_bold_driver(watched, previous, expected):
-    rate = protocol.bold_driver(
-        jnp.float32(1.0), jnp.float32(watched), jnp.float32(previous), up=1.05, down=0.5
-    )
-    assert rate == pytest.approx(expected, rel=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("schedule", "expected"),
-    [
-        ("bold-driver", 0.15),  # down, from this epoch's 0.3
-        ("bold-driver-back", 0.15),
-        ("constant", 1.0),
-        ("cosine", 0.75),  # of the base rate, a third of the way: (1 + cos 60°) / 2
-    ],
-)
-def test_the_next_rate_goes_by_the_runs_schedule(schedule, expected):
-    schedule = jnp.int32(protocol.SCHEDULES.index(schedule))
-    base, rate, worse, before = map(jnp.float32, (1.0, 0.3, 2.0, 1.0))
-    rate = protocol.next_rate(
-        schedule, base, rate, worse, before, jnp.int32(4), 12, up=1.05, down=0.5
-    )
-    assert rate == pytest.approx(expected, rel=1e-6)
-
-
-def reason(errors, *, loss=0.1, train_error=0.5, **changes):
-    rule = {"min_epochs": 8, "max_epochs": 12, "train_threshold": 1e-5, "lookback": 5, "flat": 1e-5}
-    padded = jnp.asarray([*errors, *[NAN] * (20 - len(errors))])
-    now = jnp.int32(len(errors)), jnp.float32(loss), jnp.float32(train_error)
-    code = protocol.stop_reason(*now, padded, **rule | changes)
-    return protocol.STOP_REASONS[int(code)]
+def test_the_next_rate_goes_by_the_runs_schedule(schedule, previous, expected):
+    rate, watched, before = map(jnp.float32, (0.3, 2.0, previous))
+    run = SimpleNamespace(
+        schedule=jnp.int32(protocol.SCHEDULES.index(schedule)), base=jnp.float32(1.0), rate=rate,
+        watched=before, epoch=jnp.int32(3),
+    )  # fmt: skip
+    found = protocol.next_rate(run, watched, 12, BoldDriver())
+    assert found == pytest.approx(expected, rel=1e-6)
 
 
 FALLING = [0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1, 0.09, 0.08, 0.07]
@@ -80,7 +63,12 @@ FALLING = [0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1, 0.09, 0.08, 0.07]
     ],
 )
 def test_stop_reasons(errors, options, expected):
-    assert reason(errors, **options) == expected
+    given = {"loss": 0.1, "train_error": 0.5, "min_epochs": 8, "lookback": 5, **options}
+    now = jnp.int32(len(errors)), jnp.float32(given["loss"]), given["train_error"]
+    padded = jnp.asarray([*errors, *[NAN] * (20 - len(errors))])
+    sizes = Train(min_epochs=given["min_epochs"], max_epochs=12)
+    code = protocol.stop_reason(*now, padded, sizes, Stopping(lookback=given["lookback"]))
+    assert protocol.STOP_REASONS[int(code)] == expected
 
 
 @pytest.mark.parametrize(
@@ -94,16 +82,11 @@ def test_stop_reasons(errors, options, expected):
         ([NAN, NAN, NAN, NAN], [1, 1, 1, 1], -1),
     ],
 )
-@pytest.mark.parametrize("reverse", [False, True])
-def test_choice_of_the_rate(errors, diverged, expected, reverse):
-    rates = [1e-2, 1e-3, 1e-4, 1e-5]
-    if reverse:
-        rates, errors, diverged = rates[::-1], errors[::-1], diverged[::-1]
-        expected = 3 - expected if expected >= 0 else -1
-    chosen = protocol.choose_rate(
-        jnp.asarray(rates), jnp.asarray(errors), jnp.asarray(diverged, bool)
-    )
-    assert int(chosen) == expected
+def test_choice_of_the_rate_in_any_order(errors, diverged, expected):
+    table = jnp.asarray([[1e-2, 1e-3, 1e-4, 1e-5], errors, diverged])
+    turned = 3 - expected if expected >= 0 else -1
+    for (rates, val_errors, bad), index in ((table, expected), (table[:, ::-1], turned)):
+        assert int(protocol.choose_rate(rates, val_errors, bad > 0)) == index
 
 
 @pytest.mark.parametrize(

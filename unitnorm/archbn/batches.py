@@ -40,12 +40,10 @@ def stream(seed: Array, use: int) -> Array:
 
 
 def draw_split(part: str, sizes: tuple[int, int], images: int, seed: Array) -> Split:
-    """A seed's random training and validation images, disjoint.
+    """A seed's random training and validation images, disjoint, `sizes` of so many `images`.
 
     Args:
       part: "sweep" or "train".
-      sizes: how many of each.
-      images: to draw from.
     """
     train, validation = sizes
     order = jax.random.permutation(stream(seed, SPLIT[part]), images).astype(jnp.int32)
@@ -70,13 +68,10 @@ def gather(images: Images, index: Array) -> tuple[Array, Array]:
 
 
 def argsort(bits: Array) -> Array:
-    """The order of uint32 (n,), int32 (n,): `jnp.argsort`, in a fifth of the time on a CPU.
-
-    There XLA has a fast sort for one array of numbers, but not for two, so that the place is the
-    lower half of the number.
-    """
+    """The order of uint32 (n,), int32 (n,): `jnp.argsort`, in a fifth of the time on a CPU."""
 
     def of_one_array(bits: Array) -> Array:
+        # XLA's sort is fast for one array of numbers, not for two: the place is their lower half
         with jax.enable_x64(True):
             places = jnp.arange(len(bits), dtype=jnp.uint64)
             return jnp.sort((bits.astype(jnp.uint64) << 32) | places).astype(jnp.int32)

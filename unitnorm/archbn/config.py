@@ -1,8 +1,7 @@
 """The experiment's configuration: every number that the protocol depends on, with its range.
 
 The defaults are the paper's protocol (section 4) and equal `configs/table2.toml`. To add a key, add
-a field here with its bounds and one line of description; the command line, the checks and the
-provenance follow from it. Nothing here reads data or touches JAX.
+a field here with its bounds; the command line, the checks and the provenance follow from it.
 """
 
 from __future__ import annotations
@@ -15,57 +14,49 @@ from unitnorm.errors import UserError
 from unitnorm.run.config import ExperimentConfig, Section, check_updates
 
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
+Epochs = Annotated[int, Field(ge=1, le=100_000)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Rate = Annotated[float, Field(gt=0.0, le=1e6)]
 
 
 class Data(Section):
     """Which images. `mnist` ships with the package."""
 
-    dataset: str = Field("mnist", min_length=1, description="mnist, or a prepared TFDS data set")
-    data_dir: str | None = Field(None, description="a folder with four IDX files of your own")
+    dataset: Annotated[str, Field(min_length=1)] = "mnist"  # or a prepared TFDS data set
+    data_dir: str | None = None  # a folder with four IDX files of your own
 
 
 class Model(Section):
     """ArchBN (paper, section 2)."""
 
-    width: Annotated[int, Field(ge=2, le=65_536, multiple_of=2)] = Field(
-        64, description="filters per layer; even, because pooling joins pairs"
-    )
-    pool_pairs: Literal["adjacent", "halves"] = Field(
-        "adjacent", description="which two features are pooled: (2i, 2i+1), or (i, i + width/2)"
-    )
-    bn_momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
-        0.99, description="weight of the old value in the running mean and variance"
-    )
-    bn_epsilon: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
-        1e-5, description="added to the variance inside batch normalisation"
-    )
+    # filters per layer; even, because pooling joins pairs
+    width: Annotated[int, Field(ge=2, le=65_536, multiple_of=2)] = 64
+    # which two features are pooled: (2i, 2i+1), or (i, i + width/2)
+    pool_pairs: Literal["adjacent", "halves"] = "adjacent"
+    # weight of the old value in the running mean and variance
+    bn_momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.99
+    bn_epsilon: Fraction = 1e-5  # added to the variance inside batch normalisation
 
 
 class Loss(Section):
     """Cross-entropy over the mini-batch."""
 
-    batch_size: Annotated[int, Field(ge=2, le=1_000_000)] = Field(
-        100, description="images per mini-batch, at least 2 (a batch of 1 has no variance)"
-    )
-    reduction: Literal["sum", "mean"] = Field(
-        "sum", description="how the mini-batch's losses are joined"
-    )
+    # images per mini-batch, at least 2 (a batch of 1 has no variance)
+    batch_size: Annotated[int, Field(ge=2, le=1_000_000)] = 100
+    reduction: Literal["sum", "mean"] = "sum"  # how the mini-batch's losses are joined
 
 
 class Sweep(Section):
     """The choice of the base learning rate (section 4, second paragraph)."""
 
-    rates: list[Annotated[float, Field(gt=0.0, le=1e6)]] = Field(
-        [1e-2, 1e-3, 1e-4, 1e-5], min_length=1, max_length=64, description="candidate rates 10^-p"
-    )
-    train_images: Count = Field(1_000, description="training images, drawn at random per run")
-    validation_images: Count = Field(500, description="validation images, drawn at random per run")
-    epochs: Annotated[int, Field(ge=1, le=100_000)] = Field(50, description="at a fixed rate")
+    rates: list[Rate] = Field([1e-2, 1e-3, 1e-4, 1e-5], min_length=1, max_length=64)
+    train_images: Count = 1_000  # drawn at random per run
+    validation_images: Count = 500  # the same
+    epochs: Epochs = 50  # at a fixed rate
 
     @property
     def min_epochs(self) -> int:
-        """As many as `max_epochs`: a sweep has no early stop."""
+        """A sweep has no early stop."""
         return self.epochs
 
     @property
@@ -84,10 +75,10 @@ class Sweep(Section):
 class Train(Section):
     """The full training of a run."""
 
-    train_images: Count = Field(50_000, description="training images, drawn at random per run")
-    validation_images: Count = Field(10_000, description="the images held out to decide stopping")
-    min_epochs: Annotated[int, Field(ge=1, le=100_000)] = 25
-    max_epochs: Annotated[int, Field(ge=1, le=100_000)] = 60
+    train_images: Count = 50_000  # drawn at random per run
+    validation_images: Count = 10_000  # held out to decide stopping
+    min_epochs: Epochs = 25
+    max_epochs: Epochs = 60
 
     @model_validator(mode="after")
     def _ordered(self) -> Train:
@@ -98,31 +89,27 @@ class Train(Section):
         return self
 
 
+Sizes = Sweep | Train
+
+
 class BoldDriver(Section):
     """Annealing (Battiti 1989; the paper's [19])."""
 
-    watch: Literal["train_loss", "val_error"] = Field(
-        "train_loss", description="the value that decides between `up` and `down`"
-    )
-    up: Annotated[float, Field(ge=1.0, le=10.0)] = Field(1.05, description="after a decrease")
-    down: Annotated[float, Field(gt=0.0, le=1.0)] = Field(0.5, description="after an increase")
+    watch: Literal["train_loss", "val_error"] = "train_loss"  # decides between `up` and `down`
+    up: Annotated[float, Field(ge=1.0, le=10.0)] = 1.05  # after a decrease
+    down: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5  # after an increase
 
 
 class Stopping(Section):
     """When a run ends, from `train.min_epochs` on."""
 
-    train_error: Fraction = Field(1e-5, description="stop when the training error is below this")
-    lookback: Annotated[int, Field(ge=1, le=1_000)] = Field(
-        5, description="stop when the validation error is above that of so many epochs before"
-    )
-    flat: Fraction = Field(
-        1e-5, description="stop when two successive validation errors differ by less"
-    )
-    diverged_error: Fraction = Field(
-        0.8,
-        description="a run that ends with a validation error of at least this, and a training loss "
-        "above that of its first epoch, has diverged, like one whose loss is not finite",
-    )
+    train_error: Fraction = 1e-5  # stop when the training error is below this
+    # stop when the validation error is above that of so many epochs before
+    lookback: Annotated[int, Field(ge=1, le=1_000)] = 5
+    flat: Fraction = 1e-5  # stop when two successive validation errors differ by less
+    # a run that ends with a validation error of at least this, and a training loss above that of
+    # its first epoch, has diverged, like one whose loss is not finite
+    diverged_error: Fraction = 0.8
 
 
 class Config(ExperimentConfig):
@@ -130,8 +117,8 @@ class Config(ExperimentConfig):
 
     selection = frozenset({"runs", "depths", "updates"})
 
-    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = Field(0, description="run k has seed + k")
-    runs: Annotated[int, Field(ge=1, le=100_000)] = Field(10, description="runs of each cell")
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0  # run k has seed + k
+    runs: Annotated[int, Field(ge=1, le=100_000)] = 10  # of each cell
     depths: list[Annotated[int, Field(ge=1, le=64)]] = Field([2, 4], min_length=1, max_length=64)
     updates: list[str] = Field(["b-sgd", "un"], min_length=1, max_length=64)
     data: Data = Data()
@@ -157,12 +144,12 @@ class Config(ExperimentConfig):
     def _fits(self) -> Config:
         if self.seed + self.runs > 2**31:
             raise ValueError(f"seed + runs = {self.seed + self.runs} is above 2^31")
+        size = self.loss.batch_size
         for name in ("sweep", "train"):
             images = getattr(self, name).train_images
-            if images < self.loss.batch_size:
+            if images < size:
                 raise ValueError(
-                    f"loss.batch_size = {self.loss.batch_size} is above "
-                    f"{name}.train_images = {images}"
+                    f"loss.batch_size = {size} is above {name}.train_images = {images}"
                 )
         return self
 

@@ -7,19 +7,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
 from unitnorm.archbn.batches import Images, gather
-from unitnorm.archbn.minibatch import batch_statistics, cross_entropy
 from unitnorm.archbn.model import Network
-from unitnorm.geometry import (
-    filter_axes,
-    filter_norms,
-    norms_of,
-    retraction,
-    tangent_projection,
-)
+from unitnorm.geometry import filter_axes, filter_norms, norms_of, retraction, tangent_projection
 
 EVALUATION_CHUNK = 500  # images per step of an evaluation; bounds its memory, not its result
+
+
+def cross_entropy(logits: Array, labels: Array, weights: ArrayLike | None = None) -> Array:
+    """Cross-entropy in nats of each example, float32 (…); 0 where the label is no class.
+
+    Args:
+      logits: (…, classes).
+      labels: int32 (…); those of `classes` and above count nowhere.
+      weights: of the classes, (classes,); None: 1.
+    """
+    picked = labels[..., None] == jnp.arange(logits.shape[-1])
+    log_p = jax.nn.log_softmax(logits)
+    weighted = log_p if weights is None else weights * log_p
+    # a sum over a mask, since its gradient is a subtraction where an index's is a scatter
+    return -jnp.sum(jnp.where(picked, weighted, 0.0), axis=-1)
 
 
 def evaluate(
@@ -43,30 +52,29 @@ def find_wrong(
         logits, _ = network.apply(params, stats, x, False)
         return None, (jnp.argmax(logits, -1) != y, cross_entropy(logits, y))
 
-    _, (wrong, losses) = jax.lax.scan(body, None, chunked(index))
+    # two chunks at least: XLA takes a loop of one step apart and computes it together with what
+    # stands around it, so that the loss would round with what is trained along
+    chunk = min(EVALUATION_CHUNK, -(-len(index) // 2))
+    chunks = jnp.pad(index, (0, -len(index) % chunk)).reshape(-1, chunk)
+    _, (wrong, losses) = jax.lax.scan(body, None, chunks)
     return wrong.reshape(-1)[: len(index)], losses.reshape(-1)[: len(index)]
 
 
-def chunked(index: Array) -> Array:
-    """Indices of images, (n,), for an evaluation: (chunks, `EVALUATION_CHUNK`), filled with 0.
+def batch_statistics(network: Network, params: Any, like: Any, x: Array) -> Any:
+    """1 − momentum times the mean and variance of each batch normalisation over a mini-batch.
 
-    Two chunks at least: XLA takes a loop of one step apart and computes it together with what
-    stands around it, so that the loss would round with what is trained along.
+    Summed over mini-batches and divided, they replace running statistics ("precise" ones: Wu and
+    Johnson 2021, "Rethinking 'Batch' in BatchNorm"). A layer's are those behind the normalisation
+    of the layers before it, as in training. `like` gives the shapes of the statistics.
     """
-    chunk = min(EVALUATION_CHUNK, -(-len(index) // 2))
-    return jnp.pad(index, (0, -len(index) % chunk)).reshape(-1, chunk)
+    # from zero, a running mean moves to 1 − momentum of the batch's
+    return network.apply(params, jax.tree.map(jnp.zeros_like, like), x, True)[1]
 
 
 def average_statistics(
-    network: Network, params: Any, like: Any, images: Images, batches: Array, momentum: float
+    network: Network, params: Any, like: Any, images: Images, batches: Array
 ) -> Any:
-    """The statistics of mini-batches, averaged, in place of running ones.
-
-    Args:
-      like: statistics of the network, for their shapes.
-      batches: int32 (steps, batch), which images.
-      momentum: of the running statistics.
-    """
+    """`batch_statistics` averaged over mini-batches, int32 (steps, batch), without the factor."""
 
     def body(total: Any, index: Array) -> tuple[Any, None]:
         x, _ = gather(images, index)
@@ -74,7 +82,7 @@ def average_statistics(
         return jax.tree.map(jnp.add, total, found), None
 
     total, _ = jax.lax.scan(body, jax.tree.map(jnp.zeros_like, like), batches)
-    return jax.tree.map(lambda x: x / (len(batches) * (1 - momentum)), total)
+    return jax.tree.map(lambda x: x / (len(batches) * (1 - network.bn_momentum)), total)
 
 
 def measure_norms(network: Network, params: Any) -> tuple[Array, Array, Array]:

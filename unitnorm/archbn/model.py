@@ -13,7 +13,7 @@ weight gradient on CPUs.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -25,6 +25,12 @@ from unitnorm.archbn.config import Model
 from unitnorm.geometry import unit
 
 FILTER_AXIS = -1
+
+# What of a start can be changed without changing the network. The first three are unbalanced, each
+# by a factor of its own within so many decades: filters in front of batch normalisation; the scales
+# and shifts of pooled pairs against the columns of the next layer's filters; the same of the last
+# layer against those of θ. "norms" gives all filters one norm, 10 to this power.
+START = ("filters", "pairs", "theta", "norms")
 
 
 class Rows(nnx.Module):
@@ -42,28 +48,13 @@ class Layer(nnx.Module):
     """W x, batch normalisation, ReLU, max-pooling of 2 with stride 2: (…, inputs) → (…, width/2).
 
     ReLU and max commute, so their order is no choice; which features are neighbours is
-    (`pool_pairs`).
+    (`pool_pairs`). `norm` are options of `nnx.BatchNorm`.
     """
 
-    def __init__(
-        self,
-        inputs: int,
-        width: int,
-        *,
-        pool_pairs: Literal["adjacent", "halves"],
-        bn_momentum: float,
-        bn_epsilon: float,
-        rngs: nnx.Rngs,
-    ):
+    def __init__(self, inputs: int, width: int, pool_pairs: Any, *, rngs: nnx.Rngs, **norm: Any):
         self.rows = Rows(inputs, width, rngs=rngs)
         # the fast variance E[h²] − E[h]² cancels badly on raw pixels, whose mean is large
-        self.norm = nnx.BatchNorm(
-            width,
-            momentum=bn_momentum,
-            epsilon=bn_epsilon,
-            use_fast_variance=False,
-            rngs=rngs,
-        )
+        self.norm = nnx.BatchNorm(width, use_fast_variance=False, rngs=rngs, **norm)
         self.pool_pairs = pool_pairs
 
     def __call__(self, x: Array, *, train: bool) -> Array:
@@ -104,19 +95,10 @@ class ArchBN(nnx.Module):
     ):
         if depth < 1 or width < 2 or width % 2:
             raise ValueError(f"depth {depth} and width {width}: need depth ≥ 1 and an even width")
-        self.layers = nnx.List(
-            [
-                Layer(
-                    features if index == 0 else width // 2,
-                    width,
-                    pool_pairs=pool_pairs,
-                    bn_momentum=bn_momentum,
-                    bn_epsilon=bn_epsilon,
-                    rngs=rngs,
-                )
-                for index in range(depth)
-            ]
-        )
+        options = {"momentum": bn_momentum, "epsilon": bn_epsilon}
+        sizes = [features] + [width // 2] * (depth - 1)
+        layers = [Layer(size, width, pool_pairs, rngs=rngs, **options) for size in sizes]
+        self.layers = nnx.List(layers)
         self.theta = Rows(width // 2, classes, rngs=rngs)
 
     def __call__(self, x: Array, *, train: bool = False) -> Array:
@@ -155,48 +137,37 @@ class Network(NamedTuple):
 
 @lru_cache(maxsize=16)
 def archbn(settings: Model, features: int, classes: int, depth: int) -> Network:
-    """ArchBN as pure functions, the same ones for the same arguments.
+    """ArchBN as pure functions, the same ones for the same arguments."""
+    make = partial(ArchBN, features, depth, classes=classes, **settings.model_dump())
+    return split_network(lambda rngs: make(rngs=rngs), bn_momentum=settings.bn_momentum)
 
-    Args:
-      settings: of a config, `config.model`.
-    """
-    named = settings.model_dump()
-    network = split_network(
-        lambda rngs: ArchBN(features, depth, classes=classes, rngs=rngs, **named)
-    )
-    return network._replace(bn_momentum=settings.bn_momentum)
+
+def filter_mask(params: Any) -> Any:
+    """True for every W of ArchBN, whose filters feed a normalisation; False for all else."""
+    rows = jax.tree_util.DictKey("rows")
+    return jax.tree.map_with_path(lambda path, _: rows in path, params)
 
 
 def split_network(
     make: Callable[[nnx.Rngs], nnx.Module],
-    mask: Callable[[Any], Any] = lambda params: filter_mask(params),
+    mask: Callable[[Any], Any] = filter_mask,
     axis: int | tuple[int, ...] | None = FILTER_AXIS,
+    bn_momentum: float = 0.99,  # Flax's own
 ) -> Network:
-    """The module that `make` builds as pure functions; `mask` and `axis` as of `Network`."""
+    """The module that `make` builds as pure functions; the others as of `Network`."""
     graph = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), nnx.Param, nnx.BatchStat)[0]
 
     def init(key: Array) -> tuple[Any, Any]:
-        model = make(nnx.Rngs(key))
-        params, stats = nnx.state(model, nnx.Param), nnx.state(model, nnx.BatchStat)
-        return nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
+        _, *states = nnx.split(make(nnx.Rngs(key)), nnx.Param, nnx.BatchStat)
+        params, stats = map(nnx.to_pure_dict, states)
+        return params, stats
 
     def apply(params: Any, stats: Any, x: Array, train: bool) -> tuple[Array, Any]:
         model = nnx.merge(graph, params, stats)
         logits = model(x, train=train)
         return logits, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
 
-    return Network(init, apply, mask, axis, bn_momentum=0.99)  # Flax's own
-
-
-def filter_mask(params: Any) -> Any:
-    """True for every W of ArchBN, whose filters feed a normalisation; False for all else."""
-    return {
-        **jax.tree.map(lambda _: False, params),
-        "layers": {
-            index: {"norm": {"bias": False, "scale": False}, "rows": {"W": True}}
-            for index in params["layers"]
-        },
-    }
+    return Network(init, apply, mask, axis, bn_momentum)
 
 
 def max_pool_pairs(h: Array, pairs: Literal["adjacent", "halves"]) -> Array:
@@ -219,14 +190,37 @@ def _max_of_neighbours(h: Array) -> Array:
     return jnp.maximum(h[..., 0::2], h[..., 1::2])
 
 
-def _max_forward(h: Array) -> tuple[Array, Array]:
-    return _max_of_neighbours(h), h
-
-
 def _max_backward(h: Array, gradient: Array) -> tuple[Array]:
     first = h[..., 0::2] >= h[..., 1::2]
     both = jnp.stack([jnp.where(first, gradient, 0), jnp.where(first, 0, gradient)], -1)
     return (both.reshape(h.shape),)
 
 
-_max_of_neighbours.defvjp(_max_forward, _max_backward)
+_max_of_neighbours.defvjp(lambda h: (_max_of_neighbours(h), h), _max_backward)
+
+
+def unbalance(params: Any, spread: Array, key: Array) -> Any:
+    """ArchBN's parameters moved along its symmetries: the network computes the same from there.
+
+    Args:
+      spread: float32 (4,): for each of `START`, over how many decades the factors are spread
+        (uniform in the logarithm, about 1), and how many the norm is above 1; 0 leaves everything
+        as it is.
+      key: of the factors.
+    """
+
+    def factors(key: Array, count: int, decades: Array) -> Array:
+        return 10.0 ** (decades * jax.random.uniform(key, (count,), minval=-0.5, maxval=0.5))
+
+    names = sorted(params["layers"])
+    layers, c = {}, jnp.float32(1)
+    for place, name in enumerate(names):
+        rows, norm = params["layers"][name]["rows"], params["layers"][name]["norm"]
+        keys = jax.random.split(jax.random.fold_in(key, place), 2)
+        w = rows["W"] / c  # c of the layer before
+        alpha = factors(keys[0], w.shape[0], spread[0]) * 10.0 ** spread[3]
+        # both features of a pooled pair have one factor: their maximum has it then, too
+        c = factors(keys[1], w.shape[0] // 2, spread[2 if name == names[-1] else 1])
+        norm = jax.tree.map(lambda x, c=c: x * jnp.repeat(c, 2), norm)
+        layers[name] = {"rows": {"W": w * alpha[:, None]}, "norm": norm}
+    return {**params, "layers": layers, "theta": {"W": params["theta"]["W"] / c}}

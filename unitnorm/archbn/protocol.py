@@ -1,14 +1,20 @@
 """The paper's protocol as pure functions: bold driver, stopping rule, choice of the base rate.
 
-Each works on scalars or arrays of one shape and is traced into the training program. The numbers
-they need are arguments; their values live in `unitnorm.archbn.config`.
+Each works on scalars or arrays of one shape and is traced into the training program, with its
+numbers from sections of the config.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
+
+if TYPE_CHECKING:
+    from unitnorm.archbn.config import BoldDriver, Sizes, Stopping
+    from unitnorm.archbn.training import Run
 
 # A run's stop reason is an index into this tuple; 0 means that it is still running. The order is
 # part of the checkpoint format: append only.
@@ -23,7 +29,6 @@ STOP_REASONS = (
 )
 RUNNING, TRAIN_ERROR, VAL_RISE, VAL_FLAT, MAX_EPOCHS, NON_FINITE, NO_RATE = range(7)
 
-
 # How the learning rate goes on after an epoch, by index.
 SCHEDULES = (
     "bold-driver",  # up after a decrease, down after an increase (the paper's)
@@ -37,32 +42,20 @@ BOLD_DRIVER, BOLD_DRIVER_BACK, CONSTANT, COSINE, FOLLOW, WARM_UP = range(6)
 WARM = 0.1  # of a training
 
 
-def next_rate(
-    schedule: Array,
-    base: Array,
-    rate: Array,
-    watched: Array,
-    previous: Array,
-    epoch: Array,
-    epochs: int,
-    *,
-    up: float,
-    down: float,
-) -> Array:
-    """Next epoch's learning rate of each run, whose leader is another's business.
+def next_rate(run: Run, watched: Array, epochs: int, driver: BoldDriver) -> Array:
+    """The learning rate after the epoch of a `run`, of `epochs` at most.
 
-    Args:
-      schedule: index into `SCHEDULES`.
-      base, rate: the first epoch's rate, and that of the epoch that has just ended.
-      watched, previous, up, down: see `bold_driver`.
-      epoch: epochs finished; of `epochs` at most.
+    The bold driver (the paper's [19]) multiplies it by `up` where `watched`, usually the epoch's
+    mean training loss, fell below that of the epoch before, `run.watched`, and by `down` where it
+    rose; not after the first epoch, where that is infinite. A leader's is another's business.
     """
-    driven = bold_driver(rate, watched, previous, up=up, down=down)
-    cosine = base * 0.5 * (1 + jnp.cos(jnp.pi * epoch / epochs))
-    warm = rate_within(schedule, base, base, epoch / epochs)
-    return jnp.select(
-        [schedule <= BOLD_DRIVER_BACK, schedule == COSINE], [driven, cosine], default=warm
-    )
+    fell, rose, epoch = watched < run.watched, watched > run.watched, run.epoch + 1
+    factor = jnp.where(fell, driver.up, jnp.where(rose, driver.down, 1.0))
+    driven = jnp.where(jnp.isinf(run.watched), run.rate, run.rate * factor)
+    cosine = run.base * 0.5 * (1 + jnp.cos(jnp.pi * epoch / epochs))
+    warm = rate_within(run.schedule, run.base, run.base, epoch / epochs)
+    conditions = [run.schedule <= BOLD_DRIVER_BACK, run.schedule == COSINE]
+    return jnp.select(conditions, [driven, cosine], default=warm)
 
 
 def rate_within(schedule: Array, base: Array, rate: Array, done: Array) -> Array:
@@ -71,60 +64,34 @@ def rate_within(schedule: Array, base: Array, rate: Array, done: Array) -> Array
     return jnp.where(schedule == WARM_UP, base * jnp.minimum(done / WARM, cosine), rate)
 
 
-def bold_driver(rate: Array, watched: Array, previous: Array, *, up: float, down: float) -> Array:
-    """Next epoch's learning rate (bold driver; the paper's [19]).
-
-    Args:
-      rate: this epoch's rate.
-      watched: the value after this epoch, usually the mean training loss.
-      previous: the same after the epoch before; infinity after the first epoch.
-      up, down: factors after a decrease and after an increase.
-
-    Returns:
-      `rate * up` if the value fell, `rate * down` if it rose, `rate` if it stayed or is the first.
-    """
-    factor = jnp.where(watched < previous, up, jnp.where(watched > previous, down, 1.0))
-    return jnp.where(jnp.isinf(previous), rate, rate * factor)
-
-
 def stop_reason(
-    epoch: Array,
-    loss: Array,
-    train_error: Array,
-    val_errors: Array,
-    *,
-    min_epochs: int,
-    max_epochs: int,
-    train_threshold: float,
-    lookback: int,
-    flat: float,
+    epoch: Array, loss: Array, train_error: Array, val_errors: Array, sizes: Sizes, rule: Stopping
 ) -> Array:
     """Why a run ends after this epoch, as an index into `STOP_REASONS` (section 4).
 
+    A non-finite loss ends it at once; the other rules apply from `sizes.min_epochs` on, in the
+    order in which the paper names them; `sizes.max_epochs` comes last.
+
     Args:
       epoch: epochs finished, 1 after the first.
-      loss: this epoch's training loss.
-      train_error: this epoch's training error, a fraction.
-      val_errors: shape (max_epochs,): validation errors, entry e - 1 after epoch e; entries from
-        `epoch` on are not read.
-      min_epochs, max_epochs, train_threshold, lookback, flat: the rule's numbers.
-
-    Returns:
-      int32. A non-finite loss ends a run at once; the other rules apply from `min_epochs` on, in
-      the order in which the paper names them; `max_epochs` comes last.
+      loss, train_error: this epoch's; the error as a fraction.
+      val_errors: shape (max_epochs,), entry e - 1 after epoch e; those from `epoch` on are not
+        read.
     """
 
     def value(back: int) -> Array:
         return val_errors[jnp.maximum(epoch - 1 - back, 0)]
 
-    rise = (epoch > lookback) & (value(0) > value(lookback))
-    still = (epoch > 1) & (jnp.abs(value(0) - value(1)) < flat)
-    reason = jnp.where(epoch >= max_epochs, MAX_EPOCHS, RUNNING)
-    reason = jnp.where(still, VAL_FLAT, reason)
-    reason = jnp.where(rise, VAL_RISE, reason)
-    reason = jnp.where(train_error < train_threshold, TRAIN_ERROR, reason)
-    reason = jnp.where(epoch < min_epochs, RUNNING, reason)
-    return jnp.where(jnp.isfinite(loss), reason, NON_FINITE).astype(jnp.int32)
+    rules = {
+        NON_FINITE: ~jnp.isfinite(loss),
+        RUNNING: epoch < sizes.min_epochs,
+        TRAIN_ERROR: train_error < rule.train_error,
+        VAL_RISE: (epoch > rule.lookback) & (value(0) > value(rule.lookback)),
+        VAL_FLAT: (epoch > 1) & (jnp.abs(value(0) - value(1)) < rule.flat),
+        MAX_EPOCHS: epoch >= sizes.max_epochs,
+    }
+    reasons = [jnp.int32(reason) for reason in rules]
+    return jnp.select(list(rules.values()), reasons, default=RUNNING)
 
 
 def has_diverged(
@@ -133,11 +100,8 @@ def has_diverged(
     """True where a run's validation error diverged (section 4: such runs are ignored).
 
     Either the training loss is not finite, or the validation error is at or above `diverged_error`
-    and the training loss above that of the first epoch, which a rate that is only slow is not.
-
-    Args:
-      loss, first_loss: training loss of the last and of the first epoch.
-      val_error: validation error after the last epoch.
+    and the training loss above `first_loss`, that of the first epoch, which a rate that is only
+    slow is not.
     """
     loss, val_error = jnp.asarray(loss), jnp.asarray(val_error)
     worse = (val_error >= diverged_error) & (loss > first_loss)
@@ -147,12 +111,10 @@ def has_diverged(
 def choose_rate(rates: ArrayLike, val_errors: ArrayLike, diverged: ArrayLike) -> Array:
     """Index of the base learning rate: the lowest validation error among the rates that held.
 
-    Ties go to the larger rate, which needs fewer epochs. Vectorised over leading axes.
+    Ties go to the larger rate, which needs fewer epochs.
 
     Args:
-      rates: shape (..., P), in any order.
-      val_errors: shape (..., P).
-      diverged: shape (..., P), bool.
+      rates, val_errors, diverged: shape (..., P), the rates in any order.
 
     Returns:
       int32 of shape (...,); -1 where every rate diverged.

@@ -55,17 +55,17 @@ class ResNet9(nnx.Module):
         self.classifier = nnx.Linear(8 * width, classes, use_bias=False, rngs=rngs)
 
     def __call__(self, x: Array, *, train: bool = False) -> Array:
-        x = (x.reshape(-1, *self.shape) / 255 - 0.5) / 0.25
-        x = self.first(self.prepare(x, train=train), train=train)
-        x = x + self._through(self.residual, x, train)
-        x = self.third(self.second(x, train=train), train=train)
-        x = x + self._through(self.residual_last, x, train)
-        return 0.125 * self.classifier(x.max((1, 2)))
+        def through(x: Array, *blocks: ConvBlock) -> Array:
+            for block in blocks:
+                x = block(x, train=train)
+            return x
 
-    def _through(self, blocks: Any, x: Array, train: bool) -> Array:
-        for block in blocks:
-            x = block(x, train=train)
-        return x
+        x = (x.reshape(-1, *self.shape) / 255 - 0.5) / 0.25
+        x = through(x, self.prepare, self.first)
+        x = x + through(x, *self.residual)
+        x = through(x, self.second, self.third)
+        x = x + through(x, *self.residual_last)
+        return 0.125 * self.classifier(x.max((1, 2)))
 
 
 NETWORKS: dict[str, Callable[..., nnx.Module]] = {
@@ -77,9 +77,9 @@ NETWORKS: dict[str, Callable[..., nnx.Module]] = {
 @lru_cache(maxsize=16)
 def convolutional(name: str, shape: tuple[int, ...], classes: int) -> Network:
     """A network of `NETWORKS` as pure functions, its mini-batches flipped and shifted at random."""
-    make = NETWORKS[name]
-    network = split_network(lambda rngs: make(shape, classes, rngs=rngs), kernel_mask, None)
-    return network._replace(augment=partial(augment, (*shape, 1)[:3]), bn_momentum=BN_MOMENTUM)
+    make = partial(NETWORKS[name], shape, classes)
+    network = split_network(lambda rngs: make(rngs=rngs), kernel_mask, None, BN_MOMENTUM)
+    return network._replace(augment=partial(augment, (*shape, 1)[:3]))
 
 
 def kernel_mask(params: Any) -> Any:

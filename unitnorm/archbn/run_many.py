@@ -19,8 +19,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from unitnorm.archbn import protocol
-from unitnorm.archbn.batches import Images, Split, draw_split
+from unitnorm.archbn.batches import Images, draw_split
 from unitnorm.archbn.evaluation import find_wrong
+from unitnorm.archbn.model import START
 from unitnorm.archbn.training import Arm, Run, Settings, Task, make_training
 from unitnorm.data import Dataset
 from unitnorm.run.loop import Status
@@ -34,13 +35,7 @@ class Program:
     """The training of runs to their end: a `loop.Trainable`. A state has a `Run` for each arm.
 
     Where the runs do not divide evenly among the devices, runs that have ended are added and never
-    reported.
-
-    Args:
-      title: what the user calls it.
-      task: what all runs have in common.
-      arms: each with its runs.
-      data: its images.
+    reported. `title` is what the user calls it; each arm comes with its runs.
     """
 
     def __init__(self, title: str, task: Task, arms: Sequence[tuple[Arm, Settings]], data: Dataset):
@@ -59,19 +54,20 @@ class Program:
             mine._replace(rate=np.where(dealt < 0, np.float32(np.nan), mine.rate))
             for mine, dealt in zip(map(_rows, settings, self._dealt), self._dealt, strict=True)
         )
-        leaders = _find_leaders(settings, self._settings, self._places[0])
         mesh = Mesh(np.asarray(devices), ("run",), axis_types=(AxisType.Auto,))
+        self._by_run = NamedSharding(mesh, PartitionSpec("run"))
         images = (data.train_images, data.train_labels), (data.test_images, data.test_labels)
         self._images, self._test = jax.device_put(
             tuple(Images(*pair) for pair in images), NamedSharding(mesh, PartitionSpec())
         )
-        self._split, self._init, self._epoch, self._wrong = compile_parts(
+        self._split, self._init, self._epoch, self._wrong = _compile(
             task, tuple(arm for arm, _ in arms), tuple(blocks), mesh, len(data.train_labels)
         )
-        self._by_run = NamedSharding(mesh, PartitionSpec("run"))
-        self._follow_leaders = leaders and jax.jit(
-            partial(_follow, leaders), donate_argnums=0, out_shardings=self._by_run
-        )
+        self._leaders: list[np.ndarray] = []
+        if any(np.any(given.schedule == protocol.FOLLOW) for given in settings):
+            # of each place, that of its seed's first run in the first arm
+            first = dict(zip(settings[0].seed[::-1], self._places[0][::-1], strict=True))
+            self._leaders = [np.array([first[s] for s in mine.seed]) for mine in self._settings]
         self._epochs_done = 0
 
     def start(self) -> tuple[Run, ...]:
@@ -89,10 +85,10 @@ class Program:
     def put(self, saved: Any) -> tuple[Run, ...]:
         """Saved runs at their places, which depend on the devices."""
         self._epochs_done = max(int(np.max(runs.epoch)) for runs in saved)
-        placed = zip(map(_rows, saved, self._dealt), self._dealt, strict=True)
         ended = np.int32(protocol.NO_RATE)
         state = tuple(
-            runs._replace(reason=np.where(dealt < 0, ended, runs.reason)) for runs, dealt in placed
+            runs._replace(reason=np.where(dealt < 0, ended, runs.reason))
+            for runs, dealt in zip(map(_rows, saved, self._dealt), self._dealt, strict=True)
         )
         return jax.device_put(state, self._by_run)
 
@@ -105,7 +101,17 @@ class Program:
         number = np.int32(self._epochs_done)
         self._epochs_done += 1
         state = self._epoch(self._splits, state, number, self._images, self._test)
-        return self._follow_leaders(state) if self._follow_leaders else state
+        return self._with_leaders_rates(state) if self._leaders else state
+
+    def _with_leaders_rates(self, state: tuple[Run, ...]) -> tuple[Run, ...]:
+        """Those of `protocol.FOLLOW` set to their leaders'."""
+        leading = np.asarray(state[0].rate)
+        rates = [
+            np.where(run.schedule == protocol.FOLLOW, leading[mine], run.rate)
+            for run, mine in zip(state, self._leaders, strict=True)
+        ]
+        placed = zip(state, jax.device_put(rates, self._by_run), strict=True)
+        return tuple(run._replace(rate=rate) for run, rate in placed)
 
     def status(self, state: tuple[Run, ...]) -> Status:
         """How far the runs are."""
@@ -120,27 +126,19 @@ class Program:
         return Status(int(epochs.max()), bool(active), text, val_error=error)
 
     def find_wrong(self, state: tuple[Run, ...]) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
-        """Which test images the runs of each arm get wrong, and the mean cross-entropy over all.
-
-        Returns:
-          For each arm bool (runs, test images), float32 (runs,).
-        """
+        """Of each arm, which test images its runs get wrong, bool (runs, test images), and the mean
+        cross-entropy over all, float32 (runs,)."""
         return self.take(self._wrong(state, self._test))
 
 
 @lru_cache(maxsize=16)
-def compile_parts(
+def _compile(
     task: Task, arms: tuple[Arm, ...], blocks: tuple[int, ...], mesh: Mesh, images: int
 ) -> tuple[Callable[..., Any], ...]:
     """What is compiled of a program: its splits, its start, an epoch, what its runs get wrong.
 
-    A study trains program after program of other seeds: the same functions spare it the tracing,
-    a twentieth of its time.
-
-    Args:
-      arms, blocks: of each arm, how many of its runs are computed together.
-      mesh: the devices, along the axis "run".
-      images: to split.
+    Of each arm so many runs as `blocks` says are computed together. A study trains program after
+    program of other seeds: the same functions spare it the tracing, a twentieth of its time.
     """
     trainings = [make_training(task, arm) for arm in arms]
     sizes = getattr(task.config, task.part)
@@ -157,13 +155,12 @@ def compile_parts(
         done = []
         for mine, block, *runs in zip(trainings, blocks, splits, state, strict=True):
             epoch = jax.vmap(partial(mine.epoch, images, test, number))
-            blocked: tuple[Split, Run] = _blocked(block, tuple(runs))
             # a block that has ended costs nothing
             ended = jax.lax.map(
                 lambda pair, epoch=epoch: jax.lax.cond(
                     jnp.any(pair[1].reason == protocol.RUNNING), epoch, lambda _, same: same, *pair
                 ),
-                blocked,
+                _blocked(block, tuple(runs)),
             )
             done.append(_joined(ended))
         return tuple(done)
@@ -172,10 +169,8 @@ def compile_parts(
         everything = jnp.arange(len(test.labels), dtype=jnp.int32)
 
         def of_block(runs: Run) -> tuple[Array, Array]:
-            of_run = partial(find_wrong, task.network)
-            wrong, losses = jax.vmap(of_run, (0, 0, None, None))(
-                runs.params, runs.stats, test, everything
-            )
+            of_runs = jax.vmap(partial(find_wrong, task.network), (0, 0, None, None))
+            wrong, losses = of_runs(runs.params, runs.stats, test, everything)
             return wrong, losses.mean(-1)
 
         each = zip(blocks, state, strict=True)
@@ -184,7 +179,7 @@ def compile_parts(
     return (
         jax.jit(partial(jax.lax.map, drawn)),
         _over_devices(mesh, init, by_run=1),
-        _over_devices(mesh, advance, by_run=2, donate=1),
+        _over_devices(mesh, advance, by_run=2, donate=(1,)),
         _over_devices(mesh, wrong, by_run=1),
     )
 
@@ -202,12 +197,10 @@ def deal(counts: Sequence[int], blocks: Sequence[int], devices: int) -> list[np.
     found, dealt = [], 0
     for count, block in zip(counts, blocks, strict=True):
         number = -(-count // block)
-        places = np.full((devices, -(-number // devices), block), -1)
-        for index in range(number):
-            runs = np.arange(index * block, min((index + 1) * block, count))
-            places[(dealt + index) % devices, index // devices, : len(runs)] = runs
+        runs = np.full((-(-number // devices), devices, block), -1)
+        runs.flat[:count] = np.arange(count)
+        found.append(np.roll(runs.swapaxes(0, 1), dealt, axis=0).reshape(-1))
         dealt += number
-        found.append(places.reshape(-1))
     return found
 
 
@@ -231,13 +224,10 @@ def at_end(run: Run, task: Task) -> End:
 def exact_history(run: Run, task: Task) -> dict[str, np.ndarray]:
     """The history of an arm's runs, (runs, max_epochs, …), with errors as the fractions that they
     are: XLA multiplies by 1 / images, which rounds."""
-    sizes = getattr(task.config, task.part)
-    history: dict[str, np.ndarray] = run.history._asdict()
-    for name, images in (
-        ("train_error", sizes.train_images),
-        ("val_error", sizes.validation_images),
-    ):
-        history[name] = np.round(np.asarray(history[name], np.float64) * images) / images
+    sizes, history = getattr(task.config, task.part), run.history._asdict()
+    images = {"train_error": sizes.train_images, "val_error": sizes.validation_images}
+    for name, count in images.items():
+        history[name] = np.round(np.asarray(history[name], np.float64) * count) / count
     return history
 
 
@@ -262,14 +252,12 @@ def _joined(tree: Any) -> Any:
 
 
 def _over_devices(
-    mesh: Mesh, function: Callable[..., Any], *, by_run: int, donate: int | None = None
+    mesh: Mesh, function: Callable[..., Any], *, by_run: int, donate: tuple[int, ...] = ()
 ) -> Callable[..., Any]:
     """Compile a function of many runs, each device computing its own.
 
-    Args:
-      function: of trees whose leaves have runs as their leading axis, and of what they share.
-      by_run: how many of its arguments have runs; the result has them, too.
-      donate: an argument whose memory may be reused.
+    The first `by_run` arguments have runs as their leading axis, as the result has; the memory of
+    those in `donate` may be reused.
     """
     runs, everywhere = PartitionSpec("run"), PartitionSpec()
 
@@ -281,49 +269,22 @@ def _over_devices(
                 function, mesh=mesh, in_specs=specs, out_specs=runs, check_vma=False
             )(*arguments)
 
-    return jax.jit(sharded, donate_argnums=() if donate is None else donate)
-
-
-def _find_leaders(
-    given: Sequence[Settings], placed: Sequence[Settings], first: np.ndarray
-) -> list[np.ndarray] | None:
-    """For each place of each arm, that of its seed's first run in the first arm.
-
-    Args:
-      given, placed: the settings of each run, and of each place.
-      first: where the first arm's runs are.
-
-    Returns:
-      None where no run follows another.
-    """
-    if not any(np.any(mine.schedule == protocol.FOLLOW) for mine in given):
-        return None
-    leader = dict(zip(given[0].seed[::-1].tolist(), first[::-1].tolist(), strict=True))
-    return [np.array([leader[seed] for seed in mine.seed.tolist()]) for mine in placed]
-
-
-def _follow(leaders: list[np.ndarray], state: tuple[Run, ...]) -> tuple[Run, ...]:
-    """The state with the rates of `protocol.FOLLOW` set to their leaders'."""
-    rates = state[0].rate
-    return tuple(
-        run._replace(rate=jnp.where(run.schedule == protocol.FOLLOW, rates[mine], run.rate))
-        for run, mine in zip(state, leaders, strict=True)
-    )
+    return jax.jit(sharded, donate_argnums=donate)
 
 
 def _fill(given: Settings) -> Settings:
     """Settings with every array as long as `seed`."""
-    count, spread = len(given.seed), np.asarray(given.spread, np.float32)
 
     def floats(values: Any) -> np.ndarray | None:
         return None if values is None else np.asarray(values, np.float32)
 
+    count = len(given.seed)
     return Settings(
         seed=np.asarray(given.seed, np.uint32),
         rate=floats(given.rate),
         ratio=floats(given.ratio),
         schedule=np.broadcast_to(np.asarray(given.schedule, np.int32), count),
-        spread=np.broadcast_to(spread, (count, spread.shape[-1])),
+        spread=np.broadcast_to(np.asarray(given.spread, np.float32), (count, len(START))),
         decay=floats(given.decay),
     )
 

@@ -1,8 +1,7 @@
 """The training of one run, from its start to the stopping rule: the paper's section 4 on one page.
 
-`make_training` closes over all that is compiled in and gives pure functions of one run. `run_many`
-maps them over runs and devices, and compiles them. What may be changed here is how a network is
-trained; the numbers are in `config`, the rules in `protocol`, the updates in `unitnorm.updates`.
+What may be changed here is how a network is trained; the numbers are in `config`, the rules in
+`protocol`, the updates in `unitnorm.updates`. `run_many` maps it over runs and devices.
 """
 
 from __future__ import annotations
@@ -19,9 +18,7 @@ from jax import Array
 from unitnorm.archbn import batches, evaluation, protocol
 from unitnorm.archbn.batches import Images, Split
 from unitnorm.archbn.config import Config
-from unitnorm.archbn.minibatch import cross_entropy
-from unitnorm.archbn.model import Network
-from unitnorm.archbn.starts import START, unbalance
+from unitnorm.archbn.model import START, Network, unbalance
 from unitnorm.geometry import retraction
 from unitnorm.updates import find_update, partition
 
@@ -54,7 +51,7 @@ class Settings(NamedTuple):
     rate: Any  # base learning rate; a run without a finite one has ended
     ratio: Any = None  # rate of the filters over that of the rest; None: one rate for both
     schedule: Any = protocol.BOLD_DRIVER  # int32, index into protocol.SCHEDULES
-    spread: Any = (0.0,) * len(START)  # (runs, 4), decades: see `starts.START`
+    spread: Any = (0.0,) * len(START)  # (runs, 4), decades: see `model.START`
     decay: Any = None  # weight decay of the filters, η; None: the update has none to be told
 
 
@@ -103,7 +100,7 @@ class Batches(NamedTuple):
 
 
 class Training(NamedTuple):
-    """Pure functions of one run; see `make_training`."""
+    """See `make_training`."""
 
     init: Callable[[Settings], Run]
     step: Callable[[Any, Batches, Array, Array], Batches]
@@ -111,7 +108,7 @@ class Training(NamedTuple):
 
 
 def make_training(task: Task, arm: Arm) -> Training:
-    """Training as closures over what is compiled in.
+    """Pure functions of one run, closed over what is compiled in.
 
     Returns:
       `init(settings)`: a run at its start, which depends on its seed and spread, not its update.
@@ -120,7 +117,7 @@ def make_training(task: Task, arm: Arm) -> Training:
     """
     config, network = task.config, task.network
     known, sizes = find_update(arm.update), getattr(config, task.part)
-    driver, stop, size = config.bold_driver, config.stopping, config.loss.batch_size
+    size = config.loss.batch_size
 
     def optimiser(run: Any, params: Any) -> optax.GradientTransformation:
         """Table 1: the update of the filters, and plain descent of θ, γ and β."""
@@ -139,11 +136,9 @@ def make_training(task: Task, arm: Arm) -> Training:
             if known.constrained:  # "trust" looks at no norm afterwards
                 params = network.with_filters(params, lambda w: retraction(w, network.axis))
         nothing = jnp.full(sizes.max_epochs, jnp.nan)
-        layers = None
-        if task.layers:
-            layers = jnp.full((sizes.max_epochs, len(network.filters(params))), jnp.nan)
-        history = History(*[nothing] * len(History._fields))
-        history = history._replace(layer_rate=layers, layer_angle=layers)
+        shape = sizes.max_epochs, len(network.filters(params))
+        layers = jnp.full(shape, jnp.nan) if task.layers else None
+        history = History(*[nothing] * (len(History._fields) - 2), *[layers] * 2)
         reason = jnp.where(jnp.isfinite(given.rate), protocol.RUNNING, protocol.NO_RATE)
         run = Run(params, stats, None, given.rate, given.rate, given.ratio, given.decay,
                   given.schedule, jnp.asarray(jnp.inf), jnp.asarray(0), reason.astype(jnp.int32),
@@ -156,7 +151,7 @@ def make_training(task: Task, arm: Arm) -> Training:
 
         def loss(params: Any) -> tuple[Array, tuple[Array, Array, Any]]:
             logits, moved = network.apply(params, at.stats, x, True)
-            total = cross_entropy(logits, y).sum()
+            total = evaluation.cross_entropy(logits, y).sum()
             wrong = jnp.sum(jnp.argmax(logits, -1) != y).astype(jnp.float32)
             joined = total if config.loss.reduction == "sum" else total / len(y)
             return joined, (total, wrong, moved)
@@ -174,67 +169,49 @@ def make_training(task: Task, arm: Arm) -> Training:
         return Batches(params, stats, opt_state, at.loss + total, at.wrong + wrong)
 
     def epoch(images: Images, test: Images, number: Array, split: Split, run: Run) -> Run:
-        """Section 4: mini-batches without replacement, in an order that is new in each epoch.
+        """Section 4: mini-batches without replacement, in an order that is new in each epoch."""
 
-        Where the batch size does not divide the training images, the last batch is smaller.
-        """
-
-        def step_at(at: Batches, index: Array) -> tuple[Batches, None]:
-            return step(run, at, *batches.gather(images, index)), None
-
-        def step_at_place(at: Batches, given: tuple[Array, Array | int]) -> tuple[Batches, None]:
-            assert network.augment is not None
-            index, place = given
+        def step_at(at: Batches, given: tuple[Array, Array | int]) -> tuple[Batches, None]:
+            (index, place), now = given, run
             x, y = batches.gather(images, index)
-            done = (number * places + place) / (sizes.max_epochs * places)
-            rate = protocol.rate_within(run.schedule, run.base, run.rate, done)
-            key = batches.stream(split.order_seed, batches.AUGMENT)
-            key = jax.random.fold_in(jax.random.fold_in(key, number), place)
-            return step(run._replace(rate=rate), at, network.augment(key, x), y), None
+            if network.augment is not None:
+                done = (number * places + place) / (sizes.max_epochs * places)
+                rate = protocol.rate_within(run.schedule, run.base, run.rate, done)
+                now = run._replace(rate=rate)
+                key = batches.stream(split.order_seed, batches.AUGMENT)
+                key = jax.random.fold_in(jax.random.fold_in(key, number), place)
+                x = network.augment(key, x)
+            return step(now, at, x, y), None
 
         order = batches.draw_order(task.part, split, number)
         whole = len(order) // size * size
         # a constant would be found to differ from run to run, and the mini-batch traced once more
         zero = 0 * run.rate
         at = Batches(run.params, run.stats, run.opt_state, zero, zero)
-        each, last = order[:whole].reshape(-1, size), order[whole:]
+        each, last = order[:whole].reshape(-1, size), order[whole:]  # the last may be smaller
         places = len(each) + (len(last) > 0)
-        if network.augment is None:
-            at, _ = jax.lax.scan(step_at, at, each)
-            at = step_at(at, last)[0] if len(last) else at
-        else:
-            at, _ = jax.lax.scan(step_at_place, at, (each, jnp.arange(len(each))))
-            at = step_at_place(at, (last, len(each)))[0] if len(last) else at
+        at, _ = jax.lax.scan(step_at, at, (each, jnp.arange(len(each))))
+        at = step_at(at, (last, len(each)))[0] if len(last) else at
         if task.statistics == "anew":
             blocks = split.train[:whole].reshape(-1, size)
-            momentum = network.bn_momentum
-            stats = evaluation.average_statistics(
-                network, at.params, at.stats, images, blocks, momentum
-            )
-            at = at._replace(stats=stats)
-        return finish(images, test, number, split, run, at)
+            anew = evaluation.average_statistics(network, at.params, at.stats, images, blocks)
+            at = at._replace(stats=anew)
+        return finish(run, at, measure(images, test, number, split, run, at))
 
-    def finish(
-        images: Images, test: Images, number: Array, split: Split, run: Run, end: Batches
-    ) -> Run:
-        """Section 4: measure, anneal, stop; an ended run is left untouched."""
-        values = measure(images, test, number, split, run, end)
+    def finish(run: Run, end: Batches, values: History) -> Run:
+        """Section 4: anneal and stop; an ended run is left untouched."""
         history = jax.tree.map(lambda old, new: old.at[run.epoch].set(new), run.history, values)
-        watched, epochs = getattr(values, driver.watch), run.epoch + 1
+        watched, epochs = getattr(values, config.bold_driver.watch), run.epoch + 1
         reason = protocol.stop_reason(
-            epochs, values.train_loss, values.train_error, getattr(history, task.stop_by),
-            min_epochs=sizes.min_epochs, max_epochs=sizes.max_epochs,
-            train_threshold=stop.train_error, lookback=stop.lookback, flat=stop.flat,
+            epochs, values.train_loss, values.train_error, getattr(history, task.stop_by), sizes,
+            config.stopping,
         )  # fmt: skip
-        rate = protocol.next_rate(
-            run.schedule, run.base, run.rate, watched, run.watched, epochs, sizes.max_epochs,
-            up=driver.up, down=driver.down,
-        )  # fmt: skip
+        rate = protocol.next_rate(run, watched, sizes.max_epochs, config.bold_driver)
         # Battiti's bold driver takes back the step, here an epoch, after which the value rose
         back = (run.schedule == protocol.BOLD_DRIVER_BACK) & (watched > run.watched)
-        start = (run.params, run.stats, run.opt_state, run.watched)
-        kept = _where(back, start, (end.params, end.stats, end.opt_state, watched))
-        params, stats, opt_state, watched = kept
+        before = run.params, run.stats, run.opt_state, run.watched
+        after = end.params, end.stats, end.opt_state, watched
+        params, stats, opt_state, watched = _where(back, before, after)
         done = run._replace(
             params=params, stats=stats, opt_state=opt_state, rate=rate, watched=watched,
             epoch=epochs, reason=reason, history=history,

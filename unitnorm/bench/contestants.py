@@ -21,10 +21,9 @@ import optax
 
 from unitnorm.archbn.batches import Images, draw_split
 from unitnorm.archbn.config import Config
-from unitnorm.archbn.model import archbn
+from unitnorm.archbn.model import START, archbn
 from unitnorm.archbn.protocol import BOLD_DRIVER
 from unitnorm.archbn.run_many import Program
-from unitnorm.archbn.starts import START
 from unitnorm.archbn.training import Arm, Settings, Task, make_training
 from unitnorm.bench.worker import RATE
 from unitnorm.data import Dataset, load_dataset

@@ -17,7 +17,7 @@ from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
-from unitnorm.archbn.minibatch import batch_statistics
+from unitnorm.archbn.evaluation import batch_statistics
 from unitnorm.segment.config import SegNetConfig
 from unitnorm.segment.data import Scenes
 from unitnorm.segment.model import segnet

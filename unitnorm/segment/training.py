@@ -18,8 +18,7 @@ import optax
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
-from unitnorm.archbn.evaluation import measure_norms
-from unitnorm.archbn.minibatch import cross_entropy
+from unitnorm.archbn.evaluation import cross_entropy, measure_norms
 from unitnorm.errors import UserError
 from unitnorm.run.loop import Status
 from unitnorm.segment.augment import augment

@@ -19,9 +19,8 @@ import pandas as pd
 
 from unitnorm.archbn import protocol, run_many
 from unitnorm.archbn.config import Config
-from unitnorm.archbn.model import archbn
+from unitnorm.archbn.model import START, archbn
 from unitnorm.archbn.resnet import convolutional
-from unitnorm.archbn.starts import START
 from unitnorm.archbn.training import Arm, Run, Settings, Task
 from unitnorm.data import Dataset
 from unitnorm.errors import UserError

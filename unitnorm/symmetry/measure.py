@@ -23,7 +23,7 @@ from jax import Array
 
 from unitnorm.archbn.batches import INIT, stream
 from unitnorm.archbn.config import Config
-from unitnorm.archbn.minibatch import cross_entropy
+from unitnorm.archbn.evaluation import cross_entropy
 from unitnorm.archbn.model import FILTER_AXIS, ArchBN, Network, filter_mask, split_network
 from unitnorm.data import Dataset
 from unitnorm.geometry import filter_norms, retraction

@@ -26,8 +26,6 @@ from unitnorm.run.provenance import fingerprint
 from unitnorm.run.records import REPAIR, Records, Schema
 from unitnorm.table2.schema import CELL, FILTERS, SCHEMA
 
-TITLES = {"sweep": "sweep", "runs": "train"}
-
 
 @dataclass(frozen=True)
 class Cells:
@@ -98,25 +96,19 @@ class Table2:
 
     def _sweep_rows(self, cells: Cells, task: Task, trained: tuple[Run, ...]) -> Found:
         """Of each run, the rate that is best on the validation images is chosen (section 4)."""
-        rates = np.asarray(self.config.sweep.rates)
-        shape = len(cells.runs), len(rates)
-        rows = []
-        for update, runs in zip(cells.updates, trained, strict=True):
-            end = run_many.at_end(runs, task)
-            val_error, loss, diverged = (
-                values.reshape(shape) for values in (end.val_error, end.train_loss, end.diverged)
-            )
-            chosen = np.asarray(protocol.choose_rate(rates, val_error, diverged))
-            rows += [
-                {
-                    "depth": cells.depth, "update": update, "run": number,
-                    "seed": self.config.seed + number, "base_lr": rate,
-                    "val_error": val_error[i, j], "train_loss": loss[i, j],
-                    "diverged": diverged[i, j], "chosen": j == chosen[i],
-                }
-                for i, number in enumerate(cells.runs)
-                for j, rate in enumerate(rates)
-            ]  # fmt: skip
+        rates, runs = self.config.sweep.rates, np.asarray(cells.runs)
+        rows: list[dict[Any, Any]] = []
+        for update, run in zip(cells.updates, trained, strict=True):
+            end = run_many.at_end(run, task)
+            errors, diverged = (x.reshape(-1, len(rates)) for x in (end.val_error, end.diverged))
+            chosen = protocol.choose_rate(np.asarray(rates), errors, diverged)
+            number = np.repeat(runs, len(rates))
+            found = {
+                "depth": cells.depth, "update": update, "run": number,
+                "seed": self.config.seed + number, "base_lr": np.tile(rates, len(runs)),
+                "chosen": (np.arange(len(rates)) == np.asarray(chosen)[:, None]).reshape(-1),
+            }  # fmt: skip
+            rows += pd.DataFrame(found | end._asdict()).to_dict("records")
         return Found({"sweep": SCHEMA.frame("sweep", rows)}, arrays={FILTERS: {}})
 
     def _train_rows(
@@ -128,34 +120,28 @@ class Table2:
           wrong: of each update, which test images each run gets wrong.
         """
         assert cells.rates is not None
-        columns = SCHEMA.tables["history"].columns
-        run_rows, history_rows, filters = [], [], {}
-        for column, (update, run) in enumerate(zip(cells.updates, trained, strict=True)):
-            end, test_error = run_many.at_end(run, task), wrong[column].mean(axis=-1)
-            history = run_many.exact_history(run, task)
+        numbers, filters = np.asarray(cells.runs), {}
+        rows: dict[str, list[dict[Any, Any]]] = {"runs": [], "history": []}
+        each = zip(cells.updates, cells.rates.T, trained, wrong, strict=True)
+        for update, rates, run, mine in each:
             if cells.runs[0] == 0:
                 first = task.network.filters(run.params)[0]
                 filters[f"{cells.depth}/{update}"] = np.asarray(first[0])
-            for i, number in enumerate(cells.runs):
-                name = {"depth": cells.depth, "update": update, "run": number}
-                run_rows.append(
-                    name
-                    | {
-                        "seed": self.config.seed + number, "base_lr": cells.rates[i, column],
-                        "epochs": run.epoch[i],
-                        "train_loss": end.train_loss[i], "val_error": end.val_error[i],
-                        "test_error": test_error[i] if run.epoch[i] else np.nan,
-                        "diverged": end.diverged[i],
-                        "stop_reason": protocol.STOP_REASONS[run.reason[i]],
-                    }
-                )  # fmt: skip
-                history_rows += [
-                    name
-                    | {"epoch": epoch + 1}
-                    | {key: history[key][i, epoch] for key in history if key in columns}
-                    for epoch in range(run.epoch[i])
-                ]
-        rows = {"runs": run_rows, "history": history_rows}
+            cell = {"depth": cells.depth, "update": update}
+            found = {
+                "run": numbers, "seed": self.config.seed + numbers, "base_lr": rates,
+                "epochs": run.epoch, "stop_reason": np.take(protocol.STOP_REASONS, run.reason),
+                "test_error": np.where(run.epoch > 0, mine.mean(axis=-1), np.nan),
+            }  # fmt: skip
+            end = run_many.at_end(run, task)._asdict()
+            rows["runs"] += pd.DataFrame(cell | found | end).to_dict("records")
+            history = run_many.exact_history(run, task)
+            columns = [name for name in SCHEMA.tables["history"].columns if name in history]
+            # of each run, the epochs that it has had
+            i, epoch = np.nonzero(np.arange(task.config.train.max_epochs) < run.epoch[:, None])
+            values = {name: history[name][i, epoch] for name in columns}
+            course = pd.DataFrame(cell | {"run": numbers[i], "epoch": epoch + 1} | values)
+            rows["history"] += course.to_dict("records")
         return Found({n: SCHEMA.frame(n, mine) for n, mine in rows.items()}, {}, {FILTERS: filters})
 
 
@@ -196,7 +182,8 @@ def filters_of(records: Records) -> dict[tuple[int, str], np.ndarray]:
 
 
 def _group(table: str, cells: Cells) -> Group:
-    return Group(f"{TITLES[table]} depth {cells.depth}", table, cells.table(), cells)
+    title = "train" if table == "runs" else table
+    return Group(f"{title} depth {cells.depth}", table, cells.table(), cells)
 
 
 def _missing(config: Config, table: pd.DataFrame) -> list[Cells]:

@@ -1,8 +1,5 @@
-"""The figures of Table 2's records, in the style of `report.style`.
-
-One public function per figure, which takes the frames of `report.prepare_runs` and
-`report.prepare_history`. Change here what a figure shows.
-"""
+"""The figures of Table 2's records, from the frames of `report.prepare_runs` and of
+`report.prepare_history`: a public function for each, and here alone what it shows."""
 
 import math
 from collections.abc import Mapping
@@ -28,11 +25,9 @@ def draw_curves(history: pd.DataFrame) -> Figure:
     """Validation error and training loss over the epochs: a row of panels per depth."""
     history = history.assign(val_percent=100 * history["val_error"])
     depths, styles = history["depth"].unique(), style.assign_styles(history["update"])
-    note = _describe_curves(
-        "mean of the runs, where a run that has stopped keeps its last value", history
-    )
+    mean = "mean of the runs, where a run that has stopped keeps its last value"
     panels = [("val_percent", "validation error [%]"), ("train_loss", "training loss")]
-    handles = style.make_handles(styles)
+    handles, note = style.make_handles(styles), _describe_curves(mean, history)
     with style.settings():
         figure, axes = style.lay_out(len(depths), 2, 2.6, handles, note, sharey="col")
         for (column, name), axis_column in zip(panels, axes.T, strict=True):
@@ -46,15 +41,14 @@ def draw_curves(history: pd.DataFrame) -> Figure:
 def draw_rates(history: pd.DataFrame) -> Figure:
     """The learning rate over the epochs, as the bold driver sets it: a panel per depth."""
     depths, styles = history["depth"].unique(), style.assign_styles(history["update"])
-    note = _describe_curves(
-        "geometric mean, where a run that has stopped keeps its last rate", history
-    )
+    mean = "geometric mean, where a run that has stopped keeps its last rate"
+    handles, note = style.make_handles(styles), _describe_curves(mean, history)
     rows, columns = math.ceil(len(depths) / 2), min(2, len(depths))
     with style.settings():
-        figure, axes = style.lay_out(rows, columns, 2.7, style.make_handles(styles), note)
+        figure, axes = style.lay_out(rows, columns, 2.7, handles, note)
         _set_scale(axes[0, 0], history, "lr")
         for depth, axis in style.match_axes(depths, axes):
-            _draw_runs(axis, history[history["depth"] == depth], "lr", styles, geometric=True)
+            _draw_runs(axis, history[history["depth"] == depth], "lr", styles)
             axis.set(title=f"depth {depth}", ylabel="learning rate", xlabel="epoch")
         return figure
 
@@ -64,11 +58,8 @@ def draw_test_errors(
 ) -> Figure:
     """Every run's test error, the mean with its 95 % interval, and the paper's mean ± std.
 
-    Runs that lie apart (`statistics.find_outliers`) have their number beside them.
-
-    Args:
-        runs: from `report.prepare_runs`.
-        paper: (depth, update) to mean and std.
+    Runs that lie apart (`statistics.find_outliers`) have their number beside them. `paper` is
+    (depth, update) to mean and std.
     """
     updates, depths = sort_updates(runs["update"]), runs["depth"].unique()
     columns = min(2, len(depths)) if len(updates) <= 4 else 1
@@ -97,7 +88,7 @@ def draw_test_errors(
 
 
 def draw_filters(
-    weights: Mapping[str, np.ndarray], image_shape: tuple[int, int], depth: int
+    weights: Mapping[str, np.ndarray], image_shape: tuple[int, ...], depth: int
 ) -> Figure:
     """The first layer's filters of one run as images, the updates side by side.
 
@@ -105,7 +96,7 @@ def draw_filters(
 
     Args:
         weights: per update the filters, shape (filters, features).
-        image_shape: rows and columns of an image; their product is the number of features.
+        image_shape: rows and columns of an image, and its channels, drawn side by side, if any.
         depth: of the network, for the title.
 
     Raises:
@@ -153,14 +144,13 @@ def draw_comparison(table: pd.DataFrame, own: pd.DataFrame, names: tuple[str, st
     parts = zip(own["depth"], own["update"], own["baseline"], strict=True)
     own = own.assign(cell=[f"depth {d}, {label(u)} − {label(b)}" for d, u, b in parts])
     rows = list(own["cell"].unique())
-    forms: list[dict[str, Any]] = [
-        {"color": "black", "marker": "o"},
-        {"color": "#CC79A7", "marker": "s"},
+    sides: list[tuple[str, str, float, dict[str, Any]]] = [
+        ("A", "first", -0.13, {"color": "black", "marker": "o", "ms": 5}),
+        ("B", "second", 0.13, {"color": "#CC79A7", "marker": "s", "ms": 5}),
     ]
-    sides = list(zip("AB", ("first", "second"), names, (-0.13, 0.13), forms, strict=True))
     handles = [
-        style.make_handle(line="-", lw=1.5, ms=5, label=f"{letter}: {name}", **form)
-        for letter, _, name, _, form in sides
+        style.make_handle(line="-", lw=1.5, label=f"{letter}: {name}", **form)
+        for (letter, _, _, form), name in zip(sides, names, strict=True)
     ]
     note = (
         "Left: test error of each folder's runs, mean ± std. Right: paired difference of the "
@@ -170,8 +160,8 @@ def draw_comparison(table: pd.DataFrame, own: pd.DataFrame, names: tuple[str, st
     with style.settings():
         figure, axes = style.lay_out(1, 2, height, handles, note, sharex=False, sharey=False)
         left, right = axes[0]
-        for letter, side, _, shift, form in sides:
-            form = form | {"ls": "none", "ms": 5, "elinewidth": 1.5}
+        for letter, side, shift, form in sides:
+            form = form | {"ls": "none", "elinewidth": 1.5}
             mean, std = 100 * table[f"mean_{side}"], 100 * table[f"std_{side}"].fillna(0)
             left.errorbar(mean, np.arange(len(table)) + shift, xerr=std, **form)
             part = own[own["folder"] == letter]
@@ -187,14 +177,7 @@ def draw_comparison(table: pd.DataFrame, own: pd.DataFrame, names: tuple[str, st
         return figure
 
 
-def _draw_runs(
-    axis: Axes,
-    history: pd.DataFrame,
-    column: str,
-    styles: Mapping[str, Style],
-    *,
-    geometric: bool = False,
-) -> None:
+def _draw_runs(axis: Axes, history: pd.DataFrame, column: str, styles: Mapping[str, Style]) -> None:
     """Each run's curve with its end marked, and the mean of the runs that have not failed."""
     for place, (update, drawn) in enumerate(styles.items()):
         for failed, part in history[history["update"] == update].groupby("failed"):
@@ -213,7 +196,7 @@ def _draw_runs(
                     clip_on=False,
                 )  # fmt: skip
             if not failed:
-                step, mean = max(1, len(epochs) // 6), carry_mean(values, geometric=geometric)
+                step, mean = max(1, len(epochs) // 6), carry_mean(values, geometric=column == "lr")
                 axis.plot(
                     epochs, mean, color=drawn.colour, ls=drawn.line, lw=2, marker=drawn.marker,
                     ms=5, markevery=(place * step // len(styles), step), zorder=3,
@@ -222,10 +205,7 @@ def _draw_runs(
 
 
 def _draw_depth(
-    axis: Axes,
-    runs: pd.DataFrame,
-    updates: list[str],
-    paper: Mapping[str, tuple[float, float]],
+    axis: Axes, runs: pd.DataFrame, updates: list[str], paper: Mapping[str, tuple[float, float]]
 ) -> None:
     """A column per update: points of the runs, beside them the mean and the paper's."""
     styles, paired = style.assign_styles(updates), len(updates) > 1 and updates[0] == BASELINE
@@ -273,19 +253,21 @@ def _draw_depth(
     axis.tick_params(axis="x", length=0)
 
 
-def _lay_mosaic(weights: np.ndarray, image_shape: tuple[int, int], name: str) -> np.ma.MaskedArray:
+def _lay_mosaic(weights: np.ndarray, image_shape: tuple[int, ...], name: str) -> np.ma.MaskedArray:
     """The filters, each divided by its norm, as one image, nearly square, with lines between them.
 
     What is not finite is masked.
     """
-    weights, (height, width) = np.asarray(weights, float), image_shape
-    if weights.ndim != 2 or len(weights) == 0 or weights.shape[1] != height * width:
+    weights, features = np.asarray(weights, float), math.prod(image_shape)
+    if weights.ndim != 2 or len(weights) == 0 or weights.shape[1] != features:
         raise UserError(
-            f"filters of {name} have shape {weights.shape}; expected (filters, {height * width}) "
-            f"for images of {height} × {width}"
+            f"filters of {name} have shape {weights.shape}; expected (filters, {features}) for "
+            f"images of {' × '.join(map(str, image_shape))}"
         )
     norms = np.linalg.norm(weights, axis=1, keepdims=True)
-    images = (weights / np.where(norms == 0, 1, norms)).reshape(-1, height, width)
+    images = (weights / np.where(norms == 0, 1, norms)).reshape(-1, *(*image_shape, 1)[:3])
+    images = np.concatenate(np.moveaxis(images, 3, 0), axis=2)  # the channels side by side
+    _, height, width = images.shape
     columns = math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     tiles = np.zeros((rows * columns, height + 2, width + 2))

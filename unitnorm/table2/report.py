@@ -1,12 +1,12 @@
 """What is shown of Table 2's records: the table, the paired differences, how the runs went.
 
 Pure functions of data frames: `build` gives the content of every file by name, `show` what is
-printed, and the caller writes. `build_comparison` sets two folders of records side by side. To add
-a file to the report, add it to `build`; the figures are in `figures`.
+printed, `build_comparison` both for two folders. To add a file, add it to `build`.
 """
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import cast
 
 import numpy as np
@@ -32,14 +32,14 @@ PAPER: Paper = {
     (4, "un"): (0.0179, 0.0025),
 }
 PAPER_RUNS = 10
-CELL: dict[str, tuple] = {
-    "depth": (str, "depth"),
-    "update": (label, "update"),
-}  # for `format_columns`
+KEY = ["depth", "update"]
+CELL: dict[str, tuple] = {"depth": (str, "depth"), "update": (label, "update")}
 # Runs of one seed have the same start, split and mini-batches where these agree.
 PAIRED_BY = {
     "data.sha256", "model.width", "loss.batch_size", "train.train_images", "train.validation_images"
 }  # fmt: skip
+_spread_of_points = partial(tables.format_spread, form=format_points)
+_range_of_points = partial(tables.format_range, form=format_points)
 
 
 def build(
@@ -47,22 +47,19 @@ def build(
     history: pd.DataFrame,
     sweep: pd.DataFrame,
     filters: Mapping[tuple[int, str], np.ndarray],
-    image_shape: tuple[int, int] = (28, 28),
+    image_shape: tuple[int, ...] = (28, 28),
     paper: Paper = PAPER,
 ) -> dict[str, bytes]:
-    """Every file of the report: the same records give the same bytes.
+    """Every file of the report by its name: the same records give the same bytes.
 
     Args:
         runs, history, sweep: as recorded.
         filters: per (depth, update) the first layer's filters of one run, (filters, features).
-        image_shape: rows and columns of an image; their product is the number of features.
+        image_shape: rows and columns of an image, and its channels if it has any.
         paper: the figures to set beside ours; `{}` for runs on other data than the paper's.
 
-    Returns:
-        Content by file name, relative to the results folder.
-
     Raises:
-        UserError: the records contradict each other, or the filters are not images of that shape.
+        UserError: there are no runs, or the filters are not images of that shape.
     """
     runs = prepare_runs(runs)
     history = prepare_history(history, runs)
@@ -84,16 +81,15 @@ def build_texts(
     runs: pd.DataFrame, history: pd.DataFrame, sweep: pd.DataFrame, paper: Paper = PAPER
 ) -> dict[str, bytes]:
     """The tables among the files of `build`; runs and history are the prepared ones."""
-    main = _error_cells(runs, paper), _difference_cells(compare_updates(runs))
+    errors, differences = summarise_errors(runs, paper), compare_updates(runs)
+    main, failed = [_error_cells(errors), _difference_cells(differences)], _failed_cells(runs)
     latex = map(tables.to_latex, main, ("2", "differences"))
     texts = {
-        "table2.csv": tables.to_csv(summarise_errors(runs, paper)),
-        "table2.md": to_page([*main, _failed_cells(runs)]),
+        "table2.csv": tables.to_csv(errors),
+        "table2.md": to_page([*main, failed]),
         "table2.tex": "\n".join(["% Needs \\usepackage{booktabs}.", *latex]),
-        "differences.csv": tables.to_csv(compare_updates(runs)),
-        "runs.md": to_page(
-            [_conduct_cells(runs, history), _sweep_cells(sweep), _failed_cells(runs)]
-        ),
+        "differences.csv": tables.to_csv(differences),
+        "runs.md": to_page([_conduct_cells(runs, history), _sweep_cells(sweep), failed]),
     }
     return {name: text.encode() for name, text in texts.items()}
 
@@ -101,8 +97,10 @@ def build_texts(
 def show(runs: pd.DataFrame, paper: Paper = PAPER) -> Group:
     """All that `unitnorm report` prints: both tables and the failed runs."""
     runs = prepare_runs(runs)
-    differences = _difference_cells(compare_updates(runs))
-    return tables.to_screen([_error_cells(runs, paper), differences, _failed_cells(runs)])
+    errors, differences = summarise_errors(runs, paper), compare_updates(runs)
+    return tables.to_screen(
+        [_error_cells(errors), _difference_cells(differences), _failed_cells(runs)]
+    )
 
 
 # ---------------------------------------------------------------- the records
@@ -114,52 +112,27 @@ def prepare_runs(runs: pd.DataFrame) -> pd.DataFrame:
     A run has failed where it is marked as diverged or stopped for a non-finite or diverged loss.
 
     Raises:
-        UserError: there are none, or a run that has not failed has an error outside 0 to 1.
+        UserError: there are none.
     """
     if runs.empty:
         raise UserError("runs.csv holds no rows; run `unitnorm train` before `unitnorm report`")
     failed = runs["diverged"].astype(bool) | runs["stop_reason"].isin(FAILED_REASONS)
-    runs = _sort(runs.assign(failed=failed))
-    for column in ("val_error", "test_error"):
-        for row in runs[~runs["failed"] & ~runs[column].between(0, 1)].to_dict("records"):
-            raise UserError(
-                f"runs.csv: {column} of depth {row['depth']}, {row['update']}, run {row['run']} is "
-                f"{row[column]:g}; expected a fraction from 0 to 1 for a run that has not "
-                "diverged; train this run again"
-            )
-    return runs
+    return _sort(runs.assign(failed=failed))
 
 
 def prepare_history(history: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     """The history of the given runs (from `prepare_runs`), in their order, with their `failed`.
 
-    Raises:
-        UserError: a run has no history or a gap in it, or a value to be drawn of a run that has
-            not failed is not finite.
+    One that found no rate has had no epoch: a row without values stands for it.
     """
-    keys = ["depth", "update", "run"]
+    keys = [*KEY, "run"]
     history = runs[[*keys, "failed"]].merge(history, on=keys, how="left")
-    epochs = history.groupby(keys, sort=False)["epoch"].agg(["min", "max", "count"]).reset_index()
-    gaps = epochs[(epochs["min"] != 1) | (epochs["max"] != epochs["count"])]
-    for row in gaps.to_dict("records"):
-        found = f"{row['count']} epochs, the last {row['max']:g}" if row["count"] else "none"
-        raise UserError(
-            f"history.csv: depth {row['depth']}, {row['update']}, run {row['run']} needs a row for "
-            f"each epoch from 1, found {found}; restore the records or train again"
-        )
-    finite = np.isfinite(history[["lr", "train_loss", "val_error"]].to_numpy(float)).all(axis=1)
-    for row in history[~history["failed"] & ~finite].to_dict("records"):
-        raise UserError(
-            f"history.csv: depth {row['depth']}, {row['update']}, run {row['run']}, epoch "
-            f"{row['epoch']:g} holds a value that is not finite, but runs.csv does not call the "
-            "run diverged; restore the records or train again"
-        )
-    return _sort(history.astype({"epoch": int}))
+    return _sort(history.fillna({"epoch": 1}).astype({"epoch": int}))
 
 
 def _sort(frame: pd.DataFrame) -> pd.DataFrame:
     rank = {update: place for place, update in enumerate(sort_updates(frame["update"]))}
-    keys = [key for key in ("depth", "update", "run", "epoch") if key in frame]
+    keys = [key for key in (*KEY, "run", "epoch") if key in frame]
     return frame.sort_values(
         keys, key=lambda c: c.map(rank) if c.name == "update" else c, kind="stable",
         ignore_index=True,
@@ -168,7 +141,7 @@ def _sort(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _each_update(frame: pd.DataFrame) -> Iterator[tuple[tuple[int, str], pd.DataFrame]]:
     """(Depth, update) and their rows, in the order of the frame."""
-    for key, rows in frame.groupby(["depth", "update"], sort=False):
+    for key, rows in frame.groupby(KEY, sort=False):
         yield cast(tuple[int, str], key), rows
 
 
@@ -176,49 +149,38 @@ def _each_update(frame: pd.DataFrame) -> Iterator[tuple[tuple[int, str], pd.Data
 
 
 def summarise_errors(runs: pd.DataFrame, paper: Paper = PAPER) -> pd.DataFrame:
-    """Table 2: the test error of each depth and update, beside the paper's.
+    """Table 2: the test error of each depth and update of prepared runs, beside the paper's.
 
-    Args:
-        runs: from `prepare_runs`.
-
-    Returns:
-        Columns depth, update, n, diverged, mean, std, ci_low, ci_high, paper_mean, paper_std: `n`
-        runs are in the mean, `diverged` runs are left out of it; the std has ddof 1, the interval
-        is a 95 % t-interval of the mean, cut to 0 to 1. NaN where a figure is not defined (n < 2)
-        or the paper has none.
+    `n` runs are in the mean, `diverged` runs are left out of it; the std has ddof 1, the interval
+    is a 95 % t-interval of the mean, cut to 0 to 1. NaN where a figure is not defined (n < 2) or
+    the paper has none.
     """
     rows = []
     for key, group in _each_update(runs):
         errors = group.loc[~group["failed"], "test_error"].to_numpy(float)
         counts, theirs = (len(errors), len(group) - len(errors)), paper.get(key, (math.nan,) * 2)
         rows.append((*key, *counts, *summarise(errors).cut(0, 1), *theirs))
-    columns = ["depth", "update", "n", "diverged", *Summary._fields, "paper_mean", "paper_std"]
+    columns = [*KEY, "n", "diverged", *Summary._fields, "paper_mean", "paper_std"]
     return pd.DataFrame(rows, columns=columns)
 
 
-def compare_updates(runs: pd.DataFrame, baseline: str = BASELINE) -> pd.DataFrame:
-    """The difference of the test error, update − baseline, run by run.
+def compare_updates(runs: pd.DataFrame) -> pd.DataFrame:
+    """The difference of the test error, update − baseline, of pairs of prepared runs.
 
-    Args:
-        runs: from `prepare_runs`.
-        baseline: the update that all others of the same depth are compared with.
-
-    Returns:
-        Columns depth, update, baseline, n, left_out, mean, std, ci_low, ci_high, p_t, p_wilcoxon;
-        a row per depth (that has the baseline) and other update: `n` pairs, `left_out` runs
-        without a partner (diverged, not trained, or of another seed), then as
-        `statistics.compare_pairs` has it, the interval cut to −1 to 1.
+    A row per depth (that has the baseline) and other update: `n` pairs, `left_out` runs without a
+    partner (diverged, not trained, or of another seed), then as `statistics.compare_pairs` has it,
+    the interval cut to −1 to 1.
     """
     groups, rows = dict(_each_update(runs)), []
     for (depth, update), ours in groups.items():
-        theirs = groups.get((depth, baseline))
-        if update != baseline and theirs is not None:
+        theirs = groups.get((depth, BASELINE))
+        if update != BASELINE and theirs is not None:
             pairs = _pair(ours, theirs)
             left_out = len({*ours["run"], *theirs["run"]}) - len(pairs)
             found, *p = compare_pairs(*pairs.T)
-            rows.append((depth, update, baseline, len(pairs), left_out, *found.cut(-1, 1), *p))
-    keys = ["depth", "update", "baseline", "n", "left_out"]
-    return pd.DataFrame(rows, columns=[*keys, *Summary._fields, "p_t", "p_wilcoxon"])
+            rows.append((depth, update, BASELINE, len(pairs), left_out, *found.cut(-1, 1), *p))
+    columns = [*KEY, "baseline", "n", "left_out", *Summary._fields, "p_t", "p_wilcoxon"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def _pair(ours: pd.DataFrame, theirs: pd.DataFrame) -> np.ndarray:
@@ -230,7 +192,7 @@ def _pair(ours: pd.DataFrame, theirs: pd.DataFrame) -> np.ndarray:
 # ---------------------------------------------------------------- tables to be read
 
 
-def _error_cells(runs: pd.DataFrame, paper: Paper) -> Cells:
+def _error_cells(errors: pd.DataFrame) -> Cells:
     shown = {
         **CELL, "n": (str, "n"), "diverged": (str, "diverged"),
         "mean ± std": (tables.format_spread, "mean", "std"),
@@ -242,22 +204,20 @@ def _error_cells(runs: pd.DataFrame, paper: Paper) -> Cells:
         f"cut at 0 and 1. Paper: mean ± std over {PAPER_RUNS} runs."
     )
     title = "Test error after the last training epoch (fraction of the test images)"
-    return Cells(title, format_columns(summarise_errors(runs, paper), shown), note)
+    return Cells(title, format_columns(errors, shown), note)
 
 
 def _difference_cells(differences: pd.DataFrame) -> Cells:
     """The differences of one folder, or of two with a column `folder`."""
     shown = {
         "depth": (str, "depth"),
-        "in": (str, "folder"),
+        **({"in": (str, "folder")} if "folder" in differences else {}),
         "difference": (lambda one, other: f"{label(one)} − {label(other)}", "update", "baseline"),
         "n": (str, "n"), "left out": (str, "left_out"),
-        "mean ± std": (_format_spread, "mean", "std"),
-        "95 % interval": (_format_range, "ci_low", "ci_high"),
+        "mean ± std": (_spread_of_points, "mean", "std"),
+        "95 % interval": (_range_of_points, "ci_low", "ci_high"),
         "p (t)": (tables.format_p, "p_t"), "p (W)": (tables.format_p, "p_wilcoxon"),
     }  # fmt: skip
-    if "folder" not in differences:
-        del shown["in"]
     note = (
         "n: pairs of runs with the same start, split and order; left out: runs without a partner "
         "(diverged, not trained, or of another seed); t-interval, cut at ±100; p of the paired "
@@ -284,19 +244,17 @@ def _conduct_cells(runs: pd.DataFrame, history: pd.DataFrame) -> Cells:
         counts = values.value_counts().sort_index()
         return ", ".join(f"{value} ({count})" for value, count in counts.items())
 
-    groups = runs.assign(rate=runs["base_lr"].map(format_short)).groupby(
-        ["depth", "update"], sort=False
-    )
+    groups = runs.assign(rate=runs["base_lr"].map(format_short)).groupby(KEY, sort=False)
     table = groups.agg(
         runs=("run", "size"), least=("epochs", "min"), most=("epochs", "max"),
         middle=("epochs", "median"), reasons=("stop_reason", count), rates=("rate", count),
     )  # fmt: skip
-    table["worst"] = history.groupby(["depth", "update"])["norm_deviation"].max()
+    table["worst"] = history.groupby(KEY)["norm_deviation"].max()
     shown = {
         **CELL, "runs": (str, "runs"),
         "epochs (median)": ("{}–{} ({:g})".format, "least", "most", "middle"),
         "stopped by (runs)": (str, "reasons"), "base rate (runs)": (str, "rates"),
-        "max |‖w‖ − 1|": (lambda value: format_short(value, 2), "worst"),
+        "max |‖w‖ − 1|": (partial(format_short, digits=2), "worst"),
     }  # fmt: skip
     return Cells("How the runs went", format_columns(table.reset_index(), shown))
 
@@ -305,7 +263,7 @@ def _sweep_cells(sweep: pd.DataFrame) -> Cells:
     """The sweep by depth, update and rate, the largest rate first."""
     sweep = sweep.assign(val_error=sweep["val_error"].where(~sweep["diverged"]))
     rates = sweep.sort_values("base_lr", ascending=False, kind="stable")
-    table = rates.groupby(["depth", "update", "base_lr"], sort=False).agg(
+    table = rates.groupby([*KEY, "base_lr"], sort=False).agg(
         runs=("run", "size"), diverged=("diverged", "sum"), chosen=("chosen", "sum"),
         val_error=("val_error", "mean"),  # of the runs that have not diverged
     )  # fmt: skip
@@ -316,14 +274,6 @@ def _sweep_cells(sweep: pd.DataFrame) -> Cells:
     }  # fmt: skip
     title = "The sweep of the base learning rate"
     return Cells(title, format_columns(_sort(table.reset_index()), shown))
-
-
-def _format_spread(mean: float, std: float) -> str:
-    return tables.format_spread(mean, std, format_points)
-
-
-def _format_range(low: float, high: float) -> str:
-    return tables.format_range(low, high, format_points)
 
 
 # ---------------------------------------------------------------- two folders of records
@@ -341,7 +291,7 @@ def build_comparison(
         names: of the two, as they are to be read.
 
     Raises:
-        UserError: the records contradict themselves, or share no depth and update.
+        UserError: there are no runs, or the two share no depth and update.
     """
     first, second = map(prepare_runs, runs)
     differing = find_differences(*provenances)
@@ -350,11 +300,11 @@ def build_comparison(
         raise UserError(f"{names[0]} and {names[1]} share no depth and update with healthy runs")
     sides = zip("AB", (first, second), strict=True)
     own = _sort(pd.concat([compare_updates(side).assign(folder=name) for name, side in sides]))
-    found = [*_comparison_cells(table, differing, names), _difference_cells(own)]
+    cells = [*_comparison_cells(table, differing, names), _difference_cells(own)]
     encoded = encode(figures.draw_comparison(table, own, names), palette=True)
     files = {f"comparison.{ending}": content for ending, content in encoded.items()}
     files["comparison.csv"] = tables.to_csv(table).encode()
-    return files | {"comparison.md": to_page(found).encode()}, tables.to_screen(found)
+    return files | {"comparison.md": to_page(cells).encode()}, tables.to_screen(cells)
 
 
 def find_differences(first: Mapping, second: Mapping) -> pd.DataFrame:
@@ -368,17 +318,14 @@ def find_differences(first: Mapping, second: Mapping) -> pd.DataFrame:
 
 
 def compare_folders(first: pd.DataFrame, second: pd.DataFrame, *, paired: bool) -> pd.DataFrame:
-    """The test errors of two folders, for each depth and update that both have.
+    """The test errors of the prepared runs of two folders, for each depth and update of both.
+
+    After n, mean and std of either comes the difference second − first: `test` is "paired" where
+    two pairs or more have not failed in either folder, else "Welch" over all runs; `n` pairs (0 for
+    Welch). NaN where a figure is not defined.
 
     Args:
-        first, second: from `prepare_runs`.
         paired: whether runs of the same number and seed are pairs, see `PAIRED_BY`.
-
-    Returns:
-        Columns depth, update; `n_first`, `mean_first`, `std_first` and the same of the second;
-        then the difference second − first: `test`, "paired" where two pairs or more have not
-        failed in either folder, else "Welch" over all runs; `n` pairs (0 for Welch), `difference`,
-        `ci_low`, `ci_high`, `p` (t-test, two-sided). NaN where a figure is not defined.
     """
     healthy = [dict(_each_update(runs[~runs["failed"]])) for runs in (first, second)]
     rows = []
@@ -392,9 +339,9 @@ def compare_folders(first: pd.DataFrame, second: pd.DataFrame, *, paired: bool) 
             (found, p), test = compare_means(own[1], len(other), own[0], len(one)), ("Welch", 0)
         sides = (len(one), *own[0][:2], len(other), *own[1][:2])
         rows.append((depth, update, *sides, *test, found.mean, *found.cut(-1, 1)[2:], p))
-    sides_ = [f"{name}_{side}" for side in ("first", "second") for name in ("n", "mean", "std")]
-    columns = ["depth", "update", *sides_, "test", "n", "difference", "ci_low", "ci_high", "p"]
-    return pd.DataFrame(rows, columns=columns)
+    columns = [f"{name}_{side}" for side in ("first", "second") for name in ("n", "mean", "std")]
+    columns += ["test", "n", "difference", "ci_low", "ci_high", "p"]
+    return pd.DataFrame(rows, columns=[*KEY, *columns])
 
 
 def _comparison_cells(
@@ -403,7 +350,7 @@ def _comparison_cells(
     """Both folders side by side, and where they differ."""
 
     def format_percent(mean: float, std: float) -> str:
-        return tables.format_spread(100 * mean, 100 * std, lambda x: tables.format_number(x, 2))
+        return tables.format_spread(100 * mean, 100 * std, partial(tables.format_number, digits=2))
 
     def format_test(p: float, pairs: int) -> str:
         return f"{'equal' if pairs and math.isnan(p) else tables.format_p(p)} ({pairs or 'W'})"
@@ -413,7 +360,7 @@ def _comparison_cells(
         "n A": (str, "n_first"), "A [%]": (format_percent, "mean_first", "std_first"),
         "n B": (str, "n_second"), "B [%]": (format_percent, "mean_second", "std_second"),
         "B − A": (format_points, "difference"),
-        "95 % interval": (_format_range, "ci_low", "ci_high"), "p": (format_test, "p", "n"),
+        "95 % interval": (_range_of_points, "ci_low", "ci_high"), "p": (format_test, "p", "n"),
     }  # fmt: skip
     note = (
         f"A: {names[0]}. B: {names[1]}. Mean ± std of the runs; B − A in percentage points. p of a "
