@@ -1,10 +1,6 @@
 """The scaling symmetry made visible: sections 2 and 3 of the paper, measured on real mini-batches.
 
 `run` gives the content of every file and what is printed; the caller writes.
-
-    measure   the numbers: loss, gradient, trajectories and norms under w → α w
-    tables    what they come to
-    figures   a figure for each of `measure`'s tables
 """
 
 from __future__ import annotations
