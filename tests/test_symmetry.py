@@ -94,11 +94,10 @@ def numpy_layers(params, alpha=1.0):
 
 def test_the_loss_is_the_same_over_ten_decades(measured):
     positive = of(measured.scaling)[lambda t: t["alpha"] > 0]
-    for _, part in positive.groupby(["filters", "point"]):
-        assert part["alpha"].max() / part["alpha"].min() == pytest.approx(1e10)
-        assert part["change"].max() < 1e-12
-        assert part["loss"].min() > 0.01
     assert set(positive["filters"]) == {"all", "own"}
+    assert positive["alpha"].max() / positive["alpha"].min() == pytest.approx(1e10)
+    assert positive["change"].max() < 1e-12
+    assert positive["loss"].min() > 0.01
 
 
 def test_a_negative_alpha_changes_the_loss_unless_the_scale_turns_with_it(measured):
@@ -114,31 +113,32 @@ def test_alpha_zero_loses_the_feature(measured):
     assert of(measured.scaling, alpha=0.0)["loss"].isna().all()  # 0/0
     zero = of(measured.scaling, TRAINED, alpha=0.0, filters="all", point="start")
     assert zero["loss"].item() == pytest.approx(np.log(4), rel=1e-6)  # four classes, all alike
-    assert (of(measured.scaling, TRAINED, alpha=0.0)["change"] > 1e-4).all()
 
 
 @pytest.mark.parametrize("alpha", [1.0, -1.0, 1e-3])
 @pytest.mark.parametrize("case", [CLAIM, TRAINED])
 def test_loss_and_gradient_are_those_of_numpy(subject, measured, alpha, case):
-    epsilon, params = case.bn_epsilon, subject.initial().params
-    theta, layers = np.asarray(params["theta"]["W"], float), numpy_layers(params, alpha)
-    losses, norms, shares = [], [], []
+    params, found = subject.initial().params, []
     for index in subject.batches(measure.PROBE_BATCHES):
         x, y = subject.data.train_images[index].astype(float), subject.data.train_labels[index]
-        losses.append(reference.forward(layers, theta, x, y, epsilon)[0] / len(y))
-        gradients = reference.gradients(layers, theta, x, y, epsilon)[0]
-        norms.append(np.sqrt(sum((dW**2).sum() for dW, _, _ in gradients)))
-        kept = reference.forward(numpy_layers(params), theta, x, y, epsilon)[2][0]
+        network = numpy_layers(params, alpha), np.asarray(params["theta"]["W"], float)
+        loss, *_ = reference.forward(*network, x, y, case.bn_epsilon)
+        gradients, _ = reference.gradients(*network, x, y, case.bn_epsilon)
+        norm = np.sqrt(sum((dW**2).sum() for dW, _, _ in gradients))
+        _, _, (kept, *_) = reference.forward(
+            numpy_layers(params), network[1], x, y, case.bn_epsilon
+        )
         variances = np.concatenate([(h @ W.T).var(0) for h, W, *_ in kept])
-        shares.append((epsilon / (alpha**2 * variances)).max())
+        found.append((loss / len(y), norm, (case.bn_epsilon / (alpha**2 * variances)).max()))
+    losses, norms, shares = np.transpose(found)
     columns = {"alpha": alpha, "filters": "all", "point": "start", "compensated": False}
     row = of(measured.scaling, case, **columns)
     close = 1e-12 if case == CLAIM else 1e-5
-    assert row["loss"].item() == pytest.approx(np.mean(losses), rel=close)
-    assert row["epsilon_share"].item() == pytest.approx(max(shares), rel=close)
+    assert row["loss"].item() == pytest.approx(losses.mean(), rel=close)
+    assert row["epsilon_share"].item() == pytest.approx(shares.max(), rel=close)
     if alpha > 0:
         row = of(measured.gradient, case, **columns)
-        assert row["norm"].item() == pytest.approx(np.mean(norms), rel=10 * close)
+        assert row["norm"].item() == pytest.approx(norms.mean(), rel=10 * close)
 
 
 # ---------------------------------------------------------------- (b) the gradient
@@ -212,11 +212,10 @@ def test_a_step_of_un_from_a_scaled_start_is_that_of_table_1(subject, walks):
 
     for update in ("b-sgd", "un"):
         plain, scaled = logits(update, np.ones_like(factors)), logits(update, factors)
-        expected = np.linalg.norm(scaled - plain) / np.linalg.norm(plain)
-        found = of(walks, update=update, steps=1)
-        assert found["gap"].item() == pytest.approx(expected, rel=1e-8, abs=1e-12)
-        apart = np.mean(plain.argmax(-1) != scaled.argmax(-1))
-        assert found["differing"].item() == pytest.approx(apart)
+        gap = np.linalg.norm(scaled - plain) / np.linalg.norm(plain)
+        differing = np.mean(plain.argmax(-1) != scaled.argmax(-1))
+        found = of(walks, update=update, steps=1)[["gap", "differing"]].to_numpy()[0]
+        assert list(found) == pytest.approx([gap, differing], rel=1e-8, abs=1e-12)
 
 
 def test_choose_steps():
