@@ -1,7 +1,5 @@
 """Studies: the runs are what the plan declares, can be gone on with, and controls are controls."""
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import replace

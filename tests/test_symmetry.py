@@ -1,7 +1,5 @@
 """Each claim about the scaling symmetry, on a small network, so that a wrong update fails it."""
 
-from __future__ import annotations
-
 import io
 import json
 

@@ -83,6 +83,10 @@ class ArmPlan(Section):
         each = itertools.product(self.decays or [0.0], pairs)
         return [Rates(*pair, decay) for decay, pair in each]
 
+    def is_tuned(self) -> bool:
+        """Whether there is anything to choose."""
+        return len(self.grid()) > 1
+
 
 class ComparisonPlan(Section):
     """The difference arm − baseline, in every data set and at every depth."""
@@ -147,7 +151,7 @@ class Plan(ExperimentConfig):
                 raise ValueError(f"arm {name}: start = {arm.start!r} is of ArchBN alone")
             if self.depths and arm.schedule == "warm-up":
                 raise ValueError(f'arm {name}: schedule = "warm-up" is of networks, not of depths')
-            if self.tune.count == 0 and len(arm.grid()) > 1:
+            if self.tune.count == 0 and arm.is_tuned():
                 raise ValueError(f"arm {name} has several rates, but tune.count = 0")
         most = max(self.compare.count, *(arm.count or 0 for arm in self.arms.values()))
         purposes = (self.tune.first, self.tune.count), (self.compare.first, most)

@@ -1,8 +1,7 @@
 """A study: which runs its plan has, as programs that can be trained now, and their rows.
 
 All of one data set, network and config is one program, in parts of `VARIANTS_AT_ONCE`: its arms,
-rates and starts are the variants of each seed. A group is a program with a few seeds. To add a
-factor, give it a field in `config`, a column in `schema` and its place in `settings_of`.
+rates and starts are the variants of each seed. A group is a program with a few seeds.
 """
 
 from __future__ import annotations
@@ -162,11 +161,10 @@ def whole_trials(plan: Plan, runs: pd.DataFrame, purpose: str) -> list[Trials]:
         chosen = _chosen_rates(plan, runs, place) if purpose == "compare" else {}
         for name, arm in plan.arms.items():
             grid, spreads = arm.grid(), arm.spreads
-            tuned = len(grid) > 1
-            if tuned and purpose == "compare":
+            if purpose == "tune":
+                grid, spreads = grid if arm.is_tuned() else [], spreads[:1]
+            elif arm.is_tuned():
                 grid = chosen.get(name, [])
-            elif purpose == "tune":
-                grid, spreads = grid if tuned else [], spreads[:1]
             variants = [Variant(name, arm, rates, spread) for rates in grid for spread in spreads]
             if variants:
                 programs.setdefault(plan.alike(name), []).extend(variants)
@@ -186,18 +184,16 @@ def whole_trials(plan: Plan, runs: pd.DataFrame, purpose: str) -> list[Trials]:
 def _chosen_rates(plan: Plan, runs: pd.DataFrame, place: Place) -> dict[str, list[Rates]]:
     """The tuned rates of each arm whose tuning is complete."""
     here = runs[list(Place._fields)].eq(pd.Series(place._asdict())).all(axis=1)
-    mine = runs[here & (runs["purpose"] == "tune")]
-    counts = mine["arm"].value_counts()
-    done = [
-        name
-        for name, arm in plan.arms.items()
-        if counts.get(name, 0) == plan.tune.count * len(arm.grid()) > 0
-    ]
-    if not done:
+    mine = runs[here & (runs["purpose"] == "tune") & runs["arm"].isin(plan.arms)]
+    if mine.empty:
         return {}
-    best = choose_rates(mine[mine["arm"].isin(done)])
+    best = choose_rates(mine)
     rates = best[list(Rates._fields)].itertuples(index=False, name=None)
-    return {arm: [Rates(*each)] for arm, each in zip(best["arm"], rates, strict=True)}
+    return {
+        arm: [Rates(*each)]
+        for arm, each in zip(best["arm"], rates, strict=True)
+        if (mine["arm"] == arm).sum() == plan.tune.count * len(plan.arms[arm].grid())
+    }
 
 
 def task_of(trials: Trials, data: Dataset) -> Task:
@@ -251,11 +247,9 @@ def make_rows(
     run: Run,
     measured: tuple[np.ndarray, np.ndarray],
 ) -> list[dict[str, Any]]:
-    """The rows of a trained arm.
+    """The rows of a trained arm, whose runs are in the order of `settings_of`.
 
-    Args:
-      run: the arm's runs on the host, in the order of `settings_of`.
-      measured: see `run_many.Program.find_wrong`.
+    `measured` is what `run_many.Program.find_wrong` gives.
     """
     wrong, test_loss = measured
     diverged, history = run_many.at_end(run, task).diverged, run_many.exact_history(run, task)
@@ -296,8 +290,7 @@ def count_runs(plan: Plan) -> dict[str, int]:
     """How many runs a whole plan has, by purpose."""
     tuned = compared = 0
     for name, arm in plan.arms.items():
-        size = len(arm.grid())
-        tuned += plan.tune.count * size if size > 1 else 0
+        tuned += plan.tune.count * len(arm.grid()) * arm.is_tuned()
         compared += len(arm.spreads) * len(plan.seeds_of(name, "compare"))
     cells = len(plan.places())
     return {"tune": cells * tuned, "compare": cells * compared}
@@ -330,11 +323,7 @@ class Pace(NamedTuple):
 
 
 def measure_pace(plan: Plan, data: Dataset, images: int = 2000) -> Pace:
-    """The mean over the plan's networks, from two epochs of each on a few images.
-
-    Args:
-      data: any data set; only its size matters.
-    """
+    """The mean over the plan's networks, from two epochs of each on a few images of any data."""
     plan = plan.model_copy(update={"datasets": plan.datasets[:1]})
     whole = whole_trials(plan, SCHEMA.frame("runs", []), "compare")
     if not whole:  # all arms have to be tuned first; a large rate could end at once

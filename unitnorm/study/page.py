@@ -29,14 +29,7 @@ def is_page(content: bytes) -> bool:
 
 
 def build_page(studies: Mapping[str, Findings]) -> bytes:
-    """The page of all studies, UTF-8; the same studies give the same bytes.
-
-    Args:
-        studies: by name, in the order of the page.
-
-    Raises:
-        UserError: no study.
-    """
+    """The page of the studies, by name and in this order; the same ones give the same bytes."""
     if not studies:
         raise UserError("no study to show: run `unitnorm study` first")
     page = files("unitnorm.study").joinpath("page.html").read_text(encoding="utf-8")

@@ -1,7 +1,5 @@
 """What a study's records show: comparisons, rates, ranks and figures, from the runs alone."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from datetime import datetime, timedelta
@@ -45,11 +43,7 @@ def plan_of(known: Records) -> Plan:
 
 
 def look(folder: Path, known: Records) -> Findings:
-    """Compare what a folder's records hold, as the next look after those that it keeps.
-
-    Raises:
-        UserError: what is kept of earlier looks is damaged.
-    """
+    """Compare what a folder's records hold, as the next look after those that it keeps."""
     plan = plan_of(known)
     compared = statistics.compare(known["runs"], plan.comparisons, plan.margin, plan.alpha)
     path, before = folder / LOOKS, None

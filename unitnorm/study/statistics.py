@@ -1,9 +1,8 @@
 """From a study's table of runs to its comparisons: numbers only, no layout.
 
-`runs` has a row per run with the columns `KEYS`, results and factors (`factors_of`). Errors are
-fractions in `runs`; in what is returned, errors and their differences are in percentage points,
-losses in their own unit. The test set is the same in all runs, so a t-interval over seeds speaks of
-this test set alone; `ci_images_low` to `ci_images_high` count the test images as random as well.
+Errors are fractions in `runs`; in what is returned, errors and their differences are in percentage
+points. The test set is the same in all runs, so a t-interval over seeds speaks of this test set
+alone; `ci_images_low` to `ci_images_high` count the test images as random as well.
 """
 
 import base64
@@ -54,9 +53,6 @@ def metric_values(runs: pd.DataFrame, metric: str) -> pd.Series:
     """The metric of each run: errors in percent, losses as they are; NaN where it has diverged.
 
     A run that stopped before the epoch of a budget keeps its last value, as it would in use.
-
-    Raises:
-        UserError: no such metric, or no column of that name.
     """
     match = _METRIC.fullmatch(metric)
     if match is None or metric not in runs.columns:
@@ -103,14 +99,10 @@ def compare(
     """The comparisons of which there are runs, see `sides_of`; columns `COMPARISONS`.
 
     A pair of arms is `equivalent` where two one-sided t-tests put the mean difference within
-    ±margin (Schuirmann 1987), else `better` or `worse` where the two-sided paired t-test tells it
-    from 0, else `open`. Both p-values are adjusted by Holm's method, each over all rows, where a
-    comparison that could not be tested counts as one. Of `n_left_out` pairs a run has diverged or
-    is not finite. NaN where a figure is not defined: n < 2, and images that are not kept.
-
-    Args:
-        margin: of equivalence, in percentage points; losses have none and are never equivalent.
-        alpha: the intervals have the confidence 1 − alpha, the verdicts the familywise level alpha.
+    ±margin (Schuirmann 1987; losses have no margin), else `better` or `worse` where the two-sided
+    paired t-test tells it from 0, else `open`. Both p-values are adjusted by Holm's method, each
+    over all rows, so that the verdicts have the familywise level alpha. `n_left_out`: pairs of
+    which a run diverged. NaN where a figure is not defined: n < 2, and images that are not kept.
     """
     rows = [
         {**told, **_compare_arms(ours, theirs, told["metric"], margin, alpha)}
@@ -188,13 +180,7 @@ def paired_tests(ours: np.ndarray, theirs: np.ndarray, margin: float) -> tuple[f
 
 
 def pair_runs(ours: pd.DataFrame, theirs: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """The metric of two arms side by side, a row per seed of either, and their difference.
-
-    NaN stands for what cannot be used, see `metric_values`.
-
-    Raises:
-        UserError: two runs of one arm share a seed.
-    """
+    """The metric of two arms side by side, a row per seed of either, and their difference."""
     sides = {}
     for name, part in (("arm", ours), ("baseline", theirs)):
         for row in part[part["seed"].duplicated()].to_dict("records"):
@@ -235,11 +221,9 @@ def _levels(
 
 def holm(p: np.ndarray) -> np.ndarray:
     """Holm's (1979) adjusted p-values, shape (m,); NaN stays NaN and counts as 1 in the family."""
-    order = np.argsort(np.where(np.isnan(p), np.inf, p))
-    steps = np.nan_to_num(p[order], nan=1.0) * np.arange(len(p), 0, -1)
-    adjusted = np.empty(len(p))
-    adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1)
-    return np.where(np.isnan(p), np.nan, adjusted)
+    ordered = pd.Series(p).fillna(1.0).sort_values()
+    adjusted = (ordered * np.arange(len(p), 0, -1)).cummax().clip(upper=1)
+    return adjusted.sort_index().where(~np.isnan(p)).to_numpy()
 
 
 def crossed_interval(matrix: np.ndarray, alpha: float = 0.05) -> tuple[float, float]:
@@ -270,11 +254,7 @@ def crossed_interval(matrix: np.ndarray, alpha: float = 0.05) -> tuple[float, fl
 
 
 def add_looks(looks: pd.DataFrame | None, compared: pd.DataFrame, time: str) -> pd.DataFrame:
-    """The looks so far (None: no look yet) and this one, columns `LOOKS`.
-
-    A look is a verdict on more or fewer pairs than any before; the same pairs again are none.
-    `time` is that of the last run.
-    """
+    """The looks so far and this one, at `time`; at the same pairs again it is none."""
     new = compared[compared["n"] > 1].assign(time=time)[list(LOOKS)]
     known = new if looks is None else pd.concat([looks, new], ignore_index=True)
     return known.drop_duplicates([*_LOOKED_AT, "n"], ignore_index=True)
@@ -354,24 +334,27 @@ def rate_means(runs: pd.DataFrame) -> pd.DataFrame:
     decay. `n_agreeing`: of the `n` tuning seeds, those that would have chosen these rates alone.
     """
     cell = [*PLACE, "arm", "update", "schedule"]
-    runs = runs[runs["purpose"] == "tune"].sort_values([*cell, *RATES])
-    runs = runs.assign(value=metric_values(runs, "val_error"))
-    table = summarise_errors(runs, [*cell, *RATES]).rename(columns={"mean": "healthy_error"})
-    count = table["n"] + table["n_diverged"]
-    healthy = table["healthy_error"].fillna(0) * table["n"]
-    counted = ((healthy + _WORST * table["n_diverged"]) / count).round(10)
-    reached = runs.assign(rate=runs["effective_rate"].where(runs["value"].notna()))
-    rates = reached.groupby([*cell, *RATES], sort=False)["rate"].mean().to_numpy()
-    table = table.assign(n=count, val_error=counted, effective_rate=rates)
+    keys = [*cell, *RATES]
+    runs = runs[runs["purpose"] == "tune"].sort_values(keys)
+    value = metric_values(runs, "val_error")
+    reached = runs["effective_rate"].where(value.notna())
+    runs = runs.assign(value=value, val_error=value.fillna(_WORST), effective_rate=reached)
+    means = runs.groupby(keys)[["val_error", "effective_rate"]].mean().round({"val_error": 10})
+    table = (
+        summarise_errors(runs, keys).rename(columns={"mean": "healthy_error"}).join(means, on=keys)
+    )
     edge = pd.Series(False, index=table.index)
     for name in RATES:
         axis = table.groupby(cell)[name]
         least, most = axis.transform("min"), axis.transform("max")
         edge |= (least < most) & (((table[name] == least) & (least > 0)) | (table[name] == most))
-    alone = _best(runs.assign(val_error=runs["value"].fillna(_WORST)), [*cell, "seed"])
-    agreeing = alone.groupby([*cell, *RATES]).size().rename("n_agreeing")
-    table = table.assign(is_best=table.index.isin(_best(table, cell).index), is_at_edge=edge)
-    table = table.join(agreeing, on=[*cell, *RATES]).fillna({"n_agreeing": 0})
+    agreeing = _best(runs, [*cell, "seed"]).groupby(keys).size().rename("n_agreeing")
+    table = table.assign(
+        n=table["n"] + table["n_diverged"],
+        is_best=table.index.isin(_best(table, cell).index),
+        is_at_edge=edge,
+    )
+    table = table.join(agreeing, on=keys).fillna({"n_agreeing": 0})
     return table.drop(columns="std").astype({"n_agreeing": int})
 
 
@@ -394,10 +377,7 @@ def choose_rates(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def budget_means(runs: pd.DataFrame) -> pd.DataFrame:
-    """The test error of the comparison runs by place, arm and budget of epochs, as far as reached.
-
-    The last budget is "end", the end of each run, or its number where all end there.
-    """
+    """The test error by place, arm and budget of epochs; the last is "end" where runs differ."""
     chosen = runs[runs["purpose"] == "compare"]
     epochs = chosen.loc[metric_values(chosen, "test_error").notna(), "epochs"]
     columns = {str(b): f"test_error_{b}" for b in BUDGETS if b < epochs.max()}
@@ -411,10 +391,7 @@ def budget_means(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def spread_means(runs: pd.DataFrame) -> pd.DataFrame:
-    """The test error of the comparison runs by kind of start, place, update and spread.
-
-    At spread 0 every kind is the balanced start, so that runs of one serve all.
-    """
+    """The test error by kind of start, place, update and spread; at 0 each is the balanced one."""
     chosen = runs[runs["purpose"] == "compare"]
     chosen = chosen.assign(value=metric_values(chosen, "test_error"))
     kinds = [kind for kind in chosen["start"].unique() if kind != "balanced"] or ["balanced"]

@@ -3,8 +3,6 @@
 `run` gives the content of every file and what is printed; the caller writes.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Sequence

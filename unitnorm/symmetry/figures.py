@@ -3,8 +3,6 @@
 One public function per figure, a row of panels per depth. Change here what a figure shows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import numpy as np

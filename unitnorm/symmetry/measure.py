@@ -4,8 +4,6 @@ A network is *reparameterised* by w → α w, one α per filter, which batch nor
 model, its start and the loss are those of Table 2. All of this is on CPU, from arrays to tables.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -251,16 +249,13 @@ def list_variants(subject: Subject) -> tuple[pd.DataFrame, np.ndarray, np.ndarra
 def probe(
     subject: Subject, points: Mapping[str, Point], case: Case
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Loss and Euclidean gradient under every reparameterisation, on a few mini-batches.
+    """Loss (a) and Euclidean gradient (b) under every reparameterisation, on a few mini-batches.
 
-    Returns:
-      The tables of (a) and (b). (a): `loss` (mean cross-entropy per image, nats, and mean over the
-      batches), `error` (fraction), `change` (largest |ℓ(αW) − ℓ(W)| / ℓ(W) of a batch) and
-      `epsilon_share` (largest ε / (α² variance) of a feature).
-      (b): `norm` of the gradient with respect to all W, of the config's loss; `expected`, the norm
-      if each filter's gradient is that at W divided by its α; `deviation`, the relative distance
-      ‖α ∇ℓ(αW) − ∇ℓ(W)‖ / ‖∇ℓ(W)‖, largest of a batch. Without what is not to be compared: α < 0
-      that is not compensated.
+    (a): `loss` (mean cross-entropy, nats) and `error` (fraction), means of the batches; `change`,
+    the largest |ℓ(αW) − ℓ(W)| / ℓ(W); `epsilon_share`, the largest ε / (α² variance) of a feature.
+    (b): `norm` of the gradient of the config's loss with respect to all W; `expected`, the norm if
+    each filter's gradient is that at W divided by its α; `deviation`, the largest
+    ‖α ∇ℓ(αW) − ∇ℓ(W)‖ / ‖∇ℓ(W)‖. There is nothing to compare where α < 0 is not compensated.
     """
     names, *factors = list_variants(subject)
     names = names.assign(depth=subject.depth, dtype=case.dtype, bn_epsilon=case.bn_epsilon)
@@ -321,11 +316,8 @@ def compare_trajectories(
 
     α is `Subject.factors`, `rate` that of all updates but those in `RATE_SHARE`. A third training
     starts from Orth(diag(α) W), which is W but for rounding, and tells how far that alone leads.
-
-    Returns:
-      A row per update and number of steps: `gap`, ‖Δ logits‖ / ‖logits‖ over the first test images
-      in training mode; `differing`, the share of predictions that differ; and the same of the third
-      training, `rounding_gap` and `rounding_differing`.
+    `gap` is ‖Δ logits‖ / ‖logits‖ over the first test images in training mode, `differing` the
+    share of predictions that differ; of the third training `rounding_gap`, `rounding_differing`.
     """
     marks, tables = [0, *choose_steps(steps)], []
     rates = {update: rate * RATE_SHARE.get(update, 1.0) for update in updates}
@@ -366,12 +358,10 @@ def choose_steps(steps: int) -> list[int]:
 def record_norms(
     subject: Subject, start: Point, rate: float, epochs: int
 ) -> tuple[pd.DataFrame, Point]:
-    """Train at a fixed rate and record the row norms and what they make of the rate.
+    """Train at a fixed rate: the row norms, and the network that the last update has trained.
 
-    Returns:
-      A row per update of `NORM_UPDATES`, layer and record: the least, median and largest ‖w‖ of the
-      layer's filters, the effective rate λ/‖w‖² at these, and `norm_fall`, the largest relative
-      fall of any filter's norm in one step up to there. Then the last update's trained network.
+    Recorded are the least, median and largest ‖w‖ of each layer's filters, the effective rate
+    λ/‖w‖² at these, and `norm_fall`, the largest relative fall of any norm in one step so far.
     """
     network = subject.network()
 

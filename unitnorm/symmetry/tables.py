@@ -1,7 +1,5 @@
 """What the tables of `measure` come to, as tables to be read. To add a row, add it here."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 
