@@ -39,8 +39,11 @@ _SCALING = ["loss", "error", "change", "epsilon_share"]
 _GRADIENT = ["norm", "expected", "deviation"]
 
 
+CLAIM, TRAINED = "float64", "float32"  # the claim itself has no ε, and training the config's
+
+
 class Case(NamedTuple):
-    """The arithmetic: the claim itself (float64, ε = 0), or as it is trained."""
+    """The arithmetic."""
 
     dtype: str
     bn_epsilon: float
@@ -170,7 +173,8 @@ def measure_all(
     """Everything at the config's depths, a task per CPU device at a time; see `symmetry.run`."""
     subjects = [Subject(config, data, depth) for depth in sorted(config.depths)]
     pairs = [(subject, subject.initial()) for subject in subjects]
-    cases, free = list_cases(config), iter(jax.local_devices(backend="cpu"))
+    cases = Case(CLAIM, 0.0), Case(TRAINED, config.model.bn_epsilon)
+    free = iter(jax.local_devices(backend="cpu"))
 
     def compare(case: Case, subject: Subject, start: Point) -> pd.DataFrame:
         table = compare_trajectories(subject, start, case, updates, rate, steps)
@@ -193,11 +197,6 @@ def measure_all(
     scaling, gradient, norms = zip(*(job.result() for job in others), strict=True)
     tables = (scaling, gradient, [job.result() for job in walks], norms)
     return Measured(*(pd.concat(table, ignore_index=True) for table in tables))
-
-
-def list_cases(config: Config) -> tuple[Case, Case]:
-    """The claim itself, and as it is trained: float32 with the config's ε."""
-    return Case("float64", 0.0), Case("float32", config.model.bn_epsilon)
 
 
 # ---------------------------------------------------------------- the symmetry
@@ -262,7 +261,7 @@ def probe(
     order, norm_of = subject.batches(PROBE_BATCHES), optax.tree.norm
     images = cast(subject.data.train_images[order], case.dtype)
     batches, tables = (images, subject.data.train_labels[order]), []
-    with jax.enable_x64(case.dtype == "float64"):
+    with jax.enable_x64(case.dtype == CLAIM):
         # a momentum of 0: the running variance is that of the mini-batch
         network = subject.network(bn_epsilon=case.bn_epsilon, bn_momentum=0.0)
 
@@ -323,7 +322,7 @@ def compare_trajectories(
     rates = {update: rate * RATE_SHARE.get(update, 1.0) for update in updates}
     alpha = subject.factors().astype(case.dtype)
     test = subject.data.test_images[:TEST_IMAGES].astype(case.dtype)
-    with jax.enable_x64(case.dtype == "float64"):
+    with jax.enable_x64(case.dtype == CLAIM):
         network = subject.network(bn_epsilon=case.bn_epsilon)
         params, stats = cast(start, case.dtype)
         orthogonal = partial(network.with_filters, change=partial(retraction, axis=FILTER_AXIS))
