@@ -42,7 +42,7 @@ def build_page(studies: Mapping[str, Findings]) -> bytes:
         "VERDICTS": _script_json(figures.VERDICTS),
     }
     # in one pass: what is filled in may hold anything
-    return re.sub(r"/\*{(\w+)}\*/", lambda match: parts[match[1]], page).encode()
+    return re.sub(r"/\*\{(\w+)\}\*/", lambda match: parts[match[1]], page).encode()
 
 
 def _pack(study: Findings) -> dict:
