@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable
 from operator import itemgetter
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -77,11 +76,9 @@ class ArmPlan(Section):
 
     def grid(self) -> list[Rates]:
         """Every combination that tuning tries."""
-        pairs: Iterable[tuple[float, float]] = [(rate, rate) for rate in self.rates]
-        if self.filters_rates:
-            pairs = itertools.product(self.filters_rates, self.rates)
-        each = itertools.product(self.decays or [0.0], pairs)
-        return [Rates(*pair, decay) for decay, pair in each]
+        filters, rates, decays = self.filters_rates, self.rates, self.decays or [0.0]
+        pairs = itertools.product(filters, rates) if filters else zip(rates, rates, strict=True)
+        return [Rates(*pair, decay) for decay, pair in itertools.product(decays, pairs)]
 
     def is_tuned(self) -> bool:
         """Whether there is anything to choose."""
