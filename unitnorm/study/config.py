@@ -1,16 +1,15 @@
 """A study's plan: arms, how they are trained, seeds for tuning and for comparing, comparisons.
 
-The plan is a TOML file, written and committed before its results; `configs/study/template.toml`
-explains every key. To add a factor, give it a field here, a column in `schema` and its place in
-`experiment.settings_of`. Nothing here touches JAX.
+`configs/study/template.toml` explains every key. To add a factor, give it a field here, a column in
+`schema` and its place in `experiment.settings_of`. Nothing here touches JAX.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from operator import itemgetter
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
@@ -18,9 +17,30 @@ from unitnorm.archbn.config import Config
 from unitnorm.run.config import ExperimentConfig, Section, parse
 
 Rate = Annotated[float, Field(gt=0.0, le=1e6)]
+Decay = Annotated[float, Field(ge=0.0, le=1e3)]
+Spread = Annotated[float, Field(ge=0.0, le=8.0)]
+Depth = Annotated[int, Field(ge=1, le=64)]
+Count = Annotated[int, Field(ge=1, le=100_000)]
 Name = Annotated[str, Field(pattern=r"^[\w.+@=-]+$", max_length=60)]
 Schedule = Literal["bold-driver", "bold-driver-back", "constant", "cosine", "follow", "warm-up"]
 Start = Literal["balanced", "filters", "pairs", "theta", "norms"]
+ARCHBN = "archbn"
+
+
+class Place(NamedTuple):
+    """Where a plan's arms are compared; networks other than ArchBN have depth 0."""
+
+    dataset: str
+    network: str
+    depth: int
+
+
+class Rates(NamedTuple):
+    """What is tuned of an arm: the base rates, and the weight decay of the filters."""
+
+    filters_rate: float
+    rest_rate: float
+    decay: float
 
 
 class Seeds(Section):
@@ -29,49 +49,23 @@ class Seeds(Section):
     first: Annotated[int, Field(ge=0, le=2**30)] = 1000
     count: Annotated[int, Field(ge=0, le=100_000)] = 0
 
-    def all(self) -> range:
-        """Each of them."""
-        return range(self.first, self.first + self.count)
-
 
 class ArmPlan(Section):
     """One thing that is compared: an update with its options, rates, schedule and start."""
 
-    update: str = Field(description="if not given: the arm's name, as far as its @")
-    options: dict[str, float | int | bool | str] = Field({}, description="of the update")
-    rates: list[Rate] = Field(
-        min_length=1,
-        max_length=64,
-        description="base rates; of several, the one with the lowest mean validation error of the "
-        "tuning seeds is compared",
-    )
-    filters_rates: list[Rate] = Field(
-        [], description="of the filters, apart from the rest; empty: one rate for both"
-    )
-    decays: list[Annotated[float, Field(ge=0.0, le=1e3)]] = Field(
-        [], description="weight decay of the filters, tuned with the rates; empty: the update's"
-    )
-    factors: list[Rate] = Field(
-        [], description="of the filters' rate, layer by layer; empty: one rate for all layers"
-    )
-    schedule: Schedule = Field(
-        "bold-driver", description="follow: the rate of the first arm, epoch by epoch"
-    )
-    start: Start = Field("balanced", description="what of the start is unbalanced")
-    spreads: list[Annotated[float, Field(ge=0.0, le=8.0)]] = Field(
-        [0.0], description="over how many decades; each is a level of its own"
-    )
-    stop_by: Literal["val_error", "val_loss"] = Field(
-        "val_error", description="what the stopping rule calls validation error"
-    )
-    statistics: Literal["running", "anew"] = Field(
-        "running",
-        description="of batch normalisation in evaluations; anew: those of the training images",
-    )
-    training: dict[str, Any] = Field({}, description="keys of Table 2's config, for this arm alone")
-    count: Annotated[int, Field(ge=1, le=100_000)] | None = Field(
-        None, description="seeds of the comparison, if not the plan's compare.count"
-    )
+    update: str
+    options: dict[str, float | int | bool | str] = Field({})
+    rates: list[Rate] = Field(min_length=1, max_length=64)
+    filters_rates: list[Rate] = Field([])
+    decays: list[Decay] = Field([])
+    factors: list[Rate] = Field([])
+    schedule: Schedule = "bold-driver"
+    start: Start = "balanced"
+    spreads: list[Spread] = Field([0.0])
+    stop_by: Literal["val_error", "val_loss"] = "val_error"
+    statistics: Literal["running", "anew"] = "running"
+    training: dict[str, Any] = Field({})
+    count: Count | None = None
 
     @field_validator("update")
     @classmethod
@@ -80,16 +74,15 @@ class ArmPlan(Section):
 
         return check_update_name(update)
 
-    def reading(self) -> tuple[str, str]:
-        """What all variants of a program have in common, beside the config."""
-        return self.stop_by, self.statistics
+    def grid(self) -> list[Rates]:
+        """Every combination that tuning tries."""
+        filters, rates, decays = self.filters_rates, self.rates, self.decays or [0.0]
+        pairs = itertools.product(filters, rates) if filters else zip(rates, rates, strict=True)
+        return [Rates(*pair, decay) for decay, pair in itertools.product(decays, pairs)]
 
-    def grid(self) -> list[tuple[float, float, float]]:
-        """(rate of the filters, rate of the rest, weight decay), every combination."""
-        pairs: Iterable[tuple[float, float]] = [(rate, rate) for rate in self.rates]
-        if self.filters_rates:
-            pairs = itertools.product(self.filters_rates, self.rates)
-        return [(*pair, decay) for decay, pair in itertools.product(self.decays or [0.0], pairs)]
+    def is_tuned(self) -> bool:
+        """Whether there is anything to choose."""
+        return len(self.grid()) > 1
 
 
 class ComparisonPlan(Section):
@@ -106,24 +99,18 @@ class ComparisonPlan(Section):
 class Plan(ExperimentConfig):
     """A study."""
 
-    question: str = Field(min_length=1, description="what it is to answer, in a sentence")
-    datasets: list[Name] = Field(min_length=1, description="mnist, and names that --data places")
-    depths: list[Annotated[int, Field(ge=1, le=64)]] = Field([2, 4], description="of ArchBN")
-    networks: list[Literal["resnet9-narrow", "resnet9"]] = Field(
-        [], description="others, beside ArchBN at its depths"
-    )
+    question: str = Field(min_length=1)
+    datasets: list[Name] = Field(min_length=1)
+    depths: list[Depth] = Field([2, 4])
+    networks: list[Literal["resnet9-narrow", "resnet9"]] = Field([])
     tune: Seeds = Seeds(first=1000, count=10)
     compare: Seeds = Seeds(first=2000, count=100)
-    margin: Annotated[float, Field(gt=0.0, le=100.0)] = Field(
-        0.05, description="differences within so many percentage points are equivalent"
-    )
+    margin: Annotated[float, Field(gt=0.0, le=100.0)] = 0.05
     alpha: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.05
-    training: dict[str, Any] = Field({}, description="keys of Table 2's config, by section")
-    all_arms: dict[str, Any] = Field(
-        {}, exclude=True, description="keys of an arm, for each that does not say otherwise"
-    )
+    training: dict[str, Any] = Field({})
+    all_arms: dict[str, Any] = Field({}, exclude=True)
     arms: dict[Name, ArmPlan] = Field(min_length=1)
-    comparisons: list[ComparisonPlan] = Field([], description="Holm's correction is over all")
+    comparisons: list[ComparisonPlan] = Field([])
 
     @model_validator(mode="before")
     @classmethod
@@ -161,14 +148,12 @@ class Plan(ExperimentConfig):
                 raise ValueError(f"arm {name}: start = {arm.start!r} is of ArchBN alone")
             if self.depths and arm.schedule == "warm-up":
                 raise ValueError(f'arm {name}: schedule = "warm-up" is of networks, not of depths')
-        if self.tune.count == 0:
-            for name, arm in self.arms.items():
-                if len(arm.grid()) > 1:
-                    raise ValueError(f"arm {name} has several rates, but tune.count = 0")
-        most = max([self.compare.count, *(arm.count or 0 for arm in self.arms.values())])
-        compare = Seeds(first=self.compare.first, count=most)
-        low, high = sorted((self.tune, compare), key=lambda seeds: seeds.first)
-        if low.first + low.count > high.first:
+            if self.tune.count == 0 and arm.is_tuned():
+                raise ValueError(f"arm {name} has several rates, but tune.count = 0")
+        most = max(self.compare.count, *(arm.count or 0 for arm in self.arms.values()))
+        purposes = (self.tune.first, self.tune.count), (self.compare.first, most)
+        (low, count), (high, _) = sorted(purposes, key=itemgetter(0))
+        if low + count > high:
             raise ValueError("tune and compare share seeds; fresh ones are needed to compare")
         alike = {name: self.alike(name) for name in self.arms}  # refuses what is no training
         first = next(iter(alike.values()))
@@ -179,31 +164,26 @@ class Plan(ExperimentConfig):
                 )
         return self
 
-    def places(self) -> list[tuple[str, str, int]]:
-        """(data set, network, depth) of every cell; networks other than ArchBN have depth 0."""
-        networks = [*(("archbn", depth) for depth in self.depths), *((n, 0) for n in self.networks)]
-        return [(dataset, *network) for dataset in self.datasets for network in networks]
+    def places(self) -> list[Place]:
+        """Every data set with every network."""
+        networks = [*((ARCHBN, depth) for depth in self.depths), *((n, 0) for n in self.networks)]
+        return [Place(dataset, *network) for dataset in self.datasets for network in networks]
 
     def alike(self, arm: str) -> tuple[Any, ...]:
-        """What the arms of one program have in common: training, reading and count."""
-        return self.config_of(arm).fingerprint(), *self.arms[arm].reading(), self.arms[arm].count
+        """What the arms of one program have in common."""
+        mine = self.arms[arm]
+        return self.config_of(arm).fingerprint(), mine.stop_by, mine.statistics, mine.count
 
     def seeds_of(self, arm: str, purpose: str) -> range:
         """The seeds that tune an arm, or compare it."""
-        if purpose == "tune":
-            return self.tune.all()
-        count = self.arms[arm].count
-        more = {} if count is None else {"count": count}
-        return self.compare.model_copy(update=more).all()
+        seeds = self.tune if purpose == "tune" else self.compare
+        own = self.arms[arm].count if purpose == "compare" else None
+        return range(seeds.first, seeds.first + (own or seeds.count))
 
     def config_of(self, arm: str) -> Config:
         """How an arm is trained, as a config of Table 2."""
         values = _merge(self.training, self.arms[arm].training)
         return parse(values, f"training of {arm}", Config)
-
-    def protocol(self) -> dict[str, Any]:
-        """What was declared, all of it: the plan stands in the provenance."""
-        return self.model_dump()
 
     def conflict(self, recorded: Any) -> str | None:
         """Where the plan contradicts what is recorded.

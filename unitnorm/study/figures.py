@@ -1,8 +1,7 @@
 """A study's charts, each defined once in Vega-Lite: for the figures, and for the page to explore.
 
 A chart draws rows: a frame of what `statistics` found, with `x`, `y`, the ends of the interval, and
-a look. `draw` sets its panels side by side and gives PNG and SVG, in letters that travel with
-matplotlib; `page` puts the same chart into a browser.
+a look. `draw` gives PNG and SVG; `page` puts the same chart into a browser.
 """
 
 import io
@@ -54,22 +53,17 @@ _SHAPES = {
 
 
 def assign_looks(updates: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """Update, colour, shape and letter of each arm: in its update's colour as long as shapes last.
-
-    Args:
-        updates: of the arms, by name.
-    """
+    """How each arm is drawn, by name: in its update's colour as long as shapes last."""
     styles = assign_styles(updates.values())
     own = [style.colour for style in styles.values()]
     spare = [style.colour for style in assign_styles(map(str, range(9))).values()]
-    looks: dict[str, dict[str, str]] = {}
-    taken = set()
+    looks, taken = {}, set()
     for arm, update in updates.items():
         style = styles[update]
         marks = [_SHAPES.get(style.marker, _SHAPES["P"]), *_SHAPES.values()]
         colours = [style.colour, *(c for c in spare if c not in own), *own]
-        free = [(c, m) for c in colours for m in marks if (c, m) not in taken]
-        colour, mark = free[0] if free else (style.colour, marks[0])
+        free = ((c, m) for c in colours for m in marks if (c, m) not in taken)
+        colour, mark = next(free, (style.colour, marks[0]))
         taken.add((colour, mark))
         looks[arm] = {"update": update, "colour": colour, "shape": mark[0], "letter": mark[1]}
     return looks
@@ -109,8 +103,7 @@ def rate_rows(runs: pd.DataFrame) -> pd.DataFrame:
 def effective_rows(runs: pd.DataFrame, epochs: Mapping[str, int]) -> pd.DataFrame:
     """The last epoch's λ/‖w‖² of the runs of `rate_rows`, with what cosine took off λ put back.
 
-    Args:
-        epochs: that the schedule of each arm is made for.
+    `epochs` are those that the schedule of each arm is made for.
     """
     table = rate_rows(runs)
     last = table["arm"].map(epochs).to_numpy(float)
@@ -119,10 +112,10 @@ def effective_rows(runs: pd.DataFrame, epochs: Mapping[str, int]) -> pd.DataFram
     return _looking(table, "arm")[table["y"] > 0]
 
 
-def budget_rows(runs: pd.DataFrame, metric: str = "test_error") -> pd.DataFrame:
+def budget_rows(runs: pd.DataFrame) -> pd.DataFrame:
     """The error after 5, 10, 25, … epochs and at the end; of many starts the balanced alone."""
     alone = runs["spread"] == 0
-    table = budget_means(runs[alone] if alone.any() else runs, metric)
+    table = budget_means(runs[alone] if alone.any() else runs)
     return _cut(_looking(table.assign(x=table["budget"], y=table["mean"], level=""), "arm"))
 
 
@@ -140,10 +133,7 @@ def spread_rows(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def forest_rows(compared: pd.DataFrame, margin: float) -> pd.DataFrame:
-    """Every comparison of errors: its difference, both intervals and the verdict.
-
-    One arm that fails badly must not press all others into a line: it stands at the frame.
-    """
+    """Every comparison of errors; an arm that fails badly stands at the frame, out of the way."""
     rows = compared[compared["metric"].map(is_error).astype(bool) & compared["difference"].notna()]
     ends = ["difference", "ci_low", "ci_high", "ci_images_low", "ci_images_high"]
     sizes = rows[ends].abs().to_numpy(float)
@@ -188,39 +178,39 @@ def _raw(name: str) -> dict:
     return _field(name, "nominal", scale=None)
 
 
-def _lines(x: dict, y: str, tooltip: str, ticks: int = 8) -> dict:
+def _layer(mark: str, encoding: dict, only: str = "", **options: object) -> dict:
+    layer = {"mark": {"type": mark, **options}, "encoding": encoding}
+    return layer | ({"transform": [{"filter": only}]} if only else {})
+
+
+def _tooltip(columns: str) -> dict:
+    return {"tooltip": [{"field": name} for name in columns.split()]}
+
+
+def _lines(x: dict, title: str, columns: str, ticks: int = 8) -> dict:
     """A line with intervals for each series, a ring around the best points, and how many are lost.
 
-    Args:
-        x: its axis; y: the title of the other, with about so many ticks; tooltip: columns.
+    `x` is the horizontal axis, `title` that of the other; a tooltip shows `columns`.
     """
     scale = {"type": "log", "nice": False, "padding": 10}
-    axis = {"tickCount": ticks, "format": "~g"}
-    shown = {"shape": _raw("shape"), "tooltip": [{"field": name} for name in tooltip.split()]}
-    ring = {"type": "point", "size": 160, "shape": "circle", "strokeWidth": 2}
-    lost = {"type": "text", "lineBreak": "\n", "baseline": "top", "align": "right", "color": GREY}
-    across: dict = {
-        "x": {"field": "x", **x},
-        "color": _raw("colour"),
-        "detail": {"field": "series"},
-    }
-    height = {"y": _field("y", scale=scale, title=y, axis=axis)}
-    interval = {"y": _field("ci_low", scale=scale, title=y, axis=axis), "y2": {"field": "ci_high"}}
-    at_top = {"y": {"value": 2}, "color": {"value": GREY}, "text": {"field": "lost"}}
-    layers: list[tuple[dict, dict, str]] = [
-        ({"type": "line", "strokeWidth": 1.5}, height, "true"),
-        ({"type": "rule", "opacity": 0.7}, interval, "true"),
-        ({"type": "point", "filled": True, "size": 40, "opacity": 1}, height | shown, "true"),
-        (ring, height, "datum.is_best"),
-        (lost, at_top, "datum.lost"),
-    ]
+    axis: dict = {"scale": scale, "title": title, "axis": {"tickCount": ticks, "format": "~g"}}
+    y = {"y": _field("y", **axis)}
+    interval = {"y": _field("ci_low", **axis), "y2": {"field": "ci_high"}}
+    point = y | {"shape": _raw("shape")} | _tooltip(columns)
+    lost = {"y": {"value": 2}, "color": {"value": GREY}, "text": {"field": "lost"}}
+    at_top = {"lineBreak": "\n", "baseline": "top", "align": "right", "color": GREY}
     return {
-        "encoding": across,
+        "encoding": {
+            "x": {"field": "x", **x}, "color": _raw("colour"), "detail": {"field": "series"},
+        },
         "layer": [
-            {"mark": mark, "encoding": encoding, "transform": [{"filter": which}]}
-            for mark, encoding, which in layers
+            _layer("line", y, strokeWidth=1.5),
+            _layer("rule", interval, opacity=0.7),
+            _layer("point", point, filled=True, size=40, opacity=1),
+            _layer("point", y, "datum.is_best", size=160, shape="circle", strokeWidth=2),
+            _layer("text", lost, "datum.lost", **at_top),
         ],
-    }
+    }  # fmt: skip
 
 
 def _forest() -> dict:
@@ -234,18 +224,18 @@ def _forest() -> dict:
 
     place = {"y": _field("place", "nominal", sort=None, title=None)}
     row = place | {"color": _raw("colour")}
-    point = {"x": span("difference", "")["x"], **place, "shape": _raw("shape")}
-    point |= {"stroke": _raw("colour"), "fill": _raw("fill")}
-    point |= {"tooltip": [{"field": name} for name in ("title", "place", "text")]}
-    layers = [
-        ({"type": "rect", "opacity": 0}, span("low", "high")),
-        ({"type": "rect", "color": "#e3e3e3"}, span("margin_low", "margin_high")),
-        ({"type": "rule", "color": "black"}, {"x": {"datum": 0}}),
-        ({"type": "rule"}, span("ci_images_low", "ci_images_high") | row),
-        ({"type": "rule", "strokeWidth": 3}, span("ci_low", "ci_high") | row),
-        ({"type": "point", "size": 55, "opacity": 1}, point),
-    ]
-    return {"layer": [{"mark": mark, "encoding": encoding} for mark, encoding in layers]}
+    point = {"x": span("difference", "")["x"], **place, **_tooltip("title place text")}
+    point |= {"shape": _raw("shape"), "stroke": _raw("colour"), "fill": _raw("fill")}
+    return {
+        "layer": [
+            _layer("rect", span("low", "high"), opacity=0),
+            _layer("rect", span("margin_low", "margin_high"), color="#e3e3e3"),
+            _layer("rule", {"x": {"datum": 0}}, color="black"),
+            _layer("rule", span("ci_images_low", "ci_images_high") | row),
+            _layer("rule", span("ci_low", "ci_high") | row, strokeWidth=3),
+            _layer("point", point, size=55, opacity=1),
+        ]
+    }
 
 
 _RATE = {
@@ -318,8 +308,7 @@ def draw(name: str, rows: pd.DataFrame) -> dict[str, bytes]:
     """A chart of all rows, with legend and note: PNG and SVG by ending."""
     if name == "forest":  # all comparisons below each other, their numbers beside them
         at = {"x": {"value": WIDTH - 335}, "y": _field("place", "nominal", sort=None)}
-        mark = {"type": "text", "align": "left"}
-        told = {"mark": mark, "encoding": at | {"text": {"field": "text"}}}
+        told = _layer("text", at | {"text": {"field": "text"}}, align="left")
         spec = {"layer": [*CHARTS[name]["layer"], told], "width": WIDTH - 345}
         panels = [_facet(rows, "title", 1, spec | {"height": {"step": 19}})]
         shape = rows["verdict"].map({verdict: look["shape"] for verdict, look in VERDICTS.items()})
@@ -354,9 +343,13 @@ def _facet(rows: pd.DataFrame, by: str, columns: int, spec: dict) -> dict:
     """A panel for each value of a column; below each other they have one x axis, else own ones."""
     own = {"axis": {"x": "independent", "y": "independent"}}
     resolve = {"scale": {"y": "independent"}} if columns == 1 else own
-    facet = _field(by, "nominal", sort=list(rows[by].unique()))
-    parts = {"data": {"values": to_values(rows)}, "facet": facet, "columns": columns}
-    return {**parts, "spec": spec, "resolve": resolve}
+    return {
+        "data": {"values": _to_values(rows)},
+        "facet": _field(by, "nominal", sort=list(rows[by].unique())),
+        "columns": columns,
+        "spec": spec,
+        "resolve": resolve,
+    }
 
 
 def _legend(rows: pd.DataFrame) -> dict:
@@ -365,21 +358,20 @@ def _legend(rows: pd.DataFrame) -> dict:
     widest = 40 + 7 * int(entries["series"].str.len().max())
     fit = max(1, min(len(entries), WIDTH // widest))
     place = np.arange(len(entries))
-    values = to_values(entries.assign(x=place % fit * widest, y=place // fit * 18))
-    marks = (
-        {"type": "point", "filled": True, "size": 60, "opacity": 1},
-        {"type": "text", "dx": 9, "align": "left", "fontSize": 12},
-    )
-    shown = {"shape": _raw("shape"), "color": _raw("colour")}, {"text": {"field": "series"}}
+    values = _to_values(entries.assign(x=place % fit * widest, y=place // fit * 18))
+    shown = {"shape": _raw("shape"), "color": _raw("colour")}
     return {
         "data": {"values": values},
         "encoding": {axis: _field(axis, scale=None, axis=None) for axis in "xy"},
-        "layer": [{"mark": m, "encoding": e} for m, e in zip(marks, shown, strict=True)],
+        "layer": [
+            _layer("point", shown, filled=True, size=60, opacity=1),
+            _layer("text", {"text": {"field": "series"}}, dx=9, align="left", fontSize=12),
+        ],
         "width": WIDTH - 140,
         "height": 18 * ((len(entries) - 1) // fit),
     }
 
 
-def to_values(rows: pd.DataFrame) -> list[dict]:
-    """Rows as plain values; NaN is None."""
+def _to_values(rows: pd.DataFrame) -> list[dict]:
+    """NaN is None."""
     return json.loads(rows.to_json(orient="records", double_precision=10))

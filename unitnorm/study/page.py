@@ -1,12 +1,12 @@
 """The studies as one page: a single HTML file that needs no network.
 
 The charts are those of `figures`; Vega's own script, the rows and `page.html` around them are
-inlined, and the page's content policy forbids it to load anything. Tables, filters and buttons are
-plain HTML, so that keyboards and screen readers know them. Of the runs only the pairs of the
-comparisons, the means of the rates and of the budgets are kept, rounded.
+inlined, and the page's content policy forbids it to load anything. Of the runs only the pairs of
+the comparisons, the means of the rates and of the budgets are kept, rounded.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from importlib.resources import files
 
@@ -17,7 +17,7 @@ import vl_convert
 from unitnorm.errors import UserError
 from unitnorm.study import figures
 from unitnorm.study.report import Findings, chart_rows, tell_looks
-from unitnorm.study.statistics import is_error, name_place, pair_runs, rank, select_runs
+from unitnorm.study.statistics import is_error, name_place, pair_runs, rank, sides_of
 
 _DIGITS = 5  # significant, of every number of the page
 _TITLE = b"<title>unitnorm: the studies</title>"
@@ -29,14 +29,7 @@ def is_page(content: bytes) -> bool:
 
 
 def build_page(studies: Mapping[str, Findings]) -> bytes:
-    """The page of all studies, UTF-8; the same studies give the same bytes.
-
-    Args:
-        studies: by name, in the order of the page.
-
-    Raises:
-        UserError: no study.
-    """
+    """The page of the studies, by name and in this order; the same ones give the same bytes."""
     if not studies:
         raise UserError("no study to show: run `unitnorm study` first")
     page = files("unitnorm.study").joinpath("page.html").read_text(encoding="utf-8")
@@ -48,32 +41,27 @@ def build_page(studies: Mapping[str, Findings]) -> bytes:
         "NOTES": _script_json(figures.NOTES),
         "VERDICTS": _script_json(figures.VERDICTS),
     }
-    # One pass, from the left: what is filled in may hold anything.
-    head, *rest = page.split("/*{")
-    filled = [head]
-    for part in rest:
-        name, after = part.split("}*/", 1)
-        filled += [parts[name], after]
-    return "".join(filled).encode()
+    # in one pass: what is filled in may hold anything
+    return re.sub(r"/\*\{(\w+)\}\*/", lambda match: parts[match[1]], page).encode()
 
 
 def _pack(study: Findings) -> dict:
     """A study as plain lists: see `page.html` for what becomes of each."""
-    known, plan, compared, _ = study
-    runs, comparisons = known["runs"], []
-    for row in compared.to_dict("records"):
-        ours, theirs = select_runs(runs, row)
+    runs, plan, comparisons = study.known["runs"], study.plan, []
+    sides = sides_of(runs, plan.comparisons)
+    for row, (_, ours, theirs) in zip(study.compared.to_dict("records"), sides, strict=True):
         both = pair_runs(ours, theirs, row["metric"]).reset_index()
         for side, part in (("arm", ours), ("baseline", theirs)):
             both[f"{side}_epochs"] = both["seed"].map(part.set_index("seed")["epochs"])
-        told = {
-            "title": figures.name_title(row),
-            "place": name_place(row),
-            "looks": tell_looks(row),
-        }
-        packed = {str(name): _round(value) for name, value in row.items()}
         comparisons.append(
-            {**packed, **told, "is_error": is_error(row["metric"]), "pairs": _columns(both)}
+            {
+                **{str(name): _round(value) for name, value in row.items()},
+                "title": figures.name_title(row),
+                "place": name_place(row),
+                "looks": tell_looks(row),
+                "is_error": is_error(row["metric"]),
+                "pairs": _columns(both),
+            }
         )
     ranks = rank(runs) if (runs["purpose"] == "compare").any() else pd.DataFrame()
     ranks = ranks.assign(place=[name_place(row) for row in ranks.to_dict("records")])

@@ -1,7 +1,5 @@
 """What a study's records show: comparisons, rates, ranks and figures, from the runs alone."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from datetime import datetime, timedelta
@@ -31,17 +29,12 @@ LOOKS = "looks.csv"  # of a results folder: kept from report to report
 
 
 class Findings(NamedTuple):
-    """Records with what they show so far.
-
-    Attributes:
-        compared: the plan's comparisons of which there are runs, see `statistics.with_looks`.
-        looks: see `statistics.add_looks`.
-    """
+    """Records with what they show so far."""
 
     known: Records
     plan: Plan
-    compared: pd.DataFrame
-    looks: pd.DataFrame
+    compared: pd.DataFrame  # see `statistics.with_looks`
+    looks: pd.DataFrame  # see `statistics.add_looks`
 
 
 def plan_of(known: Records) -> Plan:
@@ -50,20 +43,14 @@ def plan_of(known: Records) -> Plan:
 
 
 def look(folder: Path, known: Records) -> Findings:
-    """Compare what a folder's records hold, as the next look after those that it keeps.
-
-    Raises:
-        UserError: what is kept of earlier looks is damaged.
-    """
-    plan, runs = plan_of(known), known["runs"]
-    there = set(runs.loc[runs["purpose"] == "compare", "arm"])
-    planned = [one for one in plan.comparisons if {one.arm, one.baseline} <= there]
-    compared = statistics.compare(runs, planned, plan.margin, plan.alpha)
+    """Compare what a folder's records hold, as the next look after those that it keeps."""
+    plan = plan_of(known)
+    compared = statistics.compare(known["runs"], plan.comparisons, plan.margin, plan.alpha)
     path, before = folder / LOOKS, None
     if path.exists():
-        names = dict.fromkeys(("dataset", "network", "comparison", "level", "metric"), str)
+        texts = dict.fromkeys(("dataset", "network", "comparison", "level", "metric"), str)
         try:
-            before = pd.read_csv(path, dtype=names, keep_default_na=False)[list(statistics.LOOKS)]
+            before = pd.read_csv(path, dtype=texts, keep_default_na=False)[list(statistics.LOOKS)]
         except (ValueError, KeyError):
             raise UserError(f"{path}: damaged; restore it from a copy") from None
     ends = [
@@ -78,13 +65,12 @@ def build(study: Findings) -> dict[str, bytes]:
     """Every file of a study's report: the same study gives the same bytes."""
     from unitnorm.study.figures import draw  # which loads Vega
 
-    known, plan, compared, looks = study
-    runs, texts = known["runs"], {}
+    runs, texts = study.known["runs"], {}
     tables: dict[str, pd.DataFrame] = {}
-    if len(compared):
-        tables |= {"comparisons": compared, "looks": looks}
+    if len(study.compared):
+        tables |= {"comparisons": study.compared, "looks": study.looks}
         texts["comparisons"] = comparison_cells(study)
-        texts["summary"] = summary_cells(plan, compared)
+        texts["summary"] = summary_cells(study.plan, study.compared)
     if (runs["purpose"] == "compare").any():
         tables["ranking"] = statistics.rank(runs)
     if (runs["purpose"] == "tune").any():
@@ -120,29 +106,26 @@ def chart_rows(study: Findings) -> dict[str, pd.DataFrame]:
 
 def show(study: Findings) -> Group:
     """What `unitnorm study` prints."""
-    if study.compared.empty:
-        return Group(Text("no comparison has runs of both of its arms yet"))
-    return Group(Fitting(comparison_cells(study)))
+    nothing = Text("no comparison has runs of both of its arms yet")
+    return Group(nothing if study.compared.empty else Fitting(comparison_cells(study)))
 
 
 def comparison_cells(study: Findings) -> Cells:
     """The comparisons, to be read."""
     known, plan, compared, _ = study
-    rows = []
-    for row in compared.to_dict("records"):
-        left_out = f" (−{row['n_left_out']})" if row["n_left_out"] else ""
-        rows.append(
-            {
-                "data": statistics.name_place(row),
-                "comparison": statistics.name_comparison(row),
-                "n": f"{row['n']}{left_out}",
-                "difference": _sign(row["difference"]),
-                "95 % interval": _range(row["ci_low"], row["ci_high"]),
-                "p (Holm)": format_p(row["p_holm"]),
-                "verdict": row["verdict"],
-                "looks": tell_looks(row),
-            }
-        )
+    rows = [
+        {
+            "data": statistics.name_place(row),
+            "comparison": statistics.name_comparison(row),
+            "n": f"{row['n']}" + (f" (−{row['n_left_out']})" if row["n_left_out"] else ""),
+            "difference": _sign(row["difference"]),
+            "95 % interval": _range(row["ci_low"], row["ci_high"]),
+            "p (Holm)": format_p(row["p_holm"]),
+            "verdict": row["verdict"],
+            "looks": tell_looks(row),
+        }
+        for row in compared.to_dict("records")
+    ]
     declared = known.provenance.get("plan_committed") or "not committed"
     committed = "" if declared.startswith("not committed") else "committed "
     first = min((command["started"] for command in known.provenance["commands"]), default="–")
@@ -153,12 +136,13 @@ def comparison_cells(study: Findings) -> Cells:
         f"Plan {committed}{declared}, first run {first}."
     )
     frame = pd.DataFrame(rows)
-    if not frame["looks"].any():
-        return Cells(plan.question, frame.drop(columns="looks"), note)
-    note += (
-        " Looks: seeds were added when a verdict on fewer was known; the interval given there is "
-        "valid all the same, whenever one stops (level α/(k(k + 1)) at look k)."
-    )
+    if frame["looks"].any():
+        note += (
+            " Looks: seeds were added when a verdict on fewer was known; the interval given there "
+            "is valid all the same, whenever one stops (level α/(k(k + 1)) at look k)."
+        )
+    else:
+        frame = frame.drop(columns="looks")
     return Cells(plan.question, frame, note)
 
 
@@ -188,24 +172,20 @@ def summary_cells(plan: Plan, compared: pd.DataFrame) -> Cells:
         text = f"{format_signed(row['difference'], 2)} ± {half:.2f} {row['verdict']}"
         cells = found.setdefault(statistics.name_comparison(row), {})
         cells[statistics.name_place(row)] = "–" if math.isnan(half) else text
-    places = [dict(zip(statistics.PLACE, place, strict=True)) for place in plan.places()]
-    names = [statistics.name_place(place) for place in places]
+    names = [statistics.name_place(place._asdict()) for place in plan.places()]
     there = [name for name in names if any(name in cells for cells in found.values())]
     rows = [[name, *(cells.get(place, "–") for place in there)] for name, cells in found.items()]
+    low, high = errors["n"].min(), errors["n"].max()
+    count = f"{low}" if low == high else f"{low} to {high}"
     note = (
         f"Test error in percentage points, arm − baseline, ± half of the {100 * (1 - plan.alpha):g}"
-        f" % interval, in {_count(errors['n'])} pairs of runs by seed; verdicts by Holm over all; "
+        f" % interval, in {count} pairs of runs by seed; verdicts by Holm over all; "
         f"equivalent: within ±{plan.margin}."
     )
     looked = sorted({int(n) for text in errors["looks_before"] for n in text.split(", ") if n})
     if looked:
         note += f" Extended after looks at n = {', '.join(map(str, looked))}."
     return Cells(plan.question, pd.DataFrame(rows, columns=["comparison", *there]), note)
-
-
-def _count(numbers: pd.Series) -> str:
-    low, high = numbers.min(), numbers.max()
-    return f"{low}" if low == high else f"{low} to {high}"
 
 
 def rate_cells(chosen: pd.DataFrame) -> Cells:

@@ -1,48 +1,33 @@
 """The table of a study's runs. To add a factor, add a column here and fill it in `experiment`."""
 
-from __future__ import annotations
-
 from unitnorm.run.records import Schema, Table
 
 BUDGETS = (5, 10, 25)  # epochs after which the test images are measured, beside the end
 MEASURED = ("train_loss", "val_error", "val_loss", "test_error", "test_loss")
-# What names a run. `start` and `spread` say from where, the rates are the base rates, `decay` is
-# the weight decay of the filters.
-CELL = (
-    "dataset", "network", "depth", "arm", "purpose", "seed", "filters_rate", "rest_rate", "decay",
-    "start", "spread",
-)  # fmt: skip
 # of a step at the end of an epoch, layer by layer, numbers with spaces between; see
 # `archbn.evaluation.measure_step`
 LAYERS = ("layer_rates", "layer_angles")
-
-SCHEMA = Schema(
-    kind="study",
-    tables={
-        "runs": Table(
-            {
-                "dataset": "s", "network": "s", "depth": "i", "arm": "s", "purpose": "s",
-                "seed": "i", "filters_rate": "f", "rest_rate": "f", "decay": "f", "start": "s",
-                "spread": "f",
-                "update": "s", "schedule": "s", "batch_size": "i", "reduction": "s",
-                "epochs": "i", "stop_reason": "s", "diverged": "b",
-                **dict.fromkeys(MEASURED, "f"),
-                "effective_rate": "f",
-                **{f"{name}_{epoch}": "f" for epoch in BUDGETS for name in MEASURED},
-                # the test images it gets wrong, packed; see `statistics.pack_wrong`
-                "wrong": "s",
-                **dict.fromkeys(LAYERS, "s"),
-                **{f"{name}_{epoch}": "s" for epoch in BUDGETS for name in LAYERS},
-            },
-            CELL,
-            packed=True,
-            later={
-                "network": "archbn", "decay": 0.0,
-                **dict.fromkeys(LAYERS, ""),
-                **{f"{name}_{epoch}": "" for epoch in BUDGETS for name in LAYERS},
-            },
-        )
+# What names a run. `start` and `spread` say from where, the rates are the base rates, `decay` is
+# the weight decay of the filters.
+_NAMES = {
+    "dataset": "s", "network": "s", "depth": "i", "arm": "s", "purpose": "s", "seed": "i",
+    "filters_rate": "f", "rest_rate": "f", "decay": "f", "start": "s", "spread": "f",
+}  # fmt: skip
+CELL = tuple(_NAMES)
+_LAYERS_LATER = [f"{name}_{epoch}" for epoch in BUDGETS for name in LAYERS]
+_RUNS = Table(
+    {
+        **_NAMES,
+        "update": "s", "schedule": "s", "batch_size": "i", "reduction": "s",
+        "epochs": "i", "stop_reason": "s", "diverged": "b",
+        **dict.fromkeys(MEASURED, "f"),
+        "effective_rate": "f",
+        **{f"{name}_{epoch}": "f" for epoch in BUDGETS for name in MEASURED},
+        "wrong": "s",  # the test images it gets wrong, packed; see `statistics.pack_wrong`
+        **dict.fromkeys([*LAYERS, *_LAYERS_LATER], "s"),
     },
-    cell=CELL,
-    files=r"plan\.toml",
+    CELL,
+    packed=True,
+    later={"network": "archbn", "decay": 0.0, **dict.fromkeys([*LAYERS, *_LAYERS_LATER], "")},
 )  # fmt: skip
+SCHEMA = Schema(kind="study", tables={"runs": _RUNS}, cell=CELL, files=r"plan\.toml")

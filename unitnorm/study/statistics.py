@@ -1,10 +1,8 @@
 """From a study's table of runs to its comparisons: numbers only, no layout.
 
-Every function is pure. `runs` has a row per run with the columns `KEYS`, results (`is_result`) and
-factors: every other column (schedule, batch_size, spread, …). Errors are fractions in `runs`; in
-what is returned, errors and their differences are in percentage points, losses in their own unit.
-The test set is the same in all runs, so a t-interval over seeds speaks of this test set alone; the
-intervals `ci_images_low` to `ci_images_high` count the test images as random as well.
+Errors are fractions in `runs`; in what is returned, errors and their differences are in percentage
+points. The test set is the same in all runs, so a t-interval over seeds speaks of this test set
+alone; `ci_images_low` to `ci_images_high` count the test images as random as well.
 """
 
 import base64
@@ -13,6 +11,7 @@ import math
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,10 +19,10 @@ from scipy import special
 
 from unitnorm.errors import UserError
 from unitnorm.report.statistics import compare_pairs, summarise, summarise_groups
-from unitnorm.study.config import ComparisonPlan
+from unitnorm.study.config import ARCHBN, ComparisonPlan, Place, Rates
+from unitnorm.study.schema import BUDGETS
 
-PLACE = ["dataset", "network", "depth"]
-RATES = ["filters_rate", "rest_rate", "decay"]
+PLACE, RATES = list(Place._fields), list(Rates._fields)
 KEYS = (*PLACE, "arm", "update", "purpose", "seed", *RATES)
 COMPARISONS = (
     *PLACE, "comparison", "level", "arm", "update", "baseline", "metric", "n", "n_left_out",
@@ -34,18 +33,15 @@ COMPARISONS = (
 _LOOKED_AT = [*PLACE, "comparison", "level", "metric"]
 LOOKS = (*_LOOKED_AT, "n", "time", "difference", "p_holm", "verdict")
 _METRIC = re.compile(r"(train_loss|val_error|val_loss|test_error|test_loss)(?:_(\d+))?")
-_OTHER = re.compile(r"epochs|stop_reason|diverged|effective_rate|wrong|layer_\w+")
+_RESULT = re.compile(
+    rf"{_METRIC.pattern}|epochs|stop_reason|diverged|effective_rate|wrong|layer_\w+"
+)
 _WORST = 100.0  # the validation error in percent that a diverged tuning run counts with
 
 
-def is_result(column: str) -> bool:
-    """Whether a column of the runs was measured, rather than set by the plan."""
-    return bool(_OTHER.fullmatch(column) or _METRIC.fullmatch(column))
-
-
 def factors_of(runs: pd.DataFrame) -> list[str]:
-    """The columns that are neither keys nor results: what the plan varies besides."""
-    return [name for name in runs.columns if name not in KEYS and not is_result(name)]
+    """The columns that are neither keys nor measured: what the plan varies besides."""
+    return [name for name in runs.columns if name not in KEYS and not _RESULT.fullmatch(name)]
 
 
 def is_error(metric: str) -> bool:
@@ -57,9 +53,6 @@ def metric_values(runs: pd.DataFrame, metric: str) -> pd.Series:
     """The metric of each run: errors in percent, losses as they are; NaN where it has diverged.
 
     A run that stopped before the epoch of a budget keeps its last value, as it would in use.
-
-    Raises:
-        UserError: no such metric, or no column of that name.
     """
     match = _METRIC.fullmatch(metric)
     if match is None or metric not in runs.columns:
@@ -78,7 +71,7 @@ def metric_values(runs: pd.DataFrame, metric: str) -> pd.Series:
 
 def name_place(row: Mapping) -> str:
     """Data set and network of a row: `mnist, depth 2`; networks other than ArchBN by name."""
-    network = f"depth {row['depth']}" if row["network"] == "archbn" else row["network"]
+    network = f"depth {row['depth']}" if row["network"] == ARCHBN else row["network"]
     return f"{row['dataset']}, {network}"
 
 
@@ -103,46 +96,18 @@ def compare(
     margin: float = 0.05,
     alpha: float = 0.05,
 ) -> pd.DataFrame:
-    """Every comparison of the plan, for each data set and network that has runs of either arm.
-
-    The pairs are the comparison runs (`purpose` is `compare`) of both arms with the same seed. A
-    factor that varies within an arm makes a comparison for each of its levels, in `level`.
+    """The comparisons of which there are runs, see `sides_of`; columns `COMPARISONS`.
 
     A pair of arms is `equivalent` where two one-sided t-tests put the mean difference within
-    ±margin (Schuirmann 1987), else `better` or `worse` where the two-sided paired t-test tells it
-    from 0, else `open`. Both p-values are adjusted by Holm's method, each over all rows, where a
-    comparison that could not be tested counts as one.
-
-    Args:
-        margin: of equivalence, in percentage points; losses have none and are never equivalent.
-        alpha: the intervals have the confidence 1 − alpha, the verdicts the familywise level alpha.
-
-    Returns:
-        Columns `COMPARISONS`. `n` pairs; `n_left_out` seeds of both arms that are no pair, as a run
-        of them is not finite or diverged (`n_diverged`, `n_diverged_baseline` of the two arms).
-        `difference`, std (ddof 1) and intervals in percentage points for errors. NaN where a figure
-        is not defined: n < 2, and `ci_images_*` where the runs keep no images.
-
-    Raises:
-        UserError: an unknown metric, an arm without any runs, or two runs of one seed.
+    ±margin (Schuirmann 1987; losses have no margin), else `better` or `worse` where the two-sided
+    paired t-test tells it from 0, else `open`. Both p-values are adjusted by Holm's method, each
+    over all rows, so that the verdicts have the familywise level alpha. `n_left_out`: pairs of
+    which a run diverged. NaN where a figure is not defined: n < 2, and images that are not kept.
     """
-    runs = runs[runs["purpose"] == "compare"]
-    there = sorted(runs["arm"].unique())
-    rows = []
-    for plan in comparisons:
-        for arm in (plan.arm, plan.baseline):
-            if arm not in there:
-                raise UserError(
-                    f"comparison {plan.name!r}: arm {arm!r} has no comparison runs; "
-                    f"expected one of {', '.join(there)}"
-                )
-        told = {"comparison": plan.name, "arm": plan.arm, "baseline": plan.baseline}
-        told["metric"] = plan.metric
-        for place, part in runs[runs["arm"].isin([plan.arm, plan.baseline])].groupby(PLACE):
-            sides = part[part["arm"] == plan.arm], part[part["arm"] == plan.baseline]
-            for level, ours, theirs in _levels(*sides):
-                found = _compare_arms(ours, theirs, plan.metric, margin, alpha)
-                rows.append(dict(zip(PLACE, place, strict=True)) | told | {"level": level} | found)
+    rows = [
+        {**told, **_compare_arms(ours, theirs, told["metric"], margin, alpha)}
+        for told, ours, theirs in sides_of(runs, comparisons)
+    ]
     table = pd.DataFrame(rows, columns=list(COMPARISONS))
     table["p_holm"] = holm(table["p"].to_numpy(float))
     errors = table["metric"].map(is_error).astype(bool)
@@ -154,6 +119,27 @@ def compare(
     return table.assign(verdict=np.select(cases, ["equivalent", "better", "worse"], "open"))
 
 
+def sides_of(
+    runs: pd.DataFrame, comparisons: Sequence[ComparisonPlan]
+) -> Iterator[tuple[dict[str, Any], pd.DataFrame, pd.DataFrame]]:
+    """What names each row of `compare`, and the runs of its arm and of its baseline.
+
+    A comparison of which both arms have runs has one for each data set and network with runs of
+    either, and for each level of the factors that vary within an arm.
+    """
+    runs = runs[runs["purpose"] == "compare"]
+    for plan in comparisons:
+        both = runs[runs["arm"].isin([plan.arm, plan.baseline])]
+        if not {plan.arm, plan.baseline} <= {*both["arm"]}:
+            continue
+        told = {"comparison": plan.name, "arm": plan.arm, "baseline": plan.baseline}
+        for place, part in both.groupby(PLACE):
+            sides = (part[part["arm"] == arm] for arm in (plan.arm, plan.baseline))
+            for level, ours, theirs in _levels(*sides):
+                at = dict(zip(PLACE, place, strict=True)) | {"level": level, "metric": plan.metric}
+                yield told | at, ours, theirs
+
+
 def _compare_arms(
     ours: pd.DataFrame, theirs: pd.DataFrame, metric: str, margin: float, alpha: float
 ) -> dict[str, object]:
@@ -161,9 +147,9 @@ def _compare_arms(
     mean, std, low, high = summarise(paired["difference"].to_numpy(float), alpha)
     images = (math.nan, math.nan)
     if metric == "test_error" and len(paired) > 1:
-        wrong = [_wrong_images(part, paired.index) for part in (ours, theirs)]
-        if wrong[0] is not None and wrong[1] is not None:
-            images = crossed_interval(100 * (wrong[0].astype(float) - wrong[1]), alpha)
+        mine, other = (_wrong_images(part, paired.index) for part in (ours, theirs))
+        if mine is not None and other is not None:
+            images = crossed_interval(100 * (mine.astype(float) - other), alpha)
     sides = paired["arm"].to_numpy(float), paired["baseline"].to_numpy(float)
     p, p_equivalence = paired_tests(*sides, margin if is_error(metric) else math.nan)
     return {
@@ -181,11 +167,7 @@ def paired_tests(ours: np.ndarray, theirs: np.ndarray, margin: float) -> tuple[f
     """p of the paired t-test, and the larger p of the one-sided ones against −margin and +margin.
 
     Differences that are all equal have no t-test: the sign test stands in for it, with p = 2^(1−n)
-    and 2^−n for each side of the equivalence.
-
-    Args:
-        ours, theirs: shape (n,), finite. NaN for n < 2.
-        margin: in the unit of the differences; NaN gives NaN.
+    and 2^−n for each side of the equivalence. NaN for n < 2; a margin of NaN gives NaN.
     """
     (mean, std, *_), p, _ = compare_pairs(ours, theirs)
     n = len(ours)
@@ -198,14 +180,7 @@ def paired_tests(ours: np.ndarray, theirs: np.ndarray, margin: float) -> tuple[f
 
 
 def pair_runs(ours: pd.DataFrame, theirs: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """The runs of two arms side by side, a row per seed of either; NaN for what cannot be used.
-
-    Returns:
-        Index seed; columns arm, baseline (the metric, see `metric_values`), difference.
-
-    Raises:
-        UserError: two runs of one arm share a seed.
-    """
+    """The metric of two arms side by side, a row per seed of either, and their difference."""
     sides = {}
     for name, part in (("arm", ours), ("baseline", theirs)):
         for row in part[part["seed"].duplicated()].to_dict("records"):
@@ -219,14 +194,6 @@ def pair_runs(ours: pd.DataFrame, theirs: pd.DataFrame, metric: str) -> pd.DataF
     return both.assign(difference=(both["arm"] - both["baseline"]).round(10))
 
 
-def select_runs(runs: pd.DataFrame, row: Mapping) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The comparison runs of the arm and of the baseline behind a row of `compare`'s table."""
-    here = (runs[PLACE] == [row[name] for name in PLACE]).all(axis=1)
-    part = runs[here & (runs["purpose"] == "compare")]
-    sides = (part[part["arm"] == row[name]] for name in ("arm", "baseline"))
-    return next((ours, theirs) for level, ours, theirs in _levels(*sides) if level == row["level"])
-
-
 def _levels(
     ours: pd.DataFrame, theirs: pd.DataFrame
 ) -> Iterator[tuple[str, pd.DataFrame, pd.DataFrame]]:
@@ -236,31 +203,27 @@ def _levels(
     against every level of the arm.
     """
     factors, both = factors_of(ours), (ours, theirs)
-    varying = [{f for f in factors if side[f].nunique(dropna=False) > 1} for side in both]
-    names = [name for name in factors if name in varying[0] | varying[1]]
+    varying = [[f for f in factors if side[f].nunique(dropna=False) > 1] for side in both]
+    names = [name for name in factors if name in varying[0] + varying[1]]
     if not names:
         yield "", ours, theirs
         return
-    sides = list(zip(both, varying, strict=True))
-    either = pd.concat([side for side, own in sides if own])
+    either = pd.concat([side for side, own in zip(both, varying, strict=True) if own])
     for values, _ in either.groupby(names, dropna=False):
-        at = []
-        for side, own in sides:
-            for name, value in zip(names, values, strict=True):
+        texts, at = [], list(both)
+        for name, value in zip(names, values, strict=True):
+            texts.append(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}")
+            for place, own in enumerate(varying):
                 if name in own:
-                    side = side[side[name].isin([value])]  # which finds NaN as well
-            at.append(side)
-        texts = (f"{x:g}" if isinstance(x, float) else f"{x}" for x in values)
-        yield ", ".join(map(" ".join, zip(names, texts, strict=True))), at[0], at[1]
+                    at[place] = at[place][at[place][name].isin([value])]  # which finds NaN as well
+        yield ", ".join(texts), at[0], at[1]
 
 
 def holm(p: np.ndarray) -> np.ndarray:
     """Holm's (1979) adjusted p-values, shape (m,); NaN stays NaN and counts as 1 in the family."""
-    order = np.argsort(np.where(np.isnan(p), np.inf, p))
-    steps = np.nan_to_num(p[order], nan=1.0) * np.arange(len(p), 0, -1)
-    adjusted = np.empty(len(p))
-    adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1)
-    return np.where(np.isnan(p), np.nan, adjusted)
+    ordered = pd.Series(p).fillna(1.0).sort_values()
+    adjusted = (ordered * np.arange(len(p), 0, -1)).cummax().clip(upper=1)
+    return adjusted.sort_index().where(~np.isnan(p)).to_numpy()
 
 
 def crossed_interval(matrix: np.ndarray, alpha: float = 0.05) -> tuple[float, float]:
@@ -270,12 +233,7 @@ def crossed_interval(matrix: np.ndarray, alpha: float = 0.05) -> tuple[float, fl
     (MS_runs + MS_images − MS_rest) / SI estimates without bias from the mean squares of the two-way
     table; the degrees of freedom are Satterthwaite's (Searle, Casella and McCulloch 1992, ch. 4).
     Where the images' component comes out negative it is taken as 0: the interval is then that of
-    the runs alone, and never narrower.
-
-    Args:
-        matrix: shape (runs, images), both at least 2: for a pair of runs and an image, the one's
-            error minus the other's.
-        alpha: one minus the confidence.
+    the runs alone, and never narrower. The matrix of differences is (runs, images), both over 1.
     """
     runs, images = matrix.shape
     mean, flat = float(matrix.mean()), matrix.ravel()
@@ -296,15 +254,7 @@ def crossed_interval(matrix: np.ndarray, alpha: float = 0.05) -> tuple[float, fl
 
 
 def add_looks(looks: pd.DataFrame | None, compared: pd.DataFrame, time: str) -> pd.DataFrame:
-    """The looks so far and this one: columns `LOOKS`, a row for each comparison and its pairs.
-
-    A look is a verdict on more or fewer pairs than any before; the same pairs again are none.
-
-    Args:
-        looks: what this function returned before; None: nothing has been looked at yet.
-        compared: from `compare`.
-        time: of the last run.
-    """
+    """The looks so far and this one, at `time`; at the same pairs again it is none."""
     new = compared[compared["n"] > 1].assign(time=time)[list(LOOKS)]
     known = new if looks is None else pd.concat([looks, new], ignore_index=True)
     return known.drop_duplicates([*_LOOKED_AT, "n"], ignore_index=True)
@@ -315,24 +265,19 @@ def with_looks(compared: pd.DataFrame, looks: pd.DataFrame, alpha: float = 0.05)
 
     Pairs added because of what was seen spoil the level of an interval. That of look k is given the
     level α/(k(k + 1)), which all looks together spend once (Bonferroni): whenever one stops, it
-    misses the mean with a chance of at most α.
-
-    Returns:
-        `compared` with `looks_before` ("2, 5": the numbers of pairs; "" if none), `ci_looks_low`
-        and `ci_looks_high` (NaN where there was no look before).
+    misses the mean with a chance of at most α. `looks_before` are the numbers of pairs ("2, 5").
     """
-    counts = looks.groupby(_LOOKED_AT)["n"].apply(list).to_dict()
+    known = looks.groupby(_LOOKED_AT)["n"].apply(list).to_dict()
     rows = []
     for row in compared.to_dict("records"):
-        before = sorted(
-            n for n in counts.get(tuple(row[c] for c in _LOOKED_AT), ()) if n < row["n"]
-        )
+        looked_at = known.get(tuple(row[name] for name in _LOOKED_AT), [])
+        before = sorted(n for n in looked_at if n < row["n"])
         k, half = len(before) + 1, math.nan
         if before:
             quantile = special.stdtrit(row["n"] - 1, 1 - alpha / (k * (k + 1)) / 2)
             half = quantile * row["std"] / math.sqrt(row["n"])
-        told = ", ".join(map(str, before))
-        rows.append((told, row["difference"] - half, row["difference"] + half))
+        ends = row["difference"] - half, row["difference"] + half
+        rows.append((", ".join(map(str, before)), *ends))
     columns = ["looks_before", "ci_looks_low", "ci_looks_high"]
     return compared.join(pd.DataFrame(rows, columns=columns, index=compared.index))
 
@@ -346,11 +291,7 @@ def pack_wrong(wrong: np.ndarray) -> str:
 
 
 def unpack_wrong(text: str) -> np.ndarray:
-    """The inverse of `pack_wrong`: booleans, shape (images,), with up to 7 `False` at the end.
-
-    Raises:
-        UserError: the text is damaged.
-    """
+    """The inverse of `pack_wrong`: booleans, shape (images,), with up to 7 `False` at the end."""
     try:
         content = zlib.decompress(base64.b64decode(text, validate=True))
     except (binascii.Error, zlib.error) as error:
@@ -361,18 +302,15 @@ def unpack_wrong(text: str) -> np.ndarray:
 def _wrong_images(runs: pd.DataFrame, seeds: pd.Index) -> np.ndarray | None:
     """The wrong images of the runs with these seeds, shape (seeds, images); None where not kept."""
     chosen = runs.set_index("seed").loc[seeds]
-    if "wrong" not in runs.columns or not all(chosen["wrong"]):
+    if not all(chosen["wrong"]):
         return None
-    arrays = [unpack_wrong(text) for text in chosen["wrong"]]
-    errors = chosen["test_error"].to_numpy(float)
-    if len({len(array) for array in arrays}) == 1:
-        wrong = np.array(arrays)
-        counts, size = wrong.sum(axis=1), wrong.shape[1]
-        # Bits come in eights: how many of the last are images follows from the errors themselves.
-        images = round(counts.sum() / errors.sum()) if errors.sum() else size
-        close = np.allclose(counts / max(images, 1), errors, atol=0.5 / max(images, 1))
-        if close and size - 8 < images <= size:
-            return wrong[:, :images]
+    wrong = np.array([unpack_wrong(text) for text in chosen["wrong"]])
+    errors, counts, size = chosen["test_error"].to_numpy(float), wrong.sum(axis=1), wrong.shape[1]
+    # Bits come in eights: how many of the last are images follows from the errors themselves.
+    images = round(counts.sum() / errors.sum()) if errors.sum() else size
+    close = np.allclose(counts / max(images, 1), errors, atol=0.5 / max(images, 1))
+    if close and size - 8 < images <= size:
+        return wrong[:, :images]
     raise UserError("columns wrong and test_error do not agree; restore the records")
 
 
@@ -388,37 +326,35 @@ def summarise_errors(table: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
 def rate_means(runs: pd.DataFrame) -> pd.DataFrame:
     """The tuning runs by place, arm and rates, with the best rates of each arm marked.
 
-    The best has the lowest mean validation error, where a diverged run counts as 100 %. Of equal
-    means the larger rate of the filters wins, then that of the rest, as it needs fewer epochs; then
-    the larger decay.
-
-    Returns:
-        Columns `PLACE`, arm, update, schedule, `RATES`, n (tuning runs), n_diverged, val_error
-        (that mean, percent), healthy_error (mean of those that have not diverged, NaN where there
-        are none), ci_low, ci_high (its 95 % t-interval), effective_rate (mean of the last epoch's,
-        of those too), is_best, is_at_edge (the smallest or largest tried of the filters' rate, the
-        rest's or the decay; an axis with one value has no edge, and nothing is below no decay),
-        n_agreeing (tuning seeds that would have chosen these rates alone).
+    The best has the lowest mean validation error (`val_error`, percent), where a diverged run
+    counts as 100 %. Of equal means the larger rate of the filters wins, then that of the rest, as
+    it needs fewer epochs; then the larger decay. Interval, `healthy_error` and `effective_rate` are
+    of the runs that have not diverged. `is_at_edge`: the filters' rate, the rest's or the decay is
+    the smallest or largest tried; an axis with one value has no edge, and nothing is below no
+    decay. `n_agreeing`: of the `n` tuning seeds, those that would have chosen these rates alone.
     """
     cell = [*PLACE, "arm", "update", "schedule"]
-    runs = runs[runs["purpose"] == "tune"].sort_values([*cell, *RATES])
-    runs = runs.assign(value=metric_values(runs, "val_error"))
-    table = summarise_errors(runs, [*cell, *RATES]).rename(columns={"mean": "healthy_error"})
-    count = table["n"] + table["n_diverged"]
-    healthy = table["healthy_error"].fillna(0) * table["n"]
-    counted = ((healthy + _WORST * table["n_diverged"]) / count).round(10)
-    reached = runs.assign(rate=runs["effective_rate"].where(runs["value"].notna()))
-    rates = reached.groupby([*cell, *RATES], sort=False)["rate"].mean().to_numpy()
-    table = table.assign(n=count, val_error=counted, effective_rate=rates)
+    keys = [*cell, *RATES]
+    runs = runs[runs["purpose"] == "tune"].sort_values(keys)
+    value = metric_values(runs, "val_error")
+    reached = runs["effective_rate"].where(value.notna())
+    runs = runs.assign(value=value, val_error=value.fillna(_WORST), effective_rate=reached)
+    means = runs.groupby(keys)[["val_error", "effective_rate"]].mean().round({"val_error": 10})
+    table = (
+        summarise_errors(runs, keys).rename(columns={"mean": "healthy_error"}).join(means, on=keys)
+    )
     edge = pd.Series(False, index=table.index)
     for name in RATES:
         axis = table.groupby(cell)[name]
         least, most = axis.transform("min"), axis.transform("max")
         edge |= (least < most) & (((table[name] == least) & (least > 0)) | (table[name] == most))
-    alone = _best(runs.assign(val_error=runs["value"].fillna(_WORST)), [*cell, "seed"])
-    agreeing = alone.groupby([*cell, *RATES]).size().rename("n_agreeing")
-    table = table.assign(is_best=table.index.isin(_best(table, cell).index), is_at_edge=edge)
-    table = table.join(agreeing, on=[*cell, *RATES]).fillna({"n_agreeing": 0})
+    agreeing = _best(runs, [*cell, "seed"]).groupby(keys).size().rename("n_agreeing")
+    table = table.assign(
+        n=table["n"] + table["n_diverged"],
+        is_best=table.index.isin(_best(table, cell).index),
+        is_at_edge=edge,
+    )
+    table = table.join(agreeing, on=keys).fillna({"n_agreeing": 0})
     return table.drop(columns="std").astype({"n_agreeing": int})
 
 
@@ -440,21 +376,12 @@ def choose_rates(runs: pd.DataFrame) -> pd.DataFrame:
     return table[table["is_best"]].drop(columns="is_best").reset_index(drop=True)
 
 
-def budget_means(runs: pd.DataFrame, metric: str = "test_error") -> pd.DataFrame:
-    """The metric of the comparison runs by place, arm and budget of epochs, with t-intervals.
-
-    Budgets that no run has reached are left out; the last one is the end of each run, and its
-    number where all end there.
-
-    Returns:
-        Columns `PLACE`, arm, update, budget ("5", …, "end"), n, n_diverged, mean, std, ci_low,
-        ci_high; errors in percent, cells of which all runs diverged left out.
-    """
+def budget_means(runs: pd.DataFrame) -> pd.DataFrame:
+    """The test error by place, arm and budget of epochs; the last is "end" where runs differ."""
     chosen = runs[runs["purpose"] == "compare"]
-    epochs = chosen.loc[metric_values(chosen, metric).notna(), "epochs"]
-    later = [name.removeprefix(f"{metric}_") for name in map(str, runs) if f"{metric}_" in name]
-    columns = {b: f"{metric}_{b}" for b in sorted(later, key=int) if int(b) < epochs.max()}
-    columns["end" if epochs.nunique() != 1 else str(epochs.max())] = metric
+    epochs = chosen.loc[metric_values(chosen, "test_error").notna(), "epochs"]
+    columns = {str(b): f"test_error_{b}" for b in BUDGETS if b < epochs.max()}
+    columns["end" if epochs.nunique() != 1 else str(epochs.max())] = "test_error"
     parts = [
         chosen.assign(budget=budget, value=metric_values(chosen, column))
         for budget, column in columns.items()
@@ -463,16 +390,10 @@ def budget_means(runs: pd.DataFrame, metric: str = "test_error") -> pd.DataFrame
     return table[table["n"] > 0].reset_index(drop=True)
 
 
-def spread_means(runs: pd.DataFrame, metric: str = "test_error") -> pd.DataFrame:
-    """The metric of the comparison runs by kind of start, place, update and spread.
-
-    At spread 0 every kind is the balanced start, so that runs of one serve all.
-
-    Returns:
-        Columns kind, `PLACE`, update, spread, n, n_diverged, mean, std, ci_low, ci_high.
-    """
+def spread_means(runs: pd.DataFrame) -> pd.DataFrame:
+    """The test error by kind of start, place, update and spread; at 0 each is the balanced one."""
     chosen = runs[runs["purpose"] == "compare"]
-    chosen = chosen.assign(value=metric_values(chosen, metric))
+    chosen = chosen.assign(value=metric_values(chosen, "test_error"))
     kinds = [kind for kind in chosen["start"].unique() if kind != "balanced"] or ["balanced"]
     keys = ["kind", *PLACE, "update", "spread"]
     parts = []
@@ -487,13 +408,10 @@ def spread_means(runs: pd.DataFrame, metric: str = "test_error") -> pd.DataFrame
 
 
 def rank(runs: pd.DataFrame) -> pd.DataFrame:
-    """All arms of each place by their mean test error, the best first.
+    """All arms of each place by their mean test error, the best first, and their levels.
 
-    Returns:
-        Columns `PLACE`, rank, arm, update, level (of the factors that vary within an arm), n,
-        n_diverged (not in the mean), mean, std (ddof 1), ci_low, ci_high (95 % t-interval, cut
-        where an error ends); in percent. Equal means share the better rank; an arm that always
-        diverged comes last.
+    Diverged runs are not in the mean, and an interval is cut where an error ends. Equal means share
+    the better rank; an arm that always diverged comes last.
     """
     runs = runs[runs["purpose"] == "compare"]
     levels = [

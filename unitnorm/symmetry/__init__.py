@@ -1,13 +1,7 @@
 """The scaling symmetry made visible: sections 2 and 3 of the paper, measured on real mini-batches.
 
 `run` gives the content of every file and what is printed; the caller writes.
-
-    measure   the numbers: loss, gradient, trajectories and norms under w → α w
-    tables    what they come to
-    figures   a figure for each of `measure`'s tables
 """
-
-from __future__ import annotations
 
 import json
 import math
@@ -55,10 +49,9 @@ def run(
     if not (math.isfinite(rate) and rate > 0):
         raise UserError(f"--rate {rate}: expected a positive number, for example 0.01")
     measured = measure.measure_all(config, data, updates, rate, steps, epochs, say)
-    cases = measure.list_cases(config)
     files = {f"{n}.csv": to_csv(table, 6).encode() for n, table in measured._asdict().items()}
     shown = f"Mini-batches of {config.loss.batch_size} images of {data.name}, seed {config.seed}"
-    found = tables.list_tables(measured, cases, shown)
+    found = tables.list_tables(measured, shown)
     files["summary.md"] = to_page(found).encode()
     about = {"name": data.name, "sha256": data.sha256, "image_shape": list(data.image_shape)}
     record = {
@@ -68,7 +61,7 @@ def run(
         "commit": provenance.commit(),
     }  # fmt: skip
     files["provenance.json"] = (json.dumps(record, indent=2) + "\n").encode()
-    for name, figure in figures.draw_all(measured, cases).items():
+    for name, figure in figures.draw_all(measured).items():
         encoded = encode(figure, palette=True)
         files |= {f"{name}.{ending}": content for ending, content in encoded.items()}
     return files, to_screen(found)

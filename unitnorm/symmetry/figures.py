@@ -3,8 +3,6 @@
 One public function per figure, a row of panels per depth. Change here what a figure shows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import numpy as np
@@ -17,8 +15,8 @@ from matplotlib.ticker import MaxNLocator
 from unitnorm.report import style
 from unitnorm.report.style import GREY, Style
 from unitnorm.report.tables import format_short
-from unitnorm.symmetry.measure import Case, Measured
-from unitnorm.symmetry.tables import name_case, select
+from unitnorm.symmetry.measure import CLAIM, TRAINED, Measured
+from unitnorm.symmetry.tables import name_cases, select
 
 HEIGHT = 2.7  # inches, of a row of panels
 FLOOR = 1e-17  # where a difference of exactly zero is drawn on a logarithmic axis
@@ -29,28 +27,28 @@ _NEGATIVE = Style("#D55E00", (0, (1, 1)), "v")
 _COMPENSATED = Style("#000000", "none", "x")
 _SIZES = "Large: α for every filter. Small: α times a factor of each filter's own, from 0.1 to 10. "
 
-Curve = tuple[Case, int, bool, Style]  # case, sign of α, whether it is compensated, how it is drawn
+Curve = tuple[str, int, bool, Style]  # dtype, sign of α, whether it is compensated, how it is drawn
 
 
-def draw_all(measured: Measured, cases: tuple[Case, Case]) -> dict[str, Figure]:
-    """A figure of each table, by its name; `cases` are the claim's and as it is trained."""
+def draw_all(measured: Measured) -> dict[str, Figure]:
+    """A figure of each table, by its name."""
     with style.settings():
         return {
-            "scaling": draw_scaling(measured.scaling, cases),
-            "gradient": draw_gradient(measured.gradient, cases),
-            "trajectories": draw_trajectories(measured.trajectories, cases),
+            "scaling": draw_scaling(measured.scaling),
+            "gradient": draw_gradient(measured.gradient),
+            "trajectories": draw_trajectories(measured.trajectories),
             "norms": draw_norms(measured.norms),
         }
 
 
-def draw_scaling(table: pd.DataFrame, cases: tuple[Case, Case]) -> Figure:
+def draw_scaling(table: pd.DataFrame) -> Figure:
     """Relative change of the loss over |α|: the start on the left, the trained network right."""
-    claim, trained = cases
+    claim, trained = name_cases(table)
     curves: dict[str, Curve] = {
-        f"α > 0, {name_case(claim)}": (claim, 1, False, _CLAIM),
-        f"α > 0, {name_case(trained)}": (trained, 1, False, _TRAINED),
-        f"α < 0, {name_case(claim)}": (claim, -1, False, _NEGATIVE),
-        "α < 0 and γ → −γ, the same": (claim, -1, True, _COMPENSATED),
+        f"α > 0, {claim}": (CLAIM, 1, False, _CLAIM),
+        f"α > 0, {trained}": (TRAINED, 1, False, _TRAINED),
+        f"α < 0, {claim}": (CLAIM, -1, False, _NEGATIVE),
+        "α < 0 and γ → −γ, the same": (CLAIM, -1, True, _COMPENSATED),
     }
     handles = [_make_handle(drawn, name) for name, (*_, drawn) in curves.items()]
     note = (
@@ -68,16 +66,16 @@ def draw_scaling(table: pd.DataFrame, cases: tuple[Case, Case]) -> Figure:
     return figure
 
 
-def draw_gradient(table: pd.DataFrame, cases: tuple[Case, Case]) -> Figure:
+def draw_gradient(table: pd.DataFrame) -> Figure:
     """Norm of the gradient over α beside 1/α, and how far it is from it, at the start."""
-    styles = dict(zip(cases, (_CLAIM, _TRAINED), strict=True))
-    handles = [_make_handle(drawn, name_case(case)) for case, drawn in styles.items()]
+    curves: list[Curve] = [(CLAIM, 1, False, _CLAIM), (TRAINED, 1, False, _TRAINED)]
+    named = zip(curves, name_cases(table), strict=True)
+    handles = [_make_handle(drawn, name) for (*_, drawn), name in named]
     handles.append(style.make_handle("", "-", color="black", lw=1, label="‖∇ℓ(W)‖ / α"))
     note = (
         f"{_SIZES}At the start; the gradient of the loss with respect to all filters. Right: "
         "‖α∇ℓ(αW) − ∇ℓ(W)‖ / ‖∇ℓ(W)‖, largest of the mini-batches."
     )
-    curves = [(case, 1, False, drawn) for case, drawn in styles.items()]
     table, depths = table[table["point"] == "start"], table["depth"].unique()
     figure, axes = style.lay_out(len(depths), 2, HEIGHT, handles, note, sharey="col")
     for (left, right), depth in zip(axes, depths, strict=True):
@@ -85,7 +83,7 @@ def draw_gradient(table: pd.DataFrame, cases: tuple[Case, Case]) -> Figure:
         alike = panel[panel["filters"] == "all"]
         _draw_over_alpha(left, alike, "norm", curves)
         _draw_over_alpha(right, panel, "deviation", curves)
-        line = select(alike[alike["alpha"] > 0], cases[0])
+        line = select(alike[alike["alpha"] > 0], CLAIM)
         left.plot(line["alpha"], line["expected"], color="black", lw=1, zorder=4)
         left.set(title=f"depth {depth}", ylabel="‖∇ℓ(αW)‖", xlabel="α")
         right.set(title=f"depth {depth}", ylabel="relative distance from 1/α", xlabel="α")
@@ -94,7 +92,7 @@ def draw_gradient(table: pd.DataFrame, cases: tuple[Case, Case]) -> Figure:
     return figure
 
 
-def draw_trajectories(table: pd.DataFrame, cases: tuple[Case, Case]) -> Figure:
+def draw_trajectories(table: pd.DataFrame) -> Figure:
     """How far apart the outputs of two trainings are, from W and from diag(α) W."""
     distinct, others = style.tell_apart(table["update"])
     styles = style.assign_styles(distinct)
@@ -113,8 +111,8 @@ def draw_trajectories(table: pd.DataFrame, cases: tuple[Case, Case]) -> Figure:
     table, depths = table[table["steps"] > 0], table["depth"].unique()
     figure, axes = style.lay_out(len(depths), 2, HEIGHT + 0.3, handles, note)
     for row, depth in zip(axes, depths, strict=True):
-        for axis, case in zip(row, cases, strict=True):
-            part = select(table[table["depth"] == depth], case)
+        for axis, dtype, words in zip(row, (CLAIM, TRAINED), name_cases(table), strict=True):
+            part = select(table[table["depth"] == depth], dtype)
             for place, update in enumerate([*styles, *others]):
                 walk = part[part["update"] == update]
                 steps, rounding = walk["steps"], walk["rounding_gap"].clip(lower=FLOOR)
@@ -124,7 +122,7 @@ def draw_trajectories(table: pd.DataFrame, cases: tuple[Case, Case]) -> Figure:
                 else:
                     gap = walk["gap"].clip(lower=FLOOR)
                     axis.plot(steps, gap, color=GREY, ls=":", lw=1.2, zorder=1)
-            title = f"depth {depth}, {name_case(case)}"
+            title = f"depth {depth}, {words}"
             axis.set(title=title, ylabel="‖Δ logits‖ / ‖logits‖", xlabel="mini-batches")
     style.set_log_axes(axes.flat, low=FLOOR / 3)
     return figure
@@ -155,8 +153,8 @@ def draw_norms(table: pd.DataFrame) -> Figure:
 
 def _draw_over_alpha(axis: Axes, table: pd.DataFrame, column: str, curves: Iterable[Curve]) -> None:
     """A line where every filter has the same factor, small points where each has its own."""
-    for case, sign, compensated, drawn in curves:
-        part = select(table, case)
+    for dtype, sign, compensated, drawn in curves:
+        part = select(table, dtype)
         part = part[(np.sign(part["alpha"]) == sign) & (part["compensated"] == compensated)]
         part = part.assign(size=part["alpha"].abs()).sort_values("size")
         alike, own = (part[part["filters"] == kind] for kind in ("all", "own"))

@@ -1,12 +1,8 @@
 """What scaling the filters does to the loss, its gradient and training (paper, sections 2 and 3).
 
-A network is *reparameterised* by w → α w, one α per filter, which batch normalisation undoes.
-`probe` measures (a) the loss and (b) its Euclidean gradient, `compare_trajectories` (c) how far
-apart two trainings of one network end up, `record_norms` (d) the row norms in training. The model,
-its start and the loss are those of Table 2. All of this is on CPU, from arrays to tables.
+A network is *reparameterised* by w → α w, one α per filter, which batch normalisation undoes. The
+model, its start and the loss are those of Table 2. All of this is on CPU, from arrays to tables.
 """
-
-from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +20,7 @@ from jax import Array
 from unitnorm.archbn.batches import INIT, stream
 from unitnorm.archbn.config import Config
 from unitnorm.archbn.evaluation import cross_entropy
-from unitnorm.archbn.model import FILTER_AXIS, ArchBN, Network, filter_mask, split_network
+from unitnorm.archbn.model import FILTER_AXIS, Network, archbn, filter_mask
 from unitnorm.data import Dataset
 from unitnorm.geometry import filter_norms, retraction
 from unitnorm.updates import build
@@ -38,13 +34,16 @@ NORM_UPDATES = ("b-sgd", "un")
 # Momentum 0.9 adds ten steps up; at the others' rate these two do not train, and the sweep gives
 # them a tenth of it.
 RATE_SHARE = {"un-momentum": 0.1, "un-nesterov": 0.1}
-PROBE_KEY = ["depth", "point", "dtype", "bn_epsilon", "alpha", "filters", "compensated"]
-SCALING = ["loss", "error", "change", "epsilon_share"]
-GRADIENT = ["norm", "expected", "deviation"]
+_KEY = ["depth", "point", "dtype", "bn_epsilon", "alpha", "filters", "compensated"]
+_SCALING = ["loss", "error", "change", "epsilon_share"]
+_GRADIENT = ["norm", "expected", "deviation"]
+
+
+CLAIM, TRAINED = "float64", "float32"  # the claim itself has no ε, and training the config's
 
 
 class Case(NamedTuple):
-    """The arithmetic: the claim itself (float64, ε = 0), or as it is trained."""
+    """The arithmetic."""
 
     dtype: str
     bn_epsilon: float
@@ -75,11 +74,9 @@ class Subject(NamedTuple):
 
     def network(self, **changed: float) -> Network:
         """ArchBN with the config's settings but for those that are `changed`."""
-        settings: dict[str, Any] = self.config.model.model_dump() | changed
-        features, classes = self.data.train_images.shape[1], self.data.classes
-        return split_network(
-            lambda rngs: ArchBN(features, self.depth, classes=classes, rngs=rngs, **settings)
-        )
+        settings = self.config.model.model_copy(update=changed)
+        features = self.data.train_images.shape[1]
+        return archbn(settings, features, self.data.classes, self.depth)
 
     def initial(self) -> Point:
         """The initial point of run 0, float32."""
@@ -88,10 +85,7 @@ class Subject(NamedTuple):
             return Point(*jax.device_get(jax.jit(self.network().init)(key)))
 
     def batches(self, count: int) -> np.ndarray:
-        """Image indices of mini-batches, shape (count, batch size), the same for every caller.
-
-        Without replacement within an epoch, in an order that is new in each, as in training.
-        """
+        """Image indices of the first mini-batches, (count, batch size), drawn as in training."""
         random = np.random.default_rng([self.config.seed, 0])
         size, images = self.config.loss.batch_size, self.config.train.train_images
         chosen = random.permutation(len(self.data.train_labels))[:images]
@@ -174,15 +168,13 @@ def measure_all(
     rate: float,
     steps: int,
     epochs: int,
-    say: Callable[[str], None] = lambda text: None,
+    say: Callable[[str], None],
 ) -> Measured:
-    """Measure everything at the config's depths, one task per CPU device at a time.
-
-    The arguments are those of `symmetry.run`.
-    """
+    """Everything at the config's depths, a task per CPU device at a time; see `symmetry.run`."""
     subjects = [Subject(config, data, depth) for depth in sorted(config.depths)]
     pairs = [(subject, subject.initial()) for subject in subjects]
-    cases, free = list_cases(config), iter(jax.local_devices(backend="cpu"))
+    cases = Case(CLAIM, 0.0), Case(TRAINED, config.model.bn_epsilon)
+    free = iter(jax.local_devices(backend="cpu"))
 
     def compare(case: Case, subject: Subject, start: Point) -> pd.DataFrame:
         table = compare_trajectories(subject, start, case, updates, rate, steps)
@@ -198,32 +190,20 @@ def measure_all(
     def take_a_device() -> None:
         jax.default_device(next(free)).__enter__()  # for this thread, as long as it lives
 
-    jobs: list[Callable[[], Any]]
-    jobs = [partial(compare, case, *pair) for pair in pairs for case in cases]
-    jobs += [partial(train_and_probe, *pair) for pair in pairs]
     # on CPU even where there is a GPU: this is about float64, and its bits should not depend on it
     with ThreadPoolExecutor(jax.local_device_count("cpu"), initializer=take_a_device) as pool:
-        done = list(pool.map(lambda job: job(), jobs))
-    walks, others = done[: -len(pairs)], done[-len(pairs) :]
-    scaling, gradient, norms = zip(*others, strict=True)
-    tables = (scaling, gradient, walks, norms)
+        walks = [pool.submit(compare, case, *pair) for pair in pairs for case in cases]
+        others = [pool.submit(train_and_probe, *pair) for pair in pairs]
+    scaling, gradient, norms = zip(*(job.result() for job in others), strict=True)
+    tables = (scaling, gradient, [job.result() for job in walks], norms)
     return Measured(*(pd.concat(table, ignore_index=True) for table in tables))
-
-
-def list_cases(config: Config) -> tuple[Case, Case]:
-    """The claim itself, and as it is trained: float32 with the config's ε."""
-    return Case("float64", 0.0), Case("float32", config.model.bn_epsilon)
 
 
 # ---------------------------------------------------------------- the symmetry
 
 
 def reparameterise(params: Any, alpha: Any, gamma: Any) -> Any:
-    """Multiply each filter by its α and the scale behind its normalisation by its γ.
-
-    Args:
-      alpha, gamma: shape (depth, width), first layer first.
-    """
+    """Multiply each filter by its α and the scale behind it by its γ, both (depth, width)."""
     layers = {
         index: {
             "rows": {"W": layer["rows"]["W"] * alpha[place][:, None]},
@@ -234,30 +214,16 @@ def reparameterise(params: Any, alpha: Any, gamma: Any) -> Any:
     return {**params, "layers": layers}
 
 
-def normalised(params: Any) -> Any:
-    """Every filter of ArchBN divided by its norm: Orth(W)."""
-    mask = filter_mask(params)
-    return jax.tree.map(lambda w, is_w: retraction(w, FILTER_AXIS) if is_w else w, params, mask)
-
-
-def filters(params: Any) -> list[Array]:
-    """Every W of ArchBN, first layer first, one filter per row."""
-    return [layer["rows"]["W"] for _, layer in sorted(params["layers"].items())]
-
-
 def cast(tree: Any, dtype: str) -> Any:
     """Every leaf in `dtype`, as NumPy."""
     return jax.tree.map(lambda leaf: np.asarray(leaf, dtype), tree)
 
 
 def list_variants(subject: Subject) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
-    """The reparameterisations of (a) and (b).
+    """The reparameterisations of (a) and (b), a row each, and every α and γ: (rows, depth, width).
 
-    Returns:
-      A table with a row for each: `alpha`; `filters`, which is "all" (α for every filter), "own"
-      (α times the filter's own factor) or "one" (α for the first filter of each layer alone); and
-      `compensated`, whether the trainable scale changes its sign with α. Then every α and γ,
-      shape (rows, depth, width).
+    `filters` is "all" (α for every filter), "own" (α times the filter's own factor) or "one" (α for
+    the first filter of each layer alone); `compensated`: the trainable scale turns its sign with α.
     """
     own = subject.factors()
     one = np.ones_like(own)
@@ -282,24 +248,20 @@ def list_variants(subject: Subject) -> tuple[pd.DataFrame, np.ndarray, np.ndarra
 def probe(
     subject: Subject, points: Mapping[str, Point], case: Case
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Loss and Euclidean gradient under every reparameterisation, on a few mini-batches.
+    """Loss (a) and Euclidean gradient (b) under every reparameterisation, on a few mini-batches.
 
-    Returns:
-      The tables of (a) and (b). Both: depth, point, dtype, bn_epsilon, and what `list_variants`
-      names. (a): `loss` (mean cross-entropy per image, nats, and mean over the batches), `error`
-      (fraction), `change` (largest |ℓ(αW) − ℓ(W)| / ℓ(W) of a batch) and `epsilon_share` (largest
-      ε / (α² variance) of a feature).
-      (b): `norm` of the gradient with respect to all W, of the config's loss; `expected`, the norm
-      if each filter's gradient is that at W divided by its α; `deviation`, the relative distance
-      ‖α ∇ℓ(αW) − ∇ℓ(W)‖ / ‖∇ℓ(W)‖, largest of a batch. Without what is not to be compared: α < 0
-      that is not compensated.
+    (a): `loss` (mean cross-entropy, nats) and `error` (fraction), means of the batches; `change`,
+    the largest |ℓ(αW) − ℓ(W)| / ℓ(W); `epsilon_share`, the largest ε / (α² variance) of a feature.
+    (b): `norm` of the gradient of the config's loss with respect to all W; `expected`, the norm if
+    each filter's gradient is that at W divided by its α; `deviation`, the largest
+    ‖α ∇ℓ(αW) − ∇ℓ(W)‖ / ‖∇ℓ(W)‖. There is nothing to compare where α < 0 is not compensated.
     """
     names, *factors = list_variants(subject)
     names = names.assign(depth=subject.depth, dtype=case.dtype, bn_epsilon=case.bn_epsilon)
     order, norm_of = subject.batches(PROBE_BATCHES), optax.tree.norm
     images = cast(subject.data.train_images[order], case.dtype)
     batches, tables = (images, subject.data.train_labels[order]), []
-    with jax.enable_x64(case.dtype == "float64"):
+    with jax.enable_x64(case.dtype == CLAIM):
         # a momentum of 0: the running variance is that of the mini-batch
         network = subject.network(bn_epsilon=case.bn_epsilon, bn_momentum=0.0)
 
@@ -308,13 +270,13 @@ def probe(
                 lambda params: subject.loss(network, params, point.stats, *batch), has_aux=True
             )
             (_, (loss, _, after)), gradient = differentiate(point.params)
-            at_w, layers = filters(gradient), sorted(after["layers"].items())
+            at_w, layers = network.filters(gradient), sorted(after["layers"].items())
             variances = jnp.stack([layer["norm"]["var"] for _, layer in layers])
 
             def scale(alpha: Array, gamma: Array) -> dict[str, Array]:
                 there = reparameterise(point.params, alpha, gamma)
                 (_, (loss, error, _)), gradient = differentiate(there)
-                each = list(zip(filters(gradient), alpha[:, :, None], at_w, strict=True))
+                each = list(zip(network.filters(gradient), alpha[:, :, None], at_w, strict=True))
                 return {
                     "loss": loss,
                     "error": error,
@@ -340,7 +302,7 @@ def probe(
         table["epsilon_share"] = 0.0  # at α = 0 as well
     table.loc[table["alpha"] == 0, ["expected", "deviation"]] = np.inf, np.nan
     compared = (table["alpha"] >= 0) | table["compensated"]
-    return table[[*PROBE_KEY, *SCALING]], table.loc[compared, [*PROBE_KEY, *GRADIENT]]
+    return table[[*_KEY, *_SCALING]], table.loc[compared, [*_KEY, *_GRADIENT]]
 
 
 # ---------------------------------------------------------------- (c) trajectories
@@ -351,35 +313,27 @@ def compare_trajectories(
 ) -> pd.DataFrame:
     """Train from W and from diag(α) W, on the same mini-batches, and compare the outputs.
 
-    α is `Subject.factors`. A third training starts from Orth(diag(α) W), which is W but for
-    rounding: it is diag(α) W "after one normalisation", and tells how far rounding alone leads.
-
-    Args:
-      rate: learning rate of all updates but those in `RATE_SHARE`.
-
-    Returns:
-      A row per update and number of steps: depth, dtype, bn_epsilon, update, rate, steps; `gap`,
-      ‖Δ logits‖ / ‖logits‖ over the first test images in training mode; `differing`, the share of
-      predictions that differ; the same two of the third training, `rounding_gap` and
-      `rounding_differing`.
+    α is `Subject.factors`, `rate` that of all updates but those in `RATE_SHARE`. A third training
+    starts from Orth(diag(α) W), which is W but for rounding, and tells how far that alone leads.
+    `gap` is ‖Δ logits‖ / ‖logits‖ over the first test images in training mode, `differing` the
+    share of predictions that differ; of the third training `rounding_gap`, `rounding_differing`.
     """
     marks, tables = [0, *choose_steps(steps)], []
     rates = {update: rate * RATE_SHARE.get(update, 1.0) for update in updates}
     alpha = subject.factors().astype(case.dtype)
     test = subject.data.test_images[:TEST_IMAGES].astype(case.dtype)
-    with jax.enable_x64(case.dtype == "float64"):
+    with jax.enable_x64(case.dtype == CLAIM):
         network = subject.network(bn_epsilon=case.bn_epsilon)
         params, stats = cast(start, case.dtype)
-        params = normalised(params)  # it was of unit norm in float32 alone
+        orthogonal = partial(network.with_filters, change=partial(retraction, axis=FILTER_AXIS))
+        params = orthogonal(params)  # it was of unit norm in float32 alone
         scaled = reparameterise(params, alpha, np.ones_like(alpha))
-        starts = [Point(each, stats) for each in (params, scaled, normalised(scaled))]
-        _, logits = subject.train(
-            network,
-            rates,
-            starts,
-            marks,
-            lambda p, s: network.apply(p, s, jnp.asarray(test), True)[0],
-        )
+        starts = [Point(each, stats) for each in (params, scaled, orthogonal(scaled))]
+
+        def outputs(params: Any, stats: Any) -> Array:
+            return network.apply(params, stats, jnp.asarray(test), True)[0]
+
+        _, logits = subject.train(network, rates, starts, marks, outputs)
     for (update, own_rate), found in zip(rates.items(), logits.astype(np.float64), strict=True):
         first, answers = found[0], found.argmax(-1)  # of (starts, marks, images, classes)
         gap = np.linalg.norm(found - first, axis=(-2, -1)) / np.linalg.norm(first, axis=(-2, -1))
@@ -403,37 +357,32 @@ def choose_steps(steps: int) -> list[int]:
 def record_norms(
     subject: Subject, start: Point, rate: float, epochs: int
 ) -> tuple[pd.DataFrame, Point]:
-    """Train at a fixed rate and record the row norms and what they make of the rate.
+    """Train at a fixed rate: the row norms, and the network that the last update has trained.
 
-    Returns:
-      A row per update of `NORM_UPDATES`, layer and record: depth, update, layer, step, epoch, rate;
-      `norm_min`, `norm_median`, `norm_max` of ‖w‖ over the layer's filters; the effective rate
-      λ/‖w‖² at these, `effective_max`, `effective_median`, `effective_min`; and `norm_fall`, the
-      largest relative fall of any filter's norm in one step up to there. Then the trained network
-      of the last update.
+    Recorded are the least, median and largest ‖w‖ of each layer's filters, the effective rate
+    λ/‖w‖² at these, and `norm_fall`, the largest relative fall of any norm in one step so far.
     """
+    network = subject.network()
 
     def row_norms(params: Any, _: Any) -> Array:
-        return jnp.stack([filter_norms(w, FILTER_AXIS) for w in filters(params)])
+        return jnp.stack([filter_norms(w, FILTER_AXIS) for w in network.filters(params)])
 
     per_epoch = subject.config.train.train_images // subject.config.loss.batch_size
     steps, tables = epochs * per_epoch, []
     kept = np.unique(np.linspace(0, steps, epochs * RECORDS_PER_EPOCH + 1).round().astype(int))
     rates = dict.fromkeys(NORM_UPDATES, rate)
     with jax.enable_x64(False):
-        ends, norms = subject.train(subject.network(), rates, [start], range(steps + 1), row_norms)
+        ends, norms = subject.train(network, rates, [start], range(steps + 1), row_norms)
     for update, norm in zip(rates, norms[:, 0].astype(np.float64), strict=True):
         fall = np.maximum(1 - norm[1:] / norm[:-1], 0).max(-1)  # of (steps + 1, depth, width)
         fall = np.maximum.accumulate(np.concatenate([0 * norm[:1, :, 0], fall]))[kept]
-        low, middle, high = (
-            part[kept] for part in (norm.min(-1), np.median(norm, -1), norm.max(-1))
-        )
         for layer in range(subject.depth):
-            sizes = {"min": low[:, layer], "median": middle[:, layer], "max": high[:, layer]}
-            others = zip(sizes, reversed(sizes.values()), strict=True)
             keys = {"depth": subject.depth, "update": update, "layer": layer + 1, "step": kept}
             columns = {"epoch": kept / per_epoch, "rate": rate}
+            here = norm[kept, layer]
+            sizes = {"min": here.min(-1), "median": np.median(here, -1), "max": here.max(-1)}
             columns |= {f"norm_{name}": size for name, size in sizes.items()}
-            columns |= {f"effective_{name}": rate / size**2 for name, size in others}
+            for name, size in zip(sizes, reversed(sizes.values()), strict=True):
+                columns[f"effective_{name}"] = rate / size**2
             tables.append(pd.DataFrame(keys | columns | {"norm_fall": fall[:, layer]}))
     return pd.concat(tables, ignore_index=True), ends[-1]

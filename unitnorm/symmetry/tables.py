@@ -1,47 +1,41 @@
 """What the tables of `measure` come to, as tables to be read. To add a row, add it here."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 
 from unitnorm.report.style import label, sort_updates
 from unitnorm.report.tables import Cells, format_short
-from unitnorm.symmetry.measure import Case, Measured
+from unitnorm.symmetry.measure import CLAIM, TRAINED, Measured
 
 NOTICEABLE = 0.01  # relative change of the loss, and share of ε in a variance
 
 
-def list_tables(measured: Measured, cases: tuple[Case, Case], about: str) -> list[Cells]:
-    """Loss and gradient, the trajectories of each depth, row norms.
-
-    Args:
-      cases: the claim's and as it is trained.
-      about: the mini-batches.
-    """
+def list_tables(measured: Measured, about: str) -> list[Cells]:
+    """Loss and gradient on the mini-batches `about`, the trajectories of each depth, row norms."""
     walks = measured.trajectories.groupby("depth")
-    gaps = [_gap_cells(part, cases, f"Depth {depth}") for depth, part in walks]
-    return [_loss_cells(measured, cases, about), *gaps, _norm_cells(measured.norms)]
+    gaps = [_gap_cells(part, f"Depth {depth}") for depth, part in walks]
+    return [_loss_cells(measured, about), *gaps, _norm_cells(measured.norms)]
 
 
-def name_case(case: Case) -> str:
-    """A case in words: "ε = 1e−5, float32"."""
-    return f"ε = {format_short(case.bn_epsilon, 2)}, {case.dtype}"
+def name_cases(table: pd.DataFrame) -> list[str]:
+    """The claim's arithmetic and that of training in words: "ε = 1e−5, float32"."""
+    epsilons = table.groupby("dtype")["bn_epsilon"].first()
+    return [f"ε = {format_short(epsilons[dtype], 2)}, {dtype}" for dtype in (CLAIM, TRAINED)]
 
 
-def select(table: pd.DataFrame, case: Case) -> pd.DataFrame:
-    """The rows of a case."""
-    return table[(table["dtype"] == case.dtype) & (table["bn_epsilon"] == case.bn_epsilon)]
+def select(table: pd.DataFrame, dtype: str) -> pd.DataFrame:
+    """The rows of the claim, or of training."""
+    return table[table["dtype"] == dtype]
 
 
-def _loss_cells(measured: Measured, cases: tuple[Case, Case], about: str) -> Cells:
-    exact, practice = map(name_case, cases)
+def _loss_cells(measured: Measured, about: str) -> Cells:
+    exact, practice = name_cases(measured.scaling)
     columns = {}
     for depth, scaling in measured.scaling.groupby("depth"):
         gradient = measured.gradient[measured.gradient["depth"] == depth]
-        claim, trained = (select(scaling, case) for case in cases)
+        claim, trained = select(scaling, CLAIM), select(scaling, TRAINED)
         alike = trained[(trained["filters"] == "all") & (trained["alpha"] > 0)]
-        steep = select(gradient, cases[1]).query("filters == 'all' and point == 'start'")
+        steep = select(gradient, TRAINED).query("filters == 'all' and point == 'start'")
         least = steep[steep["alpha"] > 0].nsmallest(1, "alpha").iloc[0]
         one, negative = _pick(claim, 1.0), _pick(claim, -1.0)
         columns[f"depth {depth}"] = {
@@ -51,7 +45,7 @@ def _loss_cells(measured: Measured, cases: tuple[Case, Case], about: str) -> Cel
             "loss, trained, α < 0": negative["loss"],
             "training error, trained": one["error"],
             "training error, trained, α < 0": negative["error"],
-            "largest ‖α∇ℓ(αW) − ∇ℓ(W)‖ / ‖∇ℓ(W)‖": select(gradient, cases[0])["deviation"].max(),
+            "largest ‖α∇ℓ(αW) − ∇ℓ(W)‖ / ‖∇ℓ(W)‖": select(gradient, CLAIM)["deviation"].max(),
             f"loss, trained, α = 0, {practice}": _pick(trained, 0.0)["loss"],
             f"largest α with |Δ loss| / loss > {NOTICEABLE:.0%}, {practice}": alike.loc[
                 alike["change"] > NOTICEABLE, "alpha"
@@ -75,9 +69,9 @@ def _pick(table: pd.DataFrame, alpha: float) -> pd.Series:
     return rows[rows["alpha"] == alpha].iloc[0]
 
 
-def _gap_cells(walks: pd.DataFrame, cases: tuple[Case, Case], title: str) -> Cells:
+def _gap_cells(walks: pd.DataFrame, title: str) -> Cells:
     """How far apart the outputs are: every update in the claim's case, UN as it is trained."""
-    exact, practice = (select(walks, case) for case in cases)
+    exact, practice = select(walks, CLAIM), select(walks, TRAINED)
     steps = sorted(walks["steps"].unique())
     marks = [step for step in steps if str(step).strip("0") in ("", "1") or step == steps[-1]]
     parts = [exact[exact["update"] == update] for update in sort_updates(exact["update"])]
@@ -85,19 +79,19 @@ def _gap_cells(walks: pd.DataFrame, cases: tuple[Case, Case], title: str) -> Cel
     rows = []
     for part in parts:
         end, gaps = part.iloc[-1], part.set_index("steps")["gap"][marks]
-        as_trained = f", {end['dtype']}" if end["dtype"] == cases[1].dtype else ""
+        as_trained = f", {TRAINED}" if end["dtype"] == TRAINED else ""
         rows.append(
             {"update": label(end["update"]) + as_trained, "rate": format_short(end["rate"])}
             | {str(mark): format_short(gap, 1) for mark, gap in gaps.items()}
             | {"rounding": format_short(end["rounding_gap"], 1)}
             | {"differ": f"{100 * end['differing']:.1f} %"}
         )
+    names = name_cases(walks)
     title += ": the gap between trainings from W and from diag(α)W"
     note = (
         "‖Δ logits‖ / ‖logits‖ after so many steps on the same mini-batches. rounding: the same at "
         "the end from Orth(diag(α)W), which is W but for rounding. differ: test images on which "
-        f"the two trainings disagree at the end. {name_case(cases[0])}; the last row: "
-        f"{name_case(cases[1])}."
+        f"the two trainings disagree at the end. {names[0]}; the last row: {names[1]}."
     )
     return Cells(title, pd.DataFrame(rows), note)
 
