@@ -1,6 +1,5 @@
 """Data: the bundled MNIST, IDX files and their faults, TFDS by name."""
 
-import functools
 import gzip
 import hashlib
 import io
@@ -16,15 +15,11 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import unitnorm.data
 from tests.idx import idx_bytes
 from unitnorm.data import idx, load_dataset
 from unitnorm.errors import UserError
-
-packed = functools.partial(gzip.compress, mtime=0)  # names of cases must not hold the time
 
 NAMES = idx.FILES
 # Of the uncompressed files, as published with them.
@@ -34,6 +29,13 @@ MNIST_HASHES = (
     "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
     "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 )
+
+
+PARTS = ("train", "test")
+
+
+def packed(content: bytes) -> bytes:
+    return gzip.compress(content, mtime=0)  # names of cases must not hold the time
 
 
 def small_set(train: int = 12, test: int = 6, classes: int = 3) -> dict[str, bytes]:
@@ -120,18 +122,10 @@ def test_bundled_files_that_are_not_mnist_are_refused(tmp_path, monkeypatch):
 
 HALF = len(IMAGES) // 2
 FORMS = {
-    "raw": (lambda name: name, lambda content: content),
-    "gzip": (lambda name: f"{name}.gz", gzip.compress),
-    "two members": (
-        lambda name: f"{name}.gz",
-        lambda c: packed(c[:HALF]) + packed(c[HALF:]),
-    ),
+    "dots": (lambda name: name.replace("-idx", ".idx"), bytes),
+    "members": (lambda name: f"{name}.gz", lambda c: packed(c[:HALF]) + packed(c[HALF:])),
     "padded": (lambda name: f"{name}.GZ", lambda c: packed(c) + bytes(512)),
-    "dots": (lambda name: name.replace("-idx", ".idx"), lambda content: content),
-    "emnist": (
-        lambda name: f"emnist-balanced-{name.replace('t10k', 'test')}.gz",
-        gzip.compress,
-    ),
+    "emnist": (lambda name: f"emnist-balanced-{name.replace('t10k', 'test')}.gz", packed),
 }
 
 
@@ -140,9 +134,7 @@ def test_own_idx_files(form, tmp_path):
     files, (rename, pack) = small_set(), FORMS[form]
     on_disk = {rename(name): pack(content) for name, content in files.items()}
     dataset = load_dataset(data_dir=write(tmp_path / "mine", on_disk))
-    found = (
-        dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels,
-    )  # fmt: skip
+    found = [vars(dataset)[f"{part}_{kind}"] for part in PARTS for kind in ("images", "labels")]
     for array, name in zip(found, NAMES, strict=True):
         header = 16 if "images" in name else 8
         assert array.astype(np.uint8).tobytes() == files[name][header:]
@@ -168,15 +160,12 @@ def test_256_classes(tmp_path):
 
 
 FAULTS = {  # the file, what it holds, what is said of it
-    "empty": (0, b"", r"expected an IDX header of 16 bytes, found 0 bytes"),
     "header cut": (0, IMAGES[:10], r"expected an IDX header of 16 bytes, found 10 bytes"),
     "truncated": (0, IMAGES[:-1], r"expected 288 bytes .* 12 x 4 x 6, found only 287"),
     "too long": (0, IMAGES + b"x", r"expected 288 bytes .*, found more"),
     "labels": (0, LABELS, r"magic number 2051, found 2049 .*, a labels file"),
-    "images": (3, IMAGES, r"magic number 2049, found 2051 .*, an images file"),
     "signed bytes": (0, b"\0\0\x09\x03" + IMAGES[4:], r"2051, found 2307 \(bytes 00 00 09"),
     "web page": (0, b"\n<!DOCTYPE html><html>", r"found a web page; download"),
-    "packed web page": (0, packed(b"<html><body>Not found</body>"), r"found a web page"),
     "zip": (0, b"PK\x03\x04" + IMAGES[4:], r"found a zip archive; unpack it"),
     "git lfs": (0, b"version https://git-lfs.github.com/spec/v1\n", r"found a pointer of Git LFS"),
     "header lies": (
@@ -186,12 +175,8 @@ FAULTS = {  # the file, what it holds, what is said of it
         0, idx_bytes(IMAGES[16:], shape=(2**32 - 1,) * 3),
         r"expected at most 1073741824 values, found a header that announces 4294967295 x",
     ),
-    "no images": (0, idx_bytes(shape=(0, 4, 6)), r"expected at least one image"),
     "no pixels": (0, idx_bytes(shape=(12, 0, 6)), r"expected at least one image"),
     "label missing": (1, idx_bytes(LABELS[8:-1], shape=(11,)), r"expected 12 labels.*found 11"),
-    "test label missing": (
-        3, idx_bytes(TEST_LABELS[8:-1], shape=(5,)), r"expected 6 labels.*found 5",
-    ),
     "other image size": (
         2, idx_bytes(TEST_IMAGES[16:], shape=(6, 6, 4)), r"images of 4×6 pixels .*, found 6×4",
     ),
@@ -205,10 +190,8 @@ FAULTS = {  # the file, what it holds, what is said of it
     ),
     "one class": (1, idx_bytes(bytes(12), shape=(12,)), r"2 to 256 classes, found 1"),
     "gzip damaged": (0, packed(IMAGES)[:-8] + bytes(8), r"a damaged one \(CRC check"),
-    "gzip truncated": (0, packed(IMAGES)[:-20], r"damaged one \(Compressed file ended"),
     "gzip end missing": (0, packed(IMAGES)[:-4], r"damaged one \(Compressed file ended"),
     "gzip and more": (0, packed(IMAGES) + b"x", r"damaged one \(Not a gzipped file"),
-    "gzip of nonsense": (0, b"\x1f\x8b\x08\x00" + bytes(40), r"found a damaged one"),
 }  # fmt: skip
 
 
@@ -223,11 +206,9 @@ def test_faults_name_file_expected_and_found(fault, source):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("by", ["nothing", "a folder"])
-def test_missing_file(name, by, source):
+def test_missing_file(name, source):
     (source / name).unlink()
-    if by == "a folder":
-        (source / name).mkdir()
+    (source / name).mkdir()
     with pytest.raises(UserError, match=f"expected the file {name} or {name}.gz, found neither"):
         load_dataset(data_dir=source)
 
@@ -243,9 +224,8 @@ def test_missing_folder(folder):
     [
         idx_bytes(b"x", shape=(2**10, 2**10, 2**10)),  # announces 1 GB
         packed(idx_bytes(bytes(10**8), shape=(1, 1, 1))),  # unpacks to 100 MB
-        packed(idx_bytes(b"x", shape=(2**10, 2**10, 2**10))),
     ],
-    ids=["lying header", "gzip bomb", "packed lying header"],
+    ids=["lying header", "gzip bomb"],
 )
 def test_no_more_memory_than_the_file_deserves(content, tmp_path):
     path = tmp_path / "file"
@@ -257,29 +237,6 @@ def test_no_more_memory_than_the_file_deserves(content, tmp_path):
         assert tracemalloc.get_traced_memory()[1] < 5_000_000
     finally:
         tracemalloc.stop()
-
-
-@given(
-    start=st.sampled_from([b"", IMAGES[:4], IMAGES[:16], IMAGES, b"\x1f\x8b", packed(IMAGES)]),
-    cut=st.integers(0, 400),
-    rest=st.binary(max_size=40),
-)
-@settings(max_examples=500, deadline=None)
-def test_any_bytes_are_read_whole_or_refused(start, cut, rest, tmp_path_factory):
-    path = tmp_path_factory.getbasetemp() / "any"
-    path.write_bytes(start[:cut] + rest)
-    found, message = None, ""
-    try:
-        found = idx.read(path, 3)
-    except UserError as error:
-        message = str(error)
-    if found is None:
-        assert str(path) in message
-        assert "\n" not in message
-    else:
-        content = path.read_bytes()
-        content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
-        assert idx_bytes(found.tobytes(), shape=found.shape) == content
 
 
 # --- Data sets prepared by TFDS ----------------------------------------------------------------
@@ -336,14 +293,16 @@ def prepare_tfds(root: Path, version: str = "1.0.0", **changes) -> None:
     builder.download_and_prepare()
 
 
-@pytest.mark.parametrize("by", ["name", "version", "path", "data_dir"])
-def test_prepared_data_set(by, tmp_path, monkeypatch):
+def test_prepared_data_set(tmp_path, monkeypatch):
     root = tmp_path / "prepared"
     prepare_tfds(root)
-    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path if by == "data_dir" else root))
-    name = {"version": "shapes:1.0.0", "path": str(root / "shapes" / "1.0.0")}.get(by, "shapes")
-    dataset = load_dataset(name, data_dir=root if by == "data_dir" else None)
-    assert dataset.describe() == f"{name}: 7 + 4 images, 5×4, 3 classes"
+    for name, given, elsewhere in (
+        ("shapes", None, root), ("shapes:1.0.0", None, root),
+        (str(root / "shapes" / "1.0.0"), None, root), ("shapes", root, tmp_path),
+    ):  # fmt: skip
+        monkeypatch.setenv("TFDS_DATA_DIR", str(elsewhere))
+        dataset = load_dataset(name, data_dir=given)
+        assert dataset.describe() == f"{name}: 7 + 4 images, 5×4, 3 classes"
     assert dataset.train_labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
     for split, images in (("train", dataset.train_images), ("test", dataset.test_images)):
         expected = [tfds_image(split, i).ravel().tolist() for i in range(len(images))]
@@ -382,19 +341,14 @@ UNFIT = {
         lambda f: {"features": {"label": f.Scalar(np.int64)}, "label": lambda _: -1},
         r"expected labels 0 to 255, found \[-1\]",
     ),
-    "stray label": (
-        lambda f: {"features": {"label": f.Scalar(np.int64)}, "label": lambda i: 5 * i},
-        "highest label, 30, which stands 1 times, first at position 6, found none of class 1",
-    ),
     "257 classes": (
         lambda f: {"features": {"label": f.ClassLabel(num_classes=257)}},
         "expected 2 to 256 classes, found 257",
     ),
     "sizes differ": (
-        lambda f: {"features": {"image": f.Image(shape=(None, None, 1))}},
-        "of one shape",
+        lambda f: {"features": {"image": f.Image(shape=(None, None, 1))}}, "of one shape",
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", UNFIT)
@@ -418,12 +372,6 @@ def test_damaged_or_otherwise_prepared_data_set(tmp_path):
     info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
     with pytest.raises(UserError, match="expected the file format array_record, found tfrecord"):
         load_dataset("shapes", data_dir=tmp_path)
-
-
-@pytest.mark.parametrize("name", ["nothing-here", "", "a\0b", "x" * 5000, "*"])
-def test_unknown_name(name, tmp_path):
-    with pytest.raises(UserError, match=r"expected|too long"):
-        load_dataset(name, data_dir=tmp_path)
 
 
 # --- Data sets that TFDS downloads and prepares ------------------------------------------------
@@ -453,27 +401,23 @@ def test_what_tfds_knows_is_prepared_once(catalogue, tmp_path, monkeypatch, capl
 @pytest.mark.parametrize("obstacle", ["no route to host", "it needs the module tensorflow", "404"])
 def test_what_cannot_be_prepared_here_says_where_it_can(obstacle, catalogue, tmp_path, monkeypatch):
     def fail(*_: object, **__: object) -> None:
-        if obstacle == "no route to host":
-            raise urllib.error.URLError(obstacle)
-        if obstacle == "404":
-            raise RuntimeError(obstacle)
-        raise ImportError(obstacle, name="tensorflow")
+        raise faults[obstacle]
 
+    faults = {
+        "no route to host": urllib.error.URLError("no route to host"), "404": RuntimeError("404"),
+        "it needs the module tensorflow": ImportError("", name="tensorflow"),
+    }  # fmt: skip
+    monkeypatch.setattr(catalogue, "get", fail)
     if obstacle == "no route to host":
         monkeypatch.setattr(catalogue, "url_infos", {"http://shapes.invalid/a": None})
         monkeypatch.setattr(urllib.request, "urlopen", fail)
-    else:
-        monkeypatch.setattr(catalogue, "get", fail)
     with pytest.raises(UserError) as raised:
         load_dataset("known_shapes", data_dir=tmp_path)
     message = str(raised.value)
     assert message.startswith("known_shapes: TFDS cannot prepare it here (")
     assert obstacle in message.partition(");")[0]
-    assert (
-        "pip install tensorflow tensorflow-datasets array_record && "
-        f"tfds build known_shapes --file_format=array_record --data_dir={tmp_path};"
-    ) in message
-    assert "four IDX files, goes by --data-dir" in message
+    build = f"tfds build known_shapes --file_format=array_record --data_dir={tmp_path};"
+    assert f"pip install tensorflow tensorflow-datasets array_record && {build}" in message
     assert "\n" not in message
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,10 +32,9 @@ MEASURES = {  # flag → what it says of itself; without any, the comparison
             help="Depth to compare at.  [default: 2 and 4]")  # fmt: skip
 @opt.option("--rounds", group=opt.SELECTION, type=click.IntRange(1, 50),
             help="Repetitions.  [default: 7, else 3]")  # fmt: skip
-@opt.option(
-    "--quick", group=opt.SELECTION, is_flag=True,
-    help="A first look in two minutes: depth 2, 2 rounds, a tenth of the images, fewer points.",
-)  # fmt: skip
+@opt.option("--quick", group=opt.SELECTION, is_flag=True,
+            help="A first look in two minutes: depth 2, 2 rounds, a tenth of the images, fewer "
+            "points.")  # fmt: skip
 @opt.out_option("runs/bench", "Folder of the tables and figures.")
 def bench(
     out: Path, what: str | None, depth: tuple[int, ...], rounds: int | None, quick: bool
@@ -58,7 +56,7 @@ def bench(
     from unitnorm.run.job import command_line
 
     console, started = Console(), time.time()
-    show: Callable[[str], None] = partial(console.print, highlight=False, soft_wrap=True)
+    show: Any = partial(console.print, highlight=False, soft_wrap=True)
     with records.locked(out):
         with contextlib.ExitStack() as stack:
             if console.is_terminal:

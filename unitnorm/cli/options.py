@@ -1,18 +1,19 @@
 """The options that several commands share, each once, and how a command's help groups them.
 
-Options of a config are named after its keys, with __ for dots: `read_config` puts them there.
-
-To add an option for every training, add it to `training_options` and to `TrainingOptions`.
+Options of a config are named after its keys, with __ for dots: `read_config` puts them there. An
+option for every training goes to `training_options` and to `TrainingOptions`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
+import io
+import json
 import math
 import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,11 +28,6 @@ if TYPE_CHECKING:
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 SELECTION, DATA, RECORDS, SEVERAL = "What is run", "Data", "Records", "Devices and workers"
-CONFIGS = {  # whose configs are of which class
-    "unitnorm reproduce": "unitnorm.archbn.config:Config",
-    "unitnorm study": "unitnorm.study.config:Plan",
-    "unitnorm segment train": "unitnorm.segment.config:SegmentConfig",
-}
 
 
 class GroupedOption(click.Option):
@@ -121,9 +117,7 @@ class ConfigName(click.ParamType):
         return [*names, CompletionItem(incomplete, type="file")]
 
 
-def option(*names: str, group: str = "", **settings: Any) -> Decorator:
-    """A click option under a heading."""
-    return click.option(*names, cls=GroupedOption, group=group, **settings)
+option: Callable[..., Decorator] = partial(click.option, cls=GroupedOption)
 
 
 def argument(name: str, text: str, **settings: Any) -> Decorator:
@@ -150,18 +144,21 @@ def out_option(default: str, text: str = "Folder of the records and the report."
     )  # fmt: skip
 
 
+def set_option(what: str, example: str) -> Decorator:
+    """--set."""
+    text = f"Override any key of the {what}, for example --set {example}."
+    return option(
+        "--set", "overrides", group=SELECTION, multiple=True, metavar="KEY=VALUE", help=text
+    )
+
+
 def config_option(default: str) -> Decorator:
     """--config and --set."""
+    text = f"A preset or a TOML file; `unitnorm config` lists them.  [default: {default}]"
     return together(
-        option(
-            "--config", "config_path", group=SELECTION, type=ConfigName(),
-            help=f"A preset or a TOML file; `unitnorm config` lists them.  [default: {default}]",
-        ),
-        option(
-            "--set", "overrides", group=SELECTION, multiple=True, metavar="KEY=VALUE",
-            help="Override any key of the config, for example --set loss.batch_size=50.",
-        ),
-    )  # fmt: skip
+        option("--config", "config_path", group=SELECTION, type=ConfigName(), help=text),
+        set_option("config", "loss.batch_size=50"),
+    )
 
 
 update_option = option(
@@ -172,10 +169,8 @@ seed_option = option("--seed", group=SELECTION, type=int, help="Seed of run 0; r
 runs_option = option("--runs", group=SELECTION, type=int, help="Runs of each update.")
 
 image_options = together(
-    option(
-        "--dataset", "data__dataset", group=DATA,
-        help="mnist, or a data set that TFDS knows, such as fashion_mnist.",
-    ),
+    option("--dataset", "data__dataset", group=DATA,
+           help="mnist, or a data set that TFDS knows, such as fashion_mnist."),
     option("--data-dir", "data__data_dir", group=DATA,
            help="Folder with four IDX files of your own, raw or .gz."),
 )  # fmt: skip
@@ -191,8 +186,7 @@ def training_options(out: str) -> Decorator:
         ),
         option(
             "--checkpoint-every", group=RECORDS, type=click.FloatRange(0.0), metavar="SECONDS",
-            help="Save the state at most so often; 0: at every chance.  "
-            "[default: 5]",
+            help="Save the state at most so often; 0: at every chance.  [default: 5]",
         ),
         option(
             "--devices", group=SEVERAL, type=click.IntRange(1, 4096),
@@ -248,26 +242,15 @@ def print_report(
     shown: Any, files: Mapping[str, bytes], out: Path, *, written: bool = True,
     as_json: bool = False, quiet: bool = False,
 ) -> None:  # fmt: skip
-    """Print what a report shows, and where its files are.
-
-    Args:
-      written: they are there; another process may be at work in the folder.
-      files: content by name; the tables among them, NAME.csv, are what is printed as JSON.
-      as_json, quiet: of `output_options`.
-    """
+    """Print what a report shows, or the tables among its files as JSON, and where these are."""
     if as_json:
-        import io
-        import json
-
         import pandas as pd
 
-        tables = {
-            name.removesuffix(".csv"): json.loads(
-                pd.read_csv(io.BytesIO(content)).to_json(orient="records")
-            )
-            for name, content in files.items()
-            if name.endswith(".csv")
-        }
+        tables = {}
+        for name, content in files.items():
+            if name.endswith(".csv"):
+                table = pd.read_csv(io.BytesIO(content)).to_json(orient="records")
+                tables[name.removesuffix(".csv")] = json.loads(table)
         click.echo(json.dumps({"folder": str(out), "files": sorted(files), "tables": tables}))
     elif not quiet:
         from rich.console import Console
@@ -284,8 +267,7 @@ def read_config(
     """The config file with the command line's options on top.
 
     Args:
-      given: values by key of the config, with __ for dots; None and () are of options that were not
-        given, and set nothing.
+      given: values by key of the config, with __ for dots.
 
     Raises:
       UserError: it is none; where the file is one for other commands, they are named.
@@ -294,7 +276,7 @@ def read_config(
 
     values = dict(parse_override(text) for text in overrides)
     for key, value in given.items():
-        if value not in (None, ()):
+        if value not in (None, ()):  # an option that was not given
             values[key.replace("__", ".")] = list(value) if isinstance(value, tuple) else value
     try:
         return load(config_path, values, schema)
@@ -306,12 +288,16 @@ def read_config(
 
 def _command_of(config_path: str, schema: type[Schema]) -> str | None:
     """The command whose config a file is, where that is another than `schema`."""
-    from unitnorm.run.config import load
+    from unitnorm.archbn.config import Config
+    from unitnorm.run.config import Section, load
+    from unitnorm.segment.config import SegmentConfig
+    from unitnorm.study.config import Plan
 
-    for command, place in CONFIGS.items():
-        module, _, name = place.partition(":")
-        other = getattr(importlib.import_module(module), name)
+    commands: dict[str, type[Section]] = {
+        "reproduce": Config, "study": Plan, "segment train": SegmentConfig,
+    }  # fmt: skip
+    for command, other in commands.items():
         with contextlib.suppress(UserError):
             if other is not schema and load(config_path, None, other):
-                return command
+                return f"unitnorm {command}"
     return None

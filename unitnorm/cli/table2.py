@@ -54,13 +54,13 @@ def completed(options: dict[str, Any], *, sweep_only: bool = False) -> Iterator[
     experiment = Table2(config, sweep_only)
     with open_job(experiment, config, load, training) as job:
         groups = list(experiment.missing(job.records))
+        swept = sum(len(group.cells) for group in groups if group.table == "sweep")
         if not groups and sweep_only:
             job.session.say("sweep: every selected run has its base learning rate")
         elif not groups:
             job.session.say("train: every selected run is recorded; --fresh starts over")
-        elif not sweep_only and groups[0].table == "sweep":
-            count = sum(len(group.cells) for group in groups if group.table == "sweep")
-            job.session.say(f"train: {count} runs have no base learning rate yet, sweeping first")
+        elif swept and not sweep_only:
+            job.session.say(f"train: {swept} runs have no base learning rate yet, sweeping first")
         complete(job)
         yield job
 
@@ -125,11 +125,9 @@ def report(context: click.Context, folders: tuple[Path, ...], out: Path, **outpu
     from unitnorm.table2.report import build_comparison
     from unitnorm.table2.schema import SCHEMA
 
-    first, second = (records.read_alone(folder, SCHEMA) for folder in folders)
-    files, shown = build_comparison(
-        (first["runs"], second["runs"]), (first.provenance, second.provenance),
-        (str(folders[0]), str(folders[1])),
-    )  # fmt: skip
+    one, other = (records.read_alone(folder, SCHEMA) for folder in folders)
+    runs, provenance = (one["runs"], other["runs"]), (one.provenance, other.provenance)
+    files, shown = build_comparison(runs, provenance, (str(folders[0]), str(folders[1])))
     if not given:
         Console().print(shown)
         return
@@ -151,9 +149,8 @@ def reproduce(**options: Any) -> None:
         write_report(job.out, job.records)
 
 
-@click.command(
-    "verify", cls=opt.GroupedCommand, short_help="Compute a recorded run again and compare."
-)
+@click.command("verify", cls=opt.GroupedCommand,
+               short_help="Compute a recorded run again and compare.")  # fmt: skip
 @opt.option("--depth", group=opt.SELECTION, type=int,
             help="Depth of the run.  [default: the first recorded]")  # fmt: skip
 @opt.option("--update", group=opt.SELECTION, type=opt.UpdateName(),
@@ -189,17 +186,16 @@ def verify_command(out: Path, data_dir: str | None, **wanted: Any) -> None:
     known = records.read_alone(out, STUDY if of_study else SCHEMA)
     runs, recorded = known["runs"], known.provenance
     chosen = verify.choose(runs.assign(run=runs.index) if of_study else runs, **wanted)
-    images = chosen.iloc[0] if of_study else recorded["config"]["data"]
-    data = load_dataset(images["dataset"], data_dir)
     experiment: Experiment
     if of_study:
-        experiment, about = Study(plan_of(known)), recorded["data"][images["dataset"]]
-        checks = []
+        name = chosen["dataset"].item()
+        experiment, about, checks = Study(plan_of(known)), recorded["data"][name], []
     else:
         config = parse(recorded["config"], records.PROVENANCE, Config)
-        experiment, about = Table2(config), recorded["data"]
+        experiment, about, name = Table2(config), recorded["data"], config.data.dataset
         found = config.fingerprint()
         checks = [verify.compare_hashes("config", recorded["config_sha256"], found)]
+    data = load_dataset(name, data_dir)
     checks.append(verify.compare_hashes("data", about["sha256"], data.sha256))
     click.echo(f"records: {len(recorded['files'])} files with the SHA-256 recorded")
     same = True
@@ -237,17 +233,14 @@ def write_report(out: Path, known: Records, *, write: bool = True, **output: boo
     from unitnorm.table2.experiment import filters_of
 
     if known["runs"].empty:
-        raise UserError(
-            f"{out}: no records of trained runs here; run `unitnorm train --out {out}` first"
-        )
-    image_shape = tuple(known.provenance["data"]["image_shape"])
+        first = f"run `unitnorm train --out {out}` first"
+        raise UserError(f"{out}: no records of trained runs here; {first}")
+    data, protocol = known.provenance["data"], known.provenance["config"] | {"seed": 0}
     # the paper's figures stand beside runs of its protocol alone, from any seed, on MNIST
-    protocol = known.provenance["config"] | {"seed": 0}
-    on_mnist = known.provenance["data"]["name"] == "mnist"
-    paper = report.PAPER if on_mnist and protocol == Config().protocol() else {}
-    files = report.build(
-        known["runs"], known["history"], known["sweep"], filters_of(known), image_shape, paper
-    )
+    alike = data["name"] == "mnist" and protocol == Config().protocol()
+    paper = report.PAPER if alike else {}
+    shape, filters = tuple(data["image_shape"]), filters_of(known)
+    files = report.build(known["runs"], known["history"], known["sweep"], filters, shape, paper)
     if write:
         records.write_files(out, files, replacing="figures/filters_depth*")
     shown = report.show(known["runs"], paper)
