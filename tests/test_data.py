@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import io
 import os
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -38,17 +39,11 @@ def packed(content: bytes) -> bytes:
     return gzip.compress(content, mtime=0)  # names of cases must not hold the time
 
 
-def small_set(train: int = 12, test: int = 6, classes: int = 3) -> dict[str, bytes]:
-    """The four files of a small data set: images of 4 × 6 pixels."""
-    random = np.random.default_rng(0)
-    files = {}
-    for images, labels, n in ((NAMES[0], NAMES[1], train), (NAMES[2], NAMES[3], test)):
-        files[images] = idx_bytes(random.bytes(n * 24), shape=(n, 4, 6))
-        files[labels] = idx_bytes(bytes(i % classes for i in range(n)), shape=(n,))
-    return files
-
-
-IMAGES, LABELS, TEST_IMAGES, TEST_LABELS = small_set().values()
+IMAGES, TEST_IMAGES = (
+    idx_bytes(np.random.default_rng(n).bytes(n * 24), shape=(n, 4, 6)) for n in (12, 6)
+)
+LABELS, TEST_LABELS = (idx_bytes(bytes([0, 1, 2] * (n // 3)), shape=(n,)) for n in (12, 6))
+SMALL = dict(zip(NAMES, (IMAGES, LABELS, TEST_IMAGES, TEST_LABELS), strict=True))
 
 
 def write(folder: Path, files: dict[str, bytes]) -> Path:
@@ -65,7 +60,7 @@ def sha256_of(*hashes: str) -> str:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    return write(tmp_path / "source", small_set())
+    return write(tmp_path / "source", SMALL)
 
 
 # --- The bundled MNIST -------------------------------------------------------------------------
@@ -109,7 +104,7 @@ print(d.sha256, d.train_labels[:5].tolist(), int(d.train_images[0].sum()))
 
 def test_bundled_files_that_are_not_mnist_are_refused(tmp_path, monkeypatch):
     # Well formed, but not the data that we promise.
-    write(tmp_path / "mnist", {f"{n}.gz": packed(c) for n, c in small_set().items()})
+    write(tmp_path / "mnist", {f"{n}.gz": packed(c) for n, c in SMALL.items()})
     monkeypatch.setattr(unitnorm.data, "_MNIST", tmp_path / "mnist")
     with pytest.raises(UserError, match=r"expected MNIST, found other.*install unitnorm again"):
         load_dataset()
@@ -131,17 +126,17 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_own_idx_files(form, tmp_path):
-    files, (rename, pack) = small_set(), FORMS[form]
-    on_disk = {rename(name): pack(content) for name, content in files.items()}
+    rename, pack = FORMS[form]
+    on_disk = {rename(name): pack(content) for name, content in SMALL.items()}
     dataset = load_dataset(data_dir=write(tmp_path / "mine", on_disk))
     found = [vars(dataset)[f"{part}_{kind}"] for part in PARTS for kind in ("images", "labels")]
     for array, name in zip(found, NAMES, strict=True):
         header = 16 if "images" in name else 8
-        assert array.astype(np.uint8).tobytes() == files[name][header:]
+        assert array.astype(np.uint8).tobytes() == SMALL[name][header:]
     assert [array.dtype for array in found] == [np.uint8, np.int32, np.uint8, np.int32]
     assert dataset.train_images.flags.c_contiguous
     assert dataset.describe() == "mine: 12 + 6 images, 4×6, 3 classes"
-    assert dataset.sha256 == sha256_of(*(hashlib.sha256(c).hexdigest() for c in files.values()))
+    assert dataset.sha256 == sha256_of(*(hashlib.sha256(c).hexdigest() for c in SMALL.values()))
     assert load_dataset("shapes", data_dir=tmp_path / "mine").name == "shapes"
 
 
@@ -154,11 +149,6 @@ def test_two_files_of_one_part_must_be_copies(source):
         load_dataset(data_dir=source)
 
 
-def test_256_classes(tmp_path):
-    folder = write(tmp_path / "source", small_set(train=256, classes=256))
-    assert load_dataset(data_dir=folder).classes == 256
-
-
 FAULTS = {  # the file, what it holds, what is said of it
     "header cut": (0, IMAGES[:10], r"expected an IDX header of 16 bytes, found 10 bytes"),
     "truncated": (0, IMAGES[:-1], r"expected 288 bytes .* 12 x 4 x 6, found only 287"),
@@ -168,9 +158,6 @@ FAULTS = {  # the file, what it holds, what is said of it
     "web page": (0, b"\n<!DOCTYPE html><html>", r"found a web page; download"),
     "zip": (0, b"PK\x03\x04" + IMAGES[4:], r"found a zip archive; unpack it"),
     "git lfs": (0, b"version https://git-lfs.github.com/spec/v1\n", r"found a pointer of Git LFS"),
-    "header lies": (
-        0, idx_bytes(IMAGES[16:], shape=(60000, 28, 28)), r"expected 47040000 .*found only 288",
-    ),
     "header lies without measure": (
         0, idx_bytes(IMAGES[16:], shape=(2**32 - 1,) * 3),
         r"expected at most 1073741824 values, found a header that announces 4294967295 x",
@@ -190,8 +177,6 @@ FAULTS = {  # the file, what it holds, what is said of it
     ),
     "one class": (1, idx_bytes(bytes(12), shape=(12,)), r"2 to 256 classes, found 1"),
     "gzip damaged": (0, packed(IMAGES)[:-8] + bytes(8), r"a damaged one \(CRC check"),
-    "gzip end missing": (0, packed(IMAGES)[:-4], r"damaged one \(Compressed file ended"),
-    "gzip and more": (0, packed(IMAGES) + b"x", r"damaged one \(Not a gzipped file"),
 }  # fmt: skip
 
 
@@ -274,11 +259,7 @@ def make_builder(version: str = "1.0.0", **changes) -> type:
             return tfds.core.DatasetInfo(builder=self, features=kept, disable_shuffling=True)
 
         def _split_generators(self, downloads):
-            self.get(downloads)
             return {split: self._generate_examples(split, n) for split, n in splits.items()}
-
-        def get(self, downloads):
-            pass
 
         def _generate_examples(self, split, n):
             for i in range(n):
@@ -312,22 +293,19 @@ def test_prepared_data_set(tmp_path, monkeypatch):
 def test_highest_version_is_taken_and_unfinished_ones_are_not(tmp_path):
     prepare_tfds(tmp_path, "9.0.0", splits={"train": 5, "test": 4})
     prepare_tfds(tmp_path, "10.0.0")
-    folder = tmp_path / "shapes"
-    (folder / "9.0.0").rename(tmp_path / "9.0.0")
-    (folder / "10.0.0").rename(folder / "incomplete.ABC_10.0.0")
+    highest = tmp_path / "shapes" / "10.0.0"
+    assert len(load_dataset("shapes", data_dir=tmp_path).train_labels) == 7
+    highest.rename(highest.with_name("incomplete.ABC_10.0.0"))
+    assert len(load_dataset("shapes", data_dir=tmp_path).train_labels) == 5
+    shutil.rmtree(highest.with_name("9.0.0"))
     with pytest.raises(UserError, match="found none"):
         load_dataset("shapes", data_dir=tmp_path)
-    (tmp_path / "9.0.0").rename(folder / "9.0.0")
-    assert len(load_dataset("shapes", data_dir=tmp_path).train_labels) == 5
-    (folder / "incomplete.ABC_10.0.0").rename(folder / "10.0.0")
-    assert len(load_dataset("shapes", data_dir=tmp_path).train_labels) == 7
 
 
 def test_configuration_must_be_clear(tmp_path):
+    prepare_tfds(tmp_path / "once")
     for name in ("small", "large"):
-        prepare_tfds(tmp_path / name)
-        (tmp_path / "shapes").mkdir(exist_ok=True)
-        (tmp_path / name / "shapes").rename(tmp_path / "shapes" / name)
+        shutil.copytree(tmp_path / "once" / "shapes", tmp_path / "shapes" / name)
         assert len(load_dataset(f"shapes/{name}", data_dir=tmp_path).train_labels) == 7
     with pytest.raises(UserError, match="expected one configuration, found large, small"):
         load_dataset("shapes", data_dir=tmp_path)
@@ -340,10 +318,6 @@ UNFIT = {
     "unlabelled": (
         lambda f: {"features": {"label": f.Scalar(np.int64)}, "label": lambda _: -1},
         r"expected labels 0 to 255, found \[-1\]",
-    ),
-    "257 classes": (
-        lambda f: {"features": {"label": f.ClassLabel(num_classes=257)}},
-        "expected 2 to 256 classes, found 257",
     ),
     "sizes differ": (
         lambda f: {"features": {"image": f.Image(shape=(None, None, 1))}}, "of one shape",
@@ -407,7 +381,7 @@ def test_what_cannot_be_prepared_here_says_where_it_can(obstacle, catalogue, tmp
         "no route to host": urllib.error.URLError("no route to host"), "404": RuntimeError("404"),
         "it needs the module tensorflow": ImportError("", name="tensorflow"),
     }  # fmt: skip
-    monkeypatch.setattr(catalogue, "get", fail)
+    monkeypatch.setattr(catalogue, "_split_generators", fail)
     if obstacle == "no route to host":
         monkeypatch.setattr(catalogue, "url_infos", {"http://shapes.invalid/a": None})
         monkeypatch.setattr(urllib.request, "urlopen", fail)

@@ -86,9 +86,7 @@ class UpdateName(click.ParamType):
         except ValueError as error:
             self.fail(" ".join(str(error).split()), param, ctx)
 
-    def shell_complete(
-        self, ctx: click.Context, param: click.Parameter, incomplete: str
-    ) -> list[CompletionItem]:
+    def shell_complete(self, ctx: Any, param: Any, incomplete: str) -> list[CompletionItem]:
         from unitnorm.updates import UPDATES
 
         return [CompletionItem(name) for name in UPDATES if name.startswith(incomplete)]
@@ -108,9 +106,7 @@ class ConfigName(click.ParamType):
 
     name = "name|file"
 
-    def shell_complete(
-        self, ctx: click.Context, param: click.Parameter, incomplete: str
-    ) -> list[CompletionItem]:
+    def shell_complete(self, ctx: Any, param: Any, incomplete: str) -> list[CompletionItem]:
         from unitnorm.run.config import presets
 
         names = [CompletionItem(name) for name in presets() if name.startswith(incomplete)]
@@ -138,10 +134,10 @@ def together(*decorators: Decorator) -> Decorator:
 
 def out_option(default: str, text: str = "Folder of the records and the report.") -> Decorator:
     """--out, which every command that reads or writes records takes."""
+    kind = FolderPath(path_type=Path, file_okay=False)
     return option(
-        "--out", group=RECORDS, type=FolderPath(path_type=Path, file_okay=False),
-        default=Path(default), show_default=True, help=text,
-    )  # fmt: skip
+        "--out", group=RECORDS, type=kind, default=Path(default), show_default=True, help=text
+    )
 
 
 def set_option(what: str, example: str) -> Decorator:
@@ -161,10 +157,8 @@ def config_option(default: str) -> Decorator:
     )
 
 
-update_option = option(
-    "--update", "updates", group=SELECTION, type=UpdateName(), multiple=True,
-    help="Update to run; may be repeated: b-sgd, un, …",
-)  # fmt: skip
+update_option = option("--update", "updates", group=SELECTION, type=UpdateName(), multiple=True,
+                       help="Update to run; may be repeated: b-sgd, un, …")  # fmt: skip
 seed_option = option("--seed", group=SELECTION, type=int, help="Seed of run 0; run k has seed + k.")
 runs_option = option("--runs", group=SELECTION, type=int, help="Runs of each update.")
 
@@ -178,35 +172,21 @@ image_options = together(
 
 def training_options(out: str) -> Decorator:
     """What every command that trains takes, alike: the fields of `TrainingOptions`."""
+    gone = partial(click.option, hidden=True, expose_value=False, callback=_refuse)
     return together(
         out_option(out),
-        option(
-            "--fresh", group=RECORDS, is_flag=True,
-            help="Start over: drop the records and checkpoints of the selected runs.",
-        ),
-        option(
-            "--checkpoint-every", group=RECORDS, type=click.FloatRange(0.0), metavar="SECONDS",
-            help="Save the state at most so often; 0: at every chance.  [default: 5]",
-        ),
-        option(
-            "--devices", group=SEVERAL, type=click.IntRange(1, 4096),
-            help="CPU devices to share the work among.  [default: one per core]",
-        ),
-        option(
-            "--workers", group=SEVERAL, type=click.IntRange(1, 4096),
-            help="Compute in so many processes on this machine (needs unitnorm[cluster]).",
-        ),
-        option(
-            "--scheduler", group=SEVERAL, metavar="ADDRESS",
-            help="Compute on the workers of a Dask scheduler, such as tcp://host:8786.",
-        ),
-        *(
-            click.option(name, hidden=True, expose_value=False, is_flag=is_flag, callback=_refuse)
-            for name, is_flag in (
-                ("--distributed", True), ("--coordinator", False), ("--processes", False),
-                ("--process", False),
-            )
-        ),
+        option("--fresh", group=RECORDS, is_flag=True,
+               help="Start over: drop the records and checkpoints of the selected runs."),
+        option("--checkpoint-every", group=RECORDS, type=click.FloatRange(0.0), metavar="SECONDS",
+               help="Save the state at most so often; 0: at every chance.  [default: 5]"),
+        option("--devices", group=SEVERAL, type=click.IntRange(1, 4096),
+               help="CPU devices to share the work among.  [default: one per core]"),
+        option("--workers", group=SEVERAL, type=click.IntRange(1, 4096),
+               help="Compute in so many processes on this machine (needs unitnorm[cluster])."),
+        option("--scheduler", group=SEVERAL, metavar="ADDRESS",
+               help="Compute on the workers of a Dask scheduler, such as tcp://host:8786."),
+        gone("--distributed", is_flag=True),
+        *map(gone, ("--coordinator", "--processes", "--process")),
     )  # fmt: skip
 
 
@@ -229,18 +209,14 @@ def take_training_options(options: dict[str, Any]) -> TrainingOptions:
     return TrainingOptions(**{name: options.pop(name) for name in names})
 
 
-json_option = option(
-    "--json", "as_json", group=RECORDS, is_flag=True, help="Print JSON, for scripts."
-)
-output_options = together(
-    json_option,
-    option("--quiet", group=RECORDS, is_flag=True, help="Print nothing but faults."),
-)
+json_option = option("--json", "as_json", group=RECORDS, is_flag=True,
+                     help="Print JSON, for scripts.")  # fmt: skip
+quiet_option = option("--quiet", group=RECORDS, is_flag=True, help="Print nothing but faults.")
 
 
 def print_report(
-    shown: Any, files: Mapping[str, bytes], out: Path, *, written: bool = True,
-    as_json: bool = False, quiet: bool = False,
+    shown: Any, files: Mapping[str, bytes], out: Path, *,
+    written: bool = True, as_json: bool = False, quiet: bool = False,
 ) -> None:  # fmt: skip
     """Print what a report shows, or the tables among its files as JSON, and where these are."""
     if as_json:

@@ -99,7 +99,8 @@ def train(**options: Any) -> None:
 @opt.argument("folders", "One results folder, or two to compare.  [default: that of --out]",
               nargs=-1, type=click.Path(path_type=Path))  # fmt: skip
 @opt.out_option(OUT)
-@opt.output_options
+@opt.json_option
+@opt.quiet_option
 @click.pass_context
 def report(context: click.Context, folders: tuple[Path, ...], out: Path, **output: bool) -> None:
     """Table 2 and its figures, from the records alone.
