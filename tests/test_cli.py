@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -165,16 +166,18 @@ def test_list_says_what_was_run_in_which_state_and_how_to_go_on(reproduced, tmp_
     monkeypatch.chdir(tmp_path)
     assert invoke(["list"]).stdout == "nothing was run in runs yet\n"
     shutil.copytree(reproduced[0], "runs/done")
-    for name in ("stopped", "busy", "damaged"):
+    for name in ("stopped", "busy", "damaged", "garbled"):
         shutil.copytree("runs/done", f"runs/{name}")
     Path("runs/stopped/.checkpoints").mkdir()
     Path("runs/damaged/provenance.json").write_text("{}")
+    Path("runs/garbled/runs.csv.gz").write_bytes(gzip.compress(b"")[:10] + b"no such block")
     with records.locked(Path("runs/busy")):
         found = {about["folder"]: about for about in json.loads(invoke(["list", "--json"]).stdout)}
         text = invoke(["list"]).stdout
     states = {name.removeprefix("runs/"): about["state"] for name, about in found.items()}
     assert states == {
-        "done": "recorded", "stopped": "unfinished", "busy": "running", "damaged": "damaged"
+        "done": "recorded", "stopped": "unfinished", "busy": "running", "damaged": "damaged",
+        "garbled": "damaged",
     }  # fmt: skip
     done = found["runs/done"]
     assert (done["experiment"], done["runs"]) == ("table2", 6)

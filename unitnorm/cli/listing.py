@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import shlex
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def look_at(folder: Path) -> dict[str, Any]:
             about["last"] = last["started"]
         left = (folder / CHECKPOINTS).exists()
         about["state"] = "running" if is_held(folder) else "unfinished" if left else "recorded"
-    except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, EOFError, zlib.error, ValueError, LookupError, TypeError, AttributeError):
         pass  # damaged
     return about
 

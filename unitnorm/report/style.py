@@ -10,7 +10,7 @@ import math
 import re
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import matplotlib as mpl
@@ -101,11 +101,8 @@ def tell_apart(updates: Iterable[str]) -> tuple[list[str], list[str]]:
     return own, [name for name in updates if name not in own]
 
 
-@contextmanager
-def settings() -> Iterator[None]:
-    """The project's settings on top of matplotlib's own, not the user's, for one figure."""
-    with mpl.style.context(["default", _SETTINGS]):
-        yield
+# On top of matplotlib's own settings, not the user's, for the time of one figure.
+settings = partial(mpl.style.context, ["default", _SETTINGS])
 
 
 def encode(figure: Figure, *, palette: bool = False) -> dict[str, bytes]:
