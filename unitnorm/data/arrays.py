@@ -24,7 +24,8 @@ class Dataset:
       train_images: uint8 (n, features), raw pixel values, each image row by row; C-contiguous,
         at an address that JAX uses in place on CPUs.
       train_labels: int32 (n,), 0 … classes − 1.
-      test_images, test_labels: likewise.
+      test_images: like `train_images`.
+      test_labels: like `train_labels`.
       image_shape: of one image before it became a row, such as (28, 28).
       classes: number of classes, at most 256.
       sha256: of the content alone: the SHA-256 of the four SHA-256 (hexadecimal, one a line) of the
