@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +11,7 @@ import click
 
 from unitnorm.cli import options as opt
 from unitnorm.errors import UserError
-from unitnorm.run.job import Job, Loaded, open_job, open_recomputation, so_far
+from unitnorm.run.job import Loaded, open_job, open_recomputation, so_far
 
 if TYPE_CHECKING:
     from unitnorm.run.planner import Experiment
@@ -32,9 +30,8 @@ selection_options = opt.together(
 shared_options = opt.together(selection_options, opt.runs_option, opt.training_options(OUT))
 
 
-@contextlib.contextmanager
-def completed(options: dict[str, Any], *, sweep_only: bool = False) -> Iterator[Job]:
-    """The folder of a command with `shared_options`, held, with all that was missing added."""
+def do_training(options: dict[str, Any], *, sweep_only: bool = False, table: bool = False) -> None:
+    """Sweep and train what is missing in the folder of a command with `shared_options`."""
     from unitnorm.archbn.config import Config
     from unitnorm.run.planner import complete
     from unitnorm.table2.experiment import Table2, describe_data, list_cells
@@ -62,7 +59,8 @@ def completed(options: dict[str, Any], *, sweep_only: bool = False) -> Iterator[
         elif swept and not sweep_only:
             job.session.say(f"train: {swept} runs have no base learning rate yet, sweeping first")
         complete(job)
-        yield job
+        if table:
+            write_report(job.out, job.records)
 
 
 @click.command(cls=opt.GroupedCommand, short_help="Choose the base learning rate of every run.")
@@ -76,8 +74,7 @@ def sweep(**options: Any) -> None:
     Example
       unitnorm sweep --depth 4 --update un
     """
-    with completed(options, sweep_only=True):
-        pass
+    do_training(options, sweep_only=True)
 
 
 @click.command(cls=opt.GroupedCommand, short_help="Train every run in full.")
@@ -91,8 +88,7 @@ def train(**options: Any) -> None:
     Example
       unitnorm train --depth 4 --update un --runs 10 --seed 0
     """
-    with completed(options):
-        pass
+    do_training(options)
 
 
 @click.command(cls=opt.GroupedCommand, short_help="The table and figures, from the records.")
@@ -146,8 +142,7 @@ def reproduce(**options: Any) -> None:
     Example
       unitnorm reproduce --config quick --out runs/quick
     """
-    with completed(options) as job:
-        write_report(job.out, job.records)
+    do_training(options, table=True)
 
 
 @click.command("verify", cls=opt.GroupedCommand,
