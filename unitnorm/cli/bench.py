@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from functools import partial
 from pathlib import Path
@@ -56,12 +55,11 @@ def bench(
     from unitnorm.run.job import command_line
 
     console, started = Console(), time.time()
-    show: Any = partial(console.print, highlight=False, soft_wrap=True)
+    plain = partial(console.print, highlight=False, soft_wrap=True)
     with records.locked(out):
-        with contextlib.ExitStack() as stack:
-            if console.is_terminal:
-                show = stack.enter_context(console.status("")).update
-            measured = measure(what, depth, rounds, quick, show)
+        with console.status("") as status:
+            say = status.update if console.is_terminal else plain
+            measured = measure(what, depth, rounds, quick, say)
         files = measured.files(command_line(), started, time.time() - started)
         records.write_files(out, files)
     opt.print_report(Fitting(measured.cells), files, out)
