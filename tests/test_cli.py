@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -24,7 +25,6 @@ import unitnorm
 from tests import faults
 from unitnorm.cli import main
 from unitnorm.cli.options import print_report
-from unitnorm.errors import UserError
 from unitnorm.run import progress, records
 from unitnorm.run.loop import Status
 from unitnorm.table2.schema import SCHEMA
@@ -35,19 +35,23 @@ FILES = {
     "runs.csv", "history.csv", "sweep.csv", "filters.safetensors", "provenance.json",
     "table2.csv", "table2.md", "table2.tex", "differences.csv", "runs.md",
     *(f"figures/{name}.{ending}"
-      for name in ("curves", "learning_rates", "test_errors", "filters_depth1", "filters_depth2")
+      for name in ("curves", "learning_rates", "test_errors", "filters_depth1")
       for ending in ("png", "svg")),
 }  # fmt: skip
+
+
+def invoke(words, **settings):
+    return CliRunner().invoke(main, list(map(str, words)), prog_name="unitnorm", **settings)
 
 
 @pytest.fixture(scope="module")
 def call(tmp_path_factory, idx_folder, small_toml):
     """Runs a command in a process of its own and gives what it printed."""
     cache = tmp_path_factory.mktemp("cache")
-    train = ["--config", str(small_toml), "--data-dir", str(idx_folder)]
+    train = ["--config", str(small_toml), "--data-dir", str(idx_folder), "--depth", "1"]
     root = str(Path(unitnorm.__file__).parents[1])
 
-    def run(command, *words, code=0, trains=True, before="", **shell):
+    def run(command, *words, trains=True, before="", **shell):
         start = f"{before}\nfrom unitnorm.cli import main; main(prog_name='unitnorm')"
         line = [sys.executable, "-W", "error::DeprecationWarning:unitnorm", "-c", start]
         done = subprocess.run(
@@ -56,7 +60,7 @@ def call(tmp_path_factory, idx_folder, small_toml):
             env={**os.environ, "UNITNORM_CACHE": str(cache), "COLUMNS": "100", "PYTHONPATH": root,
                  "XLA_FLAGS": faults.QUICK, **shell},
         )  # fmt: skip
-        assert done.returncode == code, done.stdout + done.stderr
+        assert done.returncode == 0, done.stdout + done.stderr
         return done
 
     return run
@@ -68,33 +72,33 @@ def reproduced(call, tmp_path_factory):
     return out, call("reproduce", "--out", out)
 
 
-def files_of(folder: Path) -> set[str]:
-    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+def contents_of(out: Path) -> dict[str, bytes]:
+    return {name: (out / name).read_bytes() for name in FILES}
 
 
 def test_reproduce_writes_every_file_and_prints_the_table(reproduced):
     out, done = reproduced
-    assert files_of(out) == FILES
+    assert {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()} == FILES
     assert done.stderr == ""
-    for text in ("sweep depth 1", "train depth 2", "runs active", "samples/s", "left", "B-SGD"):
+    for text in ("sweep depth 1", "train depth 1", "runs active", "samples/s", "left", "B-SGD"):
         assert text in done.stdout
     runs = pd.read_csv(out / "runs.csv")
     assert (out / "runs.csv").read_text().splitlines()[0] == (
         "depth,update,run,seed,base_lr,epochs,train_loss,val_error,test_error,diverged,stop_reason"
     )
-    assert len(runs) == 2 * 2 * 3
+    assert len(runs) == 2 * 3
     assert runs["test_error"].between(0, 0.75).all()
     assert not runs["diverged"].any()
     history = pd.read_csv(out / "history.csv")
-    assert (history.groupby(["depth", "update", "run"]).size().to_numpy() == runs["epochs"]).all()
-    un = history[history["update"] == "un"]
-    assert (un["norm_deviation"] < 1e-6).all()
-    assert (history[history["update"] == "b-sgd"]["norm_deviation"] > 1e-3).all()
+    key = ["depth", "update", "run"]
+    assert (history.groupby(key).size().to_numpy() == runs["epochs"]).all()
+    un = history["update"] == "un"
+    assert (history["norm_deviation"][un] < 1e-6).all()
+    assert (history["norm_deviation"][~un] > 1e-3).all()
     sweep = pd.read_csv(out / "sweep.csv")
-    chosen = sweep[sweep["chosen"]].set_index(["depth", "update", "run"])["base_lr"]
-    assert (chosen == runs.set_index(["depth", "update", "run"])["base_lr"]).all()
-    best = sweep.groupby(["depth", "update", "run"])["val_error"].min()
-    assert (sweep[sweep["chosen"]].set_index(["depth", "update", "run"])["val_error"] == best).all()
+    chosen = sweep[sweep["chosen"]].set_index(key)
+    assert (chosen["base_lr"] == runs.set_index(key)["base_lr"]).all()
+    assert (chosen["val_error"] == sweep.groupby(key)["val_error"].min()).all()
     table = pd.read_csv(out / "table2.csv")
     mean = runs.groupby(["depth", "update"])["test_error"].mean()
     assert table["mean"].to_numpy() == pytest.approx(mean.to_numpy())
@@ -114,25 +118,25 @@ def test_one_run_trained_alone_in_any_shell_has_the_same_bits(reproduced, call, 
     out, _ = reproduced
     # as on macOS, which does not tell which cores a process may use
     before = "import os; vars(os).pop('sched_getaffinity', None)"
-    words = ["--depth", 2, "--update", "un", "--runs", 1, "--out", tmp_path]
+    words = ["--update", "un", "--runs", 1, "--out", tmp_path]
     done = call("train", *words, before=before, **SHELL)
     assert "no base learning rate yet, sweeping first" in done.stdout
     assert ", ? 0:00:00 left" in done.stdout
     lines = (out / "runs.csv").read_text().splitlines()
     alone = (tmp_path / "runs.csv").read_text().splitlines()
-    assert alone == [lines[0], *[line for line in lines if line.startswith("2,un,0,")]]
+    assert alone == [lines[0], *[line for line in lines if line.startswith("1,un,0,")]]
 
 
 def test_report_needs_the_records_alone_and_repeats_its_bytes(reproduced, call, capsys):
     out, _ = reproduced
-    before = {name: (out / name).read_bytes() for name in FILES}
+    before = contents_of(out)
     for name in ("table2.csv", "figures/curves.png"):
         (out / name).unlink()
     # a home that cannot be written, where Matplotlib keeps nothing
     home = {"HOME": "/proc/none", "XDG_CONFIG_HOME": "", "XDG_CACHE_HOME": ""}
     done = call("report", "--out", out, "--json", trains=False, **home)
     assert done.stderr == ""
-    assert {name: (out / name).read_bytes() for name in FILES} == before
+    assert contents_of(out) == before
     told = json.loads(done.stdout)
     assert set(told["files"]) < FILES
     means = [row["mean"] for row in told["tables"]["table2"]]
@@ -143,44 +147,44 @@ def test_report_needs_the_records_alone_and_repeats_its_bytes(reproduced, call, 
     assert capsys.readouterr().out == f"shown\n1 files in {out}{os.sep}\n"
 
 
-def test_what_is_recorded_is_not_trained_again_and_another_config_is_refused(reproduced, call):
+def test_what_is_recorded_is_not_trained_again_and_another_config_is_refused(
+    reproduced, idx_folder, small_toml, monkeypatch
+):  # fmt: skip
     out, _ = reproduced
-    before = {name: (out / name).read_bytes() for name in FILES}
-    assert "every selected run is recorded" in call("train", "--out", out).stdout
-    done = call("train", "--out", out, "--set", "loss.batch_size=10", code=2)
+    before = contents_of(out)
+    monkeypatch.setattr("unitnorm.run.devices.prepare", lambda *_, **__: None)
+    words = ["train", "--config", small_toml, "--data-dir", idx_folder, "--depth", 1, "--out", out]
+    assert "every selected run is recorded" in invoke(words).stdout
+    done = invoke([*words, "--set", "loss.batch_size=10"])
+    assert done.exit_code == 2
     assert done.stderr.count("\n") == 1
     assert "holds records of another config (loss.batch_size: 20 there, 10 here)" in done.stderr
-    assert {name: (out / name).read_bytes() for name in FILES} == before
+    assert contents_of(out) == before
 
 
 def test_list_says_what_was_run_in_which_state_and_how_to_go_on(reproduced, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    invoke = CliRunner().invoke
-    assert invoke(main, ["list"]).stdout == "nothing was run in runs yet\n"
+    assert invoke(["list"]).stdout == "nothing was run in runs yet\n"
     shutil.copytree(reproduced[0], "runs/done")
-    for name in ("stopped", "busy", "damaged"):
+    for name in ("stopped", "busy", "damaged", "garbled"):
         shutil.copytree("runs/done", f"runs/{name}")
     Path("runs/stopped/.checkpoints").mkdir()
     Path("runs/damaged/provenance.json").write_text("{}")
+    Path("runs/garbled/runs.csv.gz").write_bytes(gzip.compress(b"")[:10] + b"no such block")
     with records.locked(Path("runs/busy")):
-        found = {
-            Path(f["folder"]).name: f for f in json.loads(invoke(main, ["list", "--json"]).stdout)
-        }
-        text = invoke(main, ["list"]).stdout
-    states = {name: about["state"] for name, about in found.items()}
+        found = {about["folder"]: about for about in json.loads(invoke(["list", "--json"]).stdout)}
+        text = invoke(["list"]).stdout
+    states = {name.removeprefix("runs/"): about["state"] for name, about in found.items()}
     assert states == {
-        "done": "recorded", "stopped": "unfinished", "busy": "running", "damaged": "damaged"
+        "done": "recorded", "stopped": "unfinished", "busy": "running", "damaged": "damaged",
+        "garbled": "damaged",
     }  # fmt: skip
-    done = found["done"]
-    assert (done["experiment"], done["runs"]) == ("table2", 12)
-    assert done["bytes"] == sum(
-        p.stat().st_size for p in Path("runs/done").rglob("*") if p.is_file()
-    )
+    done = found["runs/done"]
+    assert (done["experiment"], done["runs"]) == ("table2", 6)
+    assert done["bytes"] == sum(map(len, contents_of(Path("runs/done")).values()))
     assert done["command"].startswith("unitnorm reproduce --config")
-    assert (
-        f"runs/done: table2, recorded, 12 runs, {done['bytes'] / 1e6:.1f} MB\n  {done['command']}\n"
-        in text
-    )
+    size = f"{done['bytes'] / 1e6:.1f} MB"
+    assert f"runs/done: table2, recorded, 6 runs, {size}\n  {done['command']}\n" in text
 
 
 # ---------------------------------------------------------------- the terminal
@@ -192,7 +196,7 @@ def unitnorm_process(*words, **settings):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux alone has a full device")
-@pytest.mark.parametrize("words", [["config", "quick"], ["--help"], ["list", "--out", ROOT]])
+@pytest.mark.parametrize("words", [["config", "quick"], ["--help"]])
 def test_output_that_cannot_be_written_is_a_line(words):
     with open("/dev/full", "w") as full:
         process = unitnorm_process(*words, stdout=full)
@@ -203,7 +207,7 @@ def test_output_that_cannot_be_written_is_a_line(words):
 
 
 def test_ctrl_c_twice_at_once_is_a_line(tmp_path):
-    for delay in (0.3, 0.7, 1.1):
+    for delay in (0.4, 1.0):
         words = ("train", "--config", "quick", "--out", tmp_path / "out")
         process = unitnorm_process(*words, stdout=subprocess.DEVNULL)
         time.sleep(delay)
@@ -254,26 +258,16 @@ def every_command(group=main, name="unitnorm"):
 COMMANDS = dict(every_command())
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_what_a_command_writes_goes_to_runs_unless_told_otherwise(name):
-    for option in COMMANDS[name].params:
-        if option.name == "out":
-            assert option.default.parts[0] == "runs"
-            assert len(option.default.parts) == (1 if name == "unitnorm list" else 2)
+def test_what_a_command_writes_goes_to_runs_unless_told_otherwise():
+    options = [option for command in COMMANDS.values() for option in command.params]
+    assert {option.default.parts[0] for option in options if option.name == "out"} == {"runs"}
     assert "\n/runs/\n" in (ROOT / ".gitignore").read_text()
 
 
-@pytest.mark.parametrize(
-    ("folder", "command"),
-    [("segnet", "`unitnorm segment train"), ("table2", None), ("50-runs", None)],
-)
-def test_published_records_are_read_or_their_command_is_named(folder, command):
-    out = ROOT / "results" / folder
-    if command is None:
-        assert records.read(out, SCHEMA)["runs"]["test_error"].between(0.01, 0.05).all()
-    else:
-        with pytest.raises(UserError, match=f"holds records of the kind.*{command}"):
-            records.read(out, SCHEMA)
+@pytest.mark.parametrize("folder", ["table2", "50-runs"])
+def test_published_records_are_read(folder):
+    known = records.read(ROOT / "results" / folder, SCHEMA)
+    assert known["runs"]["test_error"].between(0.01, 0.05).all()
 
 
 @pytest.mark.parametrize(
@@ -281,31 +275,24 @@ def test_published_records_are_read_or_their_command_is_named(folder, command):
     [
         (["train", "--config", "none.toml"], "config none.toml: cannot be read"),
         (["train", "--config", "quack"], "no preset; there are"),
-        (["config", "quack"], "no preset; there are"),
         (["train", "--depth", "0"], "depths.0 = 0"),
-        (["sweep", "--set", "sweep.rates=[]"], "sweep.rates = []"),
         (["sweep", "--set", "batch=1"], "unknown key batch; allowed"),
         (["train", "--set", "train.train_images=70000"], "has 60000 training images"),
-        (["train", "--set", 'updates=["sgd"]'], "'sgd' is not an update"),
         (["train", "--update", "sgd"], "expected one of b-sgd, un"),
         (["train", "--sed", "3"], "No such option"),
         (["train", "--checkpoint-every", "nan"], "nan is not a finite number"),
-        (["symmetry", "--rate", "inf"], "inf is not a finite number"),
         (["train", "--config", "study/annealed"], "is one for `unitnorm study`, not for this"),
         (["train", "--config", "segnet"], "is one for `unitnorm segment train`, not for this"),
         (["study", "quick"], "is one for `unitnorm reproduce`, not for this"),
         (["train", "--data-dir", "/nowhere/at/all"], "/nowhere/at/all"),
         (["report", "--out", "/nowhere/at/all/there"], "no records"),
-        (
-            ["report", "--out", str(ROOT / "results/segnet")],
-            "of the command `unitnorm segment train",
-        ),
+        (["report", "--out", ROOT / "results/segnet"], "of the command `unitnorm segment train"),
     ],
 )
 def test_a_fault_is_one_line_and_exit_code_2(words, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("unitnorm.run.devices.prepare", lambda *_, **__: None)
-    done = CliRunner().invoke(main, words)
+    done = invoke(words)
     assert done.exit_code == 2, done.output
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: ")
@@ -315,28 +302,18 @@ def test_a_fault_is_one_line_and_exit_code_2(words, says, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("name", ["unitnorm", "unitnorm segment", *COMMANDS])
 def test_help_fits_a_terminal_and_has_an_example(name):
-    words = name.split()[1:]
-    done = CliRunner().invoke(main, [*words, "--help"], terminal_width=80, prog_name="unitnorm")
+    done = invoke([*name.split()[1:], "--help"], terminal_width=80)
     assert done.exit_code == 0
     assert max(map(len, done.output.splitlines())) <= 80
     assert "..." not in done.output.partition("Commands:")[2]  # no summary is cut
-    assert not re.search(
-        r"^  [A-Z\[|\]]+(\.\.\.)?$", done.output, re.M
-    )  # no argument without a text
+    # no argument without a text
+    assert not re.search(r"^  [A-Z\[|\]]+(\.\.\.)?$", done.output, re.M)
     example = done.output.partition("Example")[2]
     assert f"  {name}" in example or name.split()[-1] in example
-
-
-def options_of(command):
-    return [p for p in command.params if isinstance(p, click.Option) and not p.hidden]
-
-
-@pytest.mark.parametrize("name", [n for n, c in COMMANDS.items() if len(options_of(c)) > 5])
-def test_options_stand_in_groups(name):
-    help_text = CliRunner().invoke(main, [*name.split()[1:], "--help"]).output
-    groups = re.split(r"^(?=\S.*:$)", help_text, flags=re.MULTILINE)[1:]
-    assert len(groups) > 2
-    assert max(len(re.findall(r"^  -", group, re.MULTILINE)) for group in groups) <= 10
+    groups = re.split(r"^(?=\S.*:$)", done.output, flags=re.M)[1:]
+    options = [len(re.findall(r"^  -", group, re.M)) for group in groups]
+    assert len(groups) > 2 or sum(options) < 7
+    assert max(options) <= 10
 
 
 def test_names_are_offered_for_completion():
@@ -350,21 +327,8 @@ def test_names_are_offered_for_completion():
     assert "table2" in offered("t", "config")
 
 
-def test_version_and_module():
-    done = subprocess.run(
-        [sys.executable, "-m", "unitnorm", "--version"], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == f"unitnorm, version {unitnorm.__version__}"
-
-
 def test_help_does_not_wait_for_jax():
     code = "import sys, unitnorm.cli; print([m for m in ('jax', 'pandas') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-def test_every_public_name_exists():
-    for name in unitnorm.__all__:
-        assert getattr(unitnorm, name) is not None
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        _ = unitnorm.nothing
+    assert invoke(["--version"]).stdout == f"unitnorm, version {unitnorm.__version__}\n"

@@ -1,10 +1,10 @@
 """Data: the bundled MNIST, IDX files and their faults, TFDS by name."""
 
-import functools
 import gzip
 import hashlib
 import io
 import os
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -16,15 +16,11 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import unitnorm.data
 from tests.idx import idx_bytes
 from unitnorm.data import idx, load_dataset
 from unitnorm.errors import UserError
-
-packed = functools.partial(gzip.compress, mtime=0)  # names of cases must not hold the time
 
 NAMES = idx.FILES
 # Of the uncompressed files, as published with them.
@@ -36,17 +32,18 @@ MNIST_HASHES = (
 )
 
 
-def small_set(train: int = 12, test: int = 6, classes: int = 3) -> dict[str, bytes]:
-    """The four files of a small data set: images of 4 × 6 pixels."""
-    random = np.random.default_rng(0)
-    files = {}
-    for images, labels, n in ((NAMES[0], NAMES[1], train), (NAMES[2], NAMES[3], test)):
-        files[images] = idx_bytes(random.bytes(n * 24), shape=(n, 4, 6))
-        files[labels] = idx_bytes(bytes(i % classes for i in range(n)), shape=(n,))
-    return files
+PARTS = ("train", "test")
 
 
-IMAGES, LABELS, TEST_IMAGES, TEST_LABELS = small_set().values()
+def packed(content: bytes) -> bytes:
+    return gzip.compress(content, mtime=0)  # names of cases must not hold the time
+
+
+IMAGES, TEST_IMAGES = (
+    idx_bytes(np.random.default_rng(n).bytes(n * 24), shape=(n, 4, 6)) for n in (12, 6)
+)
+LABELS, TEST_LABELS = (idx_bytes(bytes([0, 1, 2] * (n // 3)), shape=(n,)) for n in (12, 6))
+SMALL = dict(zip(NAMES, (IMAGES, LABELS, TEST_IMAGES, TEST_LABELS), strict=True))
 
 
 def write(folder: Path, files: dict[str, bytes]) -> Path:
@@ -63,7 +60,7 @@ def sha256_of(*hashes: str) -> str:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    return write(tmp_path / "source", small_set())
+    return write(tmp_path / "source", SMALL)
 
 
 # --- The bundled MNIST -------------------------------------------------------------------------
@@ -107,7 +104,7 @@ print(d.sha256, d.train_labels[:5].tolist(), int(d.train_images[0].sum()))
 
 def test_bundled_files_that_are_not_mnist_are_refused(tmp_path, monkeypatch):
     # Well formed, but not the data that we promise.
-    write(tmp_path / "mnist", {f"{n}.gz": packed(c) for n, c in small_set().items()})
+    write(tmp_path / "mnist", {f"{n}.gz": packed(c) for n, c in SMALL.items()})
     monkeypatch.setattr(unitnorm.data, "_MNIST", tmp_path / "mnist")
     with pytest.raises(UserError, match=r"expected MNIST, found other.*install unitnorm again"):
         load_dataset()
@@ -120,36 +117,26 @@ def test_bundled_files_that_are_not_mnist_are_refused(tmp_path, monkeypatch):
 
 HALF = len(IMAGES) // 2
 FORMS = {
-    "raw": (lambda name: name, lambda content: content),
-    "gzip": (lambda name: f"{name}.gz", gzip.compress),
-    "two members": (
-        lambda name: f"{name}.gz",
-        lambda c: packed(c[:HALF]) + packed(c[HALF:]),
-    ),
+    "dots": (lambda name: name.replace("-idx", ".idx"), bytes),
+    "members": (lambda name: f"{name}.gz", lambda c: packed(c[:HALF]) + packed(c[HALF:])),
     "padded": (lambda name: f"{name}.GZ", lambda c: packed(c) + bytes(512)),
-    "dots": (lambda name: name.replace("-idx", ".idx"), lambda content: content),
-    "emnist": (
-        lambda name: f"emnist-balanced-{name.replace('t10k', 'test')}.gz",
-        gzip.compress,
-    ),
+    "emnist": (lambda name: f"emnist-balanced-{name.replace('t10k', 'test')}.gz", packed),
 }
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_own_idx_files(form, tmp_path):
-    files, (rename, pack) = small_set(), FORMS[form]
-    on_disk = {rename(name): pack(content) for name, content in files.items()}
+    rename, pack = FORMS[form]
+    on_disk = {rename(name): pack(content) for name, content in SMALL.items()}
     dataset = load_dataset(data_dir=write(tmp_path / "mine", on_disk))
-    found = (
-        dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels,
-    )  # fmt: skip
+    found = [vars(dataset)[f"{part}_{kind}"] for part in PARTS for kind in ("images", "labels")]
     for array, name in zip(found, NAMES, strict=True):
         header = 16 if "images" in name else 8
-        assert array.astype(np.uint8).tobytes() == files[name][header:]
+        assert array.astype(np.uint8).tobytes() == SMALL[name][header:]
     assert [array.dtype for array in found] == [np.uint8, np.int32, np.uint8, np.int32]
     assert dataset.train_images.flags.c_contiguous
     assert dataset.describe() == "mine: 12 + 6 images, 4×6, 3 classes"
-    assert dataset.sha256 == sha256_of(*(hashlib.sha256(c).hexdigest() for c in files.values()))
+    assert dataset.sha256 == sha256_of(*(hashlib.sha256(c).hexdigest() for c in SMALL.values()))
     assert load_dataset("shapes", data_dir=tmp_path / "mine").name == "shapes"
 
 
@@ -162,36 +149,21 @@ def test_two_files_of_one_part_must_be_copies(source):
         load_dataset(data_dir=source)
 
 
-def test_256_classes(tmp_path):
-    folder = write(tmp_path / "source", small_set(train=256, classes=256))
-    assert load_dataset(data_dir=folder).classes == 256
-
-
 FAULTS = {  # the file, what it holds, what is said of it
-    "empty": (0, b"", r"expected an IDX header of 16 bytes, found 0 bytes"),
     "header cut": (0, IMAGES[:10], r"expected an IDX header of 16 bytes, found 10 bytes"),
     "truncated": (0, IMAGES[:-1], r"expected 288 bytes .* 12 x 4 x 6, found only 287"),
     "too long": (0, IMAGES + b"x", r"expected 288 bytes .*, found more"),
     "labels": (0, LABELS, r"magic number 2051, found 2049 .*, a labels file"),
-    "images": (3, IMAGES, r"magic number 2049, found 2051 .*, an images file"),
     "signed bytes": (0, b"\0\0\x09\x03" + IMAGES[4:], r"2051, found 2307 \(bytes 00 00 09"),
     "web page": (0, b"\n<!DOCTYPE html><html>", r"found a web page; download"),
-    "packed web page": (0, packed(b"<html><body>Not found</body>"), r"found a web page"),
     "zip": (0, b"PK\x03\x04" + IMAGES[4:], r"found a zip archive; unpack it"),
     "git lfs": (0, b"version https://git-lfs.github.com/spec/v1\n", r"found a pointer of Git LFS"),
-    "header lies": (
-        0, idx_bytes(IMAGES[16:], shape=(60000, 28, 28)), r"expected 47040000 .*found only 288",
-    ),
     "header lies without measure": (
         0, idx_bytes(IMAGES[16:], shape=(2**32 - 1,) * 3),
         r"expected at most 1073741824 values, found a header that announces 4294967295 x",
     ),
-    "no images": (0, idx_bytes(shape=(0, 4, 6)), r"expected at least one image"),
     "no pixels": (0, idx_bytes(shape=(12, 0, 6)), r"expected at least one image"),
     "label missing": (1, idx_bytes(LABELS[8:-1], shape=(11,)), r"expected 12 labels.*found 11"),
-    "test label missing": (
-        3, idx_bytes(TEST_LABELS[8:-1], shape=(5,)), r"expected 6 labels.*found 5",
-    ),
     "other image size": (
         2, idx_bytes(TEST_IMAGES[16:], shape=(6, 6, 4)), r"images of 4×6 pixels .*, found 6×4",
     ),
@@ -205,10 +177,6 @@ FAULTS = {  # the file, what it holds, what is said of it
     ),
     "one class": (1, idx_bytes(bytes(12), shape=(12,)), r"2 to 256 classes, found 1"),
     "gzip damaged": (0, packed(IMAGES)[:-8] + bytes(8), r"a damaged one \(CRC check"),
-    "gzip truncated": (0, packed(IMAGES)[:-20], r"damaged one \(Compressed file ended"),
-    "gzip end missing": (0, packed(IMAGES)[:-4], r"damaged one \(Compressed file ended"),
-    "gzip and more": (0, packed(IMAGES) + b"x", r"damaged one \(Not a gzipped file"),
-    "gzip of nonsense": (0, b"\x1f\x8b\x08\x00" + bytes(40), r"found a damaged one"),
 }  # fmt: skip
 
 
@@ -223,11 +191,9 @@ def test_faults_name_file_expected_and_found(fault, source):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("by", ["nothing", "a folder"])
-def test_missing_file(name, by, source):
+def test_missing_file(name, source):
     (source / name).unlink()
-    if by == "a folder":
-        (source / name).mkdir()
+    (source / name).mkdir()
     with pytest.raises(UserError, match=f"expected the file {name} or {name}.gz, found neither"):
         load_dataset(data_dir=source)
 
@@ -243,9 +209,8 @@ def test_missing_folder(folder):
     [
         idx_bytes(b"x", shape=(2**10, 2**10, 2**10)),  # announces 1 GB
         packed(idx_bytes(bytes(10**8), shape=(1, 1, 1))),  # unpacks to 100 MB
-        packed(idx_bytes(b"x", shape=(2**10, 2**10, 2**10))),
     ],
-    ids=["lying header", "gzip bomb", "packed lying header"],
+    ids=["lying header", "gzip bomb"],
 )
 def test_no_more_memory_than_the_file_deserves(content, tmp_path):
     path = tmp_path / "file"
@@ -257,29 +222,6 @@ def test_no_more_memory_than_the_file_deserves(content, tmp_path):
         assert tracemalloc.get_traced_memory()[1] < 5_000_000
     finally:
         tracemalloc.stop()
-
-
-@given(
-    start=st.sampled_from([b"", IMAGES[:4], IMAGES[:16], IMAGES, b"\x1f\x8b", packed(IMAGES)]),
-    cut=st.integers(0, 400),
-    rest=st.binary(max_size=40),
-)
-@settings(max_examples=500, deadline=None)
-def test_any_bytes_are_read_whole_or_refused(start, cut, rest, tmp_path_factory):
-    path = tmp_path_factory.getbasetemp() / "any"
-    path.write_bytes(start[:cut] + rest)
-    found, message = None, ""
-    try:
-        found = idx.read(path, 3)
-    except UserError as error:
-        message = str(error)
-    if found is None:
-        assert str(path) in message
-        assert "\n" not in message
-    else:
-        content = path.read_bytes()
-        content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
-        assert idx_bytes(found.tobytes(), shape=found.shape) == content
 
 
 # --- Data sets prepared by TFDS ----------------------------------------------------------------
@@ -317,11 +259,7 @@ def make_builder(version: str = "1.0.0", **changes) -> type:
             return tfds.core.DatasetInfo(builder=self, features=kept, disable_shuffling=True)
 
         def _split_generators(self, downloads):
-            self.get(downloads)
             return {split: self._generate_examples(split, n) for split, n in splits.items()}
-
-        def get(self, downloads):
-            pass
 
         def _generate_examples(self, split, n):
             for i in range(n):
@@ -336,14 +274,16 @@ def prepare_tfds(root: Path, version: str = "1.0.0", **changes) -> None:
     builder.download_and_prepare()
 
 
-@pytest.mark.parametrize("by", ["name", "version", "path", "data_dir"])
-def test_prepared_data_set(by, tmp_path, monkeypatch):
+def test_prepared_data_set(tmp_path, monkeypatch):
     root = tmp_path / "prepared"
     prepare_tfds(root)
-    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path if by == "data_dir" else root))
-    name = {"version": "shapes:1.0.0", "path": str(root / "shapes" / "1.0.0")}.get(by, "shapes")
-    dataset = load_dataset(name, data_dir=root if by == "data_dir" else None)
-    assert dataset.describe() == f"{name}: 7 + 4 images, 5×4, 3 classes"
+    for name, given, elsewhere in (
+        ("shapes", None, root), ("shapes:1.0.0", None, root),
+        (str(root / "shapes" / "1.0.0"), None, root), ("shapes", root, tmp_path),
+    ):  # fmt: skip
+        monkeypatch.setenv("TFDS_DATA_DIR", str(elsewhere))
+        dataset = load_dataset(name, data_dir=given)
+        assert dataset.describe() == f"{name}: 7 + 4 images, 5×4, 3 classes"
     assert dataset.train_labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
     for split, images in (("train", dataset.train_images), ("test", dataset.test_images)):
         expected = [tfds_image(split, i).ravel().tolist() for i in range(len(images))]
@@ -353,22 +293,19 @@ def test_prepared_data_set(by, tmp_path, monkeypatch):
 def test_highest_version_is_taken_and_unfinished_ones_are_not(tmp_path):
     prepare_tfds(tmp_path, "9.0.0", splits={"train": 5, "test": 4})
     prepare_tfds(tmp_path, "10.0.0")
-    folder = tmp_path / "shapes"
-    (folder / "9.0.0").rename(tmp_path / "9.0.0")
-    (folder / "10.0.0").rename(folder / "incomplete.ABC_10.0.0")
+    highest = tmp_path / "shapes" / "10.0.0"
+    assert len(load_dataset("shapes", data_dir=tmp_path).train_labels) == 7
+    highest.rename(highest.with_name("incomplete.ABC_10.0.0"))
+    assert len(load_dataset("shapes", data_dir=tmp_path).train_labels) == 5
+    shutil.rmtree(highest.with_name("9.0.0"))
     with pytest.raises(UserError, match="found none"):
         load_dataset("shapes", data_dir=tmp_path)
-    (tmp_path / "9.0.0").rename(folder / "9.0.0")
-    assert len(load_dataset("shapes", data_dir=tmp_path).train_labels) == 5
-    (folder / "incomplete.ABC_10.0.0").rename(folder / "10.0.0")
-    assert len(load_dataset("shapes", data_dir=tmp_path).train_labels) == 7
 
 
 def test_configuration_must_be_clear(tmp_path):
+    prepare_tfds(tmp_path / "once")
     for name in ("small", "large"):
-        prepare_tfds(tmp_path / name)
-        (tmp_path / "shapes").mkdir(exist_ok=True)
-        (tmp_path / name / "shapes").rename(tmp_path / "shapes" / name)
+        shutil.copytree(tmp_path / "once" / "shapes", tmp_path / "shapes" / name)
         assert len(load_dataset(f"shapes/{name}", data_dir=tmp_path).train_labels) == 7
     with pytest.raises(UserError, match="expected one configuration, found large, small"):
         load_dataset("shapes", data_dir=tmp_path)
@@ -382,19 +319,10 @@ UNFIT = {
         lambda f: {"features": {"label": f.Scalar(np.int64)}, "label": lambda _: -1},
         r"expected labels 0 to 255, found \[-1\]",
     ),
-    "stray label": (
-        lambda f: {"features": {"label": f.Scalar(np.int64)}, "label": lambda i: 5 * i},
-        "highest label, 30, which stands 1 times, first at position 6, found none of class 1",
-    ),
-    "257 classes": (
-        lambda f: {"features": {"label": f.ClassLabel(num_classes=257)}},
-        "expected 2 to 256 classes, found 257",
-    ),
     "sizes differ": (
-        lambda f: {"features": {"image": f.Image(shape=(None, None, 1))}},
-        "of one shape",
+        lambda f: {"features": {"image": f.Image(shape=(None, None, 1))}}, "of one shape",
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", UNFIT)
@@ -418,12 +346,6 @@ def test_damaged_or_otherwise_prepared_data_set(tmp_path):
     info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
     with pytest.raises(UserError, match="expected the file format array_record, found tfrecord"):
         load_dataset("shapes", data_dir=tmp_path)
-
-
-@pytest.mark.parametrize("name", ["nothing-here", "", "a\0b", "x" * 5000, "*"])
-def test_unknown_name(name, tmp_path):
-    with pytest.raises(UserError, match=r"expected|too long"):
-        load_dataset(name, data_dir=tmp_path)
 
 
 # --- Data sets that TFDS downloads and prepares ------------------------------------------------
@@ -453,27 +375,23 @@ def test_what_tfds_knows_is_prepared_once(catalogue, tmp_path, monkeypatch, capl
 @pytest.mark.parametrize("obstacle", ["no route to host", "it needs the module tensorflow", "404"])
 def test_what_cannot_be_prepared_here_says_where_it_can(obstacle, catalogue, tmp_path, monkeypatch):
     def fail(*_: object, **__: object) -> None:
-        if obstacle == "no route to host":
-            raise urllib.error.URLError(obstacle)
-        if obstacle == "404":
-            raise RuntimeError(obstacle)
-        raise ImportError(obstacle, name="tensorflow")
+        raise faults[obstacle]
 
+    faults = {
+        "no route to host": urllib.error.URLError("no route to host"), "404": RuntimeError("404"),
+        "it needs the module tensorflow": ImportError("", name="tensorflow"),
+    }  # fmt: skip
+    monkeypatch.setattr(catalogue, "_split_generators", fail)
     if obstacle == "no route to host":
         monkeypatch.setattr(catalogue, "url_infos", {"http://shapes.invalid/a": None})
         monkeypatch.setattr(urllib.request, "urlopen", fail)
-    else:
-        monkeypatch.setattr(catalogue, "get", fail)
     with pytest.raises(UserError) as raised:
         load_dataset("known_shapes", data_dir=tmp_path)
     message = str(raised.value)
     assert message.startswith("known_shapes: TFDS cannot prepare it here (")
     assert obstacle in message.partition(");")[0]
-    assert (
-        "pip install tensorflow tensorflow-datasets array_record && "
-        f"tfds build known_shapes --file_format=array_record --data_dir={tmp_path};"
-    ) in message
-    assert "four IDX files, goes by --data-dir" in message
+    build = f"tfds build known_shapes --file_format=array_record --data_dir={tmp_path};"
+    assert f"pip install tensorflow tensorflow-datasets array_record && {build}" in message
     assert "\n" not in message
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from unitnorm.data import idx
+
 ROOT = Path(__file__).parents[1]
 WEIGHTS = "results/segnet/renewed/un.safetensors"
 
@@ -37,15 +39,9 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     names = {name for name in sizes if not name.split("/")[0].endswith(".dist-info")}
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "unitnorm").rglob("*.py")}
     presets = {f"unitnorm/{path.relative_to(ROOT)}" for path in ROOT.glob("configs/**/*.toml")}
-    mnist = {name for name in names if name.startswith("unitnorm/data/mnist/")}
-    assert len(presets) > 3
-    assert len(mnist) == 4
-    assert names >= modules | presets
-    assert names - modules - presets - mnist == {
-        "unitnorm/py.typed",
-        "unitnorm/segment/un.safetensors",
-        "unitnorm/study/page.html",
-    }
+    mnist = {f"unitnorm/data/mnist/{name}.gz" for name in idx.FILES}
+    others = {f"unitnorm/{x}" for x in ("py.typed", "segment/un.safetensors", "study/page.html")}
+    assert names == modules | presets | mnist | others
     assert weights == (ROOT / WEIGHTS).read_bytes()
     assert sum(sizes[name] for name in mnist) < 12e6
     assert sum(size for name, size in sizes.items() if name not in mnist) < 7e6

@@ -1,8 +1,7 @@
 """The command line: `main` and how a command ends. A module of this package per group of commands.
 
-JAX and pandas are imported inside the commands that need them, so that --help stays quick. To add a
-command, write it in its group's module; the options that several share are in `options`, the frame
-of a training is in `unitnorm.run.job`.
+JAX and pandas are imported inside the commands that need them, so that --help stays quick. The
+options that several share are in `options`, the frame of a training is in `unitnorm.run.job`.
 """
 
 from __future__ import annotations

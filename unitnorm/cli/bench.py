@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,10 +31,9 @@ MEASURES = {  # flag → what it says of itself; without any, the comparison
             help="Depth to compare at.  [default: 2 and 4]")  # fmt: skip
 @opt.option("--rounds", group=opt.SELECTION, type=click.IntRange(1, 50),
             help="Repetitions.  [default: 7, else 3]")  # fmt: skip
-@opt.option(
-    "--quick", group=opt.SELECTION, is_flag=True,
-    help="A first look in two minutes: depth 2, 2 rounds, a tenth of the images, fewer points.",
-)  # fmt: skip
+@opt.option("--quick", group=opt.SELECTION, is_flag=True,
+            help="A first look in two minutes: depth 2, 2 rounds, a tenth of the images, fewer "
+            "points.")  # fmt: skip
 @opt.out_option("runs/bench", "Folder of the tables and figures.")
 def bench(
     out: Path, what: str | None, depth: tuple[int, ...], rounds: int | None, quick: bool
@@ -58,12 +55,11 @@ def bench(
     from unitnorm.run.job import command_line
 
     console, started = Console(), time.time()
-    show: Callable[[str], None] = partial(console.print, highlight=False, soft_wrap=True)
+    plain = partial(console.print, highlight=False, soft_wrap=True)
     with records.locked(out):
-        with contextlib.ExitStack() as stack:
-            if console.is_terminal:
-                show = stack.enter_context(console.status("")).update
-            measured = measure(what, depth, rounds, quick, show)
+        with console.status("") as status:
+            say = status.update if console.is_terminal else plain
+            measured = measure(what, depth, rounds, quick, say)
         files = measured.files(command_line(), started, time.time() - started)
         records.write_files(out, files)
     opt.print_report(Fitting(measured.cells), files, out)

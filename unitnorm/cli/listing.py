@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import shlex
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,10 @@ def list_folders(out: Path, as_json: bool) -> None:
     found = [look_at(folder) for folder in folders]
     if as_json:
         click.echo(json.dumps(found, indent=2))
-    elif not found:
+        return
+    if not found:
         click.echo(f"nothing was run in {out} yet")
-    for about in () if as_json else found:
+    for about in found:
         size = f"{about['bytes'] / 1e6:,.1f} MB"
         runs = "" if about["runs"] is None else f", {about['runs']:,} runs"
         click.echo(f"{about['folder']}: {about['experiment']}, {about['state']}{runs}, {size}")
@@ -44,14 +46,16 @@ def list_folders(out: Path, as_json: bool) -> None:
 
 def look_at(folder: Path) -> dict[str, Any]:
     """What a results folder holds: running, unfinished, recorded or damaged."""
-    about: dict[str, Any] = {"folder": str(folder), "experiment": "unknown", "state": "damaged"}
-    about |= {"runs": None, "command": None, "last": None}
-    about["bytes"] = sum(path.stat().st_size for path in folder.glob("**/*") if path.is_file())
+    size = sum(path.stat().st_size for path in folder.glob("**/*") if path.is_file())
+    about: dict[str, Any] = {
+        "folder": str(folder), "experiment": "unknown", "state": "damaged", "runs": None,
+        "command": None, "last": None, "bytes": size,
+    }  # fmt: skip
     try:
-        for name, read in (("runs.csv", Path.open), ("runs.csv.gz", gzip.open)):
-            if (folder / name).exists():
-                with read(folder / name, "rb") as lines:
-                    about["runs"] = sum(1 for _ in lines) - 1
+        for path in folder.glob("runs.csv*"):
+            content = path.read_bytes()
+            content = gzip.decompress(content) if path.suffix == ".gz" else content
+            about["runs"] = content.count(b"\n") - 1
         if (folder / "provenance.json").exists():
             provenance = json.loads((folder / "provenance.json").read_bytes())
             last = provenance["commands"][-1]
@@ -60,7 +64,7 @@ def look_at(folder: Path) -> dict[str, Any]:
             about["last"] = last["started"]
         left = (folder / CHECKPOINTS).exists()
         about["state"] = "running" if is_held(folder) else "unfinished" if left else "recorded"
-    except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, EOFError, zlib.error, ValueError, LookupError, TypeError, AttributeError):
         pass  # damaged
     return about
 

@@ -1,18 +1,19 @@
 """The options that several commands share, each once, and how a command's help groups them.
 
-Options of a config are named after its keys, with __ for dots: `read_config` puts them there.
-
-To add an option for every training, add it to `training_options` and to `TrainingOptions`.
+Options of a config are named after its keys, with __ for dots: `read_config` puts them there. An
+option for every training goes to `training_options` and to `TrainingOptions`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
+import io
+import json
 import math
 import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,11 +28,6 @@ if TYPE_CHECKING:
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 SELECTION, DATA, RECORDS, SEVERAL = "What is run", "Data", "Records", "Devices and workers"
-CONFIGS = {  # whose configs are of which class
-    "unitnorm reproduce": "unitnorm.archbn.config:Config",
-    "unitnorm study": "unitnorm.study.config:Plan",
-    "unitnorm segment train": "unitnorm.segment.config:SegmentConfig",
-}
 
 
 class GroupedOption(click.Option):
@@ -90,9 +86,7 @@ class UpdateName(click.ParamType):
         except ValueError as error:
             self.fail(" ".join(str(error).split()), param, ctx)
 
-    def shell_complete(
-        self, ctx: click.Context, param: click.Parameter, incomplete: str
-    ) -> list[CompletionItem]:
+    def shell_complete(self, ctx: Any, param: Any, incomplete: str) -> list[CompletionItem]:
         from unitnorm.updates import UPDATES
 
         return [CompletionItem(name) for name in UPDATES if name.startswith(incomplete)]
@@ -112,18 +106,14 @@ class ConfigName(click.ParamType):
 
     name = "name|file"
 
-    def shell_complete(
-        self, ctx: click.Context, param: click.Parameter, incomplete: str
-    ) -> list[CompletionItem]:
+    def shell_complete(self, ctx: Any, param: Any, incomplete: str) -> list[CompletionItem]:
         from unitnorm.run.config import presets
 
         names = [CompletionItem(name) for name in presets() if name.startswith(incomplete)]
         return [*names, CompletionItem(incomplete, type="file")]
 
 
-def option(*names: str, group: str = "", **settings: Any) -> Decorator:
-    """A click option under a heading."""
-    return click.option(*names, cls=GroupedOption, group=group, **settings)
+option: Callable[..., Decorator] = partial(click.option, cls=GroupedOption)
 
 
 def argument(name: str, text: str, **settings: Any) -> Decorator:
@@ -144,38 +134,37 @@ def together(*decorators: Decorator) -> Decorator:
 
 def out_option(default: str, text: str = "Folder of the records and the report.") -> Decorator:
     """--out, which every command that reads or writes records takes."""
+    kind = FolderPath(path_type=Path, file_okay=False)
     return option(
-        "--out", group=RECORDS, type=FolderPath(path_type=Path, file_okay=False),
-        default=Path(default), show_default=True, help=text,
-    )  # fmt: skip
+        "--out", group=RECORDS, type=kind, default=Path(default), show_default=True, help=text
+    )
+
+
+def set_option(what: str, example: str) -> Decorator:
+    """--set."""
+    text = f"Override any key of the {what}, for example --set {example}."
+    return option(
+        "--set", "overrides", group=SELECTION, multiple=True, metavar="KEY=VALUE", help=text
+    )
 
 
 def config_option(default: str) -> Decorator:
     """--config and --set."""
+    text = f"A preset or a TOML file; `unitnorm config` lists them.  [default: {default}]"
     return together(
-        option(
-            "--config", "config_path", group=SELECTION, type=ConfigName(),
-            help=f"A preset or a TOML file; `unitnorm config` lists them.  [default: {default}]",
-        ),
-        option(
-            "--set", "overrides", group=SELECTION, multiple=True, metavar="KEY=VALUE",
-            help="Override any key of the config, for example --set loss.batch_size=50.",
-        ),
-    )  # fmt: skip
+        option("--config", "config_path", group=SELECTION, type=ConfigName(), help=text),
+        set_option("config", "loss.batch_size=50"),
+    )
 
 
-update_option = option(
-    "--update", "updates", group=SELECTION, type=UpdateName(), multiple=True,
-    help="Update to run; may be repeated: b-sgd, un, …",
-)  # fmt: skip
+update_option = option("--update", "updates", group=SELECTION, type=UpdateName(), multiple=True,
+                       help="Update to run; may be repeated: b-sgd, un, …")  # fmt: skip
 seed_option = option("--seed", group=SELECTION, type=int, help="Seed of run 0; run k has seed + k.")
 runs_option = option("--runs", group=SELECTION, type=int, help="Runs of each update.")
 
 image_options = together(
-    option(
-        "--dataset", "data__dataset", group=DATA,
-        help="mnist, or a data set that TFDS knows, such as fashion_mnist.",
-    ),
+    option("--dataset", "data__dataset", group=DATA,
+           help="mnist, or a data set that TFDS knows, such as fashion_mnist."),
     option("--data-dir", "data__data_dir", group=DATA,
            help="Folder with four IDX files of your own, raw or .gz."),
 )  # fmt: skip
@@ -183,36 +172,21 @@ image_options = together(
 
 def training_options(out: str) -> Decorator:
     """What every command that trains takes, alike: the fields of `TrainingOptions`."""
+    gone = partial(click.option, hidden=True, expose_value=False, callback=_refuse)
     return together(
         out_option(out),
-        option(
-            "--fresh", group=RECORDS, is_flag=True,
-            help="Start over: drop the records and checkpoints of the selected runs.",
-        ),
-        option(
-            "--checkpoint-every", group=RECORDS, type=click.FloatRange(0.0), metavar="SECONDS",
-            help="Save the state at most so often; 0: at every chance.  "
-            "[default: 5]",
-        ),
-        option(
-            "--devices", group=SEVERAL, type=click.IntRange(1, 4096),
-            help="CPU devices to share the work among.  [default: one per core]",
-        ),
-        option(
-            "--workers", group=SEVERAL, type=click.IntRange(1, 4096),
-            help="Compute in so many processes on this machine (needs unitnorm[cluster]).",
-        ),
-        option(
-            "--scheduler", group=SEVERAL, metavar="ADDRESS",
-            help="Compute on the workers of a Dask scheduler, such as tcp://host:8786.",
-        ),
-        *(
-            click.option(name, hidden=True, expose_value=False, is_flag=is_flag, callback=_refuse)
-            for name, is_flag in (
-                ("--distributed", True), ("--coordinator", False), ("--processes", False),
-                ("--process", False),
-            )
-        ),
+        option("--fresh", group=RECORDS, is_flag=True,
+               help="Start over: drop the records and checkpoints of the selected runs."),
+        option("--checkpoint-every", group=RECORDS, type=click.FloatRange(0.0), metavar="SECONDS",
+               help="Save the state at most so often; 0: at every chance.  [default: 5]"),
+        option("--devices", group=SEVERAL, type=click.IntRange(1, 4096),
+               help="CPU devices to share the work among.  [default: one per core]"),
+        option("--workers", group=SEVERAL, type=click.IntRange(1, 4096),
+               help="Compute in so many processes on this machine (needs unitnorm[cluster])."),
+        option("--scheduler", group=SEVERAL, metavar="ADDRESS",
+               help="Compute on the workers of a Dask scheduler, such as tcp://host:8786."),
+        gone("--distributed", is_flag=True),
+        *map(gone, ("--coordinator", "--processes", "--process")),
     )  # fmt: skip
 
 
@@ -235,39 +209,24 @@ def take_training_options(options: dict[str, Any]) -> TrainingOptions:
     return TrainingOptions(**{name: options.pop(name) for name in names})
 
 
-json_option = option(
-    "--json", "as_json", group=RECORDS, is_flag=True, help="Print JSON, for scripts."
-)
-output_options = together(
-    json_option,
-    option("--quiet", group=RECORDS, is_flag=True, help="Print nothing but faults."),
-)
+json_option = option("--json", "as_json", group=RECORDS, is_flag=True,
+                     help="Print JSON, for scripts.")  # fmt: skip
+quiet_option = option("--quiet", group=RECORDS, is_flag=True, help="Print nothing but faults.")
 
 
 def print_report(
-    shown: Any, files: Mapping[str, bytes], out: Path, *, written: bool = True,
-    as_json: bool = False, quiet: bool = False,
+    shown: Any, files: Mapping[str, bytes], out: Path, *,
+    written: bool = True, as_json: bool = False, quiet: bool = False,
 ) -> None:  # fmt: skip
-    """Print what a report shows, and where its files are.
-
-    Args:
-      written: they are there; another process may be at work in the folder.
-      files: content by name; the tables among them, NAME.csv, are what is printed as JSON.
-      as_json, quiet: of `output_options`.
-    """
+    """Print what a report shows, or the tables among its files as JSON, and where these are."""
     if as_json:
-        import io
-        import json
-
         import pandas as pd
 
-        tables = {
-            name.removesuffix(".csv"): json.loads(
-                pd.read_csv(io.BytesIO(content)).to_json(orient="records")
-            )
-            for name, content in files.items()
-            if name.endswith(".csv")
-        }
+        tables = {}
+        for name, content in files.items():
+            if name.endswith(".csv"):
+                table = pd.read_csv(io.BytesIO(content)).to_json(orient="records")
+                tables[name.removesuffix(".csv")] = json.loads(table)
         click.echo(json.dumps({"folder": str(out), "files": sorted(files), "tables": tables}))
     elif not quiet:
         from rich.console import Console
@@ -284,8 +243,7 @@ def read_config(
     """The config file with the command line's options on top.
 
     Args:
-      given: values by key of the config, with __ for dots; None and () are of options that were not
-        given, and set nothing.
+      given: values by key of the config, with __ for dots.
 
     Raises:
       UserError: it is none; where the file is one for other commands, they are named.
@@ -294,7 +252,7 @@ def read_config(
 
     values = dict(parse_override(text) for text in overrides)
     for key, value in given.items():
-        if value not in (None, ()):
+        if value not in (None, ()):  # an option that was not given
             values[key.replace("__", ".")] = list(value) if isinstance(value, tuple) else value
     try:
         return load(config_path, values, schema)
@@ -306,12 +264,16 @@ def read_config(
 
 def _command_of(config_path: str, schema: type[Schema]) -> str | None:
     """The command whose config a file is, where that is another than `schema`."""
-    from unitnorm.run.config import load
+    from unitnorm.archbn.config import Config
+    from unitnorm.run.config import Section, load
+    from unitnorm.segment.config import SegmentConfig
+    from unitnorm.study.config import Plan
 
-    for command, place in CONFIGS.items():
-        module, _, name = place.partition(":")
-        other = getattr(importlib.import_module(module), name)
+    commands: dict[str, type[Section]] = {
+        "reproduce": Config, "study": Plan, "segment train": SegmentConfig,
+    }  # fmt: skip
+    for command, other in commands.items():
         with contextlib.suppress(UserError):
             if other is not schema and load(config_path, None, other):
-                return command
+                return f"unitnorm {command}"
     return None

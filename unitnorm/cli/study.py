@@ -25,27 +25,19 @@ RUNS = "runs/study"
 @click.command(cls=opt.GroupedCommand, short_help="Many runs compared, from a declared plan.")
 @opt.argument("plan_name", "Plan: a preset, or a TOML file.", metavar="NAME|FILE",
               type=opt.ConfigName())  # fmt: skip
-@opt.option(
-    "--data", "places", group=opt.DATA, multiple=True, metavar="NAME=FOLDER",
-    help="Where a data set of the plan lies: four IDX files; may be repeated. mnist needs none.",
+@opt.option("--data", "places", group=opt.DATA, multiple=True, metavar="NAME=FOLDER",
+            help="Where a data set of the plan lies: four IDX files; may be repeated. mnist needs "
+            "none.")  # fmt: skip
+@opt.option("--dry-run", group=opt.SELECTION, is_flag=True,
+            help="Say how many runs are missing and how long they take; train nothing.",
 )  # fmt: skip
-@opt.option(
-    "--dry-run", group=opt.SELECTION, is_flag=True,
-    help="Say how many runs are missing and how long they take; train nothing.",
+@opt.option("--report-only", group=opt.SELECTION, is_flag=True,
+            help="Comparisons and figures from what is recorded; train nothing.")  # fmt: skip
+@opt.option("--page", group=opt.RECORDS, is_flag=True,
+            help="Also write index.html beside the folder: one page to explore all studies there.",
 )  # fmt: skip
-@opt.option(
-    "--report-only", group=opt.SELECTION, is_flag=True,
-    help="Comparisons and figures from what is recorded; train nothing.",
-)  # fmt: skip
-@opt.option(
-    "--page", group=opt.RECORDS, is_flag=True,
-    help="Also write index.html beside the folder: one page to explore all studies there.",
-)  # fmt: skip
-@opt.option(
-    "--set", "overrides", group=opt.SELECTION, multiple=True, metavar="KEY=VALUE",
-    help="Override any key of the plan, for example --set compare.count=20.",
-)  # fmt: skip
-@opt.training_options("runs/study")
+@opt.set_option("plan", "compare.count=20")
+@opt.training_options(RUNS)
 def study(
     plan_name: str,
     places: tuple[str, ...],
@@ -66,16 +58,19 @@ def study(
       unitnorm study study/effective-rate --data fashion=FOLDER
       unitnorm study study/effective-rate --set compare.count=20 --dry-run
     """
+    from unitnorm.run import records
     from unitnorm.run.config import find_config
     from unitnorm.study.config import Plan
     from unitnorm.study.experiment import Study, count_runs
+    from unitnorm.study.schema import SCHEMA
 
     plan = opt.read_config(Plan, plan_name, overrides)
     training = opt.take_training_options(options)
     if training.out == Path(RUNS):
         training = replace(training, out=Path(RUNS) / Path(plan_name).stem)
     if report_only:
-        do_study_report(training.out, page)
+        with records.locked(training.out, make=False):
+            write_report(training.out, records.read(training.out, SCHEMA), page)
         return
     folders = find_folders(plan, places)
     if dry_run:
@@ -101,15 +96,11 @@ def study(
 
     with open_job(Study(plan), plan, load_all, training) as job:
         do_study(plan, find_config(plan_name), job)
-        write_study_report(training.out, job.records, page)
+        write_report(training.out, job.records, page)
 
 
 def find_folders(plan: Plan, places: tuple[str, ...]) -> dict[str, Path]:
-    """Where the plan's data sets lie.
-
-    Raises:
-      UserError: one is not NAME=FOLDER, or the plan does not have it.
-    """
+    """Where the plan's data sets lie, by name."""
     folders = {}
     for text in places:
         name, _, folder = text.partition("=")
@@ -144,23 +135,16 @@ def do_study(plan: Plan, path: Path, job: Job) -> None:
     def tell(records: Records) -> None:
         done = sum(count_recorded(plan, records["runs"]).values())
         pace = (time.monotonic() - started) / max(done - before, 1)
-        job.session.say(
-            f"study: {done} of {total} runs, {3600 / pace:,.0f} an hour, about "
-            f"{clock(pace * max(total - done, 0))} left"
-        )
+        left = clock(pace * max(total - done, 0))
+        speed = f"{3600 / pace:,.0f} an hour"
+        job.session.say(f"study: {done} of {total} runs, {speed}, about {left} left")
 
     job.after = tell
     complete(job)
 
 
 def tell_when_declared(known: Records, plan_file: bytes, committed: str | None) -> str | None:
-    """When a plan was committed that goes on from `known`; where it was changed since, both times.
-
-    Args:
-      known: the records so far.
-      plan_file: the plan as it is now.
-      committed: when it was, as far as git knows.
-    """
+    """When the plan of records was committed; where it was changed since, both times."""
     before = known.provenance.get("plan_committed")
     if "plan.toml" not in known.files:
         return committed
@@ -183,8 +167,7 @@ def do_dry_run(plan: Plan, out: Path) -> None:
         click.echo(f"{purpose}: {count} runs, {done[purpose]} recorded")
     missing = max(sum(asked.values()) - sum(done.values()), 0)
     commands = known.provenance.get("commands", [])
-    rows = sum(command["rows"] for command in commands)
-    if rows:
+    if rows := sum(command["rows"] for command in commands):
         pace = Pace(sum(command["wall_s"] for command in commands) / rows, 0.0)
         whence = "as recorded there"
     else:
@@ -193,21 +176,11 @@ def do_dry_run(plan: Plan, out: Path) -> None:
 
         devices.prepare()
         pace, whence = measure_pace(plan, load_dataset()), "measured on a few steps"
-    seconds = pace.of(plan, missing)
-    click.echo(f"about {clock(seconds)} at {pace.run:.2f} s a run, {whence}")
+    click.echo(f"about {clock(pace.of(plan, missing))} at {pace.run:.2f} s a run, {whence}")
 
 
-def do_study_report(out: Path, page: bool) -> None:
-    """Write and print what the records of a folder show."""
-    from unitnorm.run import records
-    from unitnorm.study.schema import SCHEMA
-
-    with records.locked(out, make=False):
-        write_study_report(out, records.read(out, SCHEMA), page)
-
-
-def write_study_report(out: Path, known: Records, page: bool) -> None:
-    """The same of a folder that is held; a page that is there already is kept up to date."""
+def write_report(out: Path, known: Records, page: bool) -> None:
+    """Write and print what the records of a folder show, which is held."""
     from unitnorm.run import records
     from unitnorm.study import report
     from unitnorm.study.page import is_page
@@ -220,7 +193,7 @@ def write_study_report(out: Path, known: Records, page: bool) -> None:
     path = out.resolve().parent / "index.html"
     if page:
         write_page(path, out.resolve(), study)
-    elif path.is_file() and is_page(path.read_bytes()):
+    elif path.is_file() and is_page(path.read_bytes()):  # which is kept up to date
         try:
             write_page(path, out.resolve(), study)
         except UserError as error:  # such as a training in a folder beside, which goes on
@@ -235,13 +208,12 @@ def write_page(path: Path, mine: Path, study: Findings) -> None:
     from unitnorm.study.page import build_page
     from unitnorm.study.schema import SCHEMA
 
-    studies = {
-        folder.name: study
-        if folder == mine
-        else report.look(folder, records.read_alone(folder, SCHEMA))
-        for folder in sorted(found.parent for found in path.parent.glob("*/provenance.json"))
-        if records.kind_of(folder) == "study"
-    }
+    studies = {}
+    for folder in sorted(found.parent for found in path.parent.glob("*/provenance.json")):
+        if folder == mine:
+            studies[folder.name] = study
+        elif records.kind_of(folder) == "study":
+            studies[folder.name] = report.look(folder, records.read_alone(folder, SCHEMA))
     with records.locked(path.parent):
         records.write_files(path.parent, {path.name: build_page(studies)})
     click.echo(f"{path}: {', '.join(studies)}")

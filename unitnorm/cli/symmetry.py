@@ -34,20 +34,16 @@ def symmetry(out: Path, rate: float | None, steps: int, epochs: int, **options: 
       unitnorm symmetry --depth 2
     """
     with interruptible():
-        from unitnorm.archbn.config import Config
-
-        config = opt.read_config(Config, **options)
-        from unitnorm.run import devices
-
-        devices.prepare()
         from rich.console import Console
 
+        from unitnorm.archbn.config import Config
         from unitnorm.data import load_dataset
-        from unitnorm.run import records
+        from unitnorm.run import devices, records
+
+        config, console = opt.read_config(Config, **options), Console()
+        devices.prepare()
         from unitnorm.symmetry import run
         from unitnorm.updates import UPDATES
-
-        console = Console()
 
         def say(text: str) -> None:
             console.print(f"measured: {text}", highlight=False)

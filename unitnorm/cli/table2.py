@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +11,7 @@ import click
 
 from unitnorm.cli import options as opt
 from unitnorm.errors import UserError
-from unitnorm.run.job import Job, Loaded, open_job, open_recomputation, so_far
+from unitnorm.run.job import Loaded, open_job, open_recomputation, so_far
 
 if TYPE_CHECKING:
     from unitnorm.run.planner import Experiment
@@ -32,9 +30,8 @@ selection_options = opt.together(
 shared_options = opt.together(selection_options, opt.runs_option, opt.training_options(OUT))
 
 
-@contextlib.contextmanager
-def completed(options: dict[str, Any], *, sweep_only: bool = False) -> Iterator[Job]:
-    """The folder of a command with `shared_options`, held, with all that was missing added."""
+def do_training(options: dict[str, Any], *, sweep_only: bool = False, table: bool = False) -> None:
+    """Sweep and train what is missing in the folder of a command with `shared_options`."""
     from unitnorm.archbn.config import Config
     from unitnorm.run.planner import complete
     from unitnorm.table2.experiment import Table2, describe_data, list_cells
@@ -54,15 +51,16 @@ def completed(options: dict[str, Any], *, sweep_only: bool = False) -> Iterator[
     experiment = Table2(config, sweep_only)
     with open_job(experiment, config, load, training) as job:
         groups = list(experiment.missing(job.records))
+        swept = sum(len(group.cells) for group in groups if group.table == "sweep")
         if not groups and sweep_only:
             job.session.say("sweep: every selected run has its base learning rate")
         elif not groups:
             job.session.say("train: every selected run is recorded; --fresh starts over")
-        elif not sweep_only and groups[0].table == "sweep":
-            count = sum(len(group.cells) for group in groups if group.table == "sweep")
-            job.session.say(f"train: {count} runs have no base learning rate yet, sweeping first")
+        elif swept and not sweep_only:
+            job.session.say(f"train: {swept} runs have no base learning rate yet, sweeping first")
         complete(job)
-        yield job
+        if table:
+            write_report(job.out, job.records)
 
 
 @click.command(cls=opt.GroupedCommand, short_help="Choose the base learning rate of every run.")
@@ -76,8 +74,7 @@ def sweep(**options: Any) -> None:
     Example
       unitnorm sweep --depth 4 --update un
     """
-    with completed(options, sweep_only=True):
-        pass
+    do_training(options, sweep_only=True)
 
 
 @click.command(cls=opt.GroupedCommand, short_help="Train every run in full.")
@@ -91,15 +88,15 @@ def train(**options: Any) -> None:
     Example
       unitnorm train --depth 4 --update un --runs 10 --seed 0
     """
-    with completed(options):
-        pass
+    do_training(options)
 
 
 @click.command(cls=opt.GroupedCommand, short_help="The table and figures, from the records.")
 @opt.argument("folders", "One results folder, or two to compare.  [default: that of --out]",
               nargs=-1, type=click.Path(path_type=Path))  # fmt: skip
 @opt.out_option(OUT)
-@opt.output_options
+@opt.json_option
+@opt.quiet_option
 @click.pass_context
 def report(context: click.Context, folders: tuple[Path, ...], out: Path, **output: bool) -> None:
     """Table 2 and its figures, from the records alone.
@@ -125,11 +122,9 @@ def report(context: click.Context, folders: tuple[Path, ...], out: Path, **outpu
     from unitnorm.table2.report import build_comparison
     from unitnorm.table2.schema import SCHEMA
 
-    first, second = (records.read_alone(folder, SCHEMA) for folder in folders)
-    files, shown = build_comparison(
-        (first["runs"], second["runs"]), (first.provenance, second.provenance),
-        (str(folders[0]), str(folders[1])),
-    )  # fmt: skip
+    one, other = (records.read_alone(folder, SCHEMA) for folder in folders)
+    runs, provenance = (one["runs"], other["runs"]), (one.provenance, other.provenance)
+    files, shown = build_comparison(runs, provenance, (str(folders[0]), str(folders[1])))
     if not given:
         Console().print(shown)
         return
@@ -147,13 +142,11 @@ def reproduce(**options: Any) -> None:
     Example
       unitnorm reproduce --config quick --out runs/quick
     """
-    with completed(options) as job:
-        write_report(job.out, job.records)
+    do_training(options, table=True)
 
 
-@click.command(
-    "verify", cls=opt.GroupedCommand, short_help="Compute a recorded run again and compare."
-)
+@click.command("verify", cls=opt.GroupedCommand,
+               short_help="Compute a recorded run again and compare.")  # fmt: skip
 @opt.option("--depth", group=opt.SELECTION, type=int,
             help="Depth of the run.  [default: the first recorded]")  # fmt: skip
 @opt.option("--update", group=opt.SELECTION, type=opt.UpdateName(),
@@ -189,17 +182,16 @@ def verify_command(out: Path, data_dir: str | None, **wanted: Any) -> None:
     known = records.read_alone(out, STUDY if of_study else SCHEMA)
     runs, recorded = known["runs"], known.provenance
     chosen = verify.choose(runs.assign(run=runs.index) if of_study else runs, **wanted)
-    images = chosen.iloc[0] if of_study else recorded["config"]["data"]
-    data = load_dataset(images["dataset"], data_dir)
     experiment: Experiment
     if of_study:
-        experiment, about = Study(plan_of(known)), recorded["data"][images["dataset"]]
-        checks = []
+        name = chosen["dataset"].item()
+        experiment, about, checks = Study(plan_of(known)), recorded["data"][name], []
     else:
         config = parse(recorded["config"], records.PROVENANCE, Config)
-        experiment, about = Table2(config), recorded["data"]
+        experiment, about, name = Table2(config), recorded["data"], config.data.dataset
         found = config.fingerprint()
         checks = [verify.compare_hashes("config", recorded["config_sha256"], found)]
+    data = load_dataset(name, data_dir)
     checks.append(verify.compare_hashes("data", about["sha256"], data.sha256))
     click.echo(f"records: {len(recorded['files'])} files with the SHA-256 recorded")
     same = True
@@ -237,17 +229,14 @@ def write_report(out: Path, known: Records, *, write: bool = True, **output: boo
     from unitnorm.table2.experiment import filters_of
 
     if known["runs"].empty:
-        raise UserError(
-            f"{out}: no records of trained runs here; run `unitnorm train --out {out}` first"
-        )
-    image_shape = tuple(known.provenance["data"]["image_shape"])
+        first = f"run `unitnorm train --out {out}` first"
+        raise UserError(f"{out}: no records of trained runs here; {first}")
+    data, protocol = known.provenance["data"], known.provenance["config"] | {"seed": 0}
     # the paper's figures stand beside runs of its protocol alone, from any seed, on MNIST
-    protocol = known.provenance["config"] | {"seed": 0}
-    on_mnist = known.provenance["data"]["name"] == "mnist"
-    paper = report.PAPER if on_mnist and protocol == Config().protocol() else {}
-    files = report.build(
-        known["runs"], known["history"], known["sweep"], filters_of(known), image_shape, paper
-    )
+    alike = data["name"] == "mnist" and protocol == Config().protocol()
+    paper = report.PAPER if alike else {}
+    shape, filters = tuple(data["image_shape"]), filters_of(known)
+    files = report.build(known["runs"], known["history"], known["sweep"], filters, shape, paper)
     if write:
         records.write_files(out, files, replacing="figures/filters_depth*")
     shown = report.show(known["runs"], paper)

@@ -1,7 +1,6 @@
 """Data sets of images and classes: `load_dataset` gives MNIST, your own IDX files, or one of TFDS.
 
-Nothing is copied or cached: IDX files are read as they are (`idx.py`), and what TFDS has prepared
-is read by TFDS (`from_tfds.py`). Change here which sources there are.
+Nothing is copied or cached. Change here which sources there are.
 """
 
 import os
@@ -9,7 +8,7 @@ from pathlib import Path
 
 from unitnorm.data import idx
 from unitnorm.data.arrays import Arrays, Dataset, to_dataset
-from unitnorm.errors import UserError
+from unitnorm.errors import UserError, expect
 
 __all__ = ["Dataset", "load_dataset"]
 
@@ -36,8 +35,7 @@ def load_dataset(dataset: str = "mnist", data_dir: str | os.PathLike[str] | None
     >>> load_dataset().describe()
     'mnist: 60,000 + 10,000 images, 28×28, 10 classes'
     """
-    if not dataset:
-        raise UserError("dataset: expected a name or a path, found nothing")
+    expect(dataset, "dataset", "a name or a path", "nothing")
     folder = None if data_dir is None else _path(data_dir)
     try:
         if dataset != "mnist":
@@ -57,26 +55,23 @@ def _read(dataset: str, folder: Path | None) -> Arrays:
     from unitnorm.data import from_tfds
 
     root = folder or _path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
-    if folder is not None and not folder.is_dir():
-        raise UserError(f"{folder}: expected a folder of data sets, found no folder")
+    expect(folder is None or folder.is_dir(), folder, "a folder of data sets", "no folder")
     found = from_tfds.find_prepared(str(_path(dataset)), root)
     return from_tfds.read(found or from_tfds.prepare(dataset, root))
 
 
 def _read_mnist() -> Dataset:
-    reinstall = "the installation is damaged: install unitnorm again"
     try:
         mnist = to_dataset("mnist", idx.read_folder(_MNIST))
+        expect(mnist.sha256 == _MNIST_SHA256, _MNIST, "MNIST", "other files")
     except UserError as problem:
-        raise UserError(f"{problem}; {reinstall}") from problem
-    if mnist.sha256 != _MNIST_SHA256:
-        raise UserError(f"{_MNIST}: expected MNIST, found other files; {reinstall}")
+        raise UserError(f"{problem}; the installation is damaged: install unitnorm again") from None
     return mnist
 
 
 def _path(path: str | os.PathLike[str]) -> Path:
-    if "\0" in os.fspath(path):
-        raise UserError(f"{os.fspath(path)!r}: expected a path, found a null character in it")
+    name = os.fspath(path)
+    expect("\0" not in name, repr(name), "a path", "a null character in it")
     try:
         return Path(path).expanduser()
     except RuntimeError as problem:

@@ -1,8 +1,4 @@
-"""A data set in memory, and the checks that every source must pass.
-
-Change here what counts as a sound data set. Where arrays come from is the business of `idx.py`
-(IDX files) and `from_tfds.py`.
-"""
+"""A data set in memory, and the checks that every source must pass."""
 
 import hashlib
 import struct
@@ -69,13 +65,7 @@ class Arrays(NamedTuple):
 
 
 def to_dataset(name: str, arrays: Arrays) -> Dataset:
-    """The data set that these arrays are.
-
-    Raises:
-      UserError: on empty or unequal counts, images without pixels, different image shapes in train
-        and test, fewer than 2 or more than 256 classes, a label outside 0 … classes − 1, or, where
-        the labels alone tell the classes, a class without training images.
-    """
+    """The data set that these arrays are; a UserError where the four do not fit together."""
     classes = _check(arrays)
     parts = "".join(f"{_sha256_of_idx(array)}\n" for array in arrays[:4])
     return Dataset(
@@ -91,7 +81,7 @@ def to_dataset(name: str, arrays: Arrays) -> Dataset:
 
 
 def _check(arrays: Arrays) -> int:
-    """The number of classes, if the four fit together; else a UserError."""
+    """The number of classes of arrays that fit together."""
     train, train_labels, test, test_labels, names, classes = arrays
     for images, labels, (of_images, of_labels) in (
         (train, train_labels, names[:2]),
@@ -126,10 +116,9 @@ def _sha256_of_idx(array: NDArray[np.uint8]) -> str:
 
 
 def _aligned(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """A copy that is only read, at an address that `ALIGNMENT` divides.
+    """A copy that JAX uses in place on CPUs, one for all devices.
 
-    JAX on CPUs uses such an array in place: one for all devices, in the large pages that NumPy asks
-    for, which spares a training step on two cores a twentieth. Others it copies to each device.
+    It lies in the large pages that NumPy asks for, which spares a step on two cores a twentieth.
     """
     memory = np.empty(images.nbytes + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT

@@ -1,9 +1,7 @@
 """Data sets of TFDS by name: found where they are prepared, or else prepared by TFDS.
 
-Only TFDS's public functions are used, and no tensorflow: examples are kept as array_record and
-decoded by NumPy. But most of TFDS's own builders need tensorflow to prepare their data set.
-Importing this module imports TFDS (a second), so `unitnorm.data` does it inside functions only.
-TFDS decodes a PNG of MNIST in 0.3 ms, all of them in 20 s; where that matters, take IDX files.
+No tensorflow: examples are kept as array_record and decoded by NumPy, though most of TFDS's own
+builders need tensorflow to prepare them. Importing this module imports TFDS, which takes a second.
 """
 
 import contextlib
@@ -25,8 +23,6 @@ from numpy.typing import NDArray
 from unitnorm.data.arrays import MAX_BYTES, MAX_CLASSES, Arrays
 from unitnorm.errors import UserError, expect
 
-log = logging.getLogger(__name__)
-
 _SPLITS = ("train", "test")
 _BLOCK = 4096  # examples asked for at once: one by one takes four times as long
 _OWN = "a data set of your own, four IDX files, goes by --data-dir"
@@ -35,8 +31,7 @@ _OWN = "a data set of your own, four IDX files, goes by --data-dir"
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps TFDS from printing and from setting up logging for everyone."""
-    # Without any handler, the logging library that TFDS uses calls logging.basicConfig().
-    handler = logging.NullHandler()
+    handler = logging.NullHandler()  # without any, what TFDS logs by calls logging.basicConfig()
     logging.root.addHandler(handler)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -46,21 +41,12 @@ def _quiet() -> Iterator[None]:
 
 
 def find_prepared(dataset: str, root: Path) -> Path | None:
-    """The folder of a data set that TFDS has prepared; None where there is none.
+    """The folder of the highest version of a data set that TFDS has prepared, if there is one.
 
     Looked up here and not by TFDS, which would import its own builder of that name, if it has one.
-
-    Args:
-      dataset: `name`, `name/version`, `name/config` or `name/config/version` under `root`, or a
-        path; of several versions the highest is taken.
-      root: the folder of prepared data sets (TFDS calls it data_dir).
-
-    Raises:
-      UserError: if there are several configurations to choose from.
     """
     for folder in (root / dataset.replace(":", "/"), Path(dataset)):
-        # dataset, dataset/version, dataset/config/version
-        for depth in ("", "*/", "*/*/"):
+        for depth in ("", "*/", "*/*/"):  # dataset, dataset/version, dataset/config/version
             found = [path.parent for path in folder.glob(f"{depth}dataset_info.json")]
             if depth:  # TFDS calls a half-prepared folder incomplete.XXXXXX_1.0.0
                 found = [path for path in found if _version(path)]
@@ -73,19 +59,15 @@ def find_prepared(dataset: str, root: Path) -> Path | None:
 
 
 def prepare(dataset: str, root: Path) -> Path:
-    """Has TFDS download a data set and prepare it as array_record in `root`; gives its folder.
-
-    TFDS writes beside the final folder and renames, so that nothing half prepared is ever found.
-
-    Raises:
-      UserError: if TFDS does not know it or cannot prepare it here; it says where that can be done.
-    """
+    """Has TFDS download a data set and prepare it as array_record in `root`; gives its folder."""
     if re.split("[:/]", dataset)[0] not in tfds.list_builders(with_community_datasets=False):
         raise UserError(
             f"{dataset}: expected a data set prepared by TFDS in {root}, found none, nor does TFDS "
             f"know its name (see tensorflow.org/datasets/catalog); {_OWN}"
         )
-    log.warning("%s: TFDS downloads and prepares it in %s, this once", dataset, root)
+    logging.getLogger(__name__).warning(
+        "%s: TFDS downloads and prepares it in %s, this once", dataset, root
+    )
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
     try:
@@ -116,6 +98,7 @@ def _check_network(urls: Any) -> None:
 
 
 def _reason(problem: BaseException) -> str:
+    """In a line; a module that is missing somewhere below says more than what TFDS makes of it."""
     cause: BaseException | None = problem
     while cause:
         if isinstance(cause, ImportError) and cause.name:
@@ -128,11 +111,7 @@ def _reason(problem: BaseException) -> str:
 def read(folder: Path) -> Arrays:
     """Reads a data set with `image` (uint8) and `label` (integer) in `train` and `test`.
 
-    Images of one channel lose that axis. The number of classes is that of a ClassLabel, or else
-    the highest training label plus one.
-
-    Raises:
-      UserError: if it is damaged, of another kind, or its parts do not fit together.
+    Images of one channel lose that axis.
     """
     try:
         builder = tfds.builder_from_directory(folder)
@@ -180,10 +159,10 @@ def _read_split(source: Any, name: str) -> tuple[NDArray[np.uint8], NDArray[np.u
     images = np.empty((len(source), *image_shape), np.uint8)
     labels = np.empty(len(source), np.int64)
     for start in range(0, len(source), _BLOCK):
-        block = slice(start, min(start + _BLOCK, len(source)))
-        examples = source.__getitems__(range(block.start, block.stop))
-        images[block] = [example["image"].reshape(image_shape) for example in examples]
-        labels[block] = [example["label"] for example in examples]
+        stop = min(start + _BLOCK, len(source))
+        examples = source.__getitems__(range(start, stop))
+        images[start:stop] = [example["image"].reshape(image_shape) for example in examples]
+        labels[start:stop] = [example["label"] for example in examples]
     bad = labels[(labels < 0) | (labels >= MAX_CLASSES)]  # a byte below would hide them
     expect(not bad.size, name, f"labels 0 to {MAX_CLASSES - 1}", bad[:1])
     return images, labels.astype(np.uint8)

@@ -1,11 +1,7 @@
 """IDX, the file format of MNIST, EMNIST, Fashion-MNIST, KMNIST and others, raw or gzipped.
 
-Change here which files a folder must hold and how they are read. A header is never believed: what
-it announces is read piece by piece, so that neither a lying header nor a gzip bomb takes more
-memory than the file deserves.
-
-The format: two zero bytes, the type (8: unsigned bytes), the number of dimensions, each dimension
-as a big-endian 32-bit number, and then the values, last dimension fastest.
+Two zero bytes, the type (8: unsigned bytes), the number of dimensions, each dimension as a
+big-endian 32-bit number, and then the values, last dimension fastest.
 """
 
 import gzip
@@ -14,7 +10,6 @@ import os
 import re
 import struct
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
@@ -34,7 +29,7 @@ FILES = (
 _NAME = re.compile(
     r"(?:.+-)?(?:(train)|t10k|test)-(?:(images)[-.]idx3|labels[-.]idx1)-ubyte(?:\.gz)?", re.I
 )
-_PIECE = 1 << 20  # bytes asked for at once
+_PIECE = 1 << 20  # bytes
 _KINDS = {bytes([0, 0, 8, 1]): "a labels file", bytes([0, 0, 8, 3]): "an images file"}
 _OTHER_KINDS = {  # what people find in place of a data file, by its first bytes
     b"<": "a web page; download the file again",
@@ -56,18 +51,12 @@ def find_files(folder: Path) -> tuple[list[Path], ...]:
 
 
 def read_folder(folder: Path) -> Arrays:
-    """Reads the four files of a data set.
-
-    Raises:
-      UserError: naming the file or folder, what was expected and what was found.
-    """
+    """Reads the four files of a data set."""
     expect(os.path.isdir(folder), folder, "a folder of four IDX files", "no folder")
     found = find_files(folder)
     for name, paths in zip(FILES, found, strict=True):
         expect(paths, folder, f"the file {name} or {name}.gz", "neither")
-    with ThreadPoolExecutor() as pool:
-        arrays = tuple(pool.map(_read_copies, found, (3, 1, 3, 1)))
-    train_images, train_labels, test_images, test_labels = arrays
+    train_images, train_labels, test_images, test_labels = map(_read_copies, found, (3, 1, 3, 1))
     names = [str(paths[0]) for paths in found]
     return Arrays(train_images, train_labels, test_images, test_labels, names)
 
@@ -82,11 +71,7 @@ def _read_copies(paths: list[Path], ndim: int) -> NDArray[np.uint8]:
 
 
 def read(path: Path, ndim: int) -> NDArray[np.uint8]:
-    """Reads one file, raw or gzipped: its first bytes tell, not its name.
-
-    Raises:
-      UserError: if it cannot be read, is damaged, or is not an IDX file of `ndim` dimensions.
-    """
+    """Reads one file of `ndim` dimensions, raw or gzipped: its first bytes tell, not its name."""
     try:
         with open(path, "rb") as raw:
             packed = raw.read(2) == b"\x1f\x8b"
@@ -121,7 +106,10 @@ def _parse(stream: BinaryIO | gzip.GzipFile, ndim: int, name: str) -> NDArray[np
 
 
 def _take(stream: BinaryIO | gzip.GzipFile, most: int) -> bytes:
-    """The next bytes of a stream, `most` of them unless it ends before."""
+    """The next bytes of a stream, `most` of them unless it ends before.
+
+    In pieces: neither a lying header nor a gzip bomb may take more memory than the file deserves.
+    """
     pieces = []
     while most and (piece := stream.read(min(most, _PIECE))):
         pieces.append(piece)

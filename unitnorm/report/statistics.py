@@ -1,7 +1,4 @@
-"""What every experiment computes of its runs: means, intervals, paired tests and curves.
-
-Every function is pure and takes arrays; tables are made elsewhere.
-"""
+"""What every experiment computes of its runs: means, intervals, paired tests and curves."""
 
 import math
 from collections.abc import Sequence
@@ -28,10 +25,9 @@ class Summary(NamedTuple):
 
 
 def summarise(values: np.ndarray, alpha: float = 1 - CONFIDENCE) -> Summary:
-    """The summary of values, shape (n,); NaN where n is too small: 2 for all but the mean.
+    """The summary of values, shape (n,), with the interval of confidence 1 − alpha.
 
-    Args:
-        alpha: one minus the confidence of the interval.
+    NaN where n is too small: below 2 for all but the mean.
     """
     n = len(values)
     mean = float(np.mean(values)) if n else math.nan
@@ -43,10 +39,7 @@ def summarise(values: np.ndarray, alpha: float = 1 - CONFIDENCE) -> Summary:
 
 
 def summarise_groups(table: pd.DataFrame, keys: Sequence[str], column: str) -> pd.DataFrame:
-    """The summary of a column in each group of rows.
-
-    Args:
-        table: a row per run; NaN in `column` where the run has diverged.
+    """The summary of a column, NaN where a run has diverged, in each group of runs.
 
     Returns:
         A row per group, in the order of their first rows: `keys`, n and n_diverged, which add up to
@@ -76,11 +69,7 @@ def compare_pairs(ours: np.ndarray, theirs: np.ndarray) -> tuple[Summary, float,
 
 
 def compare_means(ours: Summary, n: int, theirs: Summary, m: int) -> tuple[Summary, float]:
-    """Welch's t-test of two means of independent runs, from their summaries alone.
-
-    Args:
-        ours, theirs: mean and std (the ends of the interval are not used).
-        n, m: their numbers of runs.
+    """Welch's t-test of the means of n and m independent runs, from mean and std alone.
 
     Returns:
         The difference ours − theirs (its std is that of a difference of two runs) with its
@@ -97,13 +86,10 @@ def compare_means(ours: Summary, n: int, theirs: Summary, m: int) -> tuple[Summa
 
 
 def signed_rank_p(differences: np.ndarray) -> float:
-    """The exact two-sided p-value of Wilcoxon's signed-rank test; zeros are dropped.
+    """The exact two-sided p-value of Wilcoxon's signed-rank test of differences, not all zero.
 
-    Like `scipy.stats.wilcoxon`, which for ties draws up all 2^n signs: half a second for n = 10.
-    Here the distribution of the rank sum grows by one rank at a time, exactly and at once.
-
-    Args:
-        differences: shape (n,), not all zero.
+    `scipy.stats.wilcoxon` is exact only without ties, or draws up all 2^n signs. Here the
+    distribution of the rank sum grows by one rank at a time.
     """
     differences = differences[differences != 0]
     ranks = (2 * stats.rankdata(np.abs(differences))).astype(int)  # whole numbers, ties too
@@ -124,17 +110,10 @@ def find_outliers(values: np.ndarray) -> np.ndarray:
 
 
 def carry_mean(values: np.ndarray, *, geometric: bool = False) -> np.ndarray:
-    """The mean of curves of unequal length, a run that has stopped keeping its last value.
+    """The mean of curves, (runs, epochs), a run that has stopped (NaN) keeping its last value.
 
-    The mean of the runs still active would jump whenever a good or bad run stops; this one is the
-    mean of what all runs have reached by that epoch.
-
-    Args:
-        values: shape (runs, epochs), NaN after a run's last epoch; first column finite.
-        geometric: the geometric mean, for what is drawn on a logarithmic axis.
-
-    Returns:
-        Shape (epochs,).
+    The mean of the runs still active would jump whenever a good or bad run stops; this one, shape
+    (epochs,), is of what all runs have reached by that epoch.
     """
     carried = pd.DataFrame(values).ffill(axis=1).to_numpy(float)
     return np.exp(np.log(carried).mean(axis=0)) if geometric else carried.mean(axis=0)

@@ -1,16 +1,16 @@
 """How every figure of the project looks: settings, colours, layout, and the bytes of a figure.
 
-matplotlib is used through its objects alone (no pyplot, no state left behind), and a user's own
-matplotlib settings are shut out. Sizes are meant for a README 800 pixels wide, where a point of the
-figure is a point of the page.
+matplotlib is used through its objects alone: no pyplot, no state left behind. Sizes are for a
+README 800 pixels wide, where a point of the figure is a point of the page.
 """
 
 import io
+import itertools
 import math
 import re
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import matplotlib as mpl
@@ -88,10 +88,8 @@ def sort_updates(updates: Iterable[str]) -> list[str]:
 def assign_styles(updates: Iterable[str]) -> dict[str, Style]:
     """A style for each update: always the same for one of the nine, else one that is still free."""
     updates = sort_updates(updates)
-    free = [name for name in _STYLES if name not in updates] or list(_STYLES)
-    others = [name for name in updates if name not in _STYLES]
-    spare = {name: free[place % len(free)] for place, name in enumerate(others)}
-    return {name: _STYLES[spare.get(name, name)] for name in updates}
+    free = itertools.cycle([name for name in _STYLES if name not in updates] or _STYLES)
+    return {name: _STYLES[name if name in _STYLES else next(free)] for name in updates}
 
 
 def tell_apart(updates: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -103,19 +101,14 @@ def tell_apart(updates: Iterable[str]) -> tuple[list[str], list[str]]:
     return own, [name for name in updates if name not in own]
 
 
-@contextmanager
-def settings() -> Iterator[None]:
-    """The project's settings on top of matplotlib's own, for the time of one figure."""
-    with mpl.style.context(["default", _SETTINGS]):
-        yield
+# On top of matplotlib's own settings, not the user's, for the time of one figure.
+settings = partial(mpl.style.context, ["default", _SETTINGS])
 
 
 def encode(figure: Figure, *, palette: bool = False) -> dict[str, bytes]:
     """A figure as bytes by file ending, `png` and `svg`: the same each time, no date, no version.
 
-    Args:
-        figure: drawn within `settings`.
-        palette: the PNG in 256 colours, enough for lines: a third of the size.
+    With `palette` the PNG is in 256 colours, enough for lines: a third of the size.
     """
     metadata: dict[str, dict] = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
     files = {}
@@ -147,16 +140,10 @@ def lay_out(
     sharey: bool | Literal["none", "all", "row", "col"] = True,
     legend_columns: int = 5,
 ) -> tuple[Figure, np.ndarray]:
-    """A figure of equal panels, a legend above and a note below, within `settings`.
+    """A figure of equal panels and its axes, (rows, columns); a legend above and a note below.
 
-    Args:
-        height: inches of a row of panels, with its title and its ticks.
-        note: below the panels; wrapped.
-        sharex, sharey: as in `Figure.subplots`; every panel shows its own numbers all the same.
-        legend_columns: at most.
-
-    Returns:
-        The figure and its axes, shape (rows, columns).
+    A row of panels, with its title and its ticks, is `height` inches. Panels that share an axis
+    show their own numbers all the same.
     """
     notes = textwrap.wrap(note, 118)
     legend_columns = min(len(handles), legend_columns)

@@ -1,12 +1,12 @@
 """Tables as text, one way for every experiment: Markdown, LaTeX, CSV and the terminal.
 
-A table to be read is a data frame of text (`Cells`), which each format takes as it is. Change what
-a table shows where its cells are made, and how any table looks here.
+A table to be read is a data frame of text (`Cells`), which each format takes as it is.
 """
 
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from operator import methodcaller
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -45,10 +45,7 @@ def to_csv(frame: pd.DataFrame, digits: int | None = None) -> str:
 
 def to_markdown(cells: Cells) -> str:
     """Title, table and note."""
-
-    def escape(text: str) -> str:
-        return text.replace("|", "\\|")
-
+    escape = methodcaller("replace", "|", "\\|")
     table = cells.frame.map(escape).rename(columns=escape)
     sides = ["left" if words else "right" for words in _are_words(cells.frame)]
     text = table.to_markdown(index=False, disable_numparse=True, colalign=sides)
