@@ -4,12 +4,9 @@
 begin with a bold line). A number followed by `<!--=FILE:EXPRESSION-->` is the value of EXPRESSION,
 where `t` is FILE, a CSV below results/, and every name of Python's and pandas' may stand. It is
 written with as many decimals as it has, and with a sign if it has one. The words around are free.
-
-`python .ci/readme.py` writes; with --check it fails if a page is behind the results.
 """
 
 import re
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -51,9 +48,4 @@ def pages() -> list[Path]:
 
 if __name__ == "__main__":
     for path in pages():
-        old = path.read_text()
-        new = filled(old)
-        if "--check" in sys.argv[1:] and old != new:
-            sys.exit(f"{path.relative_to(ROOT)} is behind results/: run `make readme`")
-        if old != new:
-            path.write_text(new)
+        path.write_text(filled(path.read_text()))

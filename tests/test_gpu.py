@@ -7,20 +7,12 @@ import sys
 from pathlib import Path
 
 import pandas as pd
-import pytest
 from click.testing import CliRunner
 
 from unitnorm.bench import gpu
 
 DEVICE = {"kind": "AMD EPYC", "platform": "cpu", "count": 2, "machine": "x86_64"}
 
-TOY = """
-runs = 1
-depths = [1]
-updates = ["un"]
-sweep = { epochs = 1, train_images = 200, validation_images = 100 }
-train = { train_images = 200, validation_images = 100, min_epochs = 1, max_epochs = 1 }
-"""
 PLAN = """
 question = "How?"
 datasets = ["mnist"]
@@ -37,45 +29,43 @@ rates = [0.01]
 """
 
 
-@pytest.fixture
-def toy(tmp_path, monkeypatch):
-    """What `make gpu` does, at toy size: Table 2 and the one plan there is."""
+def test_a_gpus_steps_are_done_once_and_told_with_what_failed(tmp_path, monkeypatch):
     (tmp_path / "study").mkdir()
-    for name, text in {"toy": TOY, "study/toy": PLAN, "study/toy.toml": PLAN}.items():
-        (tmp_path / name).write_text(text)
+    for name in ("study/toy", "study/toy.toml"):
+        (tmp_path / name).write_text(PLAN)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
     monkeypatch.setattr(gpu.measure, "find_device", lambda: DEVICE)
     monkeypatch.setattr(gpu, "PRESETS", tmp_path)
     monkeypatch.setattr(gpu, "presets", lambda: ["toy", "study/toy"])
-    steps = gpu.Step("table2-compiled", ("reproduce", "--config", "toy")), gpu.Step("none", ("x",))
-    monkeypatch.setattr(gpu, "STEPS", steps)
-    return tmp_path / "runs/gpu/amd-epyc-2-cores"
-
-
-def test_a_gpus_steps_are_done_once_and_told_with_what_failed(toy):
+    monkeypatch.setattr(gpu, "STEPS", [gpu.Step("none", ("x",))])
     done = CliRunner().invoke(gpu.main, [])
     assert done.exit_code == 1
-    rows = pd.read_csv(toy / "gpu.csv", keep_default_na=False).set_index("step")
-    assert rows["state"].to_dict() == {
-        "table2-compiled": "done", "none": "failed", "study/toy": "done",
-    }  # fmt: skip
+    out = tmp_path / "runs/gpu/amd-epyc-2-cores"
+    rows = pd.read_csv(out / "gpu.csv", keep_default_na=False).set_index("step")
+    assert rows["state"].to_dict() == {"none": "failed", "study/toy": "done"}
     assert "No such command 'x'" in rows["said"]["none"]
-    assert len(pd.read_csv(toy / "table2-compiled" / "runs.csv")) == 1
-    assert json.loads((toy / "gpu.json").read_text())["device"] == DEVICE
-    # geoopt's loop, as soon as it is measured: 50,000 images of one epoch
-    (toy / "bench").mkdir()
-    speeds = pd.DataFrame([["geoopt", 1, 5e3], ["geoopt", 1, 1e4], ["optax-loop", 1, 1e9]])
-    speeds.to_csv(toy / "bench/amd-epyc-2-cores.csv", header=["name", "depth", "samples_per_s"])
+    assert json.loads((out / "gpu.json").read_text())["device"] == DEVICE
+    # what is complete in `results` is no step
+    (out.parent / "study").mkdir()
+    (out / "study-toy").rename(out.parent / "study/toy")
+    assert list(gpu.list_studies(out.parent, {})) == []
+
+
+def test_geoopts_loop_is_told_as_soon_as_it_is_measured(tmp_path):
+    """50,000 images of an epoch at 10,000 a second."""
+    tables = {
+        "bench/amd-epyc-2-cores.csv": "name,depth,samples_per_s\n"
+        "geoopt,1,5e3\ngeoopt,1,1e4\noptax-loop,1,1e9\n",
+        "table2-compiled/runs.csv": "depth,epochs\n1,1\n",
+    }
+    for name, text in tables.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(text)
     measured = [["bench", "done", 1, 0.5, ""], ["table2-compiled", "done", 1, 2.0, ""]]
     frame = pd.DataFrame(measured, columns=gpu.COLUMNS)
-    assert "geoopt's loop needs 5 s for these runs: × 2." in gpu.summarise(
-        frame, toy, DEVICE
-    ).cells.note.replace("× 2,", "× 2")
-    # what is complete in `results` is no step
-    (toy.parent / "study").mkdir()
-    (toy / "study-toy").rename(toy.parent / "study/toy")
-    assert list(gpu.list_studies(toy.parent, {})) == []
+    note = gpu.summarise(frame, tmp_path, DEVICE).cells.note
+    assert "geoopt's loop needs 5 s for these runs: × 2." in note
 
 
 LONG = """

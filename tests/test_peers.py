@@ -44,20 +44,7 @@ def ours(tx):
     return np.stack(path)
 
 
-def geoopts(make_optimizer, prepare=lambda state: None):
-    """geoopt's filters after each step."""
-    geoopt = peer("geoopt")
-
-    def make(rows):
-        w = geoopt.ManifoldParameter(rows, manifold=geoopt.Sphere())
-        optimizer = make_optimizer(geoopt.optim, [w])
-        prepare(optimizer.state[w])
-        return w, optimizer
-
-    return torchs(make)
-
-
-def torchs(make):
+def theirs(make):
     """A PyTorch optimiser's filters after each step. There a filter is a row."""
     torch = peer("torch")
     start, curvature, target = (torch.tensor(a) for a in problem())
@@ -70,9 +57,44 @@ def torchs(make):
     return np.stack(path)
 
 
+def geoopts(name, prepare=lambda state: None, **options):
+    """The filters of one of geoopt's optimisers, whose state `prepare` may set."""
+    geoopt = peer("geoopt")
+
+    def make(rows):
+        w = geoopt.ManifoldParameter(rows, manifold=geoopt.Sphere())
+        optimizer = getattr(geoopt.optim, name)([w], lr=RATE, **options)
+        prepare(optimizer.state[w])
+        return w, optimizer
+
+    return theirs(make)
+
+
+def assert_same(path, other):
+    np.testing.assert_allclose(path, other, rtol=0, atol=1e-12)
+
+
 def test_un_is_geoopts_riemannian_sgd():
-    theirs = geoopts(lambda optim, w: optim.RiemannianSGD(w, lr=RATE))
-    np.testing.assert_allclose(ours(updates.un(RATE)), theirs, rtol=0, atol=1e-12)
+    assert_same(geoopts("RiemannianSGD"), ours(updates.un(RATE)))
+
+
+def test_un_adam_is_geoopts_riemannian_adam():
+    assert_same(geoopts("RiemannianAdam", eps=1e-8), ours(updates.un_adam(RATE)))
+
+
+@pytest.mark.parametrize(
+    ("update", "nesterov"), [(updates.un_momentum, False), (updates.un_nesterov, True)]
+)
+def test_momentum_is_geoopts_from_a_zero_buffer(update, nesterov):
+    torch = peer("torch")
+
+    def zero_buffer(state):
+        state["momentum_buffer"] = torch.zeros(5, 12, dtype=torch.float64)
+
+    path, options = ours(update(RATE, 0.9)), {"momentum": 0.9, "nesterov": nesterov}
+    assert_same(path, geoopts("RiemannianSGD", zero_buffer, **options))
+    # Left alone, geoopt starts from the Euclidean gradient, and its first step is another.
+    assert np.abs(path[0] - geoopts("RiemannianSGD", **options)[0]).max() > 1e-3
 
 
 def test_un_is_emerging_optimizers_oblique_sgd():
@@ -82,43 +104,19 @@ def test_un_is_emerging_optimizers_oblique_sgd():
         w = peer("torch").nn.Parameter(rows)
         return w, emerging.ObliqueSGD([w], lr=RATE, momentum=0.0, dim=1)
 
-    np.testing.assert_allclose(ours(updates.un(RATE)), torchs(make), rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("update", "nesterov"), [(updates.un_momentum, False), (updates.un_nesterov, True)]
-)
-def test_momentum_is_geoopts_from_a_zero_buffer(update, nesterov):
-    torch = peer("torch")
-
-    def make_optimizer(optim, w):
-        return optim.RiemannianSGD(w, lr=RATE, momentum=0.9, nesterov=nesterov)
-
-    def zero_buffer(state):
-        state["momentum_buffer"] = torch.zeros(5, 12, dtype=torch.float64)
-
-    path = ours(update(RATE, 0.9))
-    theirs = geoopts(make_optimizer, zero_buffer)
-    np.testing.assert_allclose(path, theirs, rtol=0, atol=1e-12)
-    # Left alone, geoopt starts from the Euclidean gradient, and its first step is another.
-    assert np.abs(path[0] - geoopts(make_optimizer)[0]).max() > 1e-3
-
-
-def test_un_adam_is_geoopts_riemannian_adam():
-    theirs = geoopts(lambda optim, w: optim.RiemannianAdam(w, lr=RATE, eps=1e-8))
-    np.testing.assert_allclose(ours(updates.un_adam(RATE)), theirs, rtol=0, atol=1e-12)
+    assert_same(theirs(make), ours(updates.un(RATE)))
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_un_is_descent_on_pymanopts_oblique_manifold(momentum):
     manifold = peer("pymanopt").manifolds.Oblique(12, 5)
     w, curvature, target = problem()
-    buffer, theirs = np.zeros_like(w), []
+    buffer, path = np.zeros_like(w), []
     for _ in range(STEPS):
         gradient = manifold.euclidean_to_riemannian_gradient(w, curvature @ w - target)
         buffer = momentum * buffer + gradient
         moved = manifold.retraction(w, -RATE * buffer)
         w, buffer = moved, manifold.transport(w, moved, buffer)
-        theirs.append(w)
+        path.append(w)
     update = updates.un_momentum(RATE, momentum) if momentum else updates.un(RATE)
-    np.testing.assert_allclose(ours(update), np.stack(theirs), rtol=0, atol=1e-12)
+    assert_same(ours(update), np.stack(path))

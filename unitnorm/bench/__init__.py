@@ -15,6 +15,6 @@ first six ends in a `measure.Measurement`: its files, and what is printed.
     peers        the same for PyTorch and geoopt
     worker       the process that serves one contestant
     measure      starts workers, takes turns among them, medians, tables, files
-    roofline     floating-point operations and bytes of a sample, and the limit they set
+    roofline     floating-point operations and bytes of a sample
     figures      the figures
 """

@@ -7,14 +7,15 @@ compare with.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
 
-from unitnorm.bench import figures, measure, roofline
-from unitnorm.bench.contestants import VALIDATION_SHARE
+from unitnorm.bench import figures, measure
 from unitnorm.bench.measure import Contestant, Measurement, Say, Spread
+from unitnorm.bench.roofline import work_of
 
 UPDATES = ("b-sgd", "un")
 SEEDS = 10  # of each update, as in Table 2
@@ -24,10 +25,10 @@ COST_STARTS = 2  # where the memory of a process comes to lie makes a percent or
 GPU_COPIES = 4  # processes of a peer on one GPU
 LIMITS = ("flops_per_s", "bytes_per_s")
 PEERS = {
-    "geoopt": "geoopt",
-    "oblique-sgd": "oblique_sgd",
-    "torch-sgd": "torch_sgd",
-    "optax-loop": "optax_loop",
+    "geoopt": "peers.geoopt",
+    "oblique-sgd": "peers.oblique_sgd",
+    "torch-sgd": "peers.torch_sgd",
+    "optax-loop": "contestants.optax_loop",
 }
 COLUMNS = [
     "name", "runs", "processes", "depth", "samples_per_s", "low", "high",
@@ -75,32 +76,22 @@ def list_contestants(depth: int, images: int, copies: int) -> dict[Entry, Contes
         for count in sorted({1, copies})
     }
     return {
-        OURS: Contestant("program", table2),
-        Entry("unitnorm", 1): Contestant("program", {**table2, "seeds": 1, "updates": ["un"]}),
+        OURS: Contestant("contestants.program", table2),
+        Entry("unitnorm", 1): Contestant(
+            "contestants.program", {**table2, "seeds": 1, "updates": ["un"]}
+        ),
         **peers,
-        BOUND: Contestant("machine"),
+        BOUND: Contestant("contestants.machine"),
     }
 
 
 def measure_speed(
-    depths: Sequence[int], rounds: int, images: int = IMAGES, *, quick: bool = False,
-    say: Say = lambda _: None,
-) -> Measurement:  # fmt: skip
-    """Measure everything, depth after depth.
+    depths: Sequence[int], rounds: int, images: int, *, quick: bool, say: Say
+) -> Measurement:
+    """Measure everything, depth after depth; `quick`: without what UN and checkpoints cost.
 
-    Args:
-      depths: of the network.
-      rounds: repetitions of each, after those to warm up; at least 1.
-      images: training images of an epoch.
-      quick: leave out what UN and checkpoints cost.
-      say: told what is being done.
-
-    Returns:
-      Table "" has `COLUMNS`, low and high are the slowest and the fastest repetition, `times` how
-      many times as fast ours is with all runs, round by round; "-costs" those of `measure_costs`.
-
-    Raises:
-      UserError: a contestant fails.
+    Low and high are the slowest and the fastest repetition, `times` how many times as fast ours is
+    with all runs, round by round.
     """
     device = measure.find_device()
     copies = device["count"] if device["platform"] == "cpu" else GPU_COPIES
@@ -119,20 +110,18 @@ def measure_speed(
             entry: [each.samples / answer["seconds"] for answer in each.answers]
             for entry, each in found.items()
         }
-        work = work_of(depth, ours=True)
-        rates[BOUND] = [
-            roofline.bound(*work, *(answer[name] for name in LIMITS))
-            for answer in found[BOUND].answers
-        ]
+        flops, moved = work_of(depth, ours=True)
+        machine = found[BOUND].answers
+        rates[BOUND] = [min(a["flops_per_s"] / flops, a["bytes_per_s"] / moved) for a in machine]
         for name in LIMITS:
-            limits[name] += [answer[name] for answer in found[BOUND].answers]
+            limits[name] += [answer[name] for answer in machine]
         for entry, values in rates.items():
             times = [ours / theirs for ours, theirs in zip(rates[OURS], values, strict=True)]
             rows.append([*entry, depth, *Spread.of(values), *Spread.of(times)])
         if not quick:
             costs += measure_costs(depth, rounds, images, told)
     speeds = pd.DataFrame(rows, columns=COLUMNS)
-    machine = {name: Spread.of(values) for name, values in limits.items()}
+    spreads = {name: Spread.of(values) for name, values in limits.items()}
     facts = {
         "device": device,
         "rounds": rounds,
@@ -140,7 +129,7 @@ def measure_speed(
         "low and high": "the slowest and the fastest of the rounds",
         "what": WHAT,
         "missing": missing,
-        "machine": {name: spread._asdict() for name, spread in machine.items()},
+        "machine": {name: spread._asdict() for name, spread in spreads.items()},
         "flops and bytes of a sample": {
             f"{name}, depth {depth}": work_of(depth, ours=name == OURS.name)
             for name in ("peers", OURS.name)
@@ -156,15 +145,13 @@ def measure_speed(
         "(range) ": "{times_low:.2f}–{times_high:.2f}", "of bound": "{share:.0%}",
     }  # fmt: skip
     title = f"Training samples per second: medians and ranges of {rounds} rounds"
-    cells = measure.make_cells(
-        title, shown, columns, list_remarks(set(speeds["name"]), costs, missing)
-    )
+    remarks = list_remarks(set(speeds["name"]), costs, missing)
     return Measurement(
         measure.slug(device),
         {"": speeds} | ({} if quick else {"-costs": pd.DataFrame(costs)}),
-        cells,
+        measure.make_cells(title, shown, columns, remarks),
         facts,
-        {"-roofline": figures.draw_roofs(place_points(speeds), machine)},
+        {"-roofline": figures.draw_roofs(place_points(speeds), spreads)},
     )
 
 
@@ -178,10 +165,13 @@ def measure_costs(depth: int, rounds: int, images: int, say: Say) -> Iterator[di
     b_sgd, un = ({**options, "updates": [name]} for name in UPDATES)
     pairs = {
         UN_COST: (b_sgd, un),
-        SAVE_COST: ({**un, "save_every_s": None}, {**un, "save_every_s": 0.0}),
+        SAVE_COST: ({**un, "save_every_s": math.inf}, {**un, "save_every_s": 0.0}),
     }
-    for what, (without, added) in pairs.items():
-        both = {"without": Contestant("program", without), "with": Contestant("program", added)}
+    for what, pair in pairs.items():
+        both = {
+            name: Contestant("contestants.program", each)
+            for name, each in zip(("without", "with"), pair, strict=True)
+        }
         seconds: dict[str, list[float]] = {name: [] for name in both}
         for start in range(COST_STARTS):
             say(f"{what}, start {start + 1} of {COST_STARTS}")
@@ -196,31 +186,16 @@ def measure_costs(depth: int, rounds: int, images: int, say: Say) -> Iterator[di
         }  # fmt: skip
 
 
-def work_of(depth: int, *, ours: bool) -> tuple[float, float]:
-    """Floating-point operations and bytes of a training sample, as `roofline` counts them.
-
-    Args:
-      ours: which keeps images as bytes and is evaluated, for its logits alone; or a peer.
-    """
-    flops, moved = roofline.training_flops(depth), roofline.training_bytes(depth, 1 if ours else 4)
-    evaluated = VALIDATION_SHARE if ours else 0.0
-    more = roofline.forward_flops(depth), roofline.FEATURES
-    return flops + evaluated * more[0], moved + evaluated * more[1]
-
-
 def place_points(speeds: pd.DataFrame) -> pd.DataFrame:
-    """Every contestant's place under the roofs.
-
-    Returns:
-      Columns name, runs, depth, intensity (operations per byte), flops_per_s, low, high.
-    """
-    rows = []
-    for name, runs, _, depth, *spread in speeds.to_numpy().tolist():
-        if name != BOUND.name:
-            flops, moved = work_of(depth, ours=name == OURS.name)
-            rows.append([name, runs, depth, flops / moved, *(flops * x for x in spread[:3])])
-    columns = ["name", "runs", "depth", "intensity", "flops_per_s", "low", "high"]
-    return pd.DataFrame(rows, columns=columns)
+    """Every contestant's place under the roofs: name, runs, depth, operations per byte
+    (`intensity`) and a second (`flops_per_s`, `low`, `high`)."""
+    points = speeds[speeds["name"] != BOUND.name]
+    each = zip(points["name"], points["depth"], strict=True)
+    work = [work_of(depth, ours=name == OURS.name) for name, depth in each]
+    flops, moved = pd.DataFrame(work, index=points.index).T.to_numpy()
+    points = points.rename(columns={"samples_per_s": "flops_per_s"})
+    points[["flops_per_s", "low", "high"]] *= flops[:, None]
+    return points.assign(intensity=flops / moved)
 
 
 def list_remarks(

@@ -1,7 +1,6 @@
 """What one repetition is, for everything written in JAX; the one file that knows our training.
 
-Each generator serves one kind of contestant in a worker. To add one, write it here and name it in
-`worker.MODULES`.
+Each generator serves one kind of contestant in a worker.
 """
 
 from __future__ import annotations
@@ -21,41 +20,27 @@ import optax
 
 from unitnorm.archbn.batches import Images, draw_split
 from unitnorm.archbn.config import Config
-from unitnorm.archbn.model import START, archbn
+from unitnorm.archbn.model import START, Network, archbn
 from unitnorm.archbn.protocol import BOLD_DRIVER
 from unitnorm.archbn.run_many import Program
 from unitnorm.archbn.training import Arm, Settings, Task, make_training
+from unitnorm.bench.roofline import VALIDATION_SHARE
 from unitnorm.bench.worker import RATE
 from unitnorm.data import Dataset, load_dataset
 from unitnorm.run import checkpoints, devices
 from unitnorm.run.config import parse
 from unitnorm.run.provenance import device
 
-VALIDATION_SHARE = 0.2  # validation images over training images, as in Table 2
 MOST_EPOCHS = 60  # a program serves so many repetitions
 TRIES = 5  # the quickest of them: a limit is what can be reached
 
 
-def config_of(images: int, validation_share: float = VALIDATION_SHARE) -> Config:
+def make_task(depth: int, images: int, data: Dataset, validation_share: float) -> Task:
     """The paper's protocol, without an early stop and with so many training images."""
     epochs = {"min_epochs": MOST_EPOCHS, "max_epochs": MOST_EPOCHS}
     validation = max(2, round(validation_share * images))
     sizes = {"train_images": images, "validation_images": validation}
-    return parse({"train": {**sizes, **epochs}}, "bench", Config)
-
-
-def make_program(
-    depth: int, seeds: int, updates: Sequence[str], images: int, variants: int, data: Dataset
-) -> Program:
-    """The program that `unitnorm train` would make of these runs."""
-    runs = np.repeat(np.arange(seeds), variants)
-    settings = Settings(runs, np.full(len(runs), RATE))
-    arms = [(Arm(update), settings) for update in updates]
-    return Program("bench", make_task(depth, config_of(images), data), arms, data)
-
-
-def make_task(depth: int, config: Config, data: Dataset) -> Task:
-    """ArchBN on a data set."""
+    config = parse({"train": {**sizes, **epochs}}, "bench", Config)
     return Task(config, archbn(config.model, data.train_images.shape[1], data.classes, depth))
 
 
@@ -64,25 +49,25 @@ def make_epoch(
 ) -> tuple[Callable[..., Any], tuple[Any, ...], Callable[..., Any]]:
     """An epoch of many runs of one update, all of them together, as a GPU computes them.
 
+    Hardly anything is evaluated in it: its time is that of its steps.
+
     Returns:
-      A function that can be traced, what it takes, and from its result what it takes next. Hardly
-      anything is evaluated in it: its time is that of its steps.
+      A function that can be traced, what it takes, and from its result what it takes next.
     """
-    config = config_of(images, validation_share=0.0)
-    trained = make_training(make_task(depth, config, data), Arm(update))
+    task = make_task(depth, images, data, validation_share=0.0)
+    trained = make_training(task, Arm(update))
     given = Settings(
         np.arange(runs, dtype=np.uint32), np.full(runs, RATE, np.float32),
         schedule=np.full(runs, BOLD_DRIVER, np.int32), spread=np.zeros((runs, len(START))),
     )  # fmt: skip
     state = jax.jit(jax.vmap(trained.init))(given)
-    sizes = config.train.train_images, config.train.validation_images
+    sizes = images, task.config.train.validation_images
     split = partial(draw_split, "train", sizes, len(data.train_labels))
     splits = jax.jit(jax.vmap(split))(given.seed)
-    arrays = [
-        Images(data.train_images, data.train_labels), Images(data.test_images, data.test_labels)
-    ]  # fmt: skip
+    train = Images(data.train_images, data.train_labels)
+    test = Images(data.test_images, data.test_labels)
     together = jax.vmap(trained.epoch, in_axes=(None, None, None, 0, 0))
-    fixed = jax.device_put((*arrays, np.int32(0)))
+    fixed = jax.device_put((train, test, np.int32(0)))
     return together, (*fixed, splits, state), lambda state: (*fixed, splits, state)
 
 
@@ -99,23 +84,20 @@ def program(
     images: int,
     variants: int = 1,
     devices_used: int | None = None,
-    save_every_s: float | None = checkpoints.EVERY_S,
+    save_every_s: float = checkpoints.EVERY_S,
 ) -> Iterator[dict[str, Any]]:
-    """An epoch of `unitnorm train`: every run, its evaluation, its status and its checkpoint.
-
-    Args:
-      variants: of each seed and update, as a study has them.
-      save_every_s: of the checkpoints; None: there are none.
-    """
+    """An epoch of `unitnorm train`: every run, its evaluation, its status and its checkpoint; with
+    variants of each seed and update, as a study has them."""
     devices.prepare(devices_used)
-    trained = make_program(depth, seeds, updates, images, variants, load_dataset())
+    data = load_dataset()
+    runs = np.repeat(np.arange(seeds), variants)
+    arms = [(Arm(update), Settings(runs, np.full(len(runs), RATE))) for update in updates]
+    trained = Program("bench", make_task(depth, images, data, VALIDATION_SHARE), arms, data)
     yield {"samples": trained.samples, "device": device()}
     part = checkpoints.Part("bench", "bench")
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        keep = checkpoints.Checkpoints()
-        if save_every_s is not None:
-            keep = checkpoints.Folder(Path(folder), every_s=save_every_s, say=lambda _: None)
-            stack.callback(keep.finish)
+        keep = checkpoints.Folder(Path(folder), every_s=save_every_s, say=lambda _: None)
+        stack.callback(keep.finish)
         state = trained.start()
         while True:  # as `run.loop.train` does
             state = trained.advance(state)
@@ -132,70 +114,47 @@ def device_memory() -> dict[str, float]:
     return {"device_memory_mb": max(peaks) / 1e6} if peaks else {}
 
 
-class OptaxLoop:
-    """The plain way in JAX: one run, one jitted step for each mini-batch, all data on the device.
+def make_optax_step(
+    network: Network, optimiser: optax.GradientTransformation
+) -> Callable[..., Any]:
+    """The plain way in JAX: (parameters, statistics, optimiser's state), all images, all labels and
+    the indices of a mini-batch → the three after a step."""
 
-    Without any of our set-up: JAX as it is after `import jax`.
+    @jax.jit
+    def step(state: tuple[Any, Any, Any], x: Any, y: Any, index: Any) -> tuple[Any, Any, Any]:
+        params, stats, opt_state = state
 
-    Args:
-      depth: of the network.
-      mnist, config: what it is trained on, and how it is made.
-      make: from the parameters to the optimiser.
-    """
+        def loss(params: Any) -> tuple[Any, Any]:
+            logits, new = network.apply(params, stats, x[index], True)
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, y[index])
+            return losses.sum(), new
 
-    def __init__(
-        self,
-        depth: int,
-        mnist: Dataset,
-        config: Config,
-        make: Callable[[Any], optax.GradientTransformation] = lambda _: optax.sgd(RATE),
-    ):
-        self._network = network = make_task(depth, config, mnist).network
-        self.batch = config.loss.batch_size
-        self.x = jnp.asarray(mnist.train_images, jnp.float32)
-        self.y = jnp.asarray(mnist.train_labels, jnp.int32)
-        self.params, self.stats = network.init(jax.random.key(0))
-        optimiser = make(self.params)
-        self.opt_state = optimiser.init(self.params)
+        gradient, new = jax.grad(loss, has_aux=True)(params)
+        displacement, opt_state = optimiser.update(gradient, opt_state, params)
+        return optax.apply_updates(params, displacement), new, opt_state
 
-        @jax.jit
-        def step(
-            params: Any, stats: Any, opt_state: Any, x: Any, y: Any, index: Any
-        ) -> tuple[Any, Any, Any]:
-            def loss(params: Any) -> tuple[Any, Any]:
-                logits, new = network.apply(params, stats, x[index], True)
-                losses = optax.softmax_cross_entropy_with_integer_labels(logits, y[index])
-                return losses.sum(), new
-
-            gradient, new = jax.grad(loss, has_aux=True)(params)
-            displacement, opt_state = optimiser.update(gradient, opt_state, params)
-            return optax.apply_updates(params, displacement), new, opt_state
-
-        self._step = step
-
-    def train(self, order: np.ndarray) -> None:
-        """One step for each mini-batch of `order`, int (images,)."""
-        for start in range(0, len(order), self.batch):
-            index = order[start : start + self.batch]
-            self.params, self.stats, self.opt_state = self._step(
-                self.params, self.stats, self.opt_state, self.x, self.y, index
-            )
-        jax.block_until_ready(self.params)
-
-    def weights(self) -> list[np.ndarray]:
-        """Every W and θ, one filter per row, first layer first."""
-        found = [*self._network.filters(self.params), self.params["theta"]["W"]]
-        return [np.asarray(w) for w in found]
+    return step
 
 
 def optax_loop(depth: int, images: int) -> Iterator[dict[str, Any]]:
-    """`OptaxLoop` over so many images in a new order."""
-    mnist = load_dataset()
-    loop = OptaxLoop(depth, mnist, Config())
+    """One run over so many images in a new order, one jitted step for each mini-batch.
+
+    Without any of our set-up: JAX as it is after `import jax`, all data on the device.
+    """
+    config, mnist = Config(), load_dataset()
+    network = archbn(config.model, mnist.train_images.shape[1], mnist.classes, depth)
+    x = jnp.asarray(mnist.train_images, jnp.float32)
+    y = jnp.asarray(mnist.train_labels, jnp.int32)
+    params, stats = network.init(jax.random.key(0))
+    optimiser = optax.sgd(RATE)
+    step, state = make_optax_step(network, optimiser), (params, stats, optimiser.init(params))
     rng = np.random.default_rng(0)
     yield {"samples": images}
     while True:
-        loop.train(rng.permutation(len(mnist.train_labels))[:images].astype(np.int32))
+        order = rng.permutation(len(y))[:images].astype(np.int32)
+        for start in range(0, images, config.loss.batch_size):
+            state = step(state, x, y, order[start : start + config.loss.batch_size])
+        jax.block_until_ready(state)
         yield {}
 
 

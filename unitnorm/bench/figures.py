@@ -12,12 +12,11 @@ from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from unitnorm.bench.measure import Spread
 from unitnorm.report.style import GREY, lay_out, make_handle, set_log_scale, settings
 
-_BLUE, _ORANGE = "#0072B2", "#D55E00"
-_AXES = {"runs": "runs trained at once", "depth": "depth", "variants": "variants of each seed"}
+_BLUE = "#0072B2"
 # Okabe and Ito's colours, as in the report
 _STYLES = {
     "unitnorm": (_BLUE, "o"),
-    "geoopt": (_ORANGE, "s"),
+    "geoopt": ("#D55E00", "s"),
     "oblique-sgd": ("#CC79A7", "v"),
     "torch-sgd": ("#E69F00", "D"),
     "optax-loop": ("#009E73", "^"),
@@ -33,7 +32,6 @@ def draw_roofs(points: pd.DataFrame, machine: Mapping[str, Spread]) -> Figure:
     """
     flops, moved = machine["flops_per_s"].median, machine["bytes_per_s"].median
     depths = sorted(points["depth"].unique())
-    sizes = {True: 5, False: 8}  # of a marker, for a single run and for several
     handles = [
         make_handle(marker, color=colour, ms=8, label=name)
         for name, (colour, marker) in _STYLES.items()
@@ -43,7 +41,7 @@ def draw_roofs(points: pd.DataFrame, machine: Mapping[str, Spread]) -> Figure:
         make_handle("o", color=GREY, ms=8, label=f"depth {depth}", mfc="white" if place else GREY)
         for place, depth in enumerate(depths)
     ]
-    handles.append(make_handle("o", color=GREY, ms=sizes[True], label="one run"))
+    handles.append(make_handle("o", color=GREY, ms=5, label="one run"))
     note = (
         "Training samples a second × the operations of a sample's matrix products. Bars: slowest "
         "and fastest repetition. Larger: several runs, of a peer one in each process."
@@ -55,12 +53,13 @@ def draw_roofs(points: pd.DataFrame, machine: Mapping[str, Spread]) -> Figure:
         left, right = min(intensities) / 2, max(intensities) * 2
         x = np.geomspace(left, right, 200)
         axis.plot(x, np.minimum(flops, moved * x) / 1e9, color="black", lw=2, zorder=2)
-        for name, runs, depth, intensity, *spread in points.to_numpy().tolist():
-            (colour, marker), (speed, low, high) = _STYLES[name], np.array(spread) / 1e9
+        for point in points.itertuples():
+            colour, marker = _STYLES[str(point.name)]
+            speed, low, high = np.array([point.flops_per_s, point.low, point.high]) / 1e9
             axis.errorbar(
-                intensity, speed, yerr=[[speed - low], [high - speed]], fmt=marker, color=colour,
-                mfc="white" if depths.index(depth) else colour, ms=sizes[runs == 1], capsize=3,
-                lw=1.2, zorder=3,
+                point.intensity, speed, yerr=[[speed - low], [high - speed]], fmt=marker,
+                color=colour, mfc="white" if depths.index(point.depth) else colour,
+                ms=5 if point.runs == 1 else 8, capsize=3, lw=1.2, zorder=3,
             )  # fmt: skip
         axis.set_xscale("log")
         axis.set_xlim(left, right)
@@ -88,15 +87,13 @@ def draw_scaling(frame: pd.DataFrame) -> Figure:
       frame: columns `scaling.COLUMNS`; points on fewer devices are left to the table.
     """
     common = frame[frame["devices"] == frame["devices"].max()]
-    table2, study = (common[common["way"] == way] for way in ("table 2", "study"))
-    few = table2["depth"].min()
-    usual = table2[table2["depth"] != few]["runs"].max()
-    parts = {
-        ("runs", f"depth {few}"): table2[table2["depth"] == few],
-        ("depth", f"{usual:.0f} runs"): table2[table2["runs"] == usual],
-        ("variants", f"as in a study, depth {few}"): study,
-    }
-    parts = {what: part.sort_values(what[0]) for what, part in parts.items() if len(part)}
+    table2 = common[common["way"] == "table 2"]
+    parts = [
+        ("runs", "runs trained at once", "depth 2", table2[table2["depth"] == 2]),
+        ("depth", "depth", "20 runs", table2[table2["runs"] == 20]),
+        ("variants", "variants of each seed", "as in a study, depth 2",
+         common[common["way"] == "study"]),
+    ]  # fmt: skip
     handles = [
         make_handle("o", "-", color=_BLUE, lw=2, ms=5, label="measured"),
         make_handle("", ":", color=GREY, lw=1.5, label="in proportion to the first"),
@@ -108,7 +105,7 @@ def draw_scaling(frame: pd.DataFrame) -> Figure:
     )
     with settings():
         figure, axes = lay_out(2, len(parts), 2.2, handles, note, sharex=False, sharey=False)
-        for (top, bottom), ((name, title), part) in zip(axes.T, parts.items(), strict=True):
+        for (top, bottom), (name, label, title, part) in zip(axes.T, parts, strict=True):
             x, seconds = part[name].to_numpy(float), part["epoch_s"].to_numpy(float)
             for axis in (top, bottom):
                 axis.set_xscale("log")
@@ -119,9 +116,8 @@ def draw_scaling(frame: pd.DataFrame) -> Figure:
             top.plot(x, seconds, color=_BLUE, marker="o", lw=2, ms=5, zorder=3)
             top.vlines(x, part["low"], part["high"], color=_BLUE, lw=1.2)
             set_log_scale(top, seconds.min(), max(*line, *seconds))
-            top.set(title=title, ylabel="seconds of an epoch")
             memory = part["peak_memory_mb"].to_numpy(float) / 1e3
             bottom.plot(x, memory, color=_BLUE, marker="o", lw=2, ms=5, zorder=3)
-            bottom.set(ylim=(0, 1.15 * memory.max()), xlabel=_AXES[name])
-            bottom.set_ylabel("peak memory [GB]")
+            top.set(title=title, ylabel="seconds of an epoch")
+            bottom.set(ylim=(0, 1.15 * memory.max()), xlabel=label, ylabel="peak memory [GB]")
     return figure

@@ -57,18 +57,18 @@ STEPS = (
 def list_studies(results: Path, data: Mapping[str, str]) -> Iterator[Step]:
     """The plans in `configs/study` that `results` does not hold whole; those for a GPU alone last.
 
-    Args:
-      data: folders of the data sets that the package does not bring.
+    `data` has folders of the data sets that the package does not bring.
     """
     names = [name for name in presets() if name.startswith("study/") and "template" not in name]
     for name in sorted(names, key=lambda name: name.endswith("-gpu")):
-        if not is_complete(name, results / name):
-            plan = tomllib.loads((PRESETS / f"{name}.toml").read_text(encoding="utf-8"))
-            others = [dataset for dataset in plan["datasets"] if dataset != "mnist"]
-            lacks = " ".join(f"--data {x}=FOLDER" for x in others if x not in data)
-            given = [word for x in others if x in data for word in ("--data", f"{x}={data[x]}")]
-            # seldom, for a state of thousands of runs is gigabytes
-            yield Step(name, ("study", name, *given, "--checkpoint-every", "60"), lacks=lacks)
+        if is_complete(name, results / name):
+            continue
+        plan = tomllib.loads((PRESETS / f"{name}.toml").read_text(encoding="utf-8"))
+        others = [dataset for dataset in plan["datasets"] if dataset != "mnist"]
+        lacks = " ".join(f"--data {x}=FOLDER" for x in others if x not in data)
+        given = [word for x in others if x in data for word in ("--data", f"{x}={data[x]}")]
+        # seldom, for a state of thousands of runs is gigabytes
+        yield Step(name, ("study", name, *given, "--checkpoint-every", "60"), lacks=lacks)
 
 
 def is_complete(study: str, folder: Path) -> bool:
@@ -107,20 +107,18 @@ def run_step(step: Step, out: Path, seconds: float) -> tuple[str, str]:
 
 
 def work(steps: Sequence[Step], out: Path, minutes: float) -> pd.DataFrame:
-    """Take the steps in turn until the time is up.
+    """Take the steps in turn until the time is up; a row of `COLUMNS` for each, as in `gpu.csv`.
 
     A step that starts anew each time, and did not fit into a call, waits for the others.
-
-    Returns:
-      A row of `COLUMNS` for each step, as it is in `gpu.csv` after each of them.
     """
     known, end = out / "gpu.csv", time.monotonic() + 60 * minutes
-    before = pd.read_csv(known, keep_default_na=False).to_dict("records") if known.exists() else []
     rows: dict[str, dict[Any, Any]] = {
         step.name: {"step": step.name, "state": "waiting", "calls": 0, "seconds": 0.0, "said": ""}
         for step in steps
     }
-    rows |= {row["step"]: row for row in before if row["step"] in rows}
+    if known.exists():
+        before = pd.read_csv(known, keep_default_na=False).to_dict("records")
+        rows |= {row["step"]: row for row in before if row["step"] in rows}
     for step in sorted(steps, key=lambda step: step.whole and rows[step.name]["calls"]):
         row, started = rows[step.name], time.monotonic()
         if step.lacks:
@@ -142,9 +140,8 @@ def summarise(frame: pd.DataFrame, out: Path, device: dict[str, Any]) -> Measure
     facts: dict[str, Any] = {"device": device, "seconds": seconds}
     remarks = ["table2-compiled: Table 2 again, with the programs that the first time compiled."]
     if {"bench", "table2-compiled"} <= seconds.keys():
-        speeds = pd.read_csv(out / "bench" / f"{measure.slug(device)}.csv").query(
-            "name == 'geoopt'"
-        )
+        speeds = pd.read_csv(out / "bench" / f"{measure.slug(device)}.csv")
+        speeds = speeds[speeds["name"] == "geoopt"]
         epochs = pd.read_csv(out / "table2-compiled" / "runs.csv").groupby("depth")["epochs"].sum()
         if speeds.empty:
             remarks.append("geoopt's loop is not measured: torch or geoopt is not installed.")
@@ -153,9 +150,8 @@ def summarise(frame: pd.DataFrame, out: Path, device: dict[str, Any]) -> Measure
             facts["geoopt_s"] = float(needs)
             times = needs / seconds["table2-compiled"]
             remarks.append(f"geoopt's loop needs {needs:,.0f} s for these runs: × {times:,.0f}.")
-    cells = measure.make_cells(
-        "On a GPU", frame, {name: f"{{{name}}}" for name in COLUMNS}, remarks
-    )
+    columns = {name: f"{{{name}}}" for name in COLUMNS}
+    cells = measure.make_cells("On a GPU", frame, columns, remarks)
     return Measurement("gpu", {"": frame}, cells, facts)
 
 

@@ -8,6 +8,7 @@ though a CPU's has more kernels.
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -62,7 +63,7 @@ class Work(NamedTuple):
 
 
 def count_work(program: str) -> Work:
-    """The step of the loop that has the most kernels, in an epoch that over mini-batches.
+    """The step of the loop that has the most kernels, which in an epoch is that over mini-batches.
 
     Args:
       program: what XLA has compiled, as it prints it.
@@ -81,7 +82,7 @@ def count_kernels(body: str) -> Work:
     kernels = moved = 0
     for name, shape, kind, operands in re.findall(instruction, body, re.MULTILINE):
         arrays[name] = [
-            (dtype, _product(sizes))
+            (dtype, math.prod(map(int, filter(None, sizes.split(",")))))
             for dtype, sizes in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shape)
         ]
         if kind in FREE:
@@ -92,13 +93,6 @@ def count_kernels(body: str) -> Work:
         picked = [(d, min(count, written) if d[0] in "su" else count) for d, count in read]
         moved += sum(_SIZES.get(dtype, 4) * count for dtype, count in [*arrays[name], *picked])
     return Work(kernels, moved)
-
-
-def _product(sizes: str) -> int:
-    result = 1
-    for size in filter(None, sizes.split(",")):
-        result *= int(size)
-    return result
 
 
 def compile_for_h100(function: Callable[..., Any], arguments: tuple[Any, ...]) -> str | None:
@@ -141,26 +135,20 @@ def predict_us(work: Work, flops: float, launch_us: float, gpu: str) -> float:
 
 
 def measure_kernels(rounds: int, *, quick: bool, say: Say) -> Measurement:
-    """Every point, with its files and its table; `quick`: 10 runs alone.
-
-    Raises:
-      UserError: a worker fails.
-    """
+    """Every point; `quick`: 10 runs alone."""
     device = measure.find_device()
-    names = ("platform", "depth", "update", "runs")
-    chosen = {
-        point: Contestant("kernels", dict(zip(names, (device["platform"], *point), strict=True)))
-        for point in POINTS
-        if not quick or point[2] == POINTS[0][2]
-    }
+    chosen = {}
+    for depth, update, runs in POINTS:
+        options = {"depth": depth, "update": update, "runs": runs, "platform": device["platform"]}
+        if not quick or runs == POINTS[0][2]:
+            chosen[depth, update, runs] = Contestant("kernels.kernels", options)
     rows = []
-    for (depth, update, runs), found in measure.one_by_one(chosen, rounds, say):
+    for point, found in measure.one_by_one(chosen, rounds, say):
         about, work = found.about, Work(*found.about["work"])
-        flops = float(roofline.training_flops(depth) * roofline.BATCH * runs)
+        flops = float(roofline.training_flops(point[0]) * roofline.BATCH * point[2])
         predicted = [predict_us(work, flops, us, gpu) for gpu in GPUS for us in LAUNCH_US]
         here = found.spread("epoch_s", 1e6 / about["steps"])
-        compiled_for = about["compiled_for"]
-        rows.append([depth, update, runs, compiled_for, *work, flops, *predicted, *here])
+        rows.append([*point, about["compiled_for"], *work, flops, *predicted, *here])
     frame = pd.DataFrame(rows, columns=COLUMNS)
     facts = {
         "device": device,

@@ -51,33 +51,21 @@ class Spread(NamedTuple):
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was measured, ready to be written and shown.
+    """What was measured, ready to be written and shown."""
 
-    Attributes:
-      name: of its files, without the ending.
-      tables: frames by what follows the name.
-      cells: what is printed, its remarks as the note.
-      facts: of the measurement, for the JSON file.
-      figures: by what follows the name.
-    """
-
-    name: str
-    tables: Mapping[str, pd.DataFrame]
-    cells: Cells
-    facts: Mapping[str, Any]
-    figures: Mapping[str, Figure] = field(default_factory=dict)
+    name: str  # of its files, without the ending
+    tables: Mapping[str, pd.DataFrame]  # by what follows the name
+    cells: Cells  # what is printed
+    facts: Mapping[str, Any]  # for the JSON file
+    figures: Mapping[str, Figure] = field(default_factory=dict)  # by what follows the name
 
     def files(self, command: str, started: float, wall_s: float) -> dict[str, bytes]:
-        """The files of the results folder by name, with the command and when it was started.
-
-        Args:
-          started: seconds since the epoch.
-        """
-        when = datetime.datetime.fromtimestamp(started, datetime.UTC).isoformat("T", "seconds")
+        """The files of the results folder by name; `started` in seconds since the epoch."""
         versions = {"python": platform.python_version()}
         for name in PACKAGES:
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):
                 versions[name] = importlib.metadata.version(name)
+        when = datetime.datetime.fromtimestamp(started, datetime.UTC).isoformat("T", "seconds")
         facts = {
             "command": command, "started": when, "wall_s": round(wall_s, 1), "commit": commit(),
             "versions": versions, "processor": cpu_model(), "cores": count_cores(), **self.facts,
@@ -85,54 +73,41 @@ class Measurement:
         texts = {f"{self.name}{part}.csv": to_csv(t, 7) for part, t in self.tables.items()}
         texts[f"{self.name}.json"] = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
         texts[f"{self.name}.md"] = to_markdown(self.cells) + "\n"
-        return {name: text.encode() for name, text in texts.items()} | {
-            f"{self.name}{part}.{ending}": content
-            for part, figure in self.figures.items()
-            for ending, content in encode(figure).items()
-        }
+        files = {name: text.encode() for name, text in texts.items()}
+        for part, figure in self.figures.items():
+            for ending, content in encode(figure).items():
+                files[f"{self.name}{part}.{ending}"] = content
+        return files
 
 
 def make_cells(
     title: str, frame: pd.DataFrame, columns: Mapping[str, str], remarks: Iterable[str] = ()
 ) -> Cells:
-    """A table to be read.
-
-    Args:
-      columns: header → format of what stands below, filled with the values of a row of `frame`:
-        "{low:.2f}–{high:.2f}".
-      remarks: below the table, a line each.
-    """
-    rows = [
-        {header: text.format_map(row) for header, text in columns.items()}
-        for row in frame.to_dict("records")
-    ]
+    """A table to be read, and remarks: `columns` has by header a format that takes the values of
+    a row of `frame`, such as "{low:.2f}–{high:.2f}"."""
+    rows = [[text.format_map(row) for text in columns.values()] for row in frame.to_dict("records")]
     note = "\n".join(f"- {remark}" for remark in remarks)
     return Cells(title, pd.DataFrame(rows, columns=list(columns)), note)
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """Something to be measured: a kind of `worker.MODULES`, its options, in how many processes.
+    """Something to be measured: a generator of a module here, its options, in how many processes.
 
     Several processes are independent copies, each with data of its own and one thread.
     """
 
-    kind: str
+    kind: str  # "module.generator"
     options: Mapping[str, Any] = field(default_factory=dict)
     processes: int = 1
 
 
 class Found(NamedTuple):
-    """What a contestant has told.
+    """What a contestant has told."""
 
-    Attributes:
-      about: what it said of itself.
-      samples: of a repetition, over all copies; 0 where there are none.
-      answers: of each repetition; of several processes the longest time and the sum of the memory.
-    """
-
-    about: dict[str, Any]
-    samples: int
+    about: dict[str, Any]  # itself
+    samples: int  # of a repetition, over all copies; 0 where there are none
+    # of each repetition; of several processes the longest time and the sum of the memory
     answers: list[dict[str, float]]
 
     def spread(self, name: str, scale: float = 1.0) -> Spread:
@@ -145,19 +120,20 @@ class Worker:
 
     def __init__(self, contestant: Contestant, stack: contextlib.ExitStack):
         self._kind = contestant.kind
-        command = [sys.executable, "-m", "unitnorm.bench.worker", contestant.kind]
+        options = json.dumps(contestant.options)
         # several JAX processes share one GPU: none may take it whole
         environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
         environment |= ONE_THREAD if contestant.processes > 1 else {}
         errors = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
         self._errors = stack.enter_context(errors)
         self._processes: list[subprocess.Popen[str]] = []
-        stack.callback(self._end)
         for _ in range(contestant.processes):
             process = subprocess.Popen(
-                [*command, json.dumps(dict(contestant.options))], stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE, stderr=self._errors, text=True, env=environment,
+                [sys.executable, "-m", "unitnorm.bench.worker", contestant.kind, options],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
+                text=True, env=environment,
             )  # fmt: skip
+            stack.callback(_end, process)
             self._processes.append(process)
 
     def ready(self) -> list[dict[str, Any]]:
@@ -183,17 +159,18 @@ class Worker:
             return json.loads(line)
         process.wait()
         self._errors.seek(0)
-        said = [text.strip() for text in self._errors if text.strip()]
-        last = said[-1] if said else f"exit code {process.returncode}"
-        raise UserError(f"bench: {self._kind} failed while it was measured: {last}")
+        said = self._errors.read().split("\n")
+        last = next((x.strip() for x in said[::-1] if x.strip()), f"exit code {process.returncode}")
+        kind = self._kind.partition(".")[2]
+        raise UserError(f"bench: {kind} failed while it was measured: {last}")
 
-    def _end(self) -> None:
-        for process in self._processes:
-            try:
-                process.communicate(timeout=PATIENCE_S)  # the end of its input ends it
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.communicate()
+
+def _end(process: subprocess.Popen[str]) -> None:
+    try:
+        process.communicate(timeout=PATIENCE_S)  # the end of its input ends it
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
 
 
 def in_turns(
@@ -202,43 +179,32 @@ def in_turns(
     say: Say = lambda _: None,
     warm_up: int = WARM_UP,
 ) -> tuple[dict[Key, Found], dict[Key, str]]:
-    """Start all of them, and repeat them in turn.
+    """Start all of them, and repeat them in turn; a contestant that fails is a `UserError`.
 
     Each round begins with another one, so that none is always measured after the same neighbour.
 
-    Args:
-      rounds: repetitions of each that count; without any there is no warm-up either.
-      say: told what is being done.
-
     Returns:
       What was found, and for the others the package that is missing.
-
-    Raises:
-      UserError: a contestant fails.
     """
     with contextlib.ExitStack() as stack:
         say(f"starting {sum(c.processes for c in contestants.values())} processes")
         workers = {key: Worker(contestant, stack) for key, contestant in contestants.items()}
         told = {key: worker.ready() for key, worker in workers.items()}
-        missing = {
-            k: a["missing"] for k, answers in told.items() for a in answers if "missing" in a
-        }
+        missing = {key: a["missing"] for key, each in told.items() for a in each if "missing" in a}
         keys = [key for key in workers if key not in missing]
+        found = {}
         for key in keys:
+            about = told[key][0]["ready"]
+            found[key] = Found(about, len(told[key]) * about.get("samples", 0), [])
             for _ in range(warm_up if rounds else 0):
                 say(f"warming up {key}")
                 workers[key].repeat()
-        answers: dict[Key, list[dict[str, float]]] = {key: [] for key in keys}
         for number in range(rounds):
             first = number % max(len(keys), 1)
             for key in keys[first:] + keys[:first]:
                 say(f"round {number + 1} of {rounds}: {key}")
-                answers[key].append(workers[key].repeat())
-    abouts = {key: told[key][0]["ready"] for key in keys}
-    return {
-        key: Found(about, len(told[key]) * about.get("samples", 0), answers[key])
-        for key, about in abouts.items()
-    }, missing
+                found[key].answers.append(workers[key].repeat())
+    return found, missing
 
 
 def one_by_one(
@@ -253,16 +219,12 @@ def one_by_one(
 def find_device() -> dict[str, Any]:
     """What JAX computes on, as `run.provenance.device` tells it; asked in another process, which
     leaves a GPU's memory to the workers."""
-    found, _ = in_turns({"device": Contestant("nothing")}, 0)
+    found, _ = in_turns({"device": Contestant("contestants.nothing")}, 0)
     return found["device"].about["device"]
 
 
 def slug(device: Mapping[str, Any]) -> str:
-    """A device's name as a file's: `amd-epyc-2-cores`, `nvidia-h200`.
-
-    Args:
-      device: as `run.provenance.device` gives it.
-    """
+    """The name of a device, as `find_device` gives it, as a file's: `amd-epyc-2-cores`."""
     name = re.sub(r"\((r|tm)\)|cpu|processor|@.*", " ", str(device["kind"]).lower())
     name = re.sub(r"[^a-z0-9]+", "-", name).strip("-") or str(device["platform"])
     count, unit = device["count"], "cores" if device["platform"] == "cpu" else "devices"

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from unitnorm.archbn.config import Config
+from unitnorm.archbn.config import Config, Model
 from unitnorm.bench.worker import RATE
 from unitnorm.data import Dataset, load_dataset
 
@@ -23,13 +23,13 @@ from unitnorm.data import Dataset, load_dataset
 class ArchBN(nn.Module):
     """The same network as `unitnorm.archbn.model.ArchBN`."""
 
-    def __init__(self, features: int, depth: int, width: int, classes: int, config: Config):
+    def __init__(self, config: Model, features: int, classes: int, depth: int):
         super().__init__()
-        momentum, epsilon = 1 - config.model.bn_momentum, config.model.bn_epsilon
+        width, momentum = config.width, 1 - config.bn_momentum
         sizes = [features] + [width // 2] * depth
         self.linear = nn.ModuleList(nn.Linear(size, width, bias=False) for size in sizes[:-1])
         self.norm = nn.ModuleList(
-            nn.BatchNorm1d(width, eps=epsilon, momentum=momentum) for _ in range(depth)
+            nn.BatchNorm1d(width, eps=config.bn_epsilon, momentum=momentum) for _ in range(depth)
         )
         self.theta = nn.Linear(sizes[-1], classes, bias=False)
 
@@ -41,65 +41,53 @@ class ArchBN(nn.Module):
         return self.theta(x)
 
 
+def make_optimisers(name: str, network: ArchBN) -> list[Any]:
+    """PyTorch's "SGD"; geoopt's "RiemannianSGD" with the filters on its Sphere; or
+    Emerging-Optimizers' "ObliqueSGD" for the filters, which takes matrices alone, with SGD for the
+    rest."""
+    if name == "SGD":
+        return [torch.optim.SGD(network.parameters(), lr=RATE)]
+    for linear in network.linear:
+        linear.weight.data = nn.functional.normalize(linear.weight.data)
+    if name == "RiemannianSGD":
+        import geoopt
+
+        for linear in network.linear:
+            # the sphere is that of the last dimension: one for each filter
+            linear.weight = geoopt.ManifoldParameter(linear.weight, manifold=geoopt.Sphere())
+        return [geoopt.optim.RiemannianSGD(network.parameters(), lr=RATE)]
+    from emerging_optimizers.riemannian_optimizers import ObliqueSGD
+
+    rest = [*network.norm.parameters(), *network.theta.parameters()]
+    filters = list(network.linear.parameters())
+    return [ObliqueSGD(filters, lr=RATE, momentum=0.0, dim=1), torch.optim.SGD(rest, lr=RATE)]
+
+
 class Loop:
-    """One run's training.
+    """One run's training with one of `make_optimisers`."""
 
-    Args:
-      depth: of the network.
-      optimiser: PyTorch's "SGD"; geoopt's "RiemannianSGD" with the filters on its Sphere; or
-        Emerging-Optimizers' "ObliqueSGD" for the filters, which takes matrices alone, with SGD for
-        the rest.
-    """
-
-    def __init__(self, depth: int, mnist: Dataset, config: Config, optimiser: str):
+    def __init__(self, depth: int, data: Dataset, config: Config, optimiser: str):
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.batch = config.loss.batch_size
-        self.x = torch.tensor(mnist.train_images, dtype=torch.float32, device=self.device)
-        self.y = torch.tensor(mnist.train_labels.astype(np.int64), device=self.device)
+        self.x = torch.tensor(data.train_images, dtype=torch.float32, device=self.device)
+        self.y = torch.tensor(data.train_labels.astype(np.int64), device=self.device)
         torch.manual_seed(0)
-        features = mnist.train_images.shape[1]
-        self.model = ArchBN(features, depth, config.model.width, mnist.classes, config)
-        self.model.to(self.device)
-        filters = [linear.weight for linear in self.model.linear if isinstance(linear, nn.Linear)]
-        if optimiser != "SGD":
-            for weight in filters:
-                weight.data = nn.functional.normalize(weight.data)
-        if optimiser == "RiemannianSGD":
-            import geoopt
-
-            for linear in self.model.linear:
-                # the sphere is that of the last dimension: one for each filter
-                linear.weight = geoopt.ManifoldParameter(linear.weight, manifold=geoopt.Sphere())
-            optimisers = [geoopt.optim.RiemannianSGD(self.model.parameters(), lr=RATE)]
-        elif optimiser == "ObliqueSGD":
-            from emerging_optimizers.riemannian_optimizers import ObliqueSGD
-
-            rest = [*self.model.norm.parameters(), *self.model.theta.parameters()]
-            optimisers = [
-                ObliqueSGD(filters, lr=RATE, momentum=0.0, dim=1),
-                torch.optim.SGD(rest, lr=RATE),
-            ]
-        else:
-            optimisers = [torch.optim.SGD(self.model.parameters(), lr=RATE)]
-        self.optimisers: list[Any] = optimisers
+        self.network = ArchBN(config.model, data.train_images.shape[1], data.classes, depth)
+        self.network.to(self.device)
+        self.optimisers = make_optimisers(optimiser, self.network)
 
     def train(self, order: torch.Tensor) -> None:
         """One step for each mini-batch of `order`, int64 (images,)."""
-        self.model.train()
+        self.network.train()
         for index in order.split(self.batch):
-            self.model.zero_grad()
-            logits = self.model(self.x[index])
+            self.network.zero_grad()
+            logits = self.network(self.x[index])
             loss = nn.functional.cross_entropy(logits, self.y[index], reduction="sum")
             loss.backward()
             for optimiser in self.optimisers:
                 optimiser.step()
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-
-    def weights(self) -> list[np.ndarray]:
-        """Every W and θ, one filter per row, first layer first."""
-        found = [*self.model.linear, self.model.theta]
-        return [linear.weight.detach().cpu().numpy() for linear in found]
 
 
 def serve(optimiser: str, depth: int, images: int) -> Iterator[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What a training sample of ArchBN must cost, and what the machine then allows: pure functions.
+"""What a training sample of Table 2's ArchBN must cost.
 
 Only matrix products are counted as floating-point operations, as in every roofline: the rest of the
 network is a few per cent of them. Bytes are the least that must cross the memory bus if nothing but
@@ -8,25 +8,14 @@ each mini-batch.
 
 from __future__ import annotations
 
-# ArchBN of Table 2 on MNIST
 FEATURES, WIDTH, CLASSES, BATCH = 784, 64, 10, 100
 FLOAT = 4  # bytes of a float32
+VALIDATION_SHARE = 0.2  # validation images over training images, as in Table 2
 
 
-def products(depth: int) -> list[tuple[int, int]]:
-    """(inputs, outputs) of every product with a matrix of weights, first layer first."""
-    inner = [(WIDTH // 2, WIDTH)] * (depth - 1)
-    return [(FEATURES, WIDTH), *inner, (WIDTH // 2, CLASSES)]
-
-
-def count_parameters(depth: int) -> int:
-    """Numbers trained: weights, and scale and shift of every normalised feature."""
-    return sum(i * o for i, o in products(depth)) + depth * 2 * WIDTH
-
-
-def forward_flops(depth: int) -> int:
-    """Floating-point operations of one image's logits."""
-    return sum(2 * i * o for i, o in products(depth))
+def count_weights(depth: int) -> int:
+    """Of all matrices: each costs an image's logits a multiplication and an addition."""
+    return FEATURES * WIDTH + (depth - 1) * (WIDTH // 2) * WIDTH + (WIDTH // 2) * CLASSES
 
 
 def training_flops(depth: int) -> int:
@@ -35,18 +24,13 @@ def training_flops(depth: int) -> int:
     Backwards there is a product for the weights' gradient, and one for the inputs' but in the first
     layer, whose inputs are the pixels.
     """
-    return 3 * forward_flops(depth) - 2 * FEATURES * WIDTH
+    return 6 * count_weights(depth) - 2 * FEATURES * WIDTH
 
 
-def training_bytes(depth: int, pixel_bytes: int) -> float:
-    """Bytes that one image's share of a step must move.
-
-    Args:
-      pixel_bytes: 1 where images are kept as uint8, 4 as float32.
-    """
-    return FEATURES * pixel_bytes + 2 * FLOAT * count_parameters(depth) / BATCH
-
-
-def bound(flops: float, bytes_moved: float, flops_per_s: float, bytes_per_s: float) -> float:
-    """Samples per second that the machine allows: the lower of its two limits."""
-    return min(flops_per_s / flops, bytes_per_s / bytes_moved)
+def work_of(depth: int, *, ours: bool) -> tuple[float, float]:
+    """Floating-point operations and bytes of a training sample: of a peer, or of ours, which keeps
+    images as bytes and is evaluated, for its logits alone."""
+    weights, evaluated = count_weights(depth), VALIDATION_SHARE if ours else 0.0
+    parameters = weights + depth * 2 * WIDTH  # scale and shift of every normalised feature
+    moved = FEATURES * (1 if ours else FLOAT) + 2 * FLOAT * parameters / BATCH
+    return training_flops(depth) + evaluated * 2 * weights, moved + evaluated * FEATURES

@@ -16,7 +16,7 @@ from unitnorm.bench.compare import IMAGES, OURS, UPDATES
 from unitnorm.bench.measure import Contestant, Measurement, Say
 
 RUNS = (10, 20, 50, 100, 200)
-DEPTHS = (2, 4, 8, 16)
+DEPTHS = (4, 8, 16)
 VARIANTS = (1, 2, 4, 8, 16, 32, 64)
 SEEDS_PER_CORE = 2  # of a study's points
 RUN_EPOCHS = 25  # of a run, for runs per hour
@@ -44,38 +44,30 @@ class Point(NamedTuple):
             "variants": self.variants // len(updates), "images": images,
             "devices_used": self.devices,
         }  # fmt: skip
-        return Contestant("program", options)
+        return Contestant("contestants.program", options)
 
 
-def list_points(cores: int, quick: bool = False) -> list[Point]:
+def list_points(cores: int, quick: bool) -> list[Point]:
     """Runs and variants at depth 2, depths at 20 runs, and 20 runs on fewer devices.
 
-    Args:
-      cores: that are devices; the points of a study have as many seeds as these compute at once.
-      quick: a few of them.
+    A study has as many seeds as the cores compute at once.
     """
     seeds, table2 = SEEDS_PER_CORE * cores, OURS.runs
-    runs, depths, variants = (
-        (RUNS[:2], DEPTHS[1:2], VARIANTS[::3]) if quick else (RUNS, DEPTHS[1:], VARIANTS)
-    )
-    points = [Point(count, 2) for count in runs] + [Point(table2, depth) for depth in depths]
-    points += [Point(seeds * count, 2, variants=count, way=STUDY) for count in variants]
     fewer = [2**i for i in range(16) if 2**i < cores]
-    return points if quick else points + [Point(table2, 2, count) for count in fewer]
+    return [
+        *(Point(count, 2) for count in RUNS[: 2 if quick else None]),
+        *(Point(table2, depth) for depth in DEPTHS[: 1 if quick else None]),
+        *(Point(seeds * n, 2, variants=n, way=STUDY) for n in VARIANTS[:: 3 if quick else 1]),
+        *(Point(table2, 2, count) for count in fewer if not quick),
+    ]
 
 
 def measure_scaling(rounds: int, images: int, *, quick: bool, say: Say) -> Measurement:
-    """Measure every point, with its files and its table.
+    """Measure every point with epochs of so many training images.
 
     Low and high are the fastest and the slowest epoch, in seconds; `runs_per_hour` of `RUN_EPOCHS`
     epochs of `IMAGES` images; memory in MB (10⁶ bytes), `device_memory_mb` empty where it is the
     computer's own.
-
-    Args:
-      images: training images of an epoch.
-
-    Raises:
-      UserError: a process fails, for instance because the memory is full.
     """
     device = measure.find_device()
     cores = device["count"] if device["platform"] == "cpu" else 1  # GPUs are taken all

@@ -23,11 +23,10 @@ from unitnorm.errors import UserError
 
 COLUMNS = ["what", "cache", "seconds", "low", "high"]
 COMMAND = [sys.executable, "-m", "unitnorm"]
-HELP, TRAIN = "unitnorm --help", "unitnorm train"
 
 
 def startup() -> Iterator[dict[str, Any]]:
-    """Seconds of each start, by (command, cache)."""
+    """Seconds of each start."""
     yield {}
     while True:
         with tempfile.TemporaryDirectory() as folder:
@@ -41,19 +40,14 @@ def seconds_of_help() -> float:
     """The whole of `unitnorm --help`."""
     start = time.perf_counter()
     done = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True, check=False)
-    seconds = time.perf_counter() - start
     if done.returncode != 0:
         raise UserError(f"unitnorm --help failed: {done.stderr.strip()}")
-    return seconds
+    return time.perf_counter() - start
 
 
 def seconds_to_first_epoch(folder: Path, name: str) -> float:
-    """`unitnorm train` into an empty folder up to its first line about an epoch; then it is ended.
-
-    Args:
-      folder: holds the cache that successive calls share, and the results.
-      name: of the results' folder.
-    """
+    """`unitnorm train` into an empty folder `name` up to its first line about an epoch; then it is
+    ended. `folder` holds the cache, too, that successive calls share."""
     words = [*COMMAND, "train", "--out", str(folder / name)]
     environment = {**os.environ, "UNITNORM_CACHE": str(folder / "cache")}
     said = []
@@ -77,14 +71,14 @@ def seconds_to_first_epoch(folder: Path, name: str) -> float:
 
 
 def measure_startup(rounds: int, *, say: Say) -> Measurement:
-    """Every start, with its files and its table; low and high are the fastest and the slowest.
-
-    Raises:
-      UserError: a command fails.
-    """
-    found, _ = measure.in_turns({"startup": Contestant("startup")}, rounds, say, warm_up=0)
-    starts = {"help": (HELP, ""), "cold": (TRAIN, "cold"), "warm": (TRAIN, "warm")}
-    rows = [[*what, *found["startup"].spread(name)] for name, what in starts.items()]
+    """Every start; low and high are the fastest and the slowest."""
+    starts = {"startup": Contestant("startup.startup")}
+    found = measure.in_turns(starts, rounds, say, warm_up=0)[0]["startup"]
+    rows = [
+        ["unitnorm --help", "", *found.spread("help")],
+        ["unitnorm train", "cold", *found.spread("cold")],
+        ["unitnorm train", "warm", *found.spread("warm")],
+    ]
     frame = pd.DataFrame(rows, columns=COLUMNS)
     facts = {
         "rounds": rounds,

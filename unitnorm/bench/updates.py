@@ -20,7 +20,7 @@ from jax.sharding import SingleDeviceSharding
 
 from unitnorm.bench import measure
 from unitnorm.bench.contestants import memory_rate, seconds_of
-from unitnorm.bench.measure import Contestant, Found, Measurement, Say
+from unitnorm.bench.measure import Contestant, Measurement, Say
 from unitnorm.geometry import retraction
 from unitnorm.report.style import label
 from unitnorm.report.tables import Cells
@@ -46,18 +46,15 @@ def list_transformations(shape: Sequence[int]) -> dict[str, optax.GradientTransf
     """The registry's updates and optax's own, for filters of a shape."""
     reduced = tuple(range(len(shape) - 1))  # Muon's matrix: filters by their inputs
     numbers = optax.contrib.MuonDimensionNumbers(reduced, len(shape) - 1)
-    muon = optax.contrib.muon(RATE, muon_weight_dimension_numbers=numbers)
-    ours = {
-        label(name): update.filters(RATE, axis=filter_axis(shape))
-        for name, update in UPDATES.items()
-        if name not in LEFT_OUT
-    }
-    return {
+    made = {
         "optax.sgd": optax.sgd(RATE),
         "optax.adam": optax.adam(RATE),
-        "optax muon": muon,
-        **ours,
+        "optax muon": optax.contrib.muon(RATE, muon_weight_dimension_numbers=numbers),
     }
+    for name, update in UPDATES.items():
+        if name not in LEFT_OUT:
+            made[label(name)] = update.filters(RATE, axis=filter_axis(shape))
+    return made
 
 
 def updates(shape: Sequence[int]) -> Iterator[dict[str, Any]]:
@@ -104,18 +101,21 @@ def compile_steps(
 
 
 def measure_updates(rounds: int, *, quick: bool, say: Say) -> Measurement:
-    """Every update at every shape, with its files and its table; `quick`: the smaller shapes.
-
-    Raises:
-      UserError: a worker fails.
-    """
+    """Every update at every shape; `quick`: the smaller shapes."""
     device = measure.find_device()
     chosen = {
-        "×".join(map(str, shape)): Contestant("updates", {"shape": shape})
+        "×".join(map(str, shape)): Contestant("updates.updates", {"shape": shape})
         for shape in SHAPES
         if not quick or math.prod(shape) <= SMALL
     }
-    frame = pd.concat([tabulate(*each) for each in measure.one_by_one(chosen, rounds, say)])
+    rows = []
+    for shape, found in measure.one_by_one(chosen, rounds, say):
+        size = found.about["parameters"]
+        ns, rate = 1e9 / size, found.spread("bytes_per_s").median
+        for name, seconds in found.about["compile_s"].items():
+            memory = ns * found.about["bytes"][name] / rate
+            rows.append([shape, name, size, *found.spread(name, ns), memory, seconds])
+    frame = pd.DataFrame(rows, columns=COLUMNS)
     facts = {
         "device": device,
         "rounds": rounds,
@@ -124,17 +124,6 @@ def measure_updates(rounds: int, *, quick: bool, say: Say) -> Measurement:
         "and the gradient, read; compile_s: tracing and compiling, nothing cached",
     }
     return Measurement(f"{measure.slug(device)}-updates", {"": frame}, show(frame), facts)
-
-
-def tabulate(shape: str, found: Found) -> pd.DataFrame:
-    """Rows of `COLUMNS` of a shape."""
-    size = found.about["parameters"]
-    ns, rate = 1e9 / size, found.spread("bytes_per_s").median
-    rows = [
-        [shape, name, size, *found.spread(name, ns), ns * found.about["bytes"][name] / rate, s]
-        for name, s in found.about["compile_s"].items()
-    ]
-    return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def show(frame: pd.DataFrame) -> Cells:

@@ -1,8 +1,8 @@
 """The process that serves one contestant: `python -m unitnorm.bench.worker KIND OPTIONS`.
 
-A contestant is a generator. It sets up and gives what it tells of itself, then one repetition after
-the other, each with what it has found. The process passes both on as lines of JSON, a repetition
-for each line on its standard input, and ends with the input.
+A contestant is a generator, KIND its module here and its name. It sets up and gives what it tells
+of itself, then one repetition after the other, each with what it has found. The process passes
+both on as lines of JSON, a repetition for each line on its standard input, and ends with the input.
 """
 
 from __future__ import annotations
@@ -20,21 +20,13 @@ from typing import Any
 
 RATE = 1e-3  # at which every update trains at every depth; speed does not depend on it
 OPTIONAL = ("torch", "geoopt", "emerging_optimizers")
-MODULES = {  # the generators of each, by name
-    "unitnorm.bench.contestants": ("nothing", "program", "optax_loop", "machine"),
-    "unitnorm.bench.peers": ("torch_sgd", "geoopt", "oblique_sgd"),
-    "unitnorm.bench.updates": ("updates",),
-    "unitnorm.bench.kernels": ("kernels",),
-    "unitnorm.bench.convolution": ("convolution",),
-    "unitnorm.bench.startup": ("startup",),
-}
 
 
 def serve(kind: str, options: dict[str, Any], orders: Iterator[str]) -> Iterator[dict[str, Any]]:
     """The answers of a contestant: {"ready": …} or {"missing": package}, then one per order."""
+    module, _, name = kind.partition(".")
     try:
-        module = next(name for name, kinds in MODULES.items() if kind in kinds)
-        contestant = getattr(importlib.import_module(module), kind)(**options)
+        contestant = getattr(importlib.import_module(f"unitnorm.bench.{module}"), name)(**options)
         yield {"ready": next(contestant)}
     except ModuleNotFoundError as error:
         if error.name not in OPTIONAL:
