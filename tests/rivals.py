@@ -94,6 +94,15 @@ def sgd_wd(W, gradient, rate, decay=5e-4):
         yield W
 
 
+def sgd_momentum(W, gradient, rate, momentum=0.9, decay=5e-4, nesterov=False):
+    m = np.zeros_like(W)
+    while True:
+        g = gradient(W) + decay * W
+        m = momentum * m + g
+        W = W - rate * (g + momentum * m if nesterov else m)
+        yield W
+
+
 def un_carried(W, gradient, rate, median=False):
     n = np.diag(W @ W.T)
     while True:

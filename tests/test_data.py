@@ -18,7 +18,7 @@ import PIL.Image
 import pytest
 
 import unitnorm.data
-from tests.idx import idx_bytes
+from tests.idx import idx_bytes, idx_of
 from unitnorm.data import idx, load_dataset
 from unitnorm.errors import UserError
 
@@ -138,6 +138,16 @@ def test_own_idx_files(form, tmp_path):
     assert dataset.describe() == "mine: 12 + 6 images, 4×6, 3 classes"
     assert dataset.sha256 == sha256_of(*(hashlib.sha256(c).hexdigest() for c in SMALL.values()))
     assert load_dataset("shapes", data_dir=tmp_path / "mine").name == "shapes"
+
+
+def test_images_in_colour_have_four_dimensions(source):
+    for name, count in ((NAMES[0], 12), (NAMES[2], 6)):
+        (source / name).unlink()
+        images = np.arange(count * 24, dtype=np.uint32).reshape(count, 2, 4, 3) % 256
+        (source / name.replace("idx3", "idx4")).write_bytes(idx_of(images))
+    dataset = load_dataset(data_dir=source)
+    assert dataset.image_shape == (2, 4, 3)
+    assert dataset.train_images[1].tolist() == [*range(24, 48)]
 
 
 def test_two_files_of_one_part_must_be_copies(source):

@@ -109,6 +109,8 @@ OPTIONS = [
     ("un-momentum", functools.partial(updates.un_momentum, momentum=0.5, nesterov=True),
      {"momentum": 0.5, "nesterov": True}),
     ("sgd-wd", functools.partial(updates.sgd_wd, summed_over=100), {"decay": 0.05}),
+    ("sgd-momentum", functools.partial(updates.sgd_momentum, nesterov=True, weight_decay=0.1),
+     {"nesterov": True, "decay": 0.1}),
 ]  # fmt: skip
 
 

@@ -24,8 +24,8 @@ from unitnorm.updates import UPDATES
 DEPTH, STEPS, EPOCHS, RATE = 2, 20, 2, 0.01
 # What the symmetry changes these do not undo.
 BLIND = {
-    "b-sgd", "sgd-wd", "weight-norm", "un-carried", "b-sgd-median", "sgdp", "adamp", "lars",
-    "adam-srt", "renorm-sgd", "adamwn", "muon", "manifold-muon",
+    "b-sgd", "sgd-wd", "sgd-momentum", "weight-norm", "un-carried", "b-sgd-median", "sgdp", "adamp",
+    "lars", "adam-srt", "renorm-sgd", "adamwn", "muon", "manifold-muon",
 }  # fmt: skip
 
 

@@ -18,11 +18,11 @@ every_update = pytest.mark.parametrize("name", UPDATES)
 CONSTRAINED = [name for name, update in UPDATES.items() if update.constrained]
 # All but these leave a zero filter where it is.
 MOVES_DEAD_FILTERS = {
-    "b-sgd", "sgd-wd", "b-sgd-median", "sgdp", "adamp", "lars", "adam-srt", "renorm-sgd", "adamwn",
-    "muon", "manifold-muon",
+    "b-sgd", "sgd-wd", "sgd-momentum", "b-sgd-median", "sgdp", "adamp", "lars", "adam-srt",
+    "renorm-sgd", "adamwn", "muon", "manifold-muon",
 }  # fmt: skip
 # These move every entry alike, so they need neither axes nor two of them.
-WITH_AXIS = [name for name in UPDATES if name not in {"b-sgd", "sgd-wd", "lars"}]
+WITH_AXIS = [name for name in UPDATES if name not in {"b-sgd", "sgd-wd", "sgd-momentum", "lars"}]
 # These go the same way from every scaling of their filters.
 INVARIANT = {*CONSTRAINED, "sm"} - {"un-carried"}
 ADAMS = {"un-adam", "adamp", "adam-g", "nero", "adam-srt", "hyperball", "ngpt", "adamwn", "muon"}
@@ -297,7 +297,7 @@ def test_dead_filters_and_zero_gradients_give_no_nan(name):
             assert np.all(np.isfinite(w))
             stays = name not in MOVES_DEAD_FILTERS or not np.any(g)
             assert np.all(np.abs(w[..., 1]) < 1e-6) == stays
-    if name not in {"sgd-wd", "manifold-muon"}:
+    if name not in {"sgd-wd", "sgd-momentum", "manifold-muon"}:
         assert_close(path, jax.tree.map(lambda w: jnp.stack([w] * 3), dead), atol=2e-7)
 
 

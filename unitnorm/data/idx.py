@@ -25,12 +25,14 @@ FILES = (
     "t10k-images-idx3-ubyte",
     "t10k-labels-idx1-ubyte",
 )
-# Also train-images.idx3-ubyte, emnist-balanced-test-labels-idx1-ubyte.GZ and the like.
+# Also train-images.idx3-ubyte, emnist-balanced-test-labels-idx1-ubyte.GZ and the like; idx4 is in
+# colour.
 _NAME = re.compile(
-    r"(?:.+-)?(?:(train)|t10k|test)-(?:(images)[-.]idx3|labels[-.]idx1)-ubyte(?:\.gz)?", re.I
+    r"(?:.+-)?(?:(train)|t10k|test)-(?:(images)[-.]idx[34]|labels[-.]idx1)-ubyte(?:\.gz)?", re.I
 )
 _PIECE = 1 << 20  # bytes
-_KINDS = {bytes([0, 0, 8, 1]): "a labels file", bytes([0, 0, 8, 3]): "an images file"}
+_KINDS = {bytes([0, 0, 8, 1]): "a labels file", bytes([0, 0, 8, 3]): "an images file",
+          bytes([0, 0, 8, 4]): "an images file in colour"}  # fmt: skip
 _OTHER_KINDS = {  # what people find in place of a data file, by its first bytes
     b"<": "a web page; download the file again",
     b"version ": "a pointer of Git LFS; `git lfs pull` gets the file",
@@ -71,7 +73,7 @@ def _read_copies(paths: list[Path], ndim: int) -> NDArray[np.uint8]:
 
 
 def read(path: Path, ndim: int) -> NDArray[np.uint8]:
-    """Reads one file of `ndim` dimensions, raw or gzipped: its first bytes tell, not its name."""
+    """Reads a file, raw or gzipped, of 1 dimension for labels or 3 for images: 4 if in colour."""
     try:
         with open(path, "rb") as raw:
             packed = raw.read(2) == b"\x1f\x8b"
@@ -88,8 +90,11 @@ def read(path: Path, ndim: int) -> NDArray[np.uint8]:
 
 def _parse(stream: BinaryIO | gzip.GzipFile, ndim: int, name: str) -> NDArray[np.uint8]:
     """The values of a stream that must end where its header says."""
+    header = _take(stream, 4)
+    if ndim == 3 and header == bytes([0, 0, 8, 4]):
+        ndim = 4  # the last one is that of the colours
     magic = bytes([0, 0, 8, ndim])
-    header = _take(stream, 4 + 4 * ndim)
+    header += _take(stream, 4 * ndim)
     kind = f"{_KINDS[magic]} with IDX magic number {int.from_bytes(magic)}"
     expect(header[:4] == magic[: len(header)], name, kind, _describe(header))
     length, cut = 4 + 4 * ndim, f"{len(header)} bytes in all; the file is truncated"

@@ -32,7 +32,14 @@ from typing import Any
 
 import optax
 
-from unitnorm.updates.euclidean import b_sgd, b_sgd_median, sgd_wd, sm, weight_norm
+from unitnorm.updates.euclidean import (
+    b_sgd,
+    b_sgd_median,
+    sgd_momentum,
+    sgd_wd,
+    sm,
+    weight_norm,
+)
 from unitnorm.updates.manifold import (
     normalize,
     on_sphere,
@@ -79,7 +86,7 @@ __all__ = [
     "check_update_name", "examine_kernels", "find_update", "hyperball", "lars", "manifold_muon",
     "muon", "nero", "ngpt", "normalize", "normalize_filters", "normalized_kernels",
     "normalized_kernels_nnx", "on_sphere", "partition", "renorm_sgd",
-    "rotational_sgd", "sgd_g", "sgd_wd", "sgdp", "sm", "un", "un_adam",
+    "rotational_sgd", "sgd_g", "sgd_momentum", "sgd_wd", "sgdp", "sm", "un", "un_adam",
     "un_carried", "un_momentum", "un_nesterov", "weight_norm",
 ]  # fmt: skip
 
@@ -110,6 +117,7 @@ _UPDATES = (
     Update("normalize", normalize, optax.sgd, True, "step, then unit norm (Huang et al. 2017)"),
     Update("weight-norm", weight_norm, optax.sgd, False, "W = g v/‖v‖ (Salimans and Kingma 2016)"),
     Update("sgd-wd", sgd_wd, optax.sgd, False, "weight decay 5e-4 (van Laarhoven 2017)"),
+    Update("sgd-momentum", sgd_momentum, _heavy_ball, False, "momentum 0.9, weight decay 5e-4"),
     Update("sgdp", sgdp, _heavy_ball, False, "projected SGD with momentum (Heo et al. 2021)"),
     Update("adamp", adamp, optax.adam, False, "projected Adam (Heo et al. 2021)"),
     Update("sgd-g", sgd_g, _heavy_ball, True, "momentum along geodesics (Cho and Lee 2017)"),

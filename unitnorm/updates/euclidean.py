@@ -13,10 +13,12 @@ from unitnorm.updates.parts import (
     Axes,
     AxisSpec,
     LearningRate,
+    Number,
     Schedulable,
     Transformation,
     map_value,
     norms_leaf,
+    refuse_schedule,
     stateful,
     stateless,
     value_at,
@@ -105,6 +107,38 @@ def sgd_wd(
 
     decay = map_value(lambda each: summed_over * each, weight_decay)
     return widened(optax.chain(optax.add_decayed_weights(decay), optax.sgd(learning_rate)))
+
+
+@with_rate
+def sgd_momentum(
+    learning_rate: LearningRate,
+    momentum: Number = 0.9,
+    weight_decay: Schedulable = 5e-4,
+    *,
+    nesterov: bool = False,
+    axis: AxisSpec = None,
+) -> Transformation:
+    """SGD as most networks are trained: m ← μ m + ∇ℓ + η w, w ← w − λ m, or λ (μ m + ∇ℓ + η w).
+
+    The second is Nesterov's. `weight_decay` η is as in `sgd_wd`. Where norms have settled, filters
+    turn by about √(2λη/(1+μ)) a step, whatever the gradient: see `rotational_sgd`.
+
+    Source: Polyak (1964); Sutskever et al. (2013) for Nesterov's form; optax.sgd.
+
+    >>> import jax.numpy as jnp, unitnorm
+    >>> w, g = jnp.array([[1.0], [0.0]]), jnp.array([[0.0], [1.0]])
+    >>> tx = unitnorm.sgd_momentum(0.5, weight_decay=0.0)
+    >>> state = tx.init(w)
+    >>> for _ in range(2):
+    ...     step, state = tx.update(g, state, w)
+    ...     print(step.ravel())
+    [ 0.  -0.5]
+    [ 0.   -0.95]
+    """
+    del axis
+    refuse_schedule("momentum", momentum)
+    decay = optax.add_decayed_weights(weight_decay)
+    return widened(optax.chain(decay, optax.sgd(learning_rate, momentum, nesterov)))
 
 
 @with_rate
