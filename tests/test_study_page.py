@@ -12,7 +12,7 @@ from tests.study_example import COMPARISONS, find, invent_runs, invent_spread_ru
 from unitnorm.errors import UserError
 from unitnorm.study.figures import CHARTS
 from unitnorm.study.page import build_page, is_page
-from unitnorm.study.report import Findings
+from unitnorm.study.report import Findings, read_answer
 from unitnorm.study.statistics import pair_runs, rank
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -69,6 +69,18 @@ def test_charts_draw_only_columns_that_the_rows_have(page):
         rows = data["starts" if name == "spreads" else "best-rates"]["charts"][name]
         fields = set(re.findall(r'"field": "([^"]+)"', json.dumps(spec)))
         assert fields - {"lost", "is_best"} <= set(rows), name
+
+
+def test_the_first_screen_says_the_answer_that_a_readme_gives(tmp_path, studies):
+    (tmp_path / "README.md").write_text(
+        "# A study\n\n**In short:** the *rate*, by 0.35<!--=a.csv:t.x[0]-->\npoints "
+        "([plan](p.toml)).\n\nMore.\n"
+    )
+    answer = read_answer(tmp_path)
+    assert answer == "the rate, by 0.35 points (plan)."
+    assert read_answer(tmp_path / "none") == ""
+    data = data_of(build_page({"one": studies["starts"]._replace(answer=answer)}))
+    assert data["one"]["answer"] == answer
 
 
 def test_unfinished_studies_have_a_page():

@@ -67,7 +67,8 @@ def _pack(study: Findings) -> dict:
     ranks = ranks.assign(place=[name_place(row) for row in ranks.to_dict("records")])
     updates = dict(zip(runs["arm"], runs["update"], strict=True))
     return {
-        "about": plan.question,
+        "question": plan.question,
+        "answer": study.answer,
         "arms": figures.assign_looks(updates),
         "comparisons": comparisons,
         "ranks": _columns(ranks),

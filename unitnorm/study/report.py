@@ -1,6 +1,7 @@
 """What a study's records show: comparisons, rates, ranks and figures, from the runs alone."""
 
 import math
+import re
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -35,6 +36,7 @@ class Findings(NamedTuple):
     plan: Plan
     compared: pd.DataFrame  # see `statistics.with_looks`
     looks: pd.DataFrame  # see `statistics.add_looks`
+    answer: str = ""  # in a sentence, see `read_answer`
 
 
 def plan_of(known: Records) -> Plan:
@@ -58,7 +60,17 @@ def look(folder: Path, known: Records) -> Findings:
         for command in known.provenance["commands"]
     ]
     looks = statistics.add_looks(before, compared, max(ends).isoformat())
-    return Findings(known, plan, statistics.with_looks(compared, looks, plan.alpha), looks)
+    compared = statistics.with_looks(compared, looks, plan.alpha)
+    return Findings(known, plan, compared, looks, read_answer(folder))
+
+
+def read_answer(folder: Path) -> str:
+    """What a folder's README says "**In short:**", up to the next empty line, as plain text."""
+    path = folder / "README.md"
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    found = re.search(r"\*\*In short:\*\* (.+?)(?:\n\n|\Z)", text, re.DOTALL)
+    plain = re.sub(r"<!--.*?-->|\]\([^)]*\)|[*`\[]", "", found[1]) if found else ""
+    return " ".join(plain.split())
 
 
 def build(study: Findings) -> dict[str, bytes]:
@@ -90,7 +102,7 @@ def chart_rows(study: Findings) -> dict[str, pd.DataFrame]:
     """What each chart draws, by its name; without those that have nothing to draw."""
     from unitnorm.study import figures
 
-    known, plan, compared, _ = study
+    known, plan, compared = study.known, study.plan, study.compared
     runs, rows = known["runs"], {"forest": figures.forest_rows(compared, plan.margin)}
     tuning = runs[runs["purpose"] == "tune"]
     if (tuning.groupby("arm")["filters_rate"].nunique() > 2).any():  # two points are no curve
@@ -112,7 +124,7 @@ def show(study: Findings) -> Group:
 
 def comparison_cells(study: Findings) -> Cells:
     """The comparisons, to be read."""
-    known, plan, compared, _ = study
+    known, plan, compared = study.known, study.plan, study.compared
     rows = [
         {
             "data": statistics.name_place(row),
