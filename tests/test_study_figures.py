@@ -8,12 +8,42 @@ import pytest
 
 from tests.study_example import COMPARISONS, RATES, find, invent_runs, invent_spread_runs
 from unitnorm.study import figures, report
-from unitnorm.study.statistics import budget_means, compare, rate_means
+from unitnorm.study.statistics import budget_means, compare, drifts, rate_means
 
 
 @pytest.fixture(scope="module")
 def runs() -> pd.DataFrame:
     return invent_runs()
+
+
+def test_drifts_divide_the_cosine_out_and_pair_with_un(runs):
+    """Two arms at 25 epochs of cosine; a start of norm 10 has a hundredth of the first rate."""
+    left = (1 + math.cos(math.pi * 24 / 25)) / 2
+    seeds = range(4)
+    common = {
+        "dataset": "mnist", "network": "archbn", "depth": 2, "purpose": "compare",
+        "schedule": "cosine", "start": "balanced", "spread": 0.0, "diverged": False,
+    }  # fmt: skip
+    arms = {
+        "un": {"update": "un", "filters_rate": 0.01, "effective_rate": 0.01 * left},
+        "falls": {"update": "b-sgd", "filters_rate": 0.01, "effective_rate": 0.002 * left},
+        "long": {"update": "b-sgd", "filters_rate": 1.0, "effective_rate": 0.008 * left,
+                 "start": "norms", "spread": 1.0},
+        "un-carried": {"update": "un-carried", "filters_rate": 0.01, "effective_rate": 0.01 * left},
+    }  # fmt: skip
+    errors = {"un": 0.02, "falls": 0.023, "long": 0.021, "un-carried": 0.03}
+    rows = [
+        {**common, "arm": arm, "seed": seed, "test_error": errors[arm] + 0.001 * seed, **own}
+        for arm, own in arms.items()
+        for seed in seeds
+    ]
+    table = drifts(pd.DataFrame(rows), dict.fromkeys(arms, 25)).set_index("arm")
+    assert list(table.index) == ["falls", "long"]
+    np.testing.assert_allclose(table["drift"], [0.2, 0.8])
+    np.testing.assert_allclose(table["mean"], [0.3, 0.1])
+    drawn = figures.drift_rows({"one": table.reset_index(), "two": table.reset_index()})
+    assert list(drawn["series"]) == ["one: falls", "one: long", "two: falls", "two: long"]
+    assert figures.draw("drifts", drawn)["svg"].startswith(b"<svg")
 
 
 def test_forest_has_each_comparison_of_errors_and_keeps_one_failure_from_hiding_the_rest(runs):

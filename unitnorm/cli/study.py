@@ -202,7 +202,7 @@ def write_report(out: Path, known: Records, page: bool) -> None:
 
 
 def write_page(path: Path, mine: Path, study: Findings) -> None:
-    """The page of all studies in the folders beside it, one of which is held."""
+    """The page and the figure of all studies in the folders beside it, one of which is held."""
     from unitnorm.run import records
     from unitnorm.study import report
     from unitnorm.study.page import build_page
@@ -215,5 +215,6 @@ def write_page(path: Path, mine: Path, study: Findings) -> None:
         elif records.kind_of(folder) == "study":
             studies[folder.name] = report.look(folder, records.read_alone(folder, SCHEMA))
     with records.locked(path.parent):
-        records.write_files(path.parent, {path.name: build_page(studies)})
+        files = {path.name: build_page(studies), **report.build_drifts(studies)}
+        records.write_files(path.parent, files)
     click.echo(f"{path}: {', '.join(studies)}")

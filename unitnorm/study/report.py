@@ -116,6 +116,20 @@ def chart_rows(study: Findings) -> dict[str, pd.DataFrame]:
     return {name: table for name, table in rows.items() if len(table)}
 
 
+def build_drifts(studies: Mapping[str, Findings]) -> dict[str, bytes]:
+    """The figure of all studies together: see `figures.drift_rows`; {} without such arms."""
+    from unitnorm.study import figures
+
+    tables = {}
+    for name, study in studies.items():
+        epochs = {arm: study.plan.config_of(arm).train.max_epochs for arm in study.plan.arms}
+        found = statistics.drifts(study.known["runs"], epochs)
+        if len(found):
+            tables[name] = found
+    drawn = figures.draw("drifts", figures.drift_rows(tables)) if tables else {}
+    return {f"drifts.{ending}": content for ending, content in drawn.items()}
+
+
 def show(study: Findings) -> Group:
     """What `unitnorm study` prints."""
     nothing = Text("no comparison has runs of both of its arms yet")

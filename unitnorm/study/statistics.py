@@ -18,7 +18,7 @@ import pandas as pd
 from scipy import special
 
 from unitnorm.errors import UserError
-from unitnorm.report.statistics import compare_pairs, summarise, summarise_groups
+from unitnorm.report.statistics import Summary, compare_pairs, summarise, summarise_groups
 from unitnorm.study.config import ARCHBN, ComparisonPlan, Place, Rates
 from unitnorm.study.schema import BUDGETS
 
@@ -405,6 +405,36 @@ def spread_means(runs: pd.DataFrame) -> pd.DataFrame:
         part = part.iloc[np.argsort(part["start"] != kind, kind="stable")]
         parts.append(part.drop_duplicates([*keys, "seed"]))
     return summarise_errors(pd.concat(parts), keys)
+
+
+def drifts(runs: pd.DataFrame, epochs: Mapping[str, int]) -> pd.DataFrame:
+    """How far each arm's effective rate drifts, and how far it ends from UN, under cosine.
+
+    Args:
+        epochs: those that the schedule of each arm is made for.
+
+    Returns:
+        A row for each place and arm that has seeds in common with an arm of UN: `drift`, the mean
+        effective rate of the last epoch over that of the start, the fall of cosine divided out; and
+        of the test error's difference to UN in pairs by seed, in percentage points, `mean`,
+        `ci_low`, `ci_high` and `n`.
+    """
+    known = (runs["start"] == "norms") | (runs["start"] == "balanced")
+    # UN at the rates of B-SGD: older records have λ in place of its effective rate
+    known &= (runs["schedule"] == "cosine") & (runs["update"] != "un-carried") & ~runs["diverged"]
+    runs, rows = runs[known & (runs["purpose"] == "compare")], []
+    for place, here in runs.groupby(PLACE):
+        baseline = here[(here["update"] == "un") & here["arm"].str.fullmatch(r"un(@.*)?")]
+        for (arm, update), mine in here.groupby(["arm", "update"], sort=False):
+            both = pair_runs(mine, baseline, "test_error").dropna()
+            if arm in set(baseline["arm"]) or len(both) < 3:
+                continue
+            left = 0.5 - 0.5 * math.cos(math.pi / epochs[str(arm)])
+            norm = np.where(mine["start"] == "norms", 10 ** mine["spread"], 1.0)
+            drift = (mine["effective_rate"] / left / (mine["filters_rate"] / norm**2)).mean()
+            found = summarise(both["difference"].to_numpy())
+            rows.append((*place, arm, update, drift, len(both), *found))
+    return pd.DataFrame(rows, columns=[*PLACE, "arm", "update", "drift", "n", *Summary._fields])
 
 
 def rank(runs: pd.DataFrame) -> pd.DataFrame:

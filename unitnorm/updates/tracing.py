@@ -49,34 +49,28 @@ def _results(equation: JaxprEqn, operands: list[Any]) -> Sequence[Any]:
     name, params = equation.primitive.name, equation.params
     if name in _INLINED:
         inner = params["call_jaxpr"] if "call_jaxpr" in params else params["jaxpr"]
-        inner = inner if isinstance(inner, ClosedJaxpr) else ClosedJaxpr(inner, ())
-        return evaluate(inner, operands)
+        return evaluate(_closed(inner), operands)
     if name == "scan":
-        consts, carried = params["num_consts"], params["num_consts"] + params["num_carry"]
+        step, consts, carried = _parts_of_scan(equation)
 
         def body(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
-            after = evaluate(params["jaxpr"], [*operands[:consts], *carry, *xs])
-            return after[: params["num_carry"]], after[params["num_carry"] :]
+            after = evaluate(step, [*operands[:consts], *carry, *xs])
+            return after[: carried - consts], after[carried - consts :]
 
         carry, ys = jax.lax.scan(
-            body,
-            operands[consts:carried],
-            operands[carried:],
-            params["length"],
-            params["reverse"],
-            params["unroll"],
+            body, operands[consts:carried], operands[carried:], params["length"], params["reverse"]
         )
         return [*carry, *ys]
     if name == "while":
-        test, step = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
+        test, rest = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
         return jax.lax.while_loop(
-            lambda at: evaluate(params["cond_jaxpr"], [*operands[:test], *at])[0],
-            lambda at: evaluate(params["body_jaxpr"], [*operands[test:step], *at]),
-            operands[step:],
+            lambda at: evaluate(_closed(params["cond_jaxpr"]), [*operands[:test], *at])[0],
+            lambda at: evaluate(_closed(params["body_jaxpr"]), [*operands[test:rest], *at]),
+            operands[rest:],
         )
     if name == "cond":
         branches = [
-            functools.partial(lambda branch, *at: evaluate(branch, at), branch)
+            functools.partial(lambda branch, *at: evaluate(_closed(branch), at), branch)
             for branch in params["branches"]
         ]
         return jax.lax.switch(operands[0], branches, *operands[1:])
@@ -89,6 +83,24 @@ def _results(equation: JaxprEqn, operands: list[Any]) -> Sequence[Any]:
         }
     outputs = equation.primitive.bind(*operands, **equation.primitive.get_bind_params(params))
     return [_wide(out) for out in (outputs if equation.primitive.multiple_results else [outputs])]
+
+
+def _closed(jaxpr: Any) -> ClosedJaxpr:
+    return jaxpr if isinstance(jaxpr, ClosedJaxpr) else ClosedJaxpr(jaxpr, ())
+
+
+def _parts_of_scan(equation: JaxprEqn) -> tuple[ClosedJaxpr, int, int]:
+    """The code of a step, and where constants and carries end among its arguments.
+
+    Shapes tell, as versions of JAX give the counts different names: a slice has fewer dimensions.
+    """
+    step = _closed(equation.params["jaxpr"])
+
+    def count_whole(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+        return sum(a.aval.ndim == b.aval.ndim for a, b in zip(outside, inside, strict=True))
+
+    carried = count_whole(equation.invars, step.jaxpr.invars)
+    return step, carried - count_whole(equation.outvars, step.jaxpr.outvars), carried
 
 
 def _is_narrow(dtype: Any) -> bool:
@@ -147,15 +159,15 @@ def find_contacts(
         if met or both.intersection(operands):
             both.update(equation.outvars)
         if equation.primitive.name == "scan" and met:
-            body = equation.params["jaxpr"].jaxpr
+            step, consts, carried = _parts_of_scan(equation)
+            body = step.jaxpr
             inside = dict(zip(body.invars, equation.invars, strict=True))
-            consts, carry = equation.params["num_consts"], equation.params["num_carry"]
             within = find_contacts(
                 body,
                 {v: leaves[o] for v, o in inside.items() if o in operands and leaves.get(o)},
                 sizes,
                 {v for v, o in inside.items() if o in operands and o in data}
-                | set(body.invars[consts : consts + carry]),
+                | set(body.invars[consts:carried]),
             )
             for leaf in union:
                 kinds = {c.primitive for c in within if leaf in c.leaves}
