@@ -7,10 +7,12 @@ from typing import get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from flax import nnx
 
 import unitnorm
 from unitnorm.archbn import protocol
-from unitnorm.archbn.resnet import NETWORKS, PAD, augment, convolutional
+from unitnorm.archbn.resnet import NETWORKS, PAD, Conv, augment, convolutional
 from unitnorm.data import Dataset
 from unitnorm.run.config import parse
 from unitnorm.run.loop import Session
@@ -18,7 +20,7 @@ from unitnorm.run.records import Records
 from unitnorm.study.config import Plan
 from unitnorm.study.experiment import Study
 
-SHAPE = (8, 8, 3)
+SHAPE = (16, 16, 3)
 PLAN = {
     "question": "Does it pay?", "datasets": ["colours"], "depths": [],
     "networks": ["resnet9-narrow"], "tune": {"first": 1, "count": 0},
@@ -59,6 +61,16 @@ def test_its_kernels_are_those_that_the_library_finds(hurried):
     assert jax.tree.structure(moved) == jax.tree.structure(stats)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_its_convolution_is_one(stride):
+    conv, x = Conv(3, 5, stride, nnx.Rngs(0)), X[:4].reshape(-1, *SHAPE)
+    dimensions = ("NHWC", "HWIO", "NHWC")
+    expected = jax.lax.conv_general_dilated(
+        x, conv.kernel[...], (stride, stride), ((1, 1), (1, 1)), dimension_numbers=dimensions
+    )
+    np.testing.assert_allclose(conv(x), expected, rtol=1e-5, atol=1e-3)
+
+
 def test_augmentation_moves_and_mirrors_whole_images():
     changed = np.asarray(augment(SHAPE, jax.random.key(1), X)).reshape(-1, *SHAPE)
     padded = np.pad(X.reshape(-1, *SHAPE), ((0, 0), (PAD, PAD), (PAD, PAD), (0, 0)), "reflect")
@@ -69,7 +81,7 @@ def test_augmentation_moves_and_mirrors_whole_images():
         for top in places
         for left in places
         for flip in (1, -1)
-        if np.array_equal(image[top : top + 8, left : left + 8][:, ::flip], found)
+        if np.array_equal(image[top : top + 16, left : left + 16][:, ::flip], found)
     }
     assert len({top for top, _ in moves}) > 4
     assert {flip for _, flip in moves} == {1, -1}

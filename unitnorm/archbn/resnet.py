@@ -22,11 +22,36 @@ PAD = 4  # pixels that a crop may move an image by
 BN_MOMENTUM = 0.9  # of the running statistics
 
 
-class ConvBlock(nnx.Module):
-    """Convolution 3 × 3 without bias, batch normalisation, ReLU, and pooling of 2 × 2 if asked."""
+class Conv(nnx.Module):
+    """Convolution 3 × 3 without bias, as one product of matrices.
 
-    def __init__(self, inputs: int, outputs: int, *, pool: bool = False, rngs: nnx.Rngs):
-        self.conv = nnx.Conv(inputs, outputs, (3, 3), use_bias=False, rngs=rngs)
+    With a kernel for each run of a program, XLA's own convolution takes the runs one by one, and on
+    a CPU a hundred times as long.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int, rngs: nnx.Rngs):
+        make = nnx.initializers.lecun_normal()
+        self.kernel = nnx.Param(make(rngs.params(), (3, 3, inputs, outputs)))
+        self.stride = stride
+
+    def __call__(self, x: Array) -> Array:
+        height, width = x.shape[1:3]
+        padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        moved = [
+            padded[:, i : i + height : self.stride, j : j + width : self.stride]
+            for i in range(3)
+            for j in range(3)
+        ]
+        return jnp.concatenate(moved, -1) @ self.kernel[...].reshape(-1, self.kernel.shape[-1])
+
+
+class ConvBlock(nnx.Module):
+    """Convolution, batch normalisation, ReLU, and pooling of 2 × 2 if asked."""
+
+    def __init__(
+        self, inputs: int, outputs: int, *, pool: bool = False, stride: int = 1, rngs: nnx.Rngs
+    ):
+        self.conv = Conv(inputs, outputs, stride, rngs)
         self.norm = nnx.BatchNorm(outputs, momentum=BN_MOMENTUM, use_fast_variance=False, rngs=rngs)
         self.pool = pool
 
@@ -39,14 +64,17 @@ class ResNet9(nnx.Module):
     """Images (batch, height · width · channels), 0 to 255, to logits (batch, classes).
 
     Args:
-      shape: of an image: (height, width) or (height, width, channels), at least 8 × 8.
+      shape: of an image: (height, width) or (height, width, channels), at least 8 × 8 by `stride`.
       width: filters of the first convolution; the widest have eight times as many.
+      stride: of the first convolution.
     """
 
-    def __init__(self, shape: tuple[int, ...], classes: int, *, width: int, rngs: nnx.Rngs):
+    def __init__(
+        self, shape: tuple[int, ...], classes: int, *, width: int, stride: int, rngs: nnx.Rngs
+    ):
         self.shape = (*shape, 1)[:3]
         block = partial(ConvBlock, rngs=rngs)
-        self.prepare = block(self.shape[2], width)
+        self.prepare = block(self.shape[2], width, stride=stride)
         self.first = block(width, 2 * width, pool=True)
         self.residual = nnx.List([block(2 * width, 2 * width) for _ in range(2)])
         self.second = block(2 * width, 4 * width, pool=True)
@@ -69,8 +97,8 @@ class ResNet9(nnx.Module):
 
 
 NETWORKS: dict[str, Callable[..., nnx.Module]] = {
-    "resnet9-narrow": partial(ResNet9, width=8),
-    "resnet9": partial(ResNet9, width=64),
+    "resnet9-narrow": partial(ResNet9, width=8, stride=2),
+    "resnet9": partial(ResNet9, width=64, stride=1),
 }
 
 
