@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 import pydantic
 
-from unitnorm.errors import Interrupted
+from unitnorm.errors import Interrupted, UserError
 from unitnorm.examples import transformer
 from unitnorm.report.statistics import compare_pairs, summarise
 from unitnorm.report.tables import Cells, to_csv, to_page
@@ -50,7 +50,7 @@ ARMS = {
         rest_rates=(1e-3, 2e-3, 3e-3, 4e-3, 6e-3, 8e-3, 1.2e-2, 1.6e-2, 2.4e-2, 3.2e-2, 4.8e-2,
                     6.4e-2),
     ),
-    "adamw, decay": Arm(
+    "adamw-decay": Arm(
         update="adamw", rest_rates=(4e-3, 8e-3, 1.6e-2, 3.2e-2), decays=(0.03, 0.1, 0.3, 1.0)
     ),
     "un-adam": Arm(
@@ -186,4 +186,9 @@ def main(folder: str = "runs/transformer") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except Interrupted:
+        sys.exit("interrupted; what is saved stays, and the same command goes on")
+    except UserError as error:
+        sys.exit(str(error))
