@@ -22,6 +22,14 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("unitnorm")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def two_cores() -> Iterator[None]:
+    """A command in this process finds as many cores as it has devices, on any machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("unitnorm.run.devices.count_cores", lambda: 2)
+        yield
+
+
 @pytest.fixture
 def hurried() -> Iterator[None]:
     """Compiles without optimising, in half the time, what runs a few times only. Not where bits

@@ -20,6 +20,7 @@ from unitnorm.archbn.config import Config
 from unitnorm.data import load_dataset
 from unitnorm.run import devices
 from unitnorm.run.config import parse
+from unitnorm.run.devices import count_cores
 from unitnorm.run.loop import Session
 from unitnorm.run.planner import Group
 from unitnorm.table2 import experiment
@@ -60,6 +61,7 @@ def on_macos(monkeypatch):
 
 def test_on_macos_every_core_is_used(on_macos, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 10)
+    monkeypatch.setattr(devices, "count_cores", count_cores)
     told = {}
     monkeypatch.setattr(jax.config, "update", told.__setitem__)
     for asked, used in ((None, 10), (3, 3)):
@@ -95,10 +97,10 @@ def test_only_the_cores_that_this_process_may_use_are_counted():
     allowed = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(allowed)})
     try:
-        assert devices.count_cores() == 1
+        assert count_cores() == 1
     finally:
         os.sched_setaffinity(0, allowed)
-    assert devices.count_cores() == len(allowed)
+    assert count_cores() == len(allowed)
 
 
 # ---------------------------------------------------------------- bits

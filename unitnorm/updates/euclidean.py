@@ -131,9 +131,9 @@ def sgd_momentum(
     >>> state = tx.init(w)
     >>> for _ in range(2):
     ...     step, state = tx.update(g, state, w)
-    ...     print(step.ravel())
-    [ 0.  -0.5]
-    [ 0.   -0.95]
+    ...     print(step[1])
+    [-0.5]
+    [-0.95]
     """
     del axis
     refuse_schedule("momentum", momentum)
