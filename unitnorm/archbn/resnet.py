@@ -26,7 +26,7 @@ class Conv(nnx.Module):
     """Convolution 3 × 3 without bias, as one product of matrices.
 
     With a kernel for each run of a program, XLA's own convolution takes the runs one by one, and on
-    a CPU a hundred times as long.
+    a CPU many times as long.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int, rngs: nnx.Rngs):

@@ -22,6 +22,7 @@ from unitnorm.report.style import GREY, assign_styles, label
 from unitnorm.report.tables import format_points
 from unitnorm.study.statistics import (
     budget_means,
+    cosine_left,
     is_error,
     name_comparison,
     name_metric,
@@ -107,7 +108,7 @@ def effective_rows(runs: pd.DataFrame, epochs: Mapping[str, int]) -> pd.DataFram
     """
     table = rate_rows(runs)
     last = table["arm"].map(epochs).to_numpy(float)
-    left = np.where(table["schedule"] == "cosine", 0.5 - 0.5 * np.cos(np.pi / last), 1.0)
+    left = np.where(table["schedule"] == "cosine", cosine_left(last), 1.0)
     table = table.assign(y=table["effective_rate"] / left, ci_low=math.nan, ci_high=math.nan)
     return _looking(table, "arm")[table["y"] > 0]
 

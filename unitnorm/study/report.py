@@ -44,6 +44,11 @@ def plan_of(known: Records) -> Plan:
     return parse(known.provenance["config"], "provenance.json", Plan)
 
 
+def epochs_of(plan: Plan) -> dict[str, int]:
+    """The epochs that the schedule of each arm is made for."""
+    return {name: plan.config_of(name).train.max_epochs for name in plan.arms}
+
+
 def look(folder: Path, known: Records) -> Findings:
     """Compare what a folder's records hold, as the next look after those that it keeps."""
     plan = plan_of(known)
@@ -106,9 +111,8 @@ def chart_rows(study: Findings) -> dict[str, pd.DataFrame]:
     runs, rows = known["runs"], {"forest": figures.forest_rows(compared, plan.margin)}
     tuning = runs[runs["purpose"] == "tune"]
     if (tuning.groupby("arm")["filters_rate"].nunique() > 2).any():  # two points are no curve
-        epochs = {name: plan.config_of(name).train.max_epochs for name in plan.arms}
         rows["rates"] = figures.rate_rows(runs)
-        rows["effective_rates"] = figures.effective_rows(runs, epochs)
+        rows["effective_rates"] = figures.effective_rows(runs, epochs_of(plan))
     if (runs["purpose"] == "compare").any():
         rows["budgets"] = figures.budget_rows(runs)
         if (runs["spread"] > 0).any():
@@ -122,8 +126,7 @@ def build_drifts(studies: Mapping[str, Findings]) -> dict[str, bytes]:
 
     tables = {}
     for name, study in studies.items():
-        epochs = {arm: study.plan.config_of(arm).train.max_epochs for arm in study.plan.arms}
-        found = statistics.drifts(study.known["runs"], epochs)
+        found = statistics.drifts(study.known["runs"], epochs_of(study.plan))
         if len(found):
             tables[name] = found
     drawn = figures.draw("drifts", figures.drift_rows(tables)) if tables else {}

@@ -407,6 +407,11 @@ def spread_means(runs: pd.DataFrame) -> pd.DataFrame:
     return summarise_errors(pd.concat(parts), keys)
 
 
+def cosine_left(epochs: float | np.ndarray) -> np.ndarray:
+    """What cosine leaves of a base rate in the last of so many epochs, as a factor."""
+    return 0.5 - 0.5 * np.cos(np.pi / np.asarray(epochs))
+
+
 def drifts(runs: pd.DataFrame, epochs: Mapping[str, int]) -> pd.DataFrame:
     """How far each arm's effective rate drifts, and how far it ends from UN, under cosine.
 
@@ -429,7 +434,7 @@ def drifts(runs: pd.DataFrame, epochs: Mapping[str, int]) -> pd.DataFrame:
             both = pair_runs(mine, baseline, "test_error").dropna()
             if arm in set(baseline["arm"]) or len(both) < 3:
                 continue
-            left = 0.5 - 0.5 * math.cos(math.pi / epochs[str(arm)])
+            left = cosine_left(epochs[str(arm)])
             norm = np.where(mine["start"] == "norms", 10 ** mine["spread"], 1.0)
             drift = (mine["effective_rate"] / left / (mine["filters_rate"] / norm**2)).mean()
             found = summarise(both["difference"].to_numpy())
