@@ -63,8 +63,8 @@ def test_its_kernels_are_those_that_the_library_finds(hurried):
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_its_convolution_is_one(stride):
-    conv, x = Conv(3, 5, stride, nnx.Rngs(0)), X[:4].reshape(-1, *SHAPE)
-    dimensions = ("NHWC", "HWIO", "NHWC")
+    conv, x = Conv(3, 5, stride, nnx.Rngs(0)), X[:4].reshape(-1, *SHAPE).transpose(3, 1, 2, 0)
+    dimensions = ("CHWN", "HWIO", "CHWN")
     expected = jax.lax.conv_general_dilated(
         x, conv.kernel[...], (stride, stride), ((1, 1), (1, 1)), dimension_numbers=dimensions
     )

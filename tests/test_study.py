@@ -22,7 +22,7 @@ from unitnorm.study import experiment
 from unitnorm.study.config import ArmPlan, ComparisonPlan, Plan, Seeds
 from unitnorm.study.report import plan_of
 from unitnorm.study.schema import SCHEMA
-from unitnorm.study.statistics import unpack_wrong
+from unitnorm.study.statistics import choose_rates, unpack_wrong
 
 PLAN = """
 question = "Does it work?"
@@ -234,6 +234,7 @@ def test_the_time_of_a_run_is_that_of_one_that_goes_on(plan, blobs, monkeypatch,
         ({"compare.first": 100}, "share seeds"),
         ({"compare.first": 50, "arms.un.count": 51}, "share seeds"),
         ({"arms.carried.count": 5}, "carried follows the first arm, but has another"),
+        ({"halving": [[2, 1]]}, "after 2 of 2 tuning seeds"),
         ({"tune.count": 0, "arms.un": {"decays": [0.0, 0.1]}}, "several rates"),
         ({"depths": []}, "nothing to train"),
         ({"training.loss.batch": 3}, "unknown key loss.batch"),
@@ -270,6 +271,39 @@ def test_arms_share_what_is_said_once_and_several_may_have_one_baseline(plan_fil
 def test_a_decay_is_an_axis_of_the_grid():
     arm = ArmPlan(update="un", rates=[1.0], filters_rates=[2.0, 3.0], decays=[0.0, 0.5])
     assert set(arm.grid()) == {(f, 1.0, eta) for f in (2.0, 3.0) for eta in (0.0, 0.5)}
+
+
+def test_halving_gives_more_seeds_to_the_best_settings_and_chooses_among_those(plan_file):
+    changes = {"arms": {"un": {"rates": [0.1, 0.2, 0.3, 0.4]}}, "comparisons": []}
+    plan = load(plan_file, {**changes, "tune.count": 4, "halving": [[1, 3], [2, 2]]}, Plan)
+    assert experiment.count_runs(plan) == {"tune": 4 + 3 + 2 * 2, "compare": 3}
+    # the first is lucky with one seed, the second with two, the third never runs with more
+    errors = {0.1: (1, 9), 0.2: (2, 2, 9, 9), 0.3: (8,), 0.4: (3, 5, 1, 1)}
+    runs, rungs = SCHEMA.frame("runs", []), []
+    while (groups := missing_rates(plan, runs))[0][0] == "tune":
+        rungs.append({(rate, seed) for _, rate, seed in groups})
+        rows = [
+            {"dataset": "blobs", "network": "archbn", "depth": 2, "arm": "un", "update": "un",
+             "purpose": "tune", "seed": seed, "filters_rate": rate, "rest_rate": rate, "decay": 0.0,
+             "start": "balanced", "spread": 0.0, "schedule": "cosine", "diverged": False,
+             "val_error": errors[rate][seed - 100] / 100, "effective_rate": 0.01}
+            for _, rate, seed in groups
+        ]  # fmt: skip
+        runs = pd.concat([runs, pd.DataFrame(rows).reindex(columns=runs.columns)])
+    assert rungs == [
+        {(rate, 100) for rate in errors},
+        {(rate, 101) for rate in (0.1, 0.2, 0.4)},
+        {(rate, seed) for rate in (0.2, 0.4) for seed in (102, 103)},
+    ]
+    assert groups == [("compare", 0.4, seed) for seed in (200, 201, 202)]
+    assert list(choose_rates(runs)["filters_rate"]) == [0.4]
+
+
+def missing_rates(plan: Plan, runs: pd.DataFrame) -> list[tuple[str, float, int]]:
+    """Purpose, rate and seed of every run that can be trained now."""
+    known = replace(Records.empty(SCHEMA), tables={"runs": runs})
+    cells = pd.concat([group.cells for group in experiment.Study(plan).missing(known)])
+    return [*cells[["purpose", "filters_rate", "seed"]].itertuples(index=False, name=None)]
 
 
 @pytest.mark.parametrize("name", [path.name for path in sorted(RESULTS.iterdir()) if path.is_dir()])

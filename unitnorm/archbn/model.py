@@ -115,7 +115,8 @@ class Network(NamedTuple):
     (logits, statistics), the statistics moved where `train` is true. `mask(parameters)` is true for
     the kernels whose filters feed a normalisation layer, which run over the axes `axis` of theirs
     (None: all but the last). `augment(key, x)` changes a mini-batch that is trained on; None: it
-    stays. All can be traced.
+    stays. All can be traced. `together` is how many runs a CPU computes in one batch: of ArchBN
+    more than two leave its caches, and with one XLA has no batch to work on; either costs a fifth.
     """
 
     init: Callable[[Array], tuple[Any, Any]]
@@ -124,6 +125,7 @@ class Network(NamedTuple):
     axis: int | tuple[int, ...] | None
     bn_momentum: float  # of the running statistics
     augment: Callable[[Array, Array], Array] | None = None
+    together: int = 2
 
     def filters(self, params: Any) -> list[Array]:
         """Every kernel of filters, first layer first."""

@@ -25,8 +25,9 @@ BN_MOMENTUM = 0.9  # of the running statistics
 class Conv(nnx.Module):
     """Convolution 3 × 3 without bias, as one product of matrices.
 
-    With a kernel for each run of a program, XLA's own convolution takes the runs one by one, and on
-    a CPU many times as long.
+    From and to (channels, height, width, images). With a kernel for each run of a program, XLA's
+    own convolution takes the runs one by one, and on a CPU many times as long. With the images
+    last, all that is moved are long rows.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int, rngs: nnx.Rngs):
@@ -37,48 +38,54 @@ class Conv(nnx.Module):
     def __call__(self, x: Array) -> Array:
         height, width = x.shape[1:3]
         padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        moved = [
+        moved = jnp.concatenate([
             padded[:, i : i + height : self.stride, j : j + width : self.stride]
             for i in range(3)
             for j in range(3)
-        ]
-        return jnp.concatenate(moved, -1) @ self.kernel[...].reshape(-1, self.kernel.shape[-1])
+        ])  # fmt: skip
+        filters = self.kernel[...].reshape(-1, self.kernel.shape[-1]).T
+        return (filters @ moved.reshape(len(moved), -1)).reshape(-1, *moved.shape[1:])
 
 
 class ConvBlock(nnx.Module):
-    """Convolution, batch normalisation, ReLU, and pooling of 2 × 2 if asked."""
+    """Convolution, batch normalisation, ReLU; `halve` the images by a "stride" or by "pool"ing."""
 
-    def __init__(
-        self, inputs: int, outputs: int, *, pool: bool = False, stride: int = 1, rngs: nnx.Rngs
-    ):
-        self.conv = Conv(inputs, outputs, stride, rngs)
-        self.norm = nnx.BatchNorm(outputs, momentum=BN_MOMENTUM, use_fast_variance=False, rngs=rngs)
-        self.pool = pool
+    def __init__(self, inputs: int, outputs: int, halve: str = "", *, rngs: nnx.Rngs):
+        self.conv = Conv(inputs, outputs, 2 if halve == "stride" else 1, rngs)
+        self.norm = nnx.BatchNorm(
+            outputs, axis=0, momentum=BN_MOMENTUM, use_fast_variance=False, rngs=rngs
+        )
+        self.pool = halve == "pool"
 
     def __call__(self, x: Array, *, train: bool) -> Array:
         x = nnx.relu(self.norm(self.conv(x), use_running_average=not train))
-        return nnx.max_pool(x, (2, 2), (2, 2)) if self.pool else x
+        if not self.pool:
+            return x
+        channels, height, width, images = x.shape
+        return x.reshape(channels, height // 2, 2, width // 2, 2, images).max((2, 4))
 
 
 class ResNet9(nnx.Module):
     """Images (batch, height · width · channels), 0 to 255, to logits (batch, classes).
 
     Args:
-      shape: of an image: (height, width) or (height, width, channels), at least 8 × 8 by `stride`.
+      shape: of an image: (height, width) or (height, width, channels), divisible by 8.
       width: filters of the first convolution; the widest have eight times as many.
-      stride: of the first convolution.
+      strided: the first convolution has a stride of 2, too, and strides stand for pooling; it takes
+        a seventh of the operations. Images then have to be divisible by 16.
     """
 
     def __init__(
-        self, shape: tuple[int, ...], classes: int, *, width: int, stride: int, rngs: nnx.Rngs
+        self, shape: tuple[int, ...], classes: int, *, width: int, strided: bool, rngs: nnx.Rngs
     ):
         self.shape = (*shape, 1)[:3]
         block = partial(ConvBlock, rngs=rngs)
-        self.prepare = block(self.shape[2], width, stride=stride)
-        self.first = block(width, 2 * width, pool=True)
+        early, later = ("stride", "stride") if strided else ("", "pool")
+        self.prepare = block(self.shape[2], width, early)
+        self.first = block(width, 2 * width, later)
         self.residual = nnx.List([block(2 * width, 2 * width) for _ in range(2)])
-        self.second = block(2 * width, 4 * width, pool=True)
-        self.third = block(4 * width, 8 * width, pool=True)
+        self.second = block(2 * width, 4 * width, later)
+        self.third = block(4 * width, 8 * width, later)
         self.residual_last = nnx.List([block(8 * width, 8 * width) for _ in range(2)])
         self.classifier = nnx.Linear(8 * width, classes, use_bias=False, rngs=rngs)
 
@@ -88,17 +95,17 @@ class ResNet9(nnx.Module):
                 x = block(x, train=train)
             return x
 
-        x = (x.reshape(-1, *self.shape) / 255 - 0.5) / 0.25
+        x = ((x.reshape(-1, *self.shape) / 255 - 0.5) / 0.25).transpose(3, 1, 2, 0)
         x = through(x, self.prepare, self.first)
         x = x + through(x, *self.residual)
         x = through(x, self.second, self.third)
         x = x + through(x, *self.residual_last)
-        return 0.125 * self.classifier(x.max((1, 2)))
+        return 0.125 * self.classifier(x.max((1, 2)).T)
 
 
 NETWORKS: dict[str, Callable[..., nnx.Module]] = {
-    "resnet9-narrow": partial(ResNet9, width=8, stride=2),
-    "resnet9": partial(ResNet9, width=64, stride=1),
+    "resnet9-narrow": partial(ResNet9, width=8, strided=True),
+    "resnet9": partial(ResNet9, width=64, strided=False),
 }
 
 
@@ -107,7 +114,7 @@ def convolutional(name: str, shape: tuple[int, ...], classes: int) -> Network:
     """A network of `NETWORKS` as pure functions, its mini-batches flipped and shifted at random."""
     make = partial(NETWORKS[name], shape, classes)
     network = split_network(lambda rngs: make(rngs=rngs), kernel_mask, None, BN_MOMENTUM)
-    return network._replace(augment=partial(augment, (*shape, 1)[:3]))
+    return network._replace(augment=partial(augment, (*shape, 1)[:3]), together=1)
 
 
 def kernel_mask(params: Any) -> Any:

@@ -26,10 +26,6 @@ from unitnorm.archbn.training import Arm, Run, Settings, Task, make_training
 from unitnorm.data import Dataset
 from unitnorm.run.loop import Status
 
-# Runs that a CPU device computes together: with more they leave its caches, with one XLA has no
-# batch to work on; either costs a fifth. A GPU or TPU computes all of its runs together.
-CPU_BLOCK = 2
-
 
 class Program:
     """The training of runs to their end: a `loop.Trainable`. A state has a `Run` for each arm.
@@ -44,9 +40,11 @@ class Program:
         settings = [_fill(given) for _, given in arms]
         counts = [len(given.seed) for given in settings]
         self.samples = sum(counts) * sizes.train_images
-        devices = jax.devices()[: sum(-(-count // CPU_BLOCK) for count in counts)]
+        block = task.network.together
+        devices = jax.devices()[: sum(-(-count // block) for count in counts)]
+        # a GPU or TPU computes all of its runs together
         on_cpu = devices[0].platform == "cpu"
-        blocks = [CPU_BLOCK if on_cpu else -(-count // len(devices)) for count in counts]
+        blocks = [block if on_cpu else -(-count // len(devices)) for count in counts]
         self._dealt = deal(counts, blocks, len(devices))
         self._places = [np.argsort(dealt)[np.sum(dealt < 0) :] for dealt in self._dealt]
         self._settings = tuple(

@@ -3,9 +3,9 @@
 Four ways to train it, each tuned with seeds of their own, then compared on fresh ones. Predicted
 before any run: with its rate and decay tuned, AdamW reaches un-adam, within 0.01 nats a letter;
 without decay it stays behind; UN, whose steps know no second moment, does too. The grids of un-adam
-and un were moved twice, with nothing compared yet, since their best settings stood at an edge: first
-to higher rates, with decay of the rest, then un-adam's to a higher rate of the rest and un's to
-lower rates. All that was tried is in the records and counts, so these two had the most settings.
+and un were moved twice, with nothing compared yet, since their best settings stood at an edge: to
+higher rates, with decay of the rest; then un-adam's to a higher rate of the rest, un's to lower
+rates. All that was tried is in the records and counts, so these two had the most settings.
 """
 
 import itertools

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterator, Sequence
 from operator import itemgetter
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -105,6 +106,7 @@ class Plan(ExperimentConfig):
     networks: list[Literal["resnet9-narrow", "resnet9"]] = Field([])
     tune: Seeds = Seeds(first=1000, count=10)
     compare: Seeds = Seeds(first=2000, count=100)
+    halving: list[Annotated[list[Count], Field(min_length=2, max_length=2)]] = Field([])
     margin: Annotated[float, Field(gt=0.0, le=100.0)] = 0.05
     alpha: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.05
     training: dict[str, Any] = Field({})
@@ -150,6 +152,12 @@ class Plan(ExperimentConfig):
                 raise ValueError(f'arm {name}: schedule = "warm-up" is of networks, not of depths')
             if self.tune.count == 0 and arm.is_tuned():
                 raise ValueError(f"arm {name} has several rates, but tune.count = 0")
+        ends = [*(seeds for seeds, _ in self.halving), self.tune.count]
+        if sorted({*ends}) != ends:
+            raise ValueError(
+                f"halving: after {', '.join(map(str, ends[:-1]))} of {ends[-1]} tuning seeds; "
+                "expected rising numbers"
+            )
         most = max(self.compare.count, *(arm.count or 0 for arm in self.arms.values()))
         purposes = (self.tune.first, self.tune.count), (self.compare.first, most)
         (low, count), (high, _) = sorted(purposes, key=itemgetter(0))
@@ -180,6 +188,14 @@ class Plan(ExperimentConfig):
         own = self.arms[arm].count if purpose == "compare" else None
         return range(seeds.first, seeds.first + (own or seeds.count))
 
+    def rungs(self, grid: Sequence[Any]) -> Iterator[tuple[int, int, int, int]]:
+        """Of the tuning of so many settings: the settings of a rung, its first seed and the end of
+        its seeds, counted from 0, and how many settings go on to the next; of the last, one."""
+        count, start = len(grid), 0
+        for end, keep in [*self.halving, (self.tune.count, 1)]:
+            yield count, start, end, keep
+            count, start = min(count, keep), end
+
     def config_of(self, arm: str) -> Config:
         """How an arm is trained, as a config of Table 2."""
         values = _merge(self.training, self.arms[arm].training)
@@ -191,9 +207,11 @@ class Plan(ExperimentConfig):
         Seeds and comparisons may be added, arms too; an arm that is there must stay as it was.
         """
         mine = json.loads(json.dumps(self.protocol()))
-        for key in ("training", "tune", "compare"):
+        for key in ("training", "tune", "compare", "halving"):
             old, new = recorded.get(key), mine[key]
-            if key != "training":
+            if key == "halving":
+                old = old or []
+            elif key != "training":
                 old, new = (old or {}).get("first"), new["first"]
             if old != new:
                 return f" ({key}: {old} there, {new} here)"

@@ -30,7 +30,7 @@ from unitnorm.run.provenance import fingerprint
 from unitnorm.run.records import Records
 from unitnorm.study.config import ARCHBN, ArmPlan, Place, Plan, Rates
 from unitnorm.study.schema import BUDGETS, CELL, LAYERS, MEASURED, SCHEMA
-from unitnorm.study.statistics import choose_rates, pack_wrong
+from unitnorm.study.statistics import best_rates, pack_wrong
 
 SEEDS_AT_ONCE = 4  # in a program; its runs are recorded together
 SEEDS_ON_GPU = 100  # there a step of a few runs is all launches of kernels
@@ -156,43 +156,48 @@ def whole_trials(plan: Plan, runs: pd.DataFrame, purpose: str) -> list[Trials]:
     """
     found = []
     for place in plan.places():
-        programs: dict[tuple[Any, ...], list[Variant]] = {}
-        chosen = _chosen_rates(plan, runs, place) if purpose == "compare" else {}
+        programs: dict[Any, list[Variant]] = {}
+        here = runs[list(Place._fields)].eq(pd.Series(place._asdict())).all(axis=1)
+        tuning = runs[here & (runs["purpose"] == "tune")]
         for name, arm in plan.arms.items():
-            grid, spreads = arm.grid(), arm.spreads
-            if purpose == "tune":
-                grid, spreads = grid if arm.is_tuned() else [], spreads[:1]
-            elif arm.is_tuned():
-                grid = chosen.get(name, [])
-            variants = [Variant(name, arm, rates, spread) for rates in grid for spread in spreads]
-            if variants:
-                programs.setdefault(plan.alike(name), []).extend(variants)
-        for variants in programs.values():
-            name = variants[0].arm
+            fresh = plan.seeds_of(name, "compare")
+            rungs, spreads = [(arm.grid(), fresh)], arm.spreads
+            if arm.is_tuned():
+                rungs, chosen = tuning_of(plan, name, tuning[tuning["arm"] == name])
+                rungs = rungs if purpose == "tune" else [(chosen, fresh)]
+            elif purpose == "tune":
+                continue
+            spreads = spreads[:1] if purpose == "tune" else spreads
+            for grid, seeds in rungs:
+                mine = [Variant(name, arm, rates, spread) for rates in grid for spread in spreads]
+                programs.setdefault((seeds, plan.alike(name)), []).extend(mine)
+        for (seeds, _), variants in programs.items():
             # variants that follow the first one stay with it
             together = any(variant.plan.schedule == "follow" for variant in variants)
             size = len(variants) if together else VARIANTS_AT_ONCE
-            found += [
-                Trials(place, purpose, plan.config_of(name), tuple(variants[start : start + size]),
-                       plan.seeds_of(name, purpose))
-                for start in range(0, len(variants), size)
-            ]  # fmt: skip
+            for start in range(0, len(variants), size):
+                some = tuple(variants[start : start + size])
+                found.append(Trials(place, purpose, plan.config_of(some[0].arm), some, seeds))
     return found
 
 
-def _chosen_rates(plan: Plan, runs: pd.DataFrame, place: Place) -> dict[str, list[Rates]]:
-    """The tuned rates of each arm whose tuning is complete."""
-    here = runs[list(Place._fields)].eq(pd.Series(place._asdict())).all(axis=1)
-    mine = runs[here & (runs["purpose"] == "tune") & runs["arm"].isin(plan.arms)]
-    if mine.empty:
-        return {}
-    best = choose_rates(mine)
-    rates = best[list(Rates._fields)].itertuples(index=False, name=None)
-    return {
-        arm: [Rates(*each)]
-        for arm, each in zip(best["arm"], rates, strict=True)
-        if (mine["arm"] == arm).sum() == plan.tune.count * len(plan.arms[arm].grid())
-    }
+def tuning_of(
+    plan: Plan, name: str, runs: pd.DataFrame
+) -> tuple[list[tuple[list[Rates], range]], list[Rates]]:
+    """An arm's rungs so far, and the rates that it is compared with: [] until its tuning ends.
+
+    Every rung has the seeds after those of the rung before, for the settings that were best there;
+    `runs` are the arm's tuning runs in one place.
+    """
+    grid, seeds, rungs = plan.arms[name].grid(), plan.seeds_of(name, "tune"), []
+    for _, start, end, keep in plan.rungs(grid):
+        rungs.append((grid, seeds[start:end]))
+        settings = pd.MultiIndex.from_frame(runs[list(Rates._fields)]).isin(grid)
+        done = runs[settings & runs["seed"].isin(seeds[:end])]
+        if len(done) < len(grid) * end:
+            return rungs, []
+        grid = [Rates(*each) for each in best_rates(done, keep)]
+    return rungs, grid
 
 
 def task_of(trials: Trials, data: Dataset) -> Task:
@@ -289,7 +294,8 @@ def count_runs(plan: Plan) -> dict[str, int]:
     """How many runs a whole plan has, by purpose."""
     tuned = compared = 0
     for name, arm in plan.arms.items():
-        tuned += plan.tune.count * len(arm.grid()) * arm.is_tuned()
+        rungs = plan.rungs(arm.grid()) if arm.is_tuned() else ()
+        tuned += sum(settings * (end - start) for settings, start, end, _ in rungs)
         compared += len(arm.spreads) * len(plan.seeds_of(name, "compare"))
     cells = len(plan.places())
     return {"tune": cells * tuned, "compare": cells * compared}

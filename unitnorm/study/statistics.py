@@ -332,6 +332,7 @@ def rate_means(runs: pd.DataFrame) -> pd.DataFrame:
     of the runs that have not diverged. `is_at_edge`: the filters' rate, the rest's or the decay is
     the smallest or largest tried; an axis with one value has no edge, and nothing is below no
     decay. `n_agreeing`: of the `n` tuning seeds, those that would have chosen these rates alone.
+    Where tuning was by halving, the best is one of those with the most seeds.
     """
     cell = [*PLACE, "arm", "update", "schedule"]
     keys = [*cell, *RATES]
@@ -349,19 +350,24 @@ def rate_means(runs: pd.DataFrame) -> pd.DataFrame:
         least, most = axis.transform("min"), axis.transform("max")
         edge |= (least < most) & (((table[name] == least) & (least > 0)) | (table[name] == most))
     agreeing = _best(runs, [*cell, "seed"]).groupby(keys).size().rename("n_agreeing")
-    table = table.assign(
-        n=table["n"] + table["n_diverged"],
-        is_best=table.index.isin(_best(table, cell).index),
-        is_at_edge=edge,
-    )
+    table["n"] += table["n_diverged"]
+    longest = table[table["n"] == table.groupby(cell)["n"].transform("max")]
+    best = table.index.isin(_best(longest, cell).index)
+    table = table.assign(is_best=best, is_at_edge=edge)
     table = table.join(agreeing, on=keys).fillna({"n_agreeing": 0})
     return table.drop(columns="std").astype({"n_agreeing": int})
 
 
-def _best(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
-    """Of each group the row that wins by the rule of `rate_means`."""
+def _best(table: pd.DataFrame, keys: list[str], count: int = 1) -> pd.DataFrame:
+    """Of each group the rows that win by the rule of `rate_means`."""
     order = table.sort_values(["val_error", *RATES], ascending=[True, False, False, False])
-    return order.groupby(keys).head(1)
+    return order.groupby(keys).head(count)
+
+
+def best_rates(runs: pd.DataFrame, count: int) -> list[tuple[float, ...]]:
+    """The best settings of an arm by its tuning runs in one place, the best first."""
+    best = _best(rate_means(runs), [*PLACE, "arm"], count)
+    return list(best[RATES].itertuples(index=False, name=None))
 
 
 def profile_rates(table: pd.DataFrame) -> pd.DataFrame:
