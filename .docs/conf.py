@@ -104,6 +104,7 @@ myst_substitutions = {
     "fifty_runs": _result("50-runs/table2.md", 1, 2),
     "rates": _result("50-runs/runs.md", 2),
     "segnet": _result("segnet/table.md", 3),
+    "transformer": _result("transformer/summary.md"),
 }
 pictures.draw(ROOT / "build" / "pictures")
 

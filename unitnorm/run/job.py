@@ -102,7 +102,9 @@ def so_far(known: Records) -> str:
 
 def command_line() -> str:
     """The command as it was typed, with the name it can be repeated by."""
-    return shlex.join(["unitnorm", *sys.argv[1:]])
+    module = getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", "")
+    ours = module.startswith("unitnorm.") and not module.endswith("__main__")  # an example
+    return shlex.join([*(("python", "-m", module) if ours else ("unitnorm",)), *sys.argv[1:]])
 
 
 @contextlib.contextmanager
