@@ -2,13 +2,15 @@
 
 import math
 
+import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
 
 from tests.study_example import COMPARISONS, RATES, find, invent_runs, invent_spread_runs
+from unitnorm.archbn import protocol
 from unitnorm.study import figures, report
-from unitnorm.study.statistics import budget_means, compare, drifts, rate_means
+from unitnorm.study.statistics import budget_means, compare, drifts, left_by, rate_means
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +46,13 @@ def test_drifts_divide_the_cosine_out_and_pair_with_un(runs):
     drawn = figures.drift_rows({"one": table.reset_index(), "two": table.reset_index()})
     assert list(drawn["series"]) == ["one: falls", "one: long", "two: falls", "two: long"]
     assert figures.draw("drifts", drawn)["svg"].startswith(b"<svg")
+
+
+def test_what_a_warm_up_has_left_is_what_the_protocol_trains_with():
+    epochs, base = 10, jnp.float32(1)
+    left = protocol.rate_within(jnp.int32(protocol.WARM_UP), base, base, 1 - 1 / epochs)
+    found = left_by(["warm-up", "constant"], [epochs] * 2)
+    np.testing.assert_allclose(found, [left, 1], rtol=1e-6)
 
 
 def test_forest_has_each_comparison_of_errors_and_keeps_one_failure_from_hiding_the_rest(runs):

@@ -17,6 +17,7 @@ Count = Annotated[int, Field(ge=1, le=10_000_000)]
 Epochs = Annotated[int, Field(ge=1, le=100_000)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Rate = Annotated[float, Field(gt=0.0, le=1e6)]
+WARM = 0.1  # the part of a training in which the schedule "warm-up" rises
 
 
 class Data(Section):

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from unitnorm.archbn.config import WARM
+
 if TYPE_CHECKING:
     from unitnorm.archbn.config import BoldDriver, Sizes, Stopping
     from unitnorm.archbn.training import Run
@@ -39,7 +41,6 @@ SCHEDULES = (
     "warm-up",  # by mini-batch: up from zero in a tenth of the training, then along half a cosine
 )
 BOLD_DRIVER, BOLD_DRIVER_BACK, CONSTANT, COSINE, FOLLOW, WARM_UP = range(6)
-WARM = 0.1  # of a training
 
 
 def next_rate(run: Run, watched: Array, epochs: int, driver: BoldDriver) -> Array:

@@ -178,8 +178,17 @@ def identity() -> dict[str, str]:
     return provenance.versions() | {"code of unitnorm": provenance.code_identity(".")}
 
 
-# which a process can do once
-prepare = functools.cache(devices.prepare)
+@functools.cache
+def prepare(cpu_devices: int | None, number: int | None) -> None:
+    """What a worker does once; those of `own_workers`, by their number, take cores of their own.
+
+    With all cores for each, XLA would have as many threads as there are cores in every worker.
+    """
+    if number is not None and cpu_devices and hasattr(os, "sched_setaffinity"):  # not on macOS
+        cores = sorted(os.sched_getaffinity(0))
+        mine = {cores[(number * cpu_devices + k) % len(cores)] for k in range(cpu_devices)}
+        os.sched_setaffinity(0, mine)
+    devices.prepare(cpu_devices)
 
 
 def compute(
@@ -200,6 +209,6 @@ def compute(
     )
     if other:
         return Found(), worker.address, other
-    prepare(cpu_devices)
+    prepare(cpu_devices, worker.name if isinstance(worker.name, int) else None)
     found = experiment.compute(group, data, Session())
     return found, f"{worker.address} {provenance.device()['kind']}", ""

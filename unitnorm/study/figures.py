@@ -22,8 +22,8 @@ from unitnorm.report.style import GREY, assign_styles, label
 from unitnorm.report.tables import format_points
 from unitnorm.study.statistics import (
     budget_means,
-    cosine_left,
     is_error,
+    left_by,
     name_comparison,
     name_metric,
     name_place,
@@ -108,7 +108,7 @@ def effective_rows(runs: pd.DataFrame, epochs: Mapping[str, int]) -> pd.DataFram
     """
     table = rate_rows(runs)
     last = table["arm"].map(epochs).to_numpy(float)
-    left = np.where(table["schedule"] == "cosine", cosine_left(last), 1.0)
+    left = left_by(table["schedule"], last)
     table = table.assign(y=table["effective_rate"] / left, ci_low=math.nan, ci_high=math.nan)
     return _looking(table, "arm")[table["y"] > 0]
 
@@ -315,7 +315,8 @@ NOTES = {
     "drifts": (
         "All arms under cosine of all studies that have UN beside them. Right: the effective rate "
         "λ/‖w‖² of the last epoch over that of the start, the fall of cosine divided out; up: the "
-        "difference of the test error to UN, in pairs by seed, with its 95 % interval. UN is where "
+        "difference of the test error to UN (with momentum: to UN with momentum), in pairs by "
+        "seed, with its 95 % interval. UN is where "
         "the dashed lines cross. If the drift alone explains the difference, all lie on one line."
     ),
     "spreads": (

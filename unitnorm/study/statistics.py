@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 from scipy import special
 
+from unitnorm.archbn.config import WARM
 from unitnorm.errors import UserError
 from unitnorm.report.statistics import Summary, compare_pairs, summarise, summarise_groups
 from unitnorm.study.config import ARCHBN, ComparisonPlan, Place, Rates
@@ -36,6 +38,7 @@ _METRIC = re.compile(r"(train_loss|val_error|val_loss|test_error|test_loss)(?:_(
 _RESULT = re.compile(
     rf"{_METRIC.pattern}|epochs|stop_reason|diverged|effective_rate|wrong|layer_\w+"
 )
+DESCENT = ("b-sgd", "b-sgd-median", "sgd-wd", "sgd-momentum")  # updates along the gradient
 _WORST = 100.0  # the validation error in percent that a diverged tuning run counts with
 
 
@@ -413,9 +416,13 @@ def spread_means(runs: pd.DataFrame) -> pd.DataFrame:
     return summarise_errors(pd.concat(parts), keys)
 
 
-def cosine_left(epochs: float | np.ndarray) -> np.ndarray:
-    """What cosine leaves of a base rate in the last of so many epochs, as a factor."""
-    return 0.5 - 0.5 * np.cos(np.pi / np.asarray(epochs))
+def left_by(schedule: ArrayLike, epochs: ArrayLike) -> np.ndarray:
+    """What a schedule leaves of a base rate in the last of so many epochs, as a factor; 1 where
+    that is not fixed. A warm-up is measured at the start of the epoch."""
+    last, schedule = np.pi / np.asarray(epochs), np.asarray(schedule)
+    angles = [last, last / (1 - WARM)]
+    angle = np.select([schedule == "cosine", schedule == "warm-up"], angles, np.pi)
+    return 0.5 - 0.5 * np.cos(angle)
 
 
 def drifts(runs: pd.DataFrame, epochs: Mapping[str, int]) -> pd.DataFrame:
@@ -425,22 +432,22 @@ def drifts(runs: pd.DataFrame, epochs: Mapping[str, int]) -> pd.DataFrame:
         epochs: those that the schedule of each arm is made for.
 
     Returns:
-        A row for each place and arm that has seeds in common with an arm of UN: `drift`, the mean
-        effective rate of the last epoch over that of the start, the fall of cosine divided out; and
-        of the test error's difference to UN in pairs by seed, in percentage points, `mean`,
-        `ci_low`, `ci_high` and `n`.
+        A row for each place and arm that descends along the gradient and has seeds in common with
+        an arm of UN, or with momentum of UN with momentum: `drift`, the mean effective rate of the
+        last epoch over that of the start, the fall of cosine divided out; and of the test error's
+        difference to UN in pairs by seed, in percentage points, `mean`, `ci_low`, `ci_high`, `n`.
     """
     known = (runs["start"] == "norms") | (runs["start"] == "balanced")
-    # UN at the rates of B-SGD: older records have λ in place of its effective rate
-    known &= (runs["schedule"] == "cosine") & (runs["update"] != "un-carried") & ~runs["diverged"]
+    known &= runs["schedule"].isin(["cosine", "warm-up"]) & ~runs["diverged"]
     runs, rows = runs[known & (runs["purpose"] == "compare")], []
     for place, here in runs.groupby(PLACE):
-        baseline = here[(here["update"] == "un") & here["arm"].str.fullmatch(r"un(@.*)?")]
         for (arm, update), mine in here.groupby(["arm", "update"], sort=False):
+            beside = {"sgd-momentum": "un-momentum"}.get(str(update), "un")
+            baseline = here[here["arm"].str.fullmatch(rf"{beside}(@.*)?")]
             both = pair_runs(mine, baseline, "test_error").dropna()
-            if arm in set(baseline["arm"]) or len(both) < 3:
+            if update not in DESCENT or len(both) < 3:
                 continue
-            left = cosine_left(epochs[str(arm)])
+            left = left_by(mine["schedule"], epochs[str(arm)])
             norm = np.where(mine["start"] == "norms", 10 ** mine["spread"], 1.0)
             drift = (mine["effective_rate"] / left / (mine["filters_rate"] / norm**2)).mean()
             found = summarise(both["difference"].to_numpy())
