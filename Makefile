@@ -18,9 +18,9 @@ table2: $(INSTALLED)
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# What takes minutes: thirty kills at any moment
+# What takes minutes: every update in each test of updates, thirty kills at any moment
 slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 # The updates and the benchmark's loops beside those of geoopt, pymanopt and PyTorch
 peers: $(INSTALLED)

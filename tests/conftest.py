@@ -22,6 +22,26 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("unitnorm")
 
 
+# Of tests with a case for each update or each network, those that `make test` runs: one of a kind.
+# `make slow`, and so CI, runs the others.
+QUICK = {
+    *("b-sgd", "un", "un-adam", "weight-norm", "adamp", "hyperball", "muon"),
+    *("haiku-mobilenet", "nnx-transformer", "unet", "unet-ensemble", "vit", "lstm"),
+}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    from tests.networks import NETWORKS
+    from unitnorm.updates import UPDATES
+
+    others = {*UPDATES, *NETWORKS} - QUICK
+    for item in items:
+        case = getattr(getattr(item, "callspec", None), "params", {}).get("name")
+        if isinstance(case, str) and case in others and item.path.name != "test_gallery.py":
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def two_cores() -> Iterator[None]:
     """A command in this process finds as many cores as it has devices, on any machine."""

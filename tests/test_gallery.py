@@ -14,6 +14,9 @@ import pytest
 import unitnorm
 from unitnorm.updates.parts import leaf_name
 
+SLOW = pytest.mark.slow
+LAYERS = ["layers/0/weight", "layers/4/weight"]
+
 
 def selected(selection):
     """The names of the leaves that a selection calls filters, in order."""
@@ -23,14 +26,14 @@ def selected(selection):
 @pytest.mark.parametrize(
     ("example", "needs", "kernels"),
     [
-        ("plain_dict", "jax", ["hidden"]),
+        pytest.param("plain_dict", "jax", ["hidden"], marks=SLOW),
         ("flax_nnx", "flax", ["conv1/kernel", "conv2/kernel"]),
-        ("flax_linen", "flax", ["Conv_0/kernel", "Conv_1/kernel"]),
-        ("equinox_module", "equinox", ["layers/0/weight", "layers/4/weight"]),
+        pytest.param("flax_linen", "flax", ["Conv_0/kernel", "Conv_1/kernel"], marks=SLOW),
+        pytest.param("equinox_module", "equinox", LAYERS, marks=SLOW),
     ],
 )
 def test_an_example_learns_with_its_kernels_at_unit_norm(
-    example, needs, kernels, monkeypatch, capsys
+    example, needs, kernels, monkeypatch, capsys, hurried
 ):
     pytest.importorskip(needs, reason=f"needs {needs}: pip install unitnorm[dev]")
     module = importlib.import_module(f"unitnorm.examples.{example}")
@@ -47,7 +50,7 @@ def test_an_example_learns_with_its_kernels_at_unit_norm(
     assert capsys.readouterr().out == f"test error {error:.4f}\n"
 
 
-def test_the_transformer_learns_with_its_kernels_at_unit_norm(monkeypatch, capsys):
+def test_the_transformer_learns_with_its_kernels_at_unit_norm(monkeypatch, capsys, hurried):
     from unitnorm.examples import transformer
 
     models = []

@@ -61,6 +61,7 @@ def test_the_updates_need_nothing_but_jax_and_optax():
     assert done.stdout.strip() == "{'bias': False, 'kernel': True} 0"
 
 
+@pytest.mark.slow
 def test_a_type_checker_sees_the_signatures(tmp_path):
     pytest.importorskip("mypy", reason="needs mypy: pip install unitnorm[dev]")
     (tmp_path / "uses.py").write_text(

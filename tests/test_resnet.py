@@ -27,7 +27,7 @@ PLAN = {
     "compare": {"first": 10, "count": 2},
     "training": {
         "loss": {"batch_size": 20, "reduction": "mean"},
-        "train": {"train_images": 90, "validation_images": 30, "min_epochs": 4, "max_epochs": 4},
+        "train": {"train_images": 80, "validation_images": 30, "min_epochs": 4, "max_epochs": 4},
     },
     "arms": {"un": {"update": "un", "rates": [0.05], "schedule": "warm-up"}},
 }  # fmt: skip
@@ -95,7 +95,7 @@ def test_the_rate_warms_up_and_falls_to_zero():
     assert protocol.rate_within(jnp.int32(protocol.CONSTANT), base, base, done[3]) == base
 
 
-def test_a_study_trains_it_like_archbn():
+def test_a_study_trains_it_like_archbn(hurried):
     assert set(NETWORKS) == {*get_args(get_args(Plan.model_fields["networks"].annotation)[0])}
     study = Study(parse(PLAN, "plan", Plan))
     (group,) = study.missing(Records.empty(study.schema))
