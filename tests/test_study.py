@@ -149,6 +149,14 @@ def test_a_plan_takes_more_seeds_and_keeps_its_arms(plan_file, done):
     assert more.conflict(recorded) is some.conflict(recorded) is None
     changed = load(plan_file, {"arms.un.rates": [0.1]}, Plan)
     assert "arm un" in str(changed.conflict(recorded))
+    wider = load(plan_file, {"arms.un.rates": [0.1, 0.01, 0.001]}, Plan)
+    assert wider.conflict(recorded) is None
+    assert missing(wider, done["runs"]) == [(["un"], (100, 101))]
+    runs = done["runs"][done["runs"]["arm"] == "un"]
+    new = runs[(runs["purpose"] == "tune") & (runs["filters_rate"] == 0.01)]
+    better = pd.concat([done["runs"], new.assign(filters_rate=0.1, rest_rate=0.1, val_error=0.0)])
+    with pytest.raises(UserError, match="un in blobs was compared at other rates"):
+        missing(wider, better)
 
 
 @pytest.mark.parametrize(

@@ -204,7 +204,8 @@ class Plan(ExperimentConfig):
     def conflict(self, recorded: Any) -> str | None:
         """Where the plan contradicts what is recorded.
 
-        Seeds and comparisons may be added, arms too; an arm that is there must stay as it was.
+        Seeds and comparisons may be added, arms too; an arm that is there must stay as it was, but
+        for a grid that only grows.
         """
         mine = json.loads(json.dumps(self.protocol()))
         for key in ("training", "tune", "compare", "halving"):
@@ -217,8 +218,11 @@ class Plan(ExperimentConfig):
                 return f" ({key}: {old} there, {new} here)"
         defaults = ArmPlan(update="un", rates=[1.0]).model_dump()  # of keys newer than the records
         for name, arm in mine["arms"].items():
-            there = recorded.get("arms", {}).get(name, arm)
-            if {**defaults, **there, "count": arm["count"]} != arm:
+            there = {**defaults, **recorded.get("arms", {}).get(name, arm), "count": arm["count"]}
+            for axis in ("rates", "filters_rates", "decays"):
+                if there[axis] and {*there[axis]} <= {*arm[axis]}:
+                    there[axis] = arm[axis]
+            if there != arm:
                 return f" (arm {name} is another there)"
         return None
 

@@ -165,6 +165,13 @@ def whole_trials(plan: Plan, runs: pd.DataFrame, purpose: str) -> list[Trials]:
             if arm.is_tuned():
                 rungs, chosen = tuning_of(plan, name, tuning[tuning["arm"] == name])
                 rungs = rungs if purpose == "tune" else [(chosen, fresh)]
+                compared = runs[here & (runs["purpose"] == "compare") & (runs["arm"] == name)]
+                rates = compared[list(Rates._fields)].itertuples(index=False, name=None)
+                if chosen and not {*rates} <= {*chosen}:
+                    raise UserError(
+                        f"{name} in {place.dataset} was compared at other rates than those that "
+                        "tuning chooses now: give the wider grid an arm of another name"
+                    )
             elif purpose == "tune":
                 continue
             spreads = spreads[:1] if purpose == "tune" else spreads
