@@ -25,8 +25,8 @@ hypothesis.settings.load_profile("unitnorm")
 # Of tests with a case for each update or each network, those that `make test` runs: one of a kind.
 # `make slow`, and so CI, runs the others.
 QUICK = {
-    *("b-sgd", "un", "un-adam", "weight-norm", "adamp", "hyperball", "muon"),
-    *("haiku-mobilenet", "nnx-transformer", "unet", "unet-ensemble", "vit", "lstm"),
+    *("b-sgd", "un", "un-adam", "weight-norm", "muon"),
+    *("haiku-mobilenet", "nnx-transformer", "unet-ensemble"),
 }
 
 

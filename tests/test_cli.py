@@ -114,6 +114,7 @@ SHELL = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_one_run_trained_alone_in_any_shell_has_the_same_bits(reproduced, call, tmp_path):
     out, _ = reproduced
     # as on macOS, which does not tell which cores a process may use

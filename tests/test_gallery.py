@@ -50,6 +50,7 @@ def test_an_example_learns_with_its_kernels_at_unit_norm(
     assert capsys.readouterr().out == f"test error {error:.4f}\n"
 
 
+@pytest.mark.slow
 def test_the_transformer_learns_with_its_kernels_at_unit_norm(monkeypatch, capsys, hurried):
     from unitnorm.examples import transformer
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+import pytest
 from click.testing import CliRunner
 
 from unitnorm.bench import gpu
@@ -29,6 +30,7 @@ rates = [0.01]
 """
 
 
+@pytest.mark.slow
 def test_a_gpus_steps_are_done_once_and_told_with_what_failed(tmp_path, monkeypatch):
     (tmp_path / "study").mkdir()
     for name in ("study/toy", "study/toy.toml"):

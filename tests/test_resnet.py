@@ -95,6 +95,7 @@ def test_the_rate_warms_up_and_falls_to_zero():
     assert protocol.rate_within(jnp.int32(protocol.CONSTANT), base, base, done[3]) == base
 
 
+@pytest.mark.slow
 def test_a_study_trains_it_like_archbn(hurried):
     assert set(NETWORKS) == {*get_args(get_args(Plan.model_fields["networks"].annotation)[0])}
     study = Study(parse(PLAN, "plan", Plan))
