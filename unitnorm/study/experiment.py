@@ -93,8 +93,12 @@ class Study:
         """Tuning first; the comparison only where tuning is done.
 
         All data sets and networks get their first seeds before any gets more.
+
+        Raises:
+          UserError: see `check_compared`.
         """
         have = _cells_in(records["runs"])
+        check_compared(self.plan, records["runs"])
         size = SEEDS_AT_ONCE if jax.default_backend() == "cpu" else SEEDS_ON_GPU
         for purpose in ("tune", "compare"):
             found = []
@@ -148,6 +152,22 @@ def _cells_in(runs: pd.DataFrame) -> set[tuple[Any, ...]]:
     return set(runs[list(CELL)].itertuples(index=False, name=None))
 
 
+def check_compared(plan: Plan, runs: pd.DataFrame) -> None:
+    """Raise UserError where an arm was compared at other rates than its wider grid chooses now."""
+    columns = [*Place._fields, "arm", *Rates._fields]
+    compared = runs.loc[runs["purpose"] == "compare", columns].drop_duplicates()
+    found = {*compared.itertuples(index=False, name=None)}
+    for whole in whole_trials(plan, runs, "compare"):
+        for variant in whole.variants:
+            arm = (*whole.place, variant.arm)
+            others = {row for row in found if row[: len(arm)] == arm} - {(*arm, *variant.rates)}
+            if variant.plan.is_tuned() and others:
+                raise UserError(
+                    f"{variant.arm} in {whole.place.dataset} was compared at other rates than "
+                    "tuning chooses now: give the wider grid an arm of another name"
+                )
+
+
 def whole_trials(plan: Plan, runs: pd.DataFrame, purpose: str) -> list[Trials]:
     """Every program of a purpose with all of its seeds, recorded or not.
 
@@ -165,13 +185,6 @@ def whole_trials(plan: Plan, runs: pd.DataFrame, purpose: str) -> list[Trials]:
             if arm.is_tuned():
                 rungs, chosen = tuning_of(plan, name, tuning[tuning["arm"] == name])
                 rungs = rungs if purpose == "tune" else [(chosen, fresh)]
-                compared = runs[here & (runs["purpose"] == "compare") & (runs["arm"] == name)]
-                rates = compared[list(Rates._fields)].itertuples(index=False, name=None)
-                if chosen and not {*rates} <= {*chosen}:
-                    raise UserError(
-                        f"{name} in {place.dataset} was compared at other rates than those that "
-                        "tuning chooses now: give the wider grid an arm of another name"
-                    )
             elif purpose == "tune":
                 continue
             spreads = spreads[:1] if purpose == "tune" else spreads
