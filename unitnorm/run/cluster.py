@@ -35,6 +35,7 @@ class Workers:
         self._cpu_devices = cpu_devices
         self._say = say
         self._running: dict[Any, tuple[Experiment, Group, Any]] = {}
+        self._lost: list[tuple[Experiment, Group, Any]] = []  # to be given again
         self._refused: set[str] = set()
         self._look()
 
@@ -44,7 +45,7 @@ class Workers:
 
     def has_room(self) -> bool:
         """A worker has nothing to do, or one group waits for each at most."""
-        return len(self._running) < 2 * max(self._count, 1)
+        return len(self._running) + len(self._lost) < 2 * max(self._count, 1)
 
     def give(self, experiment: Experiment, group: Group, data: Any) -> None:
         """Have a group computed by whichever worker is free."""
@@ -67,6 +68,7 @@ class Workers:
             if session.interrupted():
                 self.client.cancel(list(self._running))
                 raise Interrupted
+            self._give_lost()
             ended = [future for future in self._running if future.done()]
             done = [mine for future in ended for mine in self._take(future, session)]
             if done:
@@ -80,6 +82,15 @@ class Workers:
                 )
             time.sleep(LOOK_S)
 
+    def _give_lost(self) -> None:
+        """Once a worker is there: data cannot be sent to none."""
+        while self._lost and self._count:
+            try:
+                self.give(*self._lost[-1])
+            except TimeoutError:  # the worker that was there has gone
+                return
+            self._lost.pop()
+
     def _take(self, future: Any, session: Session) -> Iterator[Done]:
         """What a task gave; it is given again where it was lost, or its worker is refused."""
         from distributed import CancelledError, KilledWorker
@@ -89,7 +100,7 @@ class Workers:
             found, worker, other = future.result()
         except CancelledError:  # the worker that had the data has died with them
             self.sent.pop(id(data), None)
-            self.give(experiment, group, data)
+            self._lost.append((experiment, group, data))
             return
         except KilledWorker:
             raise UserError(
