@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     others = {*UPDATES, *NETWORKS} - QUICK
     for item in items:
         case = getattr(getattr(item, "callspec", None), "params", {}).get("name")
-        if isinstance(case, str) and case in others and item.path.name != "test_gallery.py":
+        if isinstance(case, str) and case in others:
             item.add_marker(pytest.mark.slow)
 
 

@@ -85,10 +85,10 @@ def test_the_transformer_learns_with_its_kernels_at_unit_norm(monkeypatch, capsy
 FUNCTIONS = [name for name in unitnorm.__all__ if inspect.isfunction(getattr(unitnorm, name))]
 
 
-@pytest.mark.parametrize("name", [*FUNCTIONS, "ArchBN", "geometry.filter_axes"])
-def test_every_public_function_has_an_example_and_it_says_what_comes_out(name):
-    thing = operator.attrgetter(name)(unitnorm)
-    (found,) = doctest.DocTestFinder(recurse=False).find(thing, name)
+@pytest.mark.parametrize("public", [*FUNCTIONS, "ArchBN", "geometry.filter_axes"])
+def test_every_public_function_has_an_example_and_it_says_what_comes_out(public):
+    thing = operator.attrgetter(public)(unitnorm)
+    (found,) = doctest.DocTestFinder(recurse=False).find(thing, public)
     assert found.examples
     assert doctest.DocTestRunner().run(found).failed == 0
 

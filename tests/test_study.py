@@ -324,10 +324,14 @@ def test_a_plan_of_the_package_means_the_arms_and_comparisons_of_its_records(nam
 
 def test_every_plan_of_the_package_can_be_read_and_the_template_has_every_key():
     plans = [name for name in presets() if name.startswith("study/")]
-    fewer = {"study/starts": 20, "study/template": 3}  # so declared before its results; quick
+    # so declared before its results; to be quick; dear
+    fewer = {
+        "study/starts": 20, "study/template": 3, "study/cifar": 30, "study/cifar-gpu": 30,
+        "study/rivals": 50, "study/depth": 60, "study/readings": 60,
+    }  # fmt: skip
     for name in plans:
         plan = load(name, {}, Plan)
-        assert plan.compare.count >= fewer.get(name, 30)
+        assert plan.compare.count >= fewer.get(name, 100)
         assert missing(plan, SCHEMA.frame("runs", []))
     template = (PRESETS / "study" / "template.toml").read_text()
     for section in (Plan, ArmPlan, ComparisonPlan, Seeds):

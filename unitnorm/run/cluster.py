@@ -35,7 +35,7 @@ class Workers:
         self._cpu_devices = cpu_devices
         self._say = say
         self._running: dict[Any, tuple[Experiment, Group, Any]] = {}
-        self._lost: list[tuple[Experiment, Group, Any]] = []  # to be given again
+        self._waiting: list[tuple[Experiment, Group, Any]] = []  # for a worker to be there
         self._refused: set[str] = set()
         self._look()
 
@@ -45,17 +45,27 @@ class Workers:
 
     def has_room(self) -> bool:
         """A worker has nothing to do, or one group waits for each at most."""
-        return len(self._running) + len(self._lost) < 2 * max(self._count, 1)
+        return len(self._running) + len(self._waiting) < 2 * max(self._count, 1)
 
     def give(self, experiment: Experiment, group: Group, data: Any) -> None:
         """Have a group computed by whichever worker is free."""
-        if id(data) not in self.sent:
-            self.sent[id(data)] = self.client.scatter(data, hash=False)
-        sent = self.sent[id(data)]
-        future = self.client.submit(
-            compute, experiment, group, sent, identity(), self._cpu_devices, pure=False
-        )
-        self._running[future] = (experiment, group, data)
+        self._waiting.append((experiment, group, data))
+        self._send()
+
+    def _send(self) -> None:
+        """What waits, once a worker is there: data cannot be sent to none."""
+        while self._waiting and self._count:
+            experiment, group, data = self._waiting[0]
+            try:
+                if id(data) not in self.sent:
+                    self.sent[id(data)] = self.client.scatter(data, hash=False)
+            except TimeoutError:  # the worker that was there has gone
+                return
+            sent = self.sent[id(data)]
+            future = self.client.submit(
+                compute, experiment, group, sent, identity(), self._cpu_devices, pure=False
+            )
+            self._running[future] = self._waiting.pop(0)
 
     def next(self, session: Session) -> list[Done]:
         """The groups that are done, as soon as there is one.
@@ -68,7 +78,7 @@ class Workers:
             if session.interrupted():
                 self.client.cancel(list(self._running))
                 raise Interrupted
-            self._give_lost()
+            self._send()
             ended = [future for future in self._running if future.done()]
             done = [mine for future in ended for mine in self._take(future, session)]
             if done:
@@ -82,15 +92,6 @@ class Workers:
                 )
             time.sleep(LOOK_S)
 
-    def _give_lost(self) -> None:
-        """Once a worker is there: data cannot be sent to none."""
-        while self._lost and self._count:
-            try:
-                self.give(*self._lost[-1])
-            except TimeoutError:  # the worker that was there has gone
-                return
-            self._lost.pop()
-
     def _take(self, future: Any, session: Session) -> Iterator[Done]:
         """What a task gave; it is given again where it was lost, or its worker is refused."""
         from distributed import CancelledError, KilledWorker
@@ -100,7 +101,7 @@ class Workers:
             found, worker, other = future.result()
         except CancelledError:  # the worker that had the data has died with them
             self.sent.pop(id(data), None)
-            self._lost.append((experiment, group, data))
+            self.give(experiment, group, data)
             return
         except KilledWorker:
             raise UserError(

@@ -98,11 +98,12 @@ class Study:
           UserError: see `check_compared`.
         """
         have = _cells_in(records["runs"])
-        check_compared(self.plan, records["runs"])
+        trials = {p: whole_trials(self.plan, records["runs"], p) for p in ("tune", "compare")}
+        check_compared(trials["compare"], records["runs"])
         size = SEEDS_AT_ONCE if jax.default_backend() == "cpu" else SEEDS_ON_GPU
-        for purpose in ("tune", "compare"):
+        for wholes in trials.values():
             found = []
-            for whole in whole_trials(self.plan, records["runs"], purpose):
+            for whole in wholes:
                 lacking: dict[tuple[int, ...], list[int]] = {}  # seeds, by the variants they lack
                 for seed in whole.seeds:
                     cells = whole.cells_of(seed)
@@ -152,12 +153,13 @@ def _cells_in(runs: pd.DataFrame) -> set[tuple[Any, ...]]:
     return set(runs[list(CELL)].itertuples(index=False, name=None))
 
 
-def check_compared(plan: Plan, runs: pd.DataFrame) -> None:
-    """Raise UserError where an arm was compared at other rates than its wider grid chooses now."""
+def check_compared(trials: Sequence[Trials], runs: pd.DataFrame) -> None:
+    """Raise UserError where an arm was compared at other rates than its wider grid chooses now;
+    `trials` are those of the comparison."""
     columns = [*Place._fields, "arm", *Rates._fields]
     compared = runs.loc[runs["purpose"] == "compare", columns].drop_duplicates()
     found = {*compared.itertuples(index=False, name=None)}
-    for whole in whole_trials(plan, runs, "compare"):
+    for whole in trials:
         for variant in whole.variants:
             arm = (*whole.place, variant.arm)
             others = {row for row in found if row[: len(arm)] == arm} - {(*arm, *variant.rates)}

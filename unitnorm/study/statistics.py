@@ -39,6 +39,7 @@ _RESULT = re.compile(
     rf"{_METRIC.pattern}|epochs|stop_reason|diverged|effective_rate|wrong|layer_\w+"
 )
 DESCENT = ("b-sgd", "b-sgd-median", "sgd-wd", "sgd-momentum")  # updates along the gradient
+_TIES: dict[Any, int] = {"val_error": 10}  # decimals, in percent: what differs by less was rounded
 _WORST = 100.0  # the validation error in percent that a diverged tuning run counts with
 
 
@@ -343,7 +344,7 @@ def rate_means(runs: pd.DataFrame) -> pd.DataFrame:
     value = metric_values(runs, "val_error")
     reached = runs["effective_rate"].where(value.notna())
     runs = runs.assign(value=value, val_error=value.fillna(_WORST), effective_rate=reached)
-    means = runs.groupby(keys)[["val_error", "effective_rate"]].mean().round({"val_error": 10})
+    means = runs.groupby(keys)[["val_error", "effective_rate"]].mean().round(_TIES)
     table = (
         summarise_errors(runs, keys).rename(columns={"mean": "healthy_error"}).join(means, on=keys)
     )
@@ -361,16 +362,21 @@ def rate_means(runs: pd.DataFrame) -> pd.DataFrame:
     return table.drop(columns="std").astype({"n_agreeing": int})
 
 
-def _best(table: pd.DataFrame, keys: list[str], count: int = 1) -> pd.DataFrame:
-    """Of each group the rows that win by the rule of `rate_means`."""
-    order = table.sort_values(["val_error", *RATES], ascending=[True, False, False, False])
-    return order.groupby(keys).head(count)
+def _by_rule(table: pd.DataFrame) -> pd.DataFrame:
+    """The best first, by the rule of `rate_means`."""
+    return table.sort_values(["val_error", *RATES], ascending=[True, False, False, False])
+
+
+def _best(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """Of each group the row that wins."""
+    return _by_rule(table).groupby(keys).head(1)
 
 
 def best_rates(runs: pd.DataFrame, count: int) -> list[tuple[float, ...]]:
     """The best settings of an arm by its tuning runs in one place, the best first."""
-    best = _best(rate_means(runs), [*PLACE, "arm"], count)
-    return list(best[RATES].itertuples(index=False, name=None))
+    runs = runs.assign(val_error=metric_values(runs, "val_error").fillna(_WORST))
+    means = runs.groupby(RATES, as_index=False)["val_error"].mean().round(_TIES)
+    return list(_by_rule(means)[RATES].head(count).itertuples(index=False, name=None))
 
 
 def profile_rates(table: pd.DataFrame) -> pd.DataFrame:
@@ -443,7 +449,8 @@ def drifts(runs: pd.DataFrame, epochs: Mapping[str, int]) -> pd.DataFrame:
     for place, here in runs.groupby(PLACE):
         for (arm, update), mine in here.groupby(["arm", "update"], sort=False):
             beside = {"sgd-momentum": "un-momentum"}.get(str(update), "un")
-            baseline = here[here["arm"].str.fullmatch(rf"{beside}(@.*)?")]
+            known_as = here["arm"].str.fullmatch(rf"{beside}(@.*)?")
+            baseline = here[(here["update"] == beside) & known_as]
             both = pair_runs(mine, baseline, "test_error").dropna()
             if update not in DESCENT or len(both) < 3:
                 continue
