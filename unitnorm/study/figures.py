@@ -313,7 +313,7 @@ NOTES = {
         f"alone. {_CUT}"
     ),
     "drifts": (
-        "All arms under cosine of all studies that have UN beside them. Right: the effective rate "
+        "Gradient descent under cosine, in all studies that have UN beside it. Right: effective rate "
         "λ/‖w‖² of the last epoch over that of the start, the fall of cosine divided out; up: the "
         "difference of the test error to UN (with momentum: to UN with momentum), in pairs by "
         "seed, with its 95 % interval. UN is where "

@@ -39,7 +39,7 @@ _RESULT = re.compile(
     rf"{_METRIC.pattern}|epochs|stop_reason|diverged|effective_rate|wrong|layer_\w+"
 )
 DESCENT = ("b-sgd", "b-sgd-median", "sgd-wd", "sgd-momentum")  # updates along the gradient
-_TIES: dict[Any, int] = {"val_error": 10}  # decimals, in percent: what differs by less was rounded
+_TIES = {"val_error": 10}  # decimals, in percent: what differs by less was rounded
 _WORST = 100.0  # the validation error in percent that a diverged tuning run counts with
 
 
@@ -375,8 +375,8 @@ def _best(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
 def best_rates(runs: pd.DataFrame, count: int) -> list[tuple[float, ...]]:
     """The best settings of an arm by its tuning runs in one place, the best first."""
     runs = runs.assign(val_error=metric_values(runs, "val_error").fillna(_WORST))
-    means = runs.groupby(RATES, as_index=False)["val_error"].mean().round(_TIES)
-    return list(_by_rule(means)[RATES].head(count).itertuples(index=False, name=None))
+    means = runs.groupby(RATES)[["val_error"]].mean().round(_TIES)
+    return list(_by_rule(means.reset_index())[RATES].head(count).itertuples(index=False, name=None))
 
 
 def profile_rates(table: pd.DataFrame) -> pd.DataFrame:
