@@ -313,11 +313,11 @@ NOTES = {
         f"alone. {_CUT}"
     ),
     "drifts": (
-        "Gradient descent under cosine, in all studies that have UN beside it. Right: effective rate "
-        "λ/‖w‖² of the last epoch over that of the start, the fall of cosine divided out; up: the "
-        "difference of the test error to UN (with momentum: to UN with momentum), in pairs by "
-        "seed, with its 95 % interval. UN is where "
-        "the dashed lines cross. If the drift alone explains the difference, all lie on one line."
+        "Gradient descent under cosine, in all studies that have UN beside it. Right: effective "
+        "rate λ/‖w‖² of the last epoch over that of the start, the fall of cosine divided out; "
+        "up: the difference of the test error to UN (with momentum: to UN with momentum), in "
+        "pairs by seed, with its 95 % interval. UN is where the dashed lines cross. If the "
+        "drift alone explains the difference, all lie on one line."
     ),
     "spreads": (
         f"{_MEAN} Spread: decades between the largest and the smallest scale of a start that "
