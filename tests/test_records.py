@@ -338,7 +338,7 @@ def test_a_folder_that_cannot_be_written_is_refused_at_once_and_can_be_read(tmp_
         assert len(records.read_alone(disk / "out", SCHEMA)["songs"]) == 4
 
 
-@pytest.mark.parametrize("name", ["a\0b", "x" * 300, "file/out", "file"])
+@pytest.mark.parametrize("name", ["x" * 300, "file/out", "file"])
 def test_a_place_where_no_folder_can_be(name, tmp_path):
     (tmp_path / "file").write_text("")
     with a_line("cannot be used as a results folder"), records.locked(tmp_path / name):

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import errno
 import hashlib
 import json
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +25,7 @@ import jax
 import numpy as np
 import safetensors.numpy
 
-from unitnorm.errors import UserError
+from unitnorm.errors import UserError, system_faults
 from unitnorm.run.records import sync_folder, write_synced
 
 EVERY_S = 5.0  # a state is saved at most so often; see `Folder`
@@ -91,28 +90,31 @@ class Folder(Checkpoints):
         self.finish()
         self._saved_at = time.monotonic()
         place = self._place(part)
-        with _errors(self._folder, "read"):
-            states = _states(place)
-            if not states:
-                self._say_of_others(part)
+        with system_faults(self._folder, "read"):
+            states, slug = _states(place), _slug(part.title)
+            others = [p for p in self._places() if p.name.startswith(slug) and p != place]
+        if others and not states:
+            self._say(
+                f"{part.title}: the checkpoint {others[0].name} is of other runs, settings or code "
+                "and is not used; --fresh removes it"
+            )
         for step, path in sorted(states.items(), reverse=True):
             try:
                 arrays = _read(path)
             except _DamageError as damage:
                 aside = path.with_name(f"damaged-{path.name}")
-                with _errors(self._folder, "written"):
+                with system_faults(self._folder, "written"):
                     os.replace(path, aside)
                 self._say(
                     f"{part.title}: checkpoint {step} is damaged ({damage}) and is set aside as "
                     f"{aside.name}; using the one before it, if there is one"
                 )
                 continue
-            wanted, found = _kinds(_named(like)), _kinds(arrays)
-            others = [name for name in wanted | found if wanted.get(name) != found.get(name)]
-            if others:
+            wanted = _named(like)
+            if _kinds(arrays) != _kinds(wanted):
                 raise UserError(
-                    f"{path}: its {others[0]} is not that of this program, although settings and "
-                    "code are; start over with --fresh"
+                    f"{path}: its arrays are not those of this program, although settings and code "
+                    "are; start over with --fresh"
                 )
             return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted])
         return None
@@ -131,7 +133,7 @@ class Folder(Checkpoints):
         # a checkpoint is of use only as long as none of its runs is recorded
         gone = set(covers)
         self.finish()
-        with _errors(self._folder, "removed"):
+        with system_faults(self._folder, "removed"):
             for place in self._places():
                 mine = _covers(place)
                 if gone.intersection(mine or ()) or (mine is None and not _states(place)):
@@ -143,7 +145,7 @@ class Folder(Checkpoints):
         """Return when the state that is being written is on the disk."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
-            with _errors(self._folder, "written"):
+            with system_faults(self._folder, "written"):
                 writing.result()
 
     def _places(self) -> list[Path]:
@@ -152,15 +154,6 @@ class Folder(Checkpoints):
 
     def _place(self, part: Part) -> Path:
         return self._folder / f"{_slug(part.title)}{part.fingerprint[:16]}"
-
-    def _say_of_others(self, part: Part) -> None:
-        for place in self._places():
-            if place.name.startswith(_slug(part.title)) and place != self._place(part):
-                self._say(
-                    f"{part.title}: the checkpoint {place.name} is of other runs, settings or code "
-                    "and is not used; --fresh removes it"
-                )
-                return
 
 
 class _DamageError(Exception):
@@ -193,8 +186,7 @@ def _write_whole(path: Path, content: bytes) -> None:
         write_synced(unfinished, content)
         os.replace(unfinished, path)
     except OSError:
-        with contextlib.suppress(OSError):  # a full disk needs the space
-            unfinished.unlink()
+        unfinished.unlink(missing_ok=True)  # a full disk needs the space
         raise
     sync_folder(path.parent)
 
@@ -202,7 +194,7 @@ def _write_whole(path: Path, content: bytes) -> None:
 def _read(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a state by name; a `UserError` where its bytes are whole or may be, but
     cannot be read."""
-    with _errors(path, "read"):
+    with system_faults(path, "read"):
         content = path.read_bytes()
     try:
         start = 8 + int.from_bytes(content[:8], "little")  # of the arrays, after a header of JSON
@@ -255,24 +247,3 @@ def _covers(place: Path) -> list[str] | None:
 
 def _slug(title: str) -> str:
     return title.replace(" ", "-") + "-"
-
-
-@contextlib.contextmanager
-def _errors(path: Path, what: str) -> Iterator[None]:
-    """Turn whatever the system refuses into one clear line."""
-    try:
-        yield
-    except (OSError, MemoryError) as problem:
-        code = getattr(problem, "errno", None)
-        reason = getattr(problem, "strerror", None) or type(problem).__name__
-        if code in (errno.ENOSPC, errno.EDQUOT):
-            hint = "free some space"
-        elif what == "read":
-            hint = "nothing was changed; mend that"
-        elif code in (errno.EACCES, errno.EPERM, errno.EROFS):
-            hint = "make the folder writable, or give another --out"
-        else:
-            hint = "mend that, or give another --out"
-        raise UserError(
-            f"{path}: the checkpoint cannot be {what} ({reason}); {hint} and repeat the command"
-        ) from problem

@@ -10,7 +10,6 @@ the experiment.
 from __future__ import annotations
 
 import contextlib
-import errno
 import gzip
 import hashlib
 import io
@@ -19,7 +18,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ import pydantic
 import safetensors
 import safetensors.numpy
 
-from unitnorm.errors import UserError
+from unitnorm.errors import UserError, one_line, system_faults
 
 FORMAT = 1  # of provenance.json and the tables; raised when an older reader would misread them
 PROVENANCE = "provenance.json"
@@ -60,7 +59,6 @@ class Table:
         return rows.astype({name: dtypes[kind] for name, kind in self.columns.items()})
 
     def sorted(self, rows: pd.DataFrame) -> pd.DataFrame:
-        """The rows in the table's order."""
         ascending = [name not in self.descending for name in self.key]
         return rows.sort_values(list(self.key), ascending=ascending, ignore_index=True)
 
@@ -83,7 +81,6 @@ class Schema:
     required: tuple[str, ...] = ()  # further files that are always there
 
     def file_of(self, table: str) -> str:
-        """The file of a table."""
         return f"{table}.csv.gz" if self.tables[table].packed else f"{table}.csv"
 
     def always(self) -> list[str]:
@@ -121,7 +118,6 @@ class Records:
 
     @classmethod
     def empty(cls, schema: Schema) -> Records:
-        """Without any run."""
         return cls(schema, {name: schema.frame(name, []) for name in schema.tables})
 
     def __getitem__(self, table: str) -> pd.DataFrame:
@@ -140,7 +136,6 @@ class Records:
         return replace(self, tables={**self.tables, table: merged})
 
     def with_files(self, files: Mapping[str, bytes]) -> Records:
-        """With these files added or replaced."""
         return replace(self, files={**self.files, **files})
 
     def with_arrays(self, arrays: Mapping[str, Mapping[str, np.ndarray]]) -> Records:
@@ -156,7 +151,7 @@ class Records:
         try:
             return safetensors.numpy.load(self.files[name]) if name in self.files else {}
         except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-            raise UserError(f"{name}: not arrays of runs: {_one_line(error)}; {REPAIR}") from None
+            raise UserError(f"{name}: not arrays of runs: {one_line(error)}; {REPAIR}") from None
 
     def without(self, cells: pd.DataFrame) -> Records:
         """Without the rows of these runs."""
@@ -207,36 +202,27 @@ def locked(folder: Path, *, make: bool = True, needed: bool = True) -> Iterator[
     Where another process holds it, or it cannot be written, that is a `UserError` if it is
     `needed`; else False is given.
     """
-    try:
-        if make:
+    if make:
+        with system_faults(folder, "used as a results folder"):
             folder.mkdir(parents=True, exist_ok=True)
-        if not os.path.isdir(folder):
-            raise FileNotFoundError
-    except FileNotFoundError:
-        raise UserError(
-            f"{folder}: no records: there is no such folder; name another with --out"
-        ) from None
-    except (OSError, ValueError) as error:  # the latter on a null character
-        raise _cannot(folder, "used as a results folder", error) from None
+    elif not os.path.isdir(folder):  # unlike Path.is_dir, without errors for impossible names
+        raise UserError(f"{folder}: no records: there is no such folder; name another with --out")
     lock = filelock.FileLock(folder / _LOCK, timeout=0.1, poll_interval=0.01)
-    # said now, and not after an hour of training
-    fault = "cannot be written (permissions); give another --out"
-    held = os.access(folder, os.W_OK)
+    held, fault = os.access(folder, os.W_OK), "cannot be written (permissions)"
     if held:
-        fault = (
-            "another unitnorm process is at work here; wait for it to end, or give another --out"
-        )
-        try:
-            lock.acquire()
-        except filelock.Timeout:
-            held = False
-        except OSError as error:
-            raise _cannot(folder, "locked", error) from None
-    if needed and not held:
-        raise UserError(f"{folder}: {fault}")
+        with system_faults(folder, "locked"):
+            try:
+                lock.acquire()
+            except filelock.Timeout:
+                held, fault = False, "another unitnorm process is at work here; wait for it to end"
+    if needed and not held:  # said now, and not after an hour of training
+        raise UserError(f"{folder}: {fault}, or give another --out")
     try:
-        if held:
-            recover(folder)
+        if held:  # complete or undo what a process killed while writing has left
+            with system_faults(folder, "repaired after an interrupted write"):
+                if (folder / _VALID).is_dir():
+                    _publish(folder)
+            shutil.rmtree(folder / _STAGED, ignore_errors=True)
         yield held
     finally:
         if held:
@@ -244,16 +230,6 @@ def locked(folder: Path, *, make: bool = True, needed: bool = True) -> Iterator[
             with contextlib.suppress(OSError):  # as on a system that removes no open file
                 os.unlink(folder / _LOCK)
             lock.release()
-
-
-def recover(folder: Path) -> None:
-    """Complete or undo what a process killed while writing records has left."""
-    try:
-        if (folder / _VALID).is_dir():
-            _publish(folder)
-        shutil.rmtree(folder / _STAGED, ignore_errors=True)
-    except OSError as error:
-        raise _cannot(folder, "repaired after an interrupted write", error) from None
 
 
 def read(folder: Path, schema: Schema) -> Records:
@@ -342,22 +318,20 @@ def write_files(folder: Path, files: Mapping[str, bytes], replacing: str = "") -
       replacing: a pattern; files of such names that are not among `files` are removed afterwards.
     """
     staged = folder / _STAGED
-    try:
-        shutil.rmtree(staged, ignore_errors=True)
-        staged.mkdir(parents=True)
-        for name, content in files.items():
-            path = staged / name
-            path.parent.mkdir(exist_ok=True)
-            write_synced(path, content)
-        os.rename(staged, folder / _VALID)
+    with system_faults(folder, "written"):
+        try:
+            for name, content in files.items():
+                path = staged / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_synced(path, content)
+            os.rename(staged, folder / _VALID)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)  # a full disk needs the space
         sync_folder(folder)
         _publish(folder)
         for path in folder.glob(replacing) if replacing else ():
             if str(path.relative_to(folder)) not in files:
                 path.unlink()
-    except OSError as error:
-        shutil.rmtree(staged, ignore_errors=True)
-        raise _cannot(folder, "written", error) from None
 
 
 def _publish(folder: Path) -> None:
@@ -393,23 +367,21 @@ def _number(text: str) -> float:
     return float(text or "nan")
 
 
-_READERS: dict[str, Callable[[str], Any]] = {
-    "i": int, "f": _number, "d": _number, "b": {"True": True, "False": False}.__getitem__, "s": str
-}  # fmt: skip
+_TRUTH = {"True": True, "False": False}
+_READERS: dict[str, Any] = {"i": int, "f": _number, "d": _number, "b": _TRUTH.__getitem__, "s": str}
 
 
 def _parse_csv(schema: Schema, name: str, content: bytes, folder: Path) -> pd.DataFrame:
     spec, path = schema.tables[name], folder / schema.file_of(name)
     try:
         text = io.BytesIO(gzip.decompress(content) if spec.packed else content)
-        table = pd.read_csv(text, dtype=str, keep_default_na=False)
-        for column in spec.columns.keys() & set(table.columns):
-            table[column] = table[column].map(_READERS[spec.columns[column]])
+        readers = {column: _READERS[kind] for column, kind in spec.columns.items()}
+        table = pd.read_csv(text, converters=readers, keep_default_na=False)
         table = table.assign(**{c: x for c, x in spec.later.items() if c not in table})
         if set(table.columns) == set(spec.columns):
             table = spec.typed(table[list(spec.columns)])
     except (ValueError, OverflowError, LookupError, OSError, EOFError) as error:
-        raise UserError(f"{path}: not a table of records: {_one_line(error)}; {REPAIR}") from None
+        raise UserError(f"{path}: not a table of records: {one_line(error)}; {REPAIR}") from None
     if list(table.columns) != list(spec.columns):
         raise UserError(
             f"{path}: columns {','.join(map(str, table.columns))}; expected "
@@ -452,19 +424,8 @@ def _read_provenance(path: Path, schema: Schema) -> dict[str, Any]:
     return provenance
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
 def _read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); {REPAIR}") from None
-
-
-def _cannot(folder: Path, what: str, error: OSError | ValueError) -> UserError:
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    hint = "free some space" if full else "give another --out"
-    reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-    return UserError(f"{folder}: cannot be {what} ({reason}); {hint}")
