@@ -21,7 +21,7 @@ import tensorflow_datasets as tfds
 from numpy.typing import NDArray
 
 from unitnorm.data.arrays import MAX_BYTES, MAX_CLASSES, Arrays
-from unitnorm.errors import UserError, expect
+from unitnorm.errors import UserError, expect, one_line
 
 _SPLITS = ("train", "test")
 _BLOCK = 4096  # examples asked for at once: one by one takes four times as long
@@ -104,7 +104,7 @@ def _reason(problem: BaseException) -> str:
         if isinstance(cause, ImportError) and cause.name:
             return f"it needs the module {cause.name}"
         cause = cause.__cause__ or cause.__context__
-    return " ".join(str(problem).split())[:200]
+    return one_line(problem)[:200]
 
 
 @_quiet()

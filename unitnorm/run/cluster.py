@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from unitnorm.errors import Interrupted, UserError
+from unitnorm.errors import Interrupted, UserError, one_line
 from unitnorm.run import devices, provenance
 from unitnorm.run.loop import Session
 from unitnorm.run.planner import Done, Experiment, Found, Group
@@ -153,9 +153,9 @@ def connect(
             client = stack.enter_context(Client(address, timeout=PATIENCE_S, set_as_default=False))
             client.wait_for_workers(workers or 1, timeout=PATIENCE_S)
         except (OSError, ValueError, TimeoutError) as error:
-            detail = " ".join(str(error).split())[:200]
             raise UserError(
-                f"--scheduler {scheduler}: no scheduler with a worker answers ({detail}); start "
+                f"--scheduler {scheduler}: no scheduler with a worker answers "
+                f"({one_line(error)[:200]}); start "
                 "`dask scheduler` and `dask worker ADDRESS --nthreads 1`"
             ) from None
         yield Workers(client, cpu_devices, say)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, ClassVar, TypeVar, get_args
 import pydantic
 from pydantic import ConfigDict
 
-from unitnorm.errors import UserError
+from unitnorm.errors import UserError, one_line
 
 PRESETS = Path(__file__).parents[1] / "configs"  # in a checkout a link to configs/
 
@@ -46,11 +47,11 @@ class ExperimentConfig(Section):
         """Everything that changes a run's numbers: all but the selection and where data lies."""
         exclude: dict[str, Any] = dict.fromkeys(self.selection, True)
         # where the images lie changes nothing; what they are is told by their hash
-        return self.model_dump(exclude=exclude | {"data": {"data_dir"}})
+        return self.model_dump(mode="json", exclude=exclude | {"data": {"data_dir"}})
 
     def conflict(self, recorded: Any) -> str | None:
         """Where a recorded protocol differs, as " (seed: 0 there, 7 here)"; None if nowhere."""
-        mine = json.loads(json.dumps(self.protocol()))
+        mine = self.protocol()
         return None if recorded == mine else difference(recorded, mine)
 
     def fingerprint(self) -> str:
@@ -83,16 +84,12 @@ def presets() -> list[str]:
 def find_config(name: str | Path) -> Path:
     """The file of a config: a path, or the name of a preset."""
     path, known = Path(name), presets()
-    try:
-        if path.is_file():
-            return path
-    except (OSError, ValueError):  # no file can have this name
-        return path
     # a file of a checkout may be named by somebody who has the installed package alone
-    for preset in known:
+    for preset in () if os.path.isfile(path) else known:
         if path.as_posix() in (preset, f"configs/{preset}.toml"):
             return PRESETS / f"{preset}.toml"
-    if path.suffix == ".toml" or path.exists() or len(path.parts) > 2:
+    # os.path has no errors for impossible names
+    if path.suffix == ".toml" or os.path.exists(path) or len(path.parts) > 2:
         return path
     raise UserError(
         f"config {name}: no file of this name, and no preset; there are {', '.join(known)}; "
@@ -111,17 +108,15 @@ def load(path: str | Path | None, overrides: dict[str, Any] | None, schema: type
     if path is not None:
         try:
             values = tomllib.loads(find_config(path).read_bytes().decode("utf-8"))
-        except OSError as error:
-            raise UserError(
-                f"{where}: cannot be read ({error.strerror or error}); give the path of a "
-                f"TOML file or a preset with --config: {', '.join(presets())}"
-            ) from None
         except UnicodeDecodeError:
             raise UserError(f"{where}: not UTF-8 text, expected a TOML file") from None
         except (tomllib.TOMLDecodeError, RecursionError) as error:
-            raise UserError(f"{where}: not valid TOML: {_one_line(error)}") from None
-        except ValueError:  # a null character, or one that no file system encodes
-            raise UserError(f"{where}: no file can have this name") from None
+            raise UserError(f"{where}: not valid TOML: {one_line(error)}") from None
+        except (OSError, ValueError) as error:  # the latter on an impossible name
+            raise UserError(
+                f"{where}: cannot be read ({getattr(error, 'strerror', None) or error}); give the "
+                f"path of a TOML file or a preset with --config: {', '.join(presets())}"
+            ) from None
     for key, value in (overrides or {}).items():
         *sections, last = key.split(".")
         place = values
@@ -175,15 +170,11 @@ def _explain(error: pydantic.ValidationError, schema: type[Section]) -> str:
     for word, plain in _PLAIN:
         message = message.replace(word, plain)
     if kind == "value_error" and isinstance(fault["input"], dict):
-        return _one_line(message + more)
+        return one_line(message + more)
     value = repr(fault["input"])
     value = value if len(value) <= 80 else value[:77] + "..."
     expected = "" if kind == "value_error" else "expected "
-    return _one_line(f"{key} = {value}: {expected}{message}{more}")
-
-
-def _one_line(text: object) -> str:
-    return " ".join(str(text).split())
+    return one_line(f"{key} = {value}: {expected}{message}{more}")
 
 
 def _fields(schema: Any, place: tuple[int | str, ...]) -> list[str]:
