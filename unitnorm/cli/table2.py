@@ -11,7 +11,7 @@ import click
 
 from unitnorm.cli import options as opt
 from unitnorm.errors import UserError
-from unitnorm.run.job import Loaded, open_job, open_recomputation, so_far
+from unitnorm.run.job import Loaded, open_job, so_far
 
 if TYPE_CHECKING:
     from unitnorm.run.planner import Experiment
@@ -166,12 +166,15 @@ def verify_command(out: Path, data_dir: str | None, **wanted: Any) -> None:
     Example
       unitnorm verify --out results/table2 --depth 4 --update un --run 0
     """
-    from unitnorm.run import devices, records, verify
+    from rich.console import Console
+
+    from unitnorm.run import devices, progress, records, verify
 
     devices.prepare()
     from unitnorm.archbn.config import Config
     from unitnorm.data import load_dataset
     from unitnorm.run.config import parse
+    from unitnorm.run.loop import Session
     from unitnorm.study.experiment import Study
     from unitnorm.study.report import plan_of
     from unitnorm.study.schema import SCHEMA as STUDY
@@ -195,8 +198,8 @@ def verify_command(out: Path, data_dir: str | None, **wanted: Any) -> None:
     checks.append(verify.compare_hashes("data", about["sha256"], data.sha256))
     click.echo(f"records: {len(recorded['files'])} files with the SHA-256 recorded")
     same = True
-    with open_recomputation() as session:
-        again = verify.verify(experiment, known, data, chosen, session)
+    with progress.shown(Console(stderr=True)) as shown:
+        again = verify.verify(experiment, known, data, chosen, Session(shown, click.echo))
         for check in itertools.chain(checks, again):
             click.echo(f"{check.what}: {check.found}")
             same = same and check.matches

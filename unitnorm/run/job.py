@@ -134,20 +134,15 @@ def open_job(
         schema, expected = experiment.schema, provenance.describe(config, about)
         stack.enter_context(records.locked(options.out))
         known = records.read(options.out, schema)
-        dropped = None
+        dropped: set[str] = set()
         if options.fresh:
-            dropped = known.cells() if selected is None else selected
-            known = known.without(dropped)
+            cells = known.cells() if selected is None else selected
+            known = known.without(cells)
+            dropped = {name for table in schema.tables for name in schema.names(table, cells)}
         known = check_matching(known, config, expected, options)
         every_s = EVERY_S if options.checkpoint_every is None else options.checkpoint_every
         checkpoints = Folder(options.out / CHECKPOINTS, every_s=every_s, say=say)
         stack.callback(checkpoints.finish)
-        done = known.recorded()
-        if dropped is not None:  # from the disk at once: the command goes on without --fresh
-            done |= {name for t in schema.tables for name in schema.names(t, dropped)}
-            if (options.out / records.PROVENANCE).exists():
-                known = records.write(options.out, known)
-        checkpoints.drop(done)
         for line in lines:
             say(line)
         engine = None
@@ -156,28 +151,15 @@ def open_job(
 
             there = connect(options.scheduler, options.workers, options.devices, say)
             engine = stack.enter_context(there)
-        session = Session(
-            stack.enter_context(progress.shown(console)), say, checkpoints=checkpoints,
-            interrupted=lambda: stopping.is_set,
-        )  # fmt: skip
+        report = stack.enter_context(progress.shown(console))
+        session = Session(report, say, checkpoints=checkpoints, interrupted=lambda: stopping.is_set)
         stopping.after_the_epoch = True
         job = Job(experiment, data, options.out, known, session, engine, started, runs)
-        if any(True for _ in experiment.missing(known)):
-            files: dict[str, dict[str, Any]] = {name: {} for name in schema.required}
-            job.store(known.with_arrays(files))  # so that others may look from now on
+        if options.fresh or any(True for _ in experiment.missing(known)):
+            # at once: others may look from now on, and the command goes on without --fresh
+            job.store(known.with_arrays({name: {} for name in schema.required}))
+        checkpoints.drop(known.recorded() | dropped)
         yield job
-
-
-@contextlib.contextmanager
-def open_recomputation() -> Iterator[Session]:
-    """A session on standard error that records nothing: for runs that are computed again."""
-    from rich.console import Console
-
-    from unitnorm.run import progress
-    from unitnorm.run.loop import Session
-
-    with progress.shown(Console(stderr=True)) as report:
-        yield Session(report, click.echo)
 
 
 def check_matching(
