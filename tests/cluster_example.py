@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,7 @@ from unitnorm.run.loop import Session
 from unitnorm.run.planner import Found, Group, complete
 from unitnorm.run.records import Records, Schema, Table
 
+DATA = list(range(100))
 SCHEMA = Schema("squares", {"runs": Table({"n": "i", "square": "i"}, ("n",))}, ("n",))
 
 
@@ -61,9 +61,31 @@ class Squares:
         return Found({"runs": SCHEMA.frame("runs", [row])})
 
 
+class Kept:
+    """A job for the planner, which keeps what is stored, what is said, and who computed a group."""
+
+    def __init__(self, experiment, interrupted=lambda: False, known=None, data=DATA):
+        self.experiment, self.data, self.engine = experiment, {"": data}, None
+        self.records = Records.empty(SCHEMA) if known is None else known
+        self.stored: list[Records] = []
+        self.said: list[str] = []
+        self.workers: dict[str, str] = {}
+        self.session = Session(say=self.said.append, interrupted=interrupted)
+
+    def store(self, known, done=()) -> None:
+        self.stored.append(known)
+        self.workers |= {group.title: worker for group, _, worker in done}
+
+    def complete(self, engine=None) -> pd.DataFrame:
+        self.engine = engine
+        complete(self)
+        return self.stored[-1]["runs"]
+
+
 def measure(workers: int, seconds: float, rounds: int) -> tuple[float, float]:
     """Seconds until workers have libraries and data, and those a group costs beside its own."""
     data = [*range(1000), np.zeros(55_000_000, np.uint8)]
+    job = Kept(Squares(rounds * workers, seconds), data=data)
     about = {"config": {}, "config_sha256": "", "data": {}, "commands": []}
     started = time.perf_counter()
     with (
@@ -75,13 +97,9 @@ def measure(workers: int, seconds: float, rounds: int) -> tuple[float, float]:
         engine.client.run(identity)  # imports the libraries on each
         engine.sent[id(data)] = engine.client.scatter(data, hash=False, broadcast=True)
         there = time.perf_counter()
-        complete(
-            SimpleNamespace(
-                experiment=Squares(rounds * workers, seconds), data={"": data}, engine=engine,
-                records=replace(Records.empty(SCHEMA), provenance=about), session=Session(),
-                store=lambda known, done=(): records.write(folder, known),
-            )
-        )  # fmt: skip
+        job.store = lambda known, done=(): records.write(folder, replace(known, provenance=about))
+        job.engine = engine
+        complete(job)
         ended = time.perf_counter()
     return there - started, (ended - there) / rounds - seconds
 

@@ -9,22 +9,17 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 
-from tests.cluster_example import Squares
+from tests.cluster_example import Kept, Squares
 from tests.faults import QUICK
 from unitnorm.errors import Interrupted, UserError
 from unitnorm.run import cluster
-from unitnorm.run.loop import Session
-from unitnorm.run.planner import complete
-from unitnorm.run.records import Records
 
 distributed = pytest.importorskip("distributed", reason="needs unitnorm[cluster]")
 ROOT = Path(__file__).parents[1]
-DATA = {"": list(range(100))}
 
 
 @contextlib.contextmanager
@@ -58,50 +53,25 @@ def scheduler(tmp_path) -> Iterator[str]:
             yield client.scheduler.address
 
 
-class Kept:
-    """What a planner stores, and by whom each group was computed."""
-
-    def __init__(self) -> None:
-        self.records: list[Records] = []
-        self.workers: dict[str, str] = {}
-        self.said: list[str] = []
-
-    def store(self, records, done=()) -> None:
-        self.records.append(records)
-        self.workers |= {group.title: worker for group, _, worker in done}
-
-    def complete(self, experiment, engine, interrupted=lambda: False) -> pd.DataFrame:
-        session = Session(say=self.said.append, interrupted=interrupted)
-        empty = Records.empty(experiment.schema)
-        complete(SimpleNamespace(experiment=experiment, data=DATA, records=empty, session=session,
-                                 engine=engine, store=self.store))  # fmt: skip
-        return self.records[-1]["runs"]
-
-
-def alone(experiment) -> pd.DataFrame:
-    return Kept().complete(Squares(experiment.count), None)
-
-
 def test_a_worker_that_dies_costs_its_group_alone_and_one_that_comes_late_helps(
     scheduler, tmp_path
 ):
-    kept = Kept()
-    experiment = Squares(8, seconds=0.2, kills=2, mark=tmp_path / "killed")
+    mark, coming, late = tmp_path / "killed", [worker(scheduler)], contextlib.ExitStack()
+
+    def look() -> bool:  # once the first worker has died, a second one comes
+        if mark.exists() and coming:
+            late.enter_context(coming.pop())
+        return False
+
+    kept = Kept(Squares(8, seconds=0.2, kills=2, mark=mark), look)
     with (
         worker(scheduler),
-        contextlib.ExitStack() as late,
+        late,
         cluster.connect(scheduler, None, 1, kept.said.append) as engine,
     ):
-        coming = [worker(scheduler)]
-
-        def look() -> bool:  # once the first worker has died, a second one comes
-            if experiment.mark.exists() and coming:
-                late.enter_context(coming.pop())
-            return False
-
-        found = kept.complete(experiment, engine, look)
-    pd.testing.assert_frame_equal(found, alone(experiment))
-    assert experiment.mark.exists()
+        found = kept.complete(engine)
+    pd.testing.assert_frame_equal(found, Kept(Squares(8)).complete())
+    assert mark.exists()
     assert len(set(kept.workers.values())) == 2
     assert len(kept.workers) == 8
 
@@ -111,21 +81,22 @@ def test_a_worker_of_another_version_is_refused_by_name(scheduler, tmp_path):
     shutil.copytree(ROOT / "unitnorm", tmp_path / "unitnorm")
     with (tmp_path / "unitnorm" / "geometry.py").open("a") as file:
         file.write("# another version\n")
-    kept, stopped = Kept(), Kept()
+    kept = Kept(Squares(4, seconds=0.1))
+    stopped = Kept(Squares(9, seconds=0.1), lambda: len(stopped.stored) >= 3)
     with (
         worker(scheduler, tmp_path),
         worker(scheduler),
         cluster.connect(scheduler, None, 1, kept.said.append) as engine,
     ):
         engine.client.wait_for_workers(2)
-        found = kept.complete(Squares(4, seconds=0.1), engine)
+        found = kept.complete(engine)
         with pytest.raises(Interrupted):
-            stopped.complete(Squares(9, seconds=0.1), engine, lambda: len(stopped.records) >= 3)
-    pd.testing.assert_frame_equal(found, alone(Squares(4)))
+            stopped.complete(engine)
+    pd.testing.assert_frame_equal(found, Kept(Squares(4)).complete())
     (line,) = [line for line in kept.said if "refused" in line]
     assert "is refused: code of unitnorm" in line
     assert len(set(kept.workers.values())) == 1
-    assert len(stopped.records[-1]["runs"]) >= 3
+    assert len(stopped.stored[-1]["runs"]) >= 3
 
 
 def test_nobody_there_is_a_line(scheduler, monkeypatch):

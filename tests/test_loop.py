@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from unitnorm.errors import Interrupted
-from unitnorm.run.checkpoints import Checkpoints, Folder, Part
+from unitnorm.run.checkpoints import Checkpoints, Part
 from unitnorm.run.loop import Session, Status, train
 from unitnorm.run.progress import describe
 
-PART = Part("count", "0" * 64, ("counts/0",))
+PART = Part("count", "0" * 64)
 
 
 class Counter:
@@ -112,16 +112,3 @@ def test_an_interruption_saves_and_the_next_start_goes_on(units):
     where = f"epoch {units // 2}" + (", step 1" if units % 2 else "")
     going = [f"count: going on after {where}"] if units else []
     assert counted(memory) == [6, *going, *whole[cut:]]
-
-
-def test_what_the_library_keeps_is_what_the_loop_goes_on_from(tmp_path):
-    """With real checkpoints."""
-
-    def folder() -> Folder:
-        return Folder(tmp_path / "kept", every_s=0.0, say=pytest.fail)
-
-    assert counted(folder(), stop_at=4)[0] is None
-    again = folder()
-    assert counted(again)[:2] == [6, "count: going on after epoch 1, step 1"]
-    again.drop(["counts/0"])
-    assert not (tmp_path / "kept").exists()

@@ -184,7 +184,6 @@ def visible_gpus() -> list[str]:
     return named if len(named) > 1 else []
 
 
-@functools.cache
 def identity() -> dict[str, str]:
     """What a worker must share with the process that plans: libraries and the code of unitnorm."""
     return provenance.versions() | {"code of unitnorm": provenance.code_identity(".")}

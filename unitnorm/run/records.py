@@ -92,8 +92,8 @@ class Schema:
         spec = self.tables[table]
         result = pd.DataFrame(rows, columns=list(spec.columns))
         for name, kind in spec.columns.items():
-            if kind == "f":
-                result[name] = result[name].map(shortest)
+            if kind == "f":  # 0.0701 is that float32 too, and not 0.07010000199079514
+                result[name] = [float(str(np.float32(value))) for value in result[name]]
         return spec.sorted(spec.typed(result))
 
     def names(self, table: str, cells: pd.DataFrame) -> set[str]:
@@ -185,11 +185,6 @@ class _Provenance(About):
     data: dict[str, Any]
     commands: list[_Command]
     files: dict[str, str]
-
-
-def shortest(value: float) -> float:
-    """The shortest decimal that is this float32: 0.0701 and not 0.07010000199079514."""
-    return float(str(np.float32(value)))
 
 
 # ---------------------------------------------------------------- files
