@@ -91,8 +91,8 @@ class Folder(Checkpoints):
         self._saved_at = time.monotonic()
         place = self._place(part)
         with system_faults(self._folder, "read"):
-            states, slug = _states(place), _slug(part.title)
-            others = [p for p in self._places() if p.name.startswith(slug) and p != place]
+            states, title = _states(place), place.name[:-16]
+            others = [p for p in self._places() if p.name[:-16] == title and p != place]
         if others and not states:
             self._say(
                 f"{part.title}: the checkpoint {others[0].name} is of other runs, settings or code "
@@ -153,7 +153,7 @@ class Folder(Checkpoints):
         return [path for path in paths if path.is_dir()]
 
     def _place(self, part: Part) -> Path:
-        return self._folder / f"{_slug(part.title)}{part.fingerprint[:16]}"
+        return self._folder / f"{part.title.replace(' ', '-')}-{part.fingerprint[:16]}"
 
 
 class _DamageError(Exception):
@@ -213,7 +213,6 @@ def _read(path: Path) -> dict[str, np.ndarray]:
 
 
 def _kinds(arrays: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Shape and dtype of each array."""
     return {name: (tuple(a.shape), np.dtype(a.dtype)) for name, a in arrays.items()}
 
 
@@ -243,7 +242,3 @@ def _covers(place: Path) -> list[str] | None:
         return about["covers"] if about["format"] == FORMAT else None
     except (FileNotFoundError, ValueError, LookupError, TypeError):
         return None
-
-
-def _slug(title: str) -> str:
-    return title.replace(" ", "-") + "-"

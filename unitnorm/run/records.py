@@ -54,7 +54,6 @@ class Table:
     later: Mapping[str, Any] = field(default_factory=dict)
 
     def typed(self, rows: pd.DataFrame) -> pd.DataFrame:
-        """The columns with the dtypes of their kinds."""
         dtypes = {"i": "int64", "f": "float64", "d": "float64", "b": "bool", "s": "object"}
         return rows.astype({name: dtypes[kind] for name, kind in self.columns.items()})
 
@@ -124,7 +123,6 @@ class Records:
         return self.tables[table]
 
     def is_empty(self) -> bool:
-        """No run is recorded."""
         return all(table.empty for table in self.tables.values())
 
     def with_rows(self, table: str, rows: pd.DataFrame) -> Records:
