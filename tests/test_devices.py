@@ -170,10 +170,13 @@ def test_a_program_that_another_process_is_writing_is_not_removed(tmp_path, monk
     assert not unfinished.exists()
 
 
+@pytest.mark.parametrize("name", ["UNITNORM_CACHE", "XDG_CACHE_HOME", "HOME"])
 @pytest.mark.parametrize("where", ["/proc/none", "/dev/null/none"])
-def test_where_nothing_can_be_kept_one_does_without(where, monkeypatch):
+def test_where_nothing_can_be_kept_one_does_without(where, name, monkeypatch):
     told = {}
-    monkeypatch.setenv("UNITNORM_CACHE", where)
+    for other in ("UNITNORM_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, where)
     monkeypatch.setattr(jax.config, "update", told.__setitem__)
     devices.keep_compiled()
     assert told == {}

@@ -10,7 +10,6 @@ import json
 import shlex
 import shutil
 import signal
-from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -20,8 +19,6 @@ from click.testing import CliRunner
 from tests.faults import EPOCHS, MOMENTS, RECORDS, Life, Workshop, contents, found, kill, small_disk
 from unitnorm.cli import INTERRUPTED, main
 from unitnorm.errors import UserError
-from unitnorm.run import records
-from unitnorm.table2.schema import FILTERS, SCHEMA
 
 REFUSED = UserError.exit_code
 
@@ -178,34 +175,6 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_computed(
     with small_disk(tmp_path / "disk", "1m", read_only=True) as disk:
         line = run(workshop, workshop.train(disk / "out"), REFUSED)
         assert str(disk / "out") in line
-
-
-def test_no_home_folder_does_no_harm(workshop, once, tmp_path):
-    nowhere = {"HOME": "/nowhere/at/all", "XDG_CACHE_HOME": "", "UNITNORM_CACHE": ""}
-    run(workshop, ["sweep", *workshop.train(tmp_path / "out")[1:]], **nowhere)
-    assert (tmp_path / "out" / "sweep.csv").read_bytes() == (once / "sweep.csv").read_bytes()
-
-
-def test_a_loss_that_is_not_finite_is_recorded_with_its_epoch_and_reported(
-    workshop, once, tmp_path
-):
-    """A run whose recorded rate is far too large; the other is as it was."""
-    out, known = tmp_path / "out", records.read(once, SCHEMA)
-    sweep = known["sweep"]
-    spoilt = sweep["chosen"] & (sweep["run"] == 0)
-    sweep = sweep.assign(base_lr=sweep["base_lr"].where(~spoilt, 1e30))
-    swept = records.Records.empty(SCHEMA).with_rows("sweep", sweep).with_arrays({FILTERS: {}})
-    with records.locked(out):
-        records.write(out, replace(swept, provenance=known.provenance))
-    said = run(workshop, reproduce(workshop, out))
-    runs, before = pd.read_csv(out / "runs.csv"), pd.read_csv(once / "runs.csv")
-    assert runs["diverged"].to_list() == [True, False]
-    assert runs["stop_reason"][0] == "non-finite"
-    assert runs.loc[1].equals(before.loc[1])
-    history = pd.read_csv(out / "history.csv")
-    assert (history.groupby("run").size().to_numpy() == runs["epochs"]).all()
-    for text in (said, (out / "table2.md").read_text()):
-        assert "Diverged and non-finite runs, left out of every mean" in text
 
 
 def test_verify_says_that_every_bit_matches(workshop, once):

@@ -83,8 +83,8 @@ def to_dataset(name: str, arrays: Arrays) -> Dataset:
 def _check(arrays: Arrays) -> int:
     """The number of classes of arrays that fit together."""
     train, train_labels, test, test_labels, names, classes = arrays
-    parts = (train, train_labels, *names[:2]), (test, test_labels, *names[2:])
-    for images, labels, of_images, of_labels in parts:
+    parts = (train, train_labels, names[:2]), (test, test_labels, names[2:])
+    for images, labels, (of_images, of_labels) in parts:
         some = "at least one image of at least one pixel"
         expect(images.size, of_images, some, f"shape {images.shape}")
         each = f"{len(images)} labels, one for each image of {of_images}"
@@ -98,7 +98,7 @@ def _check(arrays: Arrays) -> int:
         expect(counts.all(), names[1], f"{every}, {odd}", f"none of class {counts.argmin()}")
     classes = classes or len(counts)
     expect(2 <= classes <= MAX_CLASSES, names[1], f"2 to {MAX_CLASSES} classes", classes)
-    for _, labels, _, name in parts:
+    for _, labels, (_, name) in parts:
         known = f"labels 0 to {classes - 1}, the classes of {names[1]}"
         at = int(np.argmax(labels >= classes))
         expect(labels[at] < classes, name, known, f"{labels[at]} at position {at}")

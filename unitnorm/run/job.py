@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -126,10 +127,7 @@ def open_job(
 
         devices.prepare(options.devices)
         console = Console()
-
-        def say(text: str) -> None:
-            console.print(text, highlight=False, soft_wrap=True)
-
+        say = partial(console.print, highlight=False, soft_wrap=True)
         data, about, runs, selected, lines = load()
         schema, expected = experiment.schema, provenance.describe(config, about)
         stack.enter_context(records.locked(options.out))
