@@ -11,7 +11,7 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,15 +42,9 @@ class Squares:
     mark: Path = Path()
     schema: Schema = SCHEMA
 
-    def group(self, n: int) -> Group:
-        return Group(f"square {n}", "runs", pd.DataFrame({"n": [n]}), n)
-
     def missing(self, known: Records) -> Iterator[Group]:
-        have = set(known["runs"]["n"])
-        return (self.group(n) for n in range(self.count) if n not in have)
-
-    def again(self, known: Records, chosen: Mapping[str, Any]) -> Iterator[Group]:
-        yield self.group(int(chosen["n"]))
+        for n in sorted({*range(self.count)} - {*known["runs"]["n"]}):
+            yield Group(f"square {n}", "runs", pd.DataFrame({"n": [n]}), n)
 
     def compute(self, group: Group, data: list[Any], session: Session) -> Found:
         if group.what == self.kills and not self.mark.exists():

@@ -395,15 +395,6 @@ def test_readers_look_while_another_process_writes(out, monkeypatch):
     assert {path.name for path in out.iterdir()} == {*FILES, "song.wav"}  # and no locks
 
 
-def test_a_reader_completes_what_a_killed_writer_had_made_valid(out):
-    after = contents(out)
-    (out / records._VALID).mkdir()
-    for name in FILES[2:]:
-        (out / name).rename(out / records._VALID / name)
-    assert len(records.read_alone(out, SCHEMA)["songs"]) == 4
-    assert contents(out) == after
-
-
 TAKE = """
 import sys, pathlib
 from unitnorm.errors import UserError
