@@ -50,9 +50,8 @@ def find_prepared(dataset: str, root: Path) -> Path | None:
             found = [path.parent for path in folder.glob(f"{depth}dataset_info.json")]
             if depth:  # TFDS calls a half-prepared folder incomplete.XXXXXX_1.0.0
                 found = [path for path in found if _version(path)]
-            if len({path.parent for path in found}) > 1:
-                names = ", ".join(sorted({path.parent.name for path in found}))
-                raise UserError(f"{dataset}: expected one configuration, found {names}; name one")
+            names = sorted({path.parent.name for path in found})
+            expect(len(names) < 2, dataset, "one configuration", f"{', '.join(names)}; name one")
             if found:
                 return max(found, key=_version)
     return None
