@@ -115,7 +115,9 @@ def evaluate(weights: tuple[Path, ...], save: Path | None, split: str, **scene_c
     Example
       unitnorm segment evaluate --data-dir CamVid --weights un.safetensors
     """
-    _prepare()
+    from unitnorm.run import devices
+
+    devices.prepare()
     from unitnorm.report.tables import to_page
     from unitnorm.segment.evaluation import Evaluator, by_sequence
     from unitnorm.segment.schema import ALL
@@ -159,7 +161,9 @@ def renew(weights: Path, out: Path, **options: Any) -> None:
     Example
       unitnorm segment renew --config segnet --data-dir CamVid
     """
-    _prepare(1)
+    from unitnorm.run import devices
+
+    devices.prepare(1)
     from unitnorm.segment.training import SegNetProgram
     from unitnorm.segment.weights import pack_weights, read_weights
 
@@ -195,7 +199,9 @@ def predict(images: tuple[Path, ...], weights: Path, overlay: bool, out: Path) -
     Example
       unitnorm segment predict street.jpg --overlay
     """
-    _prepare(1)
+    from unitnorm.run import devices
+
+    devices.prepare(1)
     from unitnorm.segment import predicting
     from unitnorm.segment.weights import read_weights
 
@@ -231,10 +237,11 @@ def report(out: Path, count: int, **scene_choice: Any) -> None:
     Example
       unitnorm segment report --data-dir CamVid
     """
-    _prepare(1)
+    from unitnorm.run import devices, records
+
+    devices.prepare(1)
     from unitnorm.report.style import encode
     from unitnorm.report.tables import to_page
-    from unitnorm.run import records
     from unitnorm.segment import pictures, schema, tables
 
     with records.locked(out, make=False):
@@ -252,7 +259,7 @@ def report(out: Path, count: int, **scene_choice: Any) -> None:
         else:
             click.echo("no Figure 2 without weights and images: give --data-dir")
         records.write_files(out, files)
-    _print_figures(known)
+    _print(tables.list_tables(known, schema.FIGURES))
     click.echo(f"{', '.join(files)} in {out}")
 
 
@@ -261,6 +268,8 @@ def do_training(options: dict[str, Any], *, sweep_only: bool = False) -> None:
     from unitnorm.run.devices import count_cores
     from unitnorm.run.planner import complete
     from unitnorm.segment.experiment import Segmentation, describe_data, list_cells
+    from unitnorm.segment.schema import FIGURES
+    from unitnorm.segment.tables import list_tables
 
     chosen = opt.take_training_options(options)
     config = _read_config(**options)
@@ -282,7 +291,7 @@ def do_training(options: dict[str, Any], *, sweep_only: bool = False) -> None:
         elif swept and not sweep_only:
             job.session.say(f"train: {', '.join(swept)}: no learning rate yet, sweeping first")
         complete(job)
-        _print_figures(job.records)
+        _print(list_tables(job.records, FIGURES))
 
 
 def _read_config(
@@ -293,12 +302,6 @@ def _read_config(
     if given["data__data_dir"] is not None and given["data__dataset"] is not None:
         raise UserError("--data-dir and --synthetic: give one of them")
     return opt.read_config(SegmentConfig, config_path, overrides, **given)
-
-
-def _prepare(cpu_devices: int | None = None) -> None:
-    from unitnorm.run import devices
-
-    devices.prepare(cpu_devices)
 
 
 def _load(config: SegmentConfig) -> SceneData:
@@ -331,14 +334,6 @@ def _print(tables: Iterable[Cells]) -> None:
     from unitnorm.report.tables import Fitting
 
     Console().print(*map(Fitting, tables), sep="")
-
-
-def _print_figures(known: Records) -> None:
-    """Print the tables without the classes, which would be too wide."""
-    from unitnorm.segment.schema import FIGURES
-    from unitnorm.segment.tables import list_tables
-
-    _print(list_tables(known, FIGURES))
 
 
 def _draw_figure2(out: Path, known: Records, count: int, scene_choice: dict[str, Any]) -> Figure:

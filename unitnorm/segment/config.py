@@ -10,11 +10,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
+from unitnorm.archbn.config import Epochs, Rate
 from unitnorm.run.config import ExperimentConfig, Section, check_updates
 
-Rate = Annotated[float, Field(gt=0.0, le=1e6)]
 Pixels = Annotated[int, Field(ge=1, le=4096)]
-Epochs = Annotated[int, Field(ge=1, le=100_000)]
 Scale = Annotated[float, Field(gt=0.0, le=1.0)]
 
 
@@ -98,13 +97,10 @@ class SegmentTraining(Section):
         Literal["batches", "images", "running"], BeforeValidator(current_name)
     ] = "running"
 
-    def scale_of(self, epoch: int) -> float:
-        """The part of the size at which an epoch, counted from 0, is trained."""
-        for stage in self.stages:
-            if epoch < stage.epochs:
-                return stage.scale
-            epoch -= stage.epochs
-        return 1.0
+    def scales(self) -> list[float]:
+        """Of each epoch, the part of the size at which it is trained."""
+        first = [stage.scale for stage in self.stages for _ in range(stage.epochs)]
+        return (first + [1.0] * self.epochs)[: self.epochs]
 
 
 class SegmentSweep(Section):
@@ -137,11 +133,10 @@ class SegmentConfig(ExperimentConfig):
     def conflict(self, recorded: Any) -> str | None:
         """As for every config; but a rate of an update that is new to the records is none."""
         try:
-            rates = {**recorded["learning_rates"]}
-            train = {**recorded["train"]}
-            train["statistics"] = current_name(train["statistics"])
+            rates, train = recorded["learning_rates"], recorded["train"]
+            train = train | {"statistics": current_name(train["statistics"])}
+            recorded = recorded | {"learning_rates": self.learning_rates | rates, "train": train}
         except (TypeError, KeyError):  # records that were changed by hand
             return super().conflict(recorded)
-        recorded = {**recorded, "learning_rates": self.learning_rates | rates, "train": train}
         mine = self.model_copy(update={"learning_rates": rates | self.learning_rates})
         return super(SegmentConfig, mine).conflict(recorded)

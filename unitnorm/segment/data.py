@@ -22,14 +22,7 @@ from PIL import Image
 
 from unitnorm.errors import UserError
 from unitnorm.segment import synthetic
-from unitnorm.segment.palette import (
-    CLASSES,
-    NAMES,
-    UNKNOWN,
-    UNLABELLED,
-    describe_merge,
-    from_colours,
-)
+from unitnorm.segment.palette import CAMVID, CLASSES, NAMES, UNKNOWN, UNLABELLED, labels_by_colour
 
 if TYPE_CHECKING:
     from unitnorm.segment.config import ScenesConfig
@@ -211,7 +204,8 @@ def _read_camvid(folder: Path, height: int, width: int) -> tuple[dict[str, Scene
             raise UserError(f"{pairs['train'][0][1].parent}: {found}; {wanted}")
         notes.append(found)
     if in_colours:
-        notes.append(f"{in_colours} labels in CamVid's colours, merged: {describe_merge()}")
+        merge = "; ".join(f"{name} = {', '.join(merged)}" for name, merged in CAMVID.items())
+        notes.append(f"{in_colours} labels in CamVid's colours, merged: {merge}")
     return splits, notes
 
 
@@ -230,7 +224,7 @@ def _read_label(path: Path) -> tuple[NDArray[np.uint8], bool]:
     image = _load(path, ("L", "P", "RGB", "RGBA"), "a number per pixel (mode L or P), or colours")
     if image.mode != "L":
         rgb = np.asarray(image.convert("RGB"))
-        labels = from_colours(rgb)
+        labels = labels_by_colour()[tuple(np.moveaxis(rgb, -1, 0))]
         unknown = rgb[labels == UNKNOWN]
         if image.mode != "P" and len(unknown):
             colour = tuple(unknown[0].tolist())

@@ -7,7 +7,6 @@ average, intersection over union (IoU).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from functools import partial
 from typing import Any
 
 import jax
@@ -56,14 +55,14 @@ def by_sequence(matrices: np.ndarray, sequences: np.ndarray) -> dict[str, np.nda
     return {ALL: matrices.sum(0)} | drives
 
 
-def median_frequency_weights(labels: NDArray[np.uint8], classes: int) -> NDArray[np.float32]:
-    """Weights of the classes in the loss: median(f) / f(c), float32 (classes,).
+def median_frequency_weights(labels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Weights of the classes in the loss: median(f) / f(c), float32 (CLASSES,).
 
     f(c) is the number of pixels of class c over the number of labelled and unlabelled pixels of the
     images that have it (Eigen and Fergus 2015, as in the SegNet paper). A class that no image has
     weighs nothing. `labels` are those of the training images, (n, height, width).
     """
-    counts = np.stack([np.bincount(image.ravel(), minlength=256)[:classes] for image in labels])
+    counts = np.stack([np.bincount(image.ravel(), minlength=256)[:CLASSES] for image in labels])
     with np.errstate(invalid="ignore"):  # 0 / 0
         frequency = counts.sum(0) / (labels[0].size * (counts > 0).sum(0))
     known = np.isfinite(frequency)
@@ -71,15 +70,15 @@ def median_frequency_weights(labels: NDArray[np.uint8], classes: int) -> NDArray
     return np.where(known, median / frequency, 0).astype(np.float32)
 
 
-def count_confusion(labels: Array, predictions: Array, classes: int) -> Array:
-    """Pixels of true class i predicted to be of class j: int32 (classes, classes).
+def count_confusion(labels: Array, predictions: Array) -> Array:
+    """Pixels of true class i predicted to be of class j: int32 (CLASSES, CLASSES).
 
-    Labels of `classes` or above are unlabelled pixels. Exact up to 2³¹ pixels.
+    Labels of no class are unlabelled pixels. Exact up to 2³¹ pixels.
     """
-    cells = labels.astype(jnp.int32) * classes + predictions.astype(jnp.int32)
-    cells = jnp.where(labels < classes, cells, classes * classes)
-    counts = jnp.bincount(cells.ravel(), length=classes * classes + 1)
-    return counts[:-1].reshape(classes, classes).astype(jnp.int32)
+    cells = labels.astype(jnp.int32) * CLASSES + predictions.astype(jnp.int32)
+    cells = jnp.where(labels < CLASSES, cells, CLASSES * CLASSES)
+    counts = jnp.bincount(cells.ravel(), length=CLASSES * CLASSES + 1)
+    return counts[:-1].reshape(CLASSES, CLASSES).astype(jnp.int32)
 
 
 def make_mesh() -> Mesh:
@@ -92,22 +91,21 @@ class Evaluator:
 
     def __init__(self, config: SegNetConfig, batch: int = 8):
         mesh = make_mesh()
-        network = segnet(config, CLASSES, mesh)
+        self.by_image = NamedSharding(mesh, PartitionSpec("image"))
+        self.everywhere = NamedSharding(mesh, PartitionSpec())
+        self.network = network = segnet(config, mesh)
 
         def confusion(weights: Weights, images: Array, labels: Array) -> Array:
             logits, _ = network.apply(*weights, images.astype(jnp.float32), False)
-            count = partial(count_confusion, classes=CLASSES)
-            return jax.vmap(count)(labels, jnp.argmax(logits, -1))
+            return jax.vmap(count_confusion)(labels, jnp.argmax(logits, -1))
 
         def add_statistics(total: Any, params: Any, images: Array) -> Any:
             found = batch_statistics(network, params, total, images.astype(jnp.float32))
             return jax.tree.map(lambda sum, x: sum + x / (1 - config.bn_momentum), total, found)
 
         self._batch = -(-batch // mesh.size) * mesh.size
-        self._by_image = NamedSharding(mesh, PartitionSpec("image"))
-        everywhere = NamedSharding(mesh, PartitionSpec())
-        self._confusion = jax.jit(confusion, out_shardings=everywhere)
-        self._add = jax.jit(add_statistics, out_shardings=everywhere)
+        self._confusion = jax.jit(confusion, out_shardings=self.everywhere)
+        self._add = jax.jit(add_statistics, out_shardings=self.everywhere)
 
     def confusion(self, weights: Weights, scenes: Scenes) -> NDArray[np.int64]:
         """Confusion matrix of each image, with running statistics: (n, classes, classes)."""
@@ -142,4 +140,4 @@ class Evaluator:
             missing = [(0, self._batch - len(labels)), (0, 0), (0, 0), (0, 0)]
             # pixels without a label count nowhere
             labels = np.pad(labels, missing[:3], constant_values=UNLABELLED)
-            yield jax.device_put((np.pad(images, missing), labels), self._by_image)
+            yield jax.device_put((np.pad(images, missing), labels), self.by_image)

@@ -39,17 +39,16 @@ class Segmentation:
 
     def missing(self, records: Records) -> Iterator[Group]:
         """Sweeps of the updates without a rate, and trainings of those with one."""
-        config, sweep = self.config, records["sweep"]
+        given, sweep = self.config.learning_rates, records["sweep"]
         untrained = [] if self.sweep_only else self._lacking(records["runs"])
-        chosen = sweep[sweep["chosen"]].set_index("update")["base_lr"].to_dict()
-        wanted = {update for update, _ in untrained if update not in config.learning_rates}
+        rates = sweep[sweep["chosen"]].set_index("update")["base_lr"].to_dict() | given
+        without = {update for update, _ in untrained} - given.keys()
         for update, run in self._lacking(sweep):
-            if run == 0 and (self.sweep_only or update in wanted):
+            if run == 0 and (self.sweep_only or update in without):
                 yield _group("sweep", update, run, None)
         for update, run in untrained:
-            rate = config.learning_rates.get(update, chosen.get(update))
-            if rate is not None:
-                yield _group("runs", update, run, rate)
+            if update in rates:
+                yield _group("runs", update, run, rates[update])
 
     def again(self, records: Records, chosen: Mapping[str, Any]) -> Iterator[Group]:
         """A run's training at the rate recorded."""
@@ -62,9 +61,8 @@ class Segmentation:
           Interrupted: after saving a checkpoint.
           UserError: a loss is not finite any more, or the images cannot be divided.
         """
-        if group.table == "sweep":
-            return self._sweep(group, data, session)
-        return self._train(group, data, session)
+        compute = self._sweep if group.table == "sweep" else self._train
+        return compute(group, data, session)
 
     def _lacking(self, table: pd.DataFrame) -> list[tuple[str, int]]:
         """The runs that a table has no row of; the updates of a run follow one another."""
@@ -106,14 +104,13 @@ class Segmentation:
     def _train(self, group: Group, data: SceneData, session: Session) -> Found:
         """A run of an update, with its test results, of its best epoch on val and the last."""
         (update, run, rate), config, splits = group.what, self.config, data.splits
-        scales = [config.train.scale_of(epoch) for epoch in range(config.train.epochs)]
         program = SegNetProgram(
-            group.title, config, update, config.seed + run, rate, scales, splits["train"],
-            splits["val"],
+            group.title, config, update, config.seed + run, rate, config.train.scales(),
+            splits["train"], splits["val"],
         )  # fmt: skip
 
         def grow(state: SegNetState, status: Status) -> None:
-            if np.any(np.asarray(state.figures.confusion[status.epoch - 1])):
+            if np.asarray(state.figures.confusion[status.epoch - 1]).any():
                 session.grow(epochs_of(config, run, program, state))
 
         state = self._run(program, group, data, session, grow)
@@ -125,20 +122,17 @@ class Segmentation:
             )
         best, last = int(state.best_epoch), program.epochs
         weights = {last: program.measured(state.now, last), best: state.best}
-        test = splits["test"].scaled(scales[-1])
+        test = splits["test"].scaled(program.scales[-1])
         name = {"update": update, "run": run}
-        rows = [
-            name | {"split": "test", "sequence": sequence, "epoch": epoch} | measure(matrix)
-            for epoch in sorted(weights)
-            for sequence, matrix in by_sequence(
-                program.evaluator.confusion(weights[epoch], test), test.sequences
-            ).items()
-        ]
+        rows = []
+        for epoch in sorted(weights):
+            matrices = program.evaluator.confusion(weights[epoch], test)
+            for sequence, matrix in by_sequence(matrices, test.sequences).items():
+                cell = {"split": "test", "sequence": sequence, "epoch": epoch}
+                rows.append(name | cell | measure(matrix))
         found = epochs_of(config, run, program, state, rows)
-        done = name | {
-            "seed": program.seed, "base_lr": rate, "epochs": last, "best_epoch": best,
-        }  # fmt: skip
-        return found._replace(rows={**found.rows, "runs": SCHEMA.frame("runs", [done])})
+        done = {"seed": program.seed, "base_lr": rate, "epochs": last, "best_epoch": best}
+        return found._replace(rows={**found.rows, "runs": SCHEMA.frame("runs", [name | done])})
 
     def _run(
         self, program: SegNetProgram, group: Group, data: SceneData, session: Session,
@@ -165,11 +159,9 @@ def list_cells(config: SegmentConfig) -> pd.DataFrame:
 def describe_data(data: SceneData) -> dict[str, Any]:
     """What the provenance says of the data."""
     counts = {name: len(scenes.labels) for name, scenes in data.splits.items()}
+    about = {"name": data.name, "sha256": data.sha256, "images": counts}
     height, width = data.size
-    return {
-        "name": data.name, "sha256": data.sha256, "images": counts, "height": height,
-        "width": width,
-    }  # fmt: skip
+    return about | {"height": height, "width": width}
 
 
 def epochs_of(
@@ -177,21 +169,18 @@ def epochs_of(
     more: Sequence[dict[str, Any]] = (),
 ) -> Found:  # fmt: skip
     """A run's epochs so far, with `more` rows of metrics, and run 0's best weights."""
-    figures, name = jax.device_get(state.figures), {"update": program.update, "run": run}
-    history, metrics = [], []
+    figures, history, metrics = jax.device_get(state.figures), [], []
     for epoch in range(int(state.step) // program.steps):
-        history.append(
-            name
-            | {
-                "epoch": epoch + 1, "scale": program.scales[epoch],
-                "lr": float(program.rate_at(epoch * program.steps, program.rate)),
-                "train_loss": figures.loss[epoch],
-                "norm_deviation": figures.norm_deviation[epoch],
-            }
-        )  # fmt: skip
-        if figures.confusion[epoch].any():
-            cell = name | {"split": "val", "sequence": ALL, "epoch": epoch + 1}
-            metrics.append(cell | measure(figures.confusion[epoch]))
+        matrix = figures.confusion[epoch]
+        name = {"update": program.update, "run": run, "epoch": epoch + 1}
+        about = {
+            "scale": program.scales[epoch],
+            "lr": float(program.rate_at(epoch * program.steps, program.rate)),
+            "train_loss": figures.loss[epoch], "norm_deviation": figures.norm_deviation[epoch],
+        }  # fmt: skip
+        history.append(name | about)
+        if matrix.any():
+            metrics.append(name | {"split": "val", "sequence": ALL} | measure(matrix))
     files = {}
     if run == 0 and int(state.best_epoch):
         weights = jax.device_get(state.best)

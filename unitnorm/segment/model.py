@@ -21,6 +21,7 @@ from unitnorm.archbn.model import Network, split_network
 from unitnorm.geometry import retraction
 from unitnorm.segment.config import SegNetConfig
 from unitnorm.segment.convolution import fourier_convolution
+from unitnorm.segment.palette import CLASSES
 
 FOURIER_PIXELS, FOURIER_CHANNELS = 2000, 16  # below, direct is as fast on 2 cores
 LRN_SIZE, LRN_ALPHA, LRN_BETA = 5, 1e-4, 0.75  # of the authors' SegNet-Basic
@@ -100,18 +101,18 @@ class Convolution(nnx.Module):
 
 
 class SegNetBasic(nnx.Module):
-    """Images (n, h, w, 3) of values 0 to 255, any h and w → float32 logits (n, h, w, classes).
+    """Images (n, h, w, 3) of values 0 to 255, any h and w → float32 logits (n, h, w, CLASSES).
 
     `train` normalises with the whole batch and moves the running statistics.
     """
 
-    def __init__(self, config: SegNetConfig, classes: int, mesh: Mesh | None, *, rngs: nnx.Rngs):
+    def __init__(self, config: SegNetConfig, mesh: Mesh | None, *, rngs: nnx.Rngs):
         width = config.features
         inputs = [3] + [width] * (2 * config.stages - 1)
         layers = [Convolution(size, config, mesh, rngs=rngs) for size in inputs]
         self.encoders = nnx.List(layers[: config.stages])
         self.decoders = nnx.List(layers[config.stages :])
-        self.classifier = nnx.Conv(width, classes, (1, 1), kernel_init=_unit_filters, rngs=rngs)
+        self.classifier = nnx.Conv(width, CLASSES, (1, 1), kernel_init=_unit_filters, rngs=rngs)
 
     def __call__(self, x: Array, *, train: bool = False) -> Array:
         x = local_response_normalisation(x)
@@ -126,15 +127,9 @@ class SegNetBasic(nnx.Module):
         return self.classifier(x.astype(jnp.float32))
 
 
-def segnet(config: SegNetConfig, classes: int, mesh: Mesh | None = None) -> Network:
-    """SegNet-Basic as pure functions of its parameters and statistics.
-
-    Args:
-      mesh: of one axis, among whose devices images are shared.
-    """
-    return split_network(
-        lambda rngs: SegNetBasic(config, classes, mesh, rngs=rngs), filter_mask, axis=None
-    )
+def segnet(config: SegNetConfig, mesh: Mesh | None = None) -> Network:
+    """SegNet-Basic as pure functions; the devices of `mesh`, of one axis, share the images."""
+    return split_network(lambda rngs: SegNetBasic(config, mesh, rngs=rngs), filter_mask, axis=None)
 
 
 def choose_convolution(config: SegNetConfig, mesh: Mesh | None) -> Callable[..., Array]:
@@ -162,10 +157,8 @@ def choose_convolution(config: SegNetConfig, mesh: Mesh | None) -> Callable[...,
 
 def filter_mask(params: Any) -> Any:
     """True for every kernel that feeds a batch normalisation, False for all else."""
-    mask = jax.tree.map(lambda _: False, params)
-    for layer in (*mask["encoders"].values(), *mask["decoders"].values()):
-        layer["conv"]["kernel"] = True
-    return mask
+    layer = jax.tree_util.DictKey("conv")  # the classifier has none
+    return jax.tree.map_with_path(lambda path, _: layer in path, params)
 
 
 def _unit_filters(key: Array, shape: tuple[int, ...], dtype: Any, **_: Any) -> Array:

@@ -47,21 +47,11 @@ CAMVID = {
 }  # fmt: skip
 
 
-def from_colours(colours: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Colours of `CAMVID` or `COLOURS` as labels, others as `UNKNOWN`: (…, 3) → uint8 (…)."""
-    red, green, blue = np.moveaxis(colours.astype(np.intp), -1, 0)
-    return _labels_by_colour()[red, green, blue]
-
-
 @functools.cache
-def _labels_by_colour() -> NDArray[np.uint8]:
+def labels_by_colour() -> NDArray[np.uint8]:
+    """Of each red, green and blue, the label in `CAMVID` or `COLOURS`, or `UNKNOWN`."""
     table = np.full((256, 256, 256), UNKNOWN, np.uint8)
     for label, merged in enumerate(CAMVID.values()):
         for colour in (*merged.values(), COLOURS[label]):
             table[tuple(colour)] = label
     return table
-
-
-def describe_merge() -> str:
-    """Which of CamVid's classes make which of the eleven: "pole = Column_Pole, TrafficCone; …"."""
-    return "; ".join(f"{name} = {', '.join(merged)}" for name, merged in CAMVID.items())

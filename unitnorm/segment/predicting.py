@@ -26,7 +26,7 @@ Predictor = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 
 def make_predictor(trained: TrainedSegNet) -> Predictor:
     """A compiled function: an image uint8 (h, w, 3) → float32 logits (h, w, classes)."""
-    network = segnet(trained.network, CLASSES)
+    network = segnet(trained.network)
 
     @jax.jit
     def logits(image: jax.Array) -> jax.Array:

@@ -6,6 +6,8 @@ of any size look alike.
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
@@ -30,34 +32,28 @@ def scenes(
 
     Scene i of a seed does not depend on `count`.
     """
-    pairs = [scene(np.random.default_rng([seed, i]), height, width) for i in range(count)]
+    pairs = [_scene(np.random.default_rng([seed, i]), height, width) for i in range(count)]
     images, labels = zip(*pairs, strict=True)
     return np.stack(images), np.stack(labels)
 
 
-def scene(
+def _scene(
     rng: np.random.Generator, height: int, width: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """One scene: uint8 (height, width, 3) and (height, width)."""
     image = Image.new("RGB", (width, height))
     label = Image.new("L", (width, height), UNLABELLED)
     brushes, u = (ImageDraw.Draw(image), ImageDraw.Draw(label)), rng.uniform
 
-    def draw(shape: str, name: str, *points: tuple[float, float]) -> None:
-        at = [tuple(np.round(np.array(point) * [width, height]).tolist()) for point in points]
+    def draw(shape: str, name: str, *points: float) -> None:
+        """A thing, by x and y of its points in turn."""
+        at = np.round(np.reshape(points, (-1, 2)) * [width, height]).ravel().tolist()
         tone = np.array(_LOOKS[name]) * u(0.8, 1.2)
         colour = tuple(np.clip(tone, 0, 255).astype(int).tolist())
         for brush, fill in zip(brushes, (colour, NAMES.index(name)), strict=True):
             getattr(brush, shape)(at, fill=fill)
 
-    def box(name: str, left: float, top: float, right: float, bottom: float) -> None:
-        draw("rectangle", name, (left, top), (right, bottom))
-
-    def ellipse(name: str, left: float, top: float, right: float, bottom: float) -> None:
-        draw("ellipse", name, (left, top), (right, bottom))
-
-    horizon = u(0.42, 0.52)
-    vanishing = u(0.4, 0.6)
+    box, ellipse = partial(draw, "rectangle"), partial(draw, "ellipse")
+    horizon, vanishing = u(0.42, 0.52), u(0.4, 0.6)
     box("sky", 0, 0, 1, 1)
     for side in (0, 1):
         x = 0.0
@@ -73,11 +69,11 @@ def scene(
         ellipse("tree", x - r * 0.8, horizon - 2.4 * r, x + r * 0.8, horizon - 0.3 * r)
     box("pavement", 0, horizon, 1, 1)
     left, right = u(-0.1, 0.12), u(0.88, 1.1)
-    tip = (vanishing - 0.03, horizon), (vanishing + 0.03, horizon)
-    draw("polygon", "road", *tip, (right, 1), (left, 1))
+    tip = vanishing - 0.03, horizon, vanishing + 0.03, horizon
+    draw("polygon", "road", *tip, right, 1, left, 1)
     far, near = (vanishing - 0.1, 0.0) if rng.integers(2) else (vanishing + 0.1, 1.0)
-    upper, lower = (far, horizon), (far, horizon + 0.04)
-    draw("polygon", "fence", upper, (near, horizon + 0.02), (near, horizon + 0.2), lower)
+    side_of_it = near, horizon + 0.02, near, horizon + 0.2
+    draw("polygon", "fence", far, horizon, *side_of_it, far, horizon + 0.04)
     for _ in range(rng.integers(1, 4)):
         size = u(0.08, 0.24)
         x, foot = u(0.25, 0.75), horizon + size * u(0.8, 1.4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -9,7 +10,7 @@ import pandas as pd
 
 from unitnorm.report.statistics import compare_pairs, summarise
 from unitnorm.report.style import BASELINE, label, sort_updates
-from unitnorm.report.tables import Cells, format_interval, format_number, format_p, format_points
+from unitnorm.report.tables import Cells, format_number, format_p, format_points, format_range
 from unitnorm.run.records import Records
 from unitnorm.segment.evaluation import measure
 from unitnorm.segment.schema import ALL, CELL, COLUMNS, FIGURES
@@ -33,11 +34,7 @@ def select_best(records: Records, split: str = "test") -> pd.DataFrame:
 
 
 def list_tables(records: Records, columns: Sequence[str] = COLUMNS) -> list[Cells]:
-    """All tables that the records have something for.
-
-    Args:
-      columns: which figures of the results.
-    """
+    """All tables that the records have something for, with these figures of the results."""
     about = records.provenance["data"]
     where = f"SegNet-Basic on {about['name']}, images of {about['height']}×{about['width']}"
     best = {split: select_best(records, split) for split in ("test", "val")}
@@ -52,10 +49,9 @@ def list_tables(records: Records, columns: Sequence[str] = COLUMNS) -> list[Cell
 
 def tabulate(title: str, matrices: Mapping[str, np.ndarray]) -> Cells:
     """The figures of several confusion matrices beside each other, a figure per line."""
-    shown = {"%": [TITLES.get(column, f"IoU {column}") for column in COLUMNS]}
-    for name, matrix in matrices.items():
-        shown[name] = [_percent(value) for value in measure(matrix).values()]
-    return Cells(title, pd.DataFrame(shown))
+    titles = [TITLES.get(column, f"IoU {column}") for column in COLUMNS]
+    shown = {name: map(_percent, measure(matrix).values()) for name, matrix in matrices.items()}
+    return Cells(title, pd.DataFrame({"%": titles} | shown))
 
 
 def _results(best: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
@@ -75,17 +71,15 @@ def _results(best: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
 def _compare(best: pd.DataFrame, split: str) -> Iterator[dict[str, str]]:
     """What each update's runs on a split differ by from the baseline's."""
     whole = best[best["sequence"] == ALL].pivot(index="run", columns="update", values=list(FIGURES))
-    first, *others = sort_updates(best["update"]) or [""]
-    for update in others if first == BASELINE else ():
-        for column in FIGURES:
-            pairs = whole[column][[update, BASELINE]].dropna().to_numpy()
-            if len(pairs) < 2:
-                continue
+    others = sort_updates({*best["update"]} - {BASELINE})
+    for update, column in itertools.product(others, FIGURES):
+        pairs = whole[column].reindex(columns=[update, BASELINE]).dropna().to_numpy()
+        if len(pairs) >= 2:
             found, p, _ = compare_pairs(*pairs.T)
             yield {
                 "difference": f"{label(update)} − {label(BASELINE)}", "on": split,
                 "of": TITLES[column], "n": str(len(pairs)), "mean": format_points(found.mean),
-                "95 % interval": format_interval(*map(format_points, found[2:])),
+                "95 % interval": format_range(*found[2:], format_points),
                 "p": format_p(p),
             }  # fmt: skip
 

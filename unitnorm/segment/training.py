@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
-from jax.sharding import NamedSharding, PartitionSpec
 
 from unitnorm.archbn.evaluation import cross_entropy, measure_norms
 from unitnorm.errors import UserError
@@ -27,11 +26,9 @@ from unitnorm.segment.data import Scenes
 from unitnorm.segment.evaluation import (
     PUBLISHED_WEIGHTS,
     Evaluator,
-    make_mesh,
     measure,
     median_frequency_weights,
 )
-from unitnorm.segment.model import segnet
 from unitnorm.segment.palette import CLASSES
 from unitnorm.segment.weights import Weights
 from unitnorm.updates import UPDATES, build
@@ -76,11 +73,11 @@ class SegNetProgram:
         self, title: str, config: SegmentConfig, update: str, seed: int, rate: float,
         scales: list[float], train: Scenes, held_out: Scenes,
     ):  # fmt: skip
-        part, images, mesh = config.train, len(train.labels), make_mesh()
-        if part.batch_size % mesh.size:
+        part, images, devices = config.train, len(train.labels), len(jax.devices())
+        if part.batch_size % devices:
             raise UserError(
-                f"train.batch_size = {part.batch_size} does not divide among {mesh.size} "
-                f"devices; expected a multiple of {mesh.size}: set it, or --devices"
+                f"train.batch_size = {part.batch_size} does not divide among {devices} "
+                f"devices; expected a multiple of {devices}: set it, or --devices"
             )
         if part.batch_size > images:
             few = f"there are {images} training images"
@@ -89,12 +86,10 @@ class SegNetProgram:
         self.steps = -(-images // part.batch_size)  # mini-batches per epoch
         self.update, self.seed, self.rate = update, seed, rate
         self.scales, self.final_size = scales, train.size_at(scales[-1])
-        self._config, self._network = config, segnet(config.network, CLASSES, mesh)
+        self._config = config
         self._run = jnp.uint32(seed), jnp.float32(rate)  # traced: all runs share what is compiled
-        self._by_image = NamedSharding(mesh, PartitionSpec("image"))
-        self._everywhere = NamedSharding(mesh, PartitionSpec())
         self._class_weights = {
-            "median": lambda: median_frequency_weights(train.labels, CLASSES),
+            "median": lambda: median_frequency_weights(train.labels),
             "published": lambda: np.asarray(PUBLISHED_WEIGHTS, np.float32),
             "none": lambda: np.ones(CLASSES, np.float32),
         }[part.class_weights]()
@@ -102,6 +97,7 @@ class SegNetProgram:
         (height, width), (rows, columns) = train.size_at(1.0), self._crop(train.labels)
         batch = max(1, part.batch_size * (rows * columns) // (height * width))
         self.evaluator = Evaluator(config.network, batch)
+        self._network, self._everywhere = self.evaluator.network, self.evaluator.everywhere
         self._init = jax.jit(self._start, out_shardings=self._everywhere)
         self._step = jax.jit(self._train_step, donate_argnums=0, out_shardings=self._everywhere)
         self._record = jax.jit(self._add_epoch, donate_argnums=0, out_shardings=self._everywhere)
@@ -231,11 +227,12 @@ class SegNetProgram:
         index = order[(place * size + jnp.arange(size)) % len(labels)]
         keys = jax.random.fold_in(jax.random.fold_in(key, AUGMENT), step)
         keys = jax.random.split(keys, size)
-        index, keys = jax.lax.with_sharding_constraint((index, keys), self._by_image)
+        by_image = self.evaluator.by_image
+        index, keys = jax.lax.with_sharding_constraint((index, keys), by_image)
         crop, options = self._crop(labels), self._config.augmentation
         change = jax.vmap(lambda key, image, label: augment(key, image, label, crop, options))
         batch = change(keys, images[index], labels[index])
-        return jax.lax.with_sharding_constraint(batch, self._by_image)
+        return jax.lax.with_sharding_constraint(batch, by_image)
 
     def _train_step(
         self, state: SegNetState, train: tuple[Array, Array], seed: Array, rate: Array

@@ -14,7 +14,7 @@ import safetensors.numpy
 from unitnorm.errors import UserError
 from unitnorm.segment.config import SegNetConfig
 from unitnorm.segment.model import segnet
-from unitnorm.segment.palette import CLASSES, NAMES
+from unitnorm.segment.palette import NAMES
 
 FORMAT = "1"  # of the file; raised when an older reader would misread it
 
@@ -68,7 +68,7 @@ def read_weights(path: Path) -> TrainedSegNet:
         if about["format"] != FORMAT or about["classes"] != " ".join(NAMES):
             raise KeyError("format")
         network = SegNetConfig.model_validate_json(about["network"])
-        like = Weights(*jax.eval_shape(segnet(network, CLASSES).init, jax.random.key(0)))
+        like = Weights(*jax.eval_shape(segnet(network).init, jax.random.key(0)))
         wanted = _named(like)
         if {n: x.shape for n, x in tensors.items()} != {n: x.shape for n, x in wanted.items()}:
             raise ValueError("the tensors do not fit the network")
