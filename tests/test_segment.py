@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from functools import partial
 from pathlib import Path
@@ -272,12 +273,9 @@ def test_weights_divided_out_leave_the_frequencies_of_the_labels(small, scenes):
 class Memory(Checkpoints):
     """Checkpoints in memory."""
 
-    def __init__(self, state=None):
-        self.state = state
+    state = None
 
     def restore(self, part, like):
-        if self.state is not None:
-            assert jax.tree.structure(self.state) == jax.tree.structure(like)
         return self.state
 
     def save(self, part, state, *, wait):
@@ -290,16 +288,11 @@ def make_program(small, scenes, update="un", scales=(1.0, 1.0), **changes):
     return training.SegNetProgram(update, changed, update, 0, 0.5, list(scales), train, val)
 
 
-def run(program, checkpoints=None, stop_after=None, said=None):
+def run(program, stop_after=None, **session):
     """Trained to the end, or interrupted after so many mini-batches."""
-    asked = iter(range(1000))
-    session = loop.Session(
-        say=(said if said is not None else []).append,
-        checkpoints=checkpoints or Memory(),
-        interrupted=lambda: next(asked) == stop_after,
-    )
-    part = Part("segment un", "0" * 64, ("runs/un/0",))
-    return program.take(loop.train(part, program, session))
+    asked = itertools.count()
+    session = loop.Session(interrupted=lambda: next(asked) == stop_after, **session)
+    return program.take(loop.train(Part("segment un", "0" * 64, ()), program, session))
 
 
 @pytest.fixture(scope="module")
@@ -399,9 +392,9 @@ def test_an_epoch_has_every_image_and_later_ones_another_order(scenes, cropped):
 def test_an_interrupted_training_goes_on_bit_for_bit(program, trained, stop_after):
     memory, said = Memory(), []
     with pytest.raises(Interrupted):
-        run(program, memory, stop_after)
+        run(program, stop_after, checkpoints=memory)
     assert int(memory.state.step) == stop_after
-    again = run(program, memory, said=said)
+    again = run(program, checkpoints=memory, say=said.append)
     assert "going on after epoch" in said[0]
     jax.tree.map(np.testing.assert_array_equal, again, trained)
 
@@ -442,19 +435,14 @@ def test_a_batch_that_does_not_divide_is_an_error(small, scenes):
         make_program(small, scenes, batch_size=50)
 
 
-def test_weight_decay_shrinks_all_but_the_filters(small, scenes, program, trained):
-    decayed = make_program(small, scenes, weight_decay=0.1)
+def test_weight_decay_shrinks_all_but_the_filters(small, scenes, trained):
     params = trained.now.params
+    optimiser = make_program(small, scenes, weight_decay=0.1)._optimiser(0.5, params)
     zero = jax.tree.map(jnp.zeros_like, params)
-    steps = []
-    for one in (program, decayed):
-        optimiser = one._optimiser(0.5, params)
-        steps.append(jax.jit(optimiser.update)(zero, optimiser.init(params), params)[0])
-    for filters, old, plain, step in zip(
-        *map(jax.tree.leaves, (model.filter_mask(params), params, *steps)), strict=True
-    ):
-        expected = 0 if filters else -0.5 * 0.1 * old
-        np.testing.assert_allclose(step - plain, expected, atol=1e-6)
+    steps, _ = jax.jit(optimiser.update)(zero, optimiser.init(params), params)
+    trees = map(jax.tree.leaves, (model.filter_mask(params), params, steps))
+    for filters, old, step in zip(*trees, strict=True):
+        np.testing.assert_allclose(step, 0 if filters else -0.5 * 0.1 * old, atol=1e-6)
 
 
 def test_stages_train_and_measure_at_a_part_of_the_size(small, scenes):
@@ -479,18 +467,19 @@ def test_a_loss_that_is_not_finite_gives_no_result_also_in_the_last_epoch(small,
     broken = trained._replace(figures=figures, best_epoch=np.int32(1))
     sweep = config.SegmentSweep(rates=[0.5, 1e6, 2.0], epochs=2)
     chosen = small.model_copy(update={"updates": ["un"], "sweep": sweep})
-    nothing, memory = records.Records.empty(SCHEMA), Memory(broken)
-    session = loop.Session(checkpoints=memory)
-    (group,) = Segmentation(chosen).missing(nothing)
+    memory = Memory()
+
+    def compute(experiment):
+        (group,) = experiment.missing(records.Records.empty(SCHEMA))
+        return experiment.compute(group, scenes, loop.Session(checkpoints=memory))
+
+    memory.state = broken
     with pytest.raises(UserError, match=r"epoch 2; take a smaller rate, --set learning_rates\.un"):
-        Segmentation(chosen).compute(group, scenes, session)
-    (group,) = Segmentation(chosen, sweep_only=True).missing(nothing)
-
-    def restore(part, like):  # both rates that end give the same
-        return (broken if "1e+06" in part.title else trained)._replace(step=np.int32(4))
-
-    memory.restore = restore
-    found = Segmentation(chosen).compute(group, scenes, session).rows["sweep"]
+        compute(Segmentation(chosen))
+    # both rates that end give the same
+    states = [state._replace(step=np.int32(4)) for state in (trained, broken)]
+    memory.restore = lambda part, like: states["1e+06" in part.title]
+    found = compute(Segmentation(chosen, sweep_only=True)).rows["sweep"]
     assert list(found["base_lr"]) == [1e6, 2.0, 0.5]
     assert list(found["chosen"]) == [False, True, False]  # the larger of equals
     for column in ("train_loss", "mean_iou"):
@@ -550,7 +539,7 @@ def test_a_photo_at_the_scale_of_the_training_is_predicted_as_it_is(weights_file
     image = scenes.splits["test"].images[0]
     found = predicting.segment_photo(predict, Image.fromarray(image), trained.size)
     assert np.array_equal(found, predicting.predict_all(trained, image[None])[0])
-    # of four times the size: the same up to interpolation at borders between classes
+    # the same up to interpolation at borders between classes
     large = Image.fromarray(image).resize((26 * 4, 19 * 4), Image.Resampling.NEAREST)
     stretched = predicting.segment_photo(predict, large, trained.size)
     assert stretched.shape == (76, 104)
@@ -618,21 +607,20 @@ def test_evaluate_gives_the_recorded_numbers_side_by_side_and_saves_the_table(fo
     alone = call("evaluate", "--weights", one, "--synthetic")
     best = tables.select_best(records.read(folder, SCHEMA))
     row = best[(best["run"] == 0) & (best["sequence"] == "all")].iloc[0]
+    text = f"{100 * row['mean_iou']:.1f}"
+    (line,) = (line for line in alone.splitlines() if line.startswith("mean IoU"))
+    assert text in line.split()
     # another file, and one of the same name in a folder of the same name: its path tells it
-    for other in (tmp_path / "copy" / one.name, tmp_path / folder.name / one.name):
+    for place, names in (("copy", "{0.parent.name}/un"), (folder.name, "{0}")):
+        other = tmp_path / place / one.name
         other.parent.mkdir()
         other.write_bytes(one.read_bytes())
         call("evaluate", "--weights", one, "--weights", other, "--synthetic", "--save", saved)
-        head, *lines = (line for line in saved.read_text().splitlines() if line.startswith("|"))
-        twin = other.parent.name == folder.name
+        table = saved.read_text()
         for path in (one, other):
-            assert f" {path if twin else f'{path.parent.name}/un'} |" in head
-        for name, column in (("global accuracy", "global_accuracy"), ("mean IoU", "mean_iou")):
-            text = f"{100 * row[column]:.1f}"
-            (line,) = (line for line in lines if line.startswith(f"| {name} "))
-            assert line.split()[-4:] == [text, "|", text, "|"]
-            (line,) = (line for line in alone.splitlines() if line.startswith(name))
-            assert text in line.split()
+            assert f" {names.format(path)} |" in table
+        (line,) = (line for line in table.splitlines() if line.startswith("| mean IoU "))
+        assert line.split()[-4:] == [text, "|", text, "|"]
 
 
 def test_renew_writes_the_weights_with_recomputed_statistics(folder, scenes, tmp_path):
@@ -680,25 +668,28 @@ def test_predict_writes_labels_of_the_photos_size(folder, tmp_path):
 
 
 def test_predict_takes_folders_and_goes_on_after_a_bad_file(folder, tmp_path):
-    photos, out = tmp_path / "photos", tmp_path / "out"
+    photos, out, gone = tmp_path / "photos", tmp_path / "out", tmp_path / "gone.png"
     photos.mkdir()
-    trained = ("--weights", folder / "un.safetensors", "--out", out)
-    assert f"{photos}: holds no image" in call("predict", photos, *trained, code=2)
+
+    def refused(*paths):
+        trained = folder / "un.safetensors"
+        return call("predict", *paths, "--weights", trained, "--out", out, code=2).splitlines()[-1]
+
+    assert f"{photos}: holds no image" in refused(photos)
     for name in ("a.png", "c.png"):
         Image.effect_noise((26, 19), 80).save(photos / name)
     (photos / "b.jpg").write_bytes(b"no image")
     (photos / "notes.txt").write_bytes(b"not meant")
-    text = call("predict", photos / "b.jpg", *trained, code=2)
-    assert text.startswith(f"error: {photos / 'b.jpg'}: cannot be read as an image")
+    bad = f"{photos / 'b.jpg'}: cannot be read as an image"
+    assert refused(photos / "b.jpg").startswith(f"error: {bad}")
     assert not out.exists()
-    text = call("predict", photos, tmp_path / "gone.png", *trained, code=2)
+    text = refused(photos, gone)
     assert {path.name for path in out.glob("*_labels.png")} == {"a_labels.png", "c_labels.png"}
-    last = text.splitlines()[-1]
-    assert last.startswith(f"error: 2 of 4 images failed: {photos / 'b.jpg'}: cannot be read")
-    assert f"{tmp_path / 'gone.png'}: cannot be read as an image (No such file" in last
+    assert text.startswith(f"error: 2 of 4 images failed: {bad}")
+    assert f"{gone}: cannot be read as an image (No such file" in text
     Image.new("RGB", (9, 9)).save(photos / "a.jpg")
-    text = call("predict", photos, *trained, code=2)
-    assert f"{photos / 'a.png'} and {photos / 'a.jpg'}: their predictions would collide" in text
+    collide = f"{photos / 'a.png'} and {photos / 'a.jpg'}: their predictions would collide"
+    assert collide in refused(photos)
 
 
 def test_weights_and_results_are_published():
