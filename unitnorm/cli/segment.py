@@ -53,16 +53,10 @@ scene_options = opt.together(
 )  # fmt: skip
 
 
-def weights_option(*, multiple: bool = False) -> opt.Decorator:
-    """--weights, once or several times."""
-    often = "; may be repeated" if multiple else ""
-    return opt.option(
-        "--weights", group=opt.RECORDS, type=click.Path(path_type=Path), multiple=multiple,
-        default=[PUBLISHED] if multiple else PUBLISHED,
-        help=f"File that train wrote{often}.  [default: UN's, which are part of unitnorm]",
-    )  # fmt: skip
-
-
+weights_option = partial(
+    opt.option, "--weights", group=opt.RECORDS, type=click.Path(path_type=Path), default=PUBLISHED,
+    help="File that train wrote.  [default: UN's, which are part of unitnorm]",
+)  # fmt: skip
 training_options = opt.together(
     opt.config_option("segnet_small"),
     opt.update_option,
@@ -102,7 +96,8 @@ def train(**options: Any) -> None:
 
 
 @command(short_help="Measure trained weights on a split.")
-@weights_option(multiple=True)
+@weights_option(multiple=True, default=[PUBLISHED], help="File that train wrote; may be repeated.  "
+                "[default: UN's, which are part of unitnorm]")  # fmt: skip
 @opt.option("--save", group=opt.RECORDS, type=FILE,
             help="Markdown file to write the table to, too.")  # fmt: skip
 @opt.option("--split", group=opt.DATA, type=click.Choice(["train", "val", "test"]),
@@ -119,7 +114,7 @@ def evaluate(weights: tuple[Path, ...], save: Path | None, split: str, **scene_c
 
     devices.prepare()
     from unitnorm.report.tables import to_page
-    from unitnorm.segment.evaluation import Evaluator, by_sequence
+    from unitnorm.segment.evaluation import Evaluator
     from unitnorm.segment.schema import ALL
     from unitnorm.segment.tables import tabulate
     from unitnorm.segment.weights import read_weights
@@ -129,10 +124,7 @@ def evaluate(weights: tuple[Path, ...], save: Path | None, split: str, **scene_c
         raise UserError("--weights: trained on images of different sizes; measure them one by one")
     data = _load_for(loaded[0], scene_choice)
     scenes, (height, width) = data.splits[split], data.size
-    matrices = [
-        by_sequence(Evaluator(trained.network).confusion(trained.weights, scenes), scenes.sequences)
-        for trained in loaded
-    ]
+    matrices = [Evaluator(one.network).by_sequence(one.weights, scenes) for one in loaded]
     names = [f"{path.parent.name}/{path.stem}" for path in weights]
     if len(set(names)) < len(names):
         names = list(map(str, weights))

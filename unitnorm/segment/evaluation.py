@@ -48,13 +48,6 @@ def measure(matrix: NDArray[np.integer]) -> dict[str, float]:
     return dict(zip(COLUMNS, (float(whole), *means, *iou), strict=True))
 
 
-def by_sequence(matrices: np.ndarray, sequences: np.ndarray) -> dict[str, np.ndarray]:
-    """Confusion matrices of images, (n, …), added: over all and, if there are several, by drive."""
-    chosen = {str(drive): sequences == drive for drive in np.unique(sequences)}
-    drives = {drive: matrices[mask].sum(0) for drive, mask in chosen.items() if not mask.all()}
-    return {ALL: matrices.sum(0)} | drives
-
-
 def median_frequency_weights(labels: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Weights of the classes in the loss: median(f) / f(c), float32 (CLASSES,).
 
@@ -117,6 +110,13 @@ class Evaluator:
             counted = jax.block_until_ready(self._confusion(weights, images, labels))
             found.append(np.asarray(counted, np.int64))
         return np.concatenate(found)[: len(scenes.labels)]
+
+    def by_sequence(self, weights: Weights, scenes: Scenes) -> dict[str, NDArray[np.int64]]:
+        """Confusion matrices added over all images and, if there are several, over each drive's."""
+        matrices, drives = self.confusion(weights, scenes), scenes.sequences
+        chosen = {str(drive): drives == drive for drive in np.unique(drives)}
+        several = {drive: matrices[mask].sum(0) for drive, mask in chosen.items() if not mask.all()}
+        return {ALL: matrices.sum(0)} | several
 
     def recompute_statistics(self, weights: Weights, batches: Iterable[Array]) -> Weights:
         """With batch statistics that are the mean over mini-batches (n, height, width, 3).

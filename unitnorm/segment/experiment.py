@@ -23,7 +23,7 @@ from unitnorm.run.provenance import fingerprint
 from unitnorm.run.records import Records, Schema
 from unitnorm.segment.config import SegmentConfig
 from unitnorm.segment.data import SceneData
-from unitnorm.segment.evaluation import by_sequence, measure
+from unitnorm.segment.evaluation import measure
 from unitnorm.segment.schema import ALL, CELL, SCHEMA
 from unitnorm.segment.training import SegNetProgram, SegNetState
 from unitnorm.segment.weights import TrainedSegNet, pack_weights
@@ -126,8 +126,8 @@ class Segmentation:
         name = {"update": update, "run": run}
         rows = []
         for epoch in sorted(weights):
-            matrices = program.evaluator.confusion(weights[epoch], test)
-            for sequence, matrix in by_sequence(matrices, test.sequences).items():
+            matrices = program.evaluator.by_sequence(weights[epoch], test)
+            for sequence, matrix in matrices.items():
                 cell = {"split": "test", "sequence": sequence, "epoch": epoch}
                 rows.append(name | cell | measure(matrix))
         found = epochs_of(config, run, program, state, rows)
