@@ -356,25 +356,26 @@ def check_statistics(found, params, batches):
         np.testing.assert_allclose(first[name], expected, rtol=1e-3, atol=1e-4)
 
 
+def draw_epoch(program, epoch, images, labels):
+    steps = range(epoch * program.steps, (epoch + 1) * program.steps)
+    return [np.asarray(program._draw(i, images, labels, jnp.uint32(0))[0]) for i in steps]
+
+
 def test_statistics_of_batches_are_those_of_what_the_next_epoch_would_train_on(
     scenes, trained, cropped
 ):
-    found = cropped.measured(trained.now, 2)
-    arrays = tuple(map(jnp.asarray, scenes.splits["train"][:2]))
-    steps = range(2 * cropped.steps, 3 * cropped.steps)
-    batches = [cropped._draw(jnp.int32(i), *arrays, jnp.uint32(0))[0] for i in steps]
+    batches = draw_epoch(cropped, 2, *scenes.splits["train"][:2])
     assert {images.shape for images in batches} == {(20, 8, 10, 3)}
-    check_statistics(found, trained.now.params, map(np.asarray, batches))
+    check_statistics(cropped.measured(trained.now, 2), trained.now.params, batches)
 
 
 def test_an_epoch_has_every_image_and_later_ones_another_order(scenes, cropped):
     images, labels, _ = scenes.splits["train"]
     numbered = np.broadcast_to(np.arange(48, dtype=np.uint8)[:, None, None, None], images.shape)
-    arrays = jnp.asarray(numbered), jnp.asarray(labels)
-    batches = [np.asarray(cropped._draw(jnp.int32(i), *arrays, jnp.uint32(0))[0]) for i in range(6)]
-    first, second = np.stack(batches)[..., 0, 0, 0].reshape(2, 60)
-    assert set(first) == set(range(48)) == set(second)
-    assert not np.array_equal(first[:20], second[:20])
+    first, second = (draw_epoch(cropped, epoch, numbered, labels) for epoch in (0, 1))
+    for batches in (first, second):
+        assert set(np.stack(batches)[..., 0, 0, 0].ravel()) == set(range(48))
+    assert not np.array_equal(first[0], second[0])
 
 
 @pytest.mark.parametrize("stop_after", [1, 4])  # inside the first epoch, and inside the second

@@ -55,12 +55,7 @@ class Segmentation:
         yield _group("runs", chosen["update"], chosen["run"], chosen["base_lr"])
 
     def compute(self, group: Group, data: SceneData, session: Session) -> Found:
-        """The rows of a sweep, or of a training.
-
-        Raises:
-          Interrupted: after saving a checkpoint.
-          UserError: a loss is not finite any more, or the images cannot be divided.
-        """
+        """The rows of a sweep, or of a training; a loss that is not finite is a `UserError`."""
         compute = self._sweep if group.table == "sweep" else self._train
         return compute(group, data, session)
 

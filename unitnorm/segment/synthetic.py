@@ -25,9 +25,7 @@ _LOOKS = {
 }  # fmt: skip
 
 
-def scenes(
-    count: int, height: int, width: int, seed: int = 0
-) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+def scenes(count: int, height: int, width: int, seed: int = 0) -> tuple[NDArray, NDArray]:
     """Images uint8 (count, height, width, 3) and labels uint8 (count, height, width).
 
     Scene i of a seed does not depend on `count`.
@@ -37,9 +35,7 @@ def scenes(
     return np.stack(images), np.stack(labels)
 
 
-def _scene(
-    rng: np.random.Generator, height: int, width: int
-) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+def _scene(rng: np.random.Generator, height: int, width: int) -> tuple[NDArray, NDArray]:
     image = Image.new("RGB", (width, height))
     label = Image.new("L", (width, height), UNLABELLED)
     brushes, u = (ImageDraw.Draw(image), ImageDraw.Draw(label)), rng.uniform

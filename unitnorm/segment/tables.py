@@ -70,10 +70,11 @@ def _results(best: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
 
 def _compare(best: pd.DataFrame, split: str) -> Iterator[dict[str, str]]:
     """What each update's runs on a split differ by from the baseline's."""
-    whole = best[best["sequence"] == ALL].pivot(index="run", columns="update", values=list(FIGURES))
+    whole = best[best["sequence"] == ALL]
     others = sort_updates({*best["update"]} - {BASELINE})
     for update, column in itertools.product(others, FIGURES):
-        pairs = whole[column].reindex(columns=[update, BASELINE]).dropna().to_numpy()
+        table = whole.pivot(index="run", columns="update", values=column)
+        pairs = table.reindex(columns=[update, BASELINE]).dropna().to_numpy()
         if len(pairs) >= 2:
             found, p, _ = compare_pairs(*pairs.T)
             yield {
