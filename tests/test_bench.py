@@ -41,6 +41,7 @@ from unitnorm.errors import UserError
 from unitnorm.run.config import parse
 
 DEVICE = {"kind": "AMD EPYC", "platform": "cpu", "count": 2, "machine": "x86_64"}
+NAME = "amd-epyc-2-cores"
 
 
 @pytest.fixture
@@ -82,19 +83,8 @@ def bench(tmp_path):
 # ---------------------------------------------------------------- what a sample costs
 
 
-def test_operations_and_bytes_of_a_sample_are_those_counted_by_hand():
-    assert roofline.count_weights(2) == 784 * 64 + 32 * 64 + 32 * 10 == 52_544
-    # forwards, weights' gradients, and the gradients of what enters all layers but the first
-    assert roofline.training_flops(2) == 105_088 + 105_088 + 2 * (2_048 + 320)
-    # evaluation counts as work of ours alone
-    flops, moved = roofline.work_of(2, ours=True)
-    assert flops == pytest.approx(214_912 + 105_088 / 5)
-    assert moved == pytest.approx(784 + 8 * (52_544 + 2 * 2 * 64) / 100 + 784 / 5)
-    assert roofline.work_of(2, ours=False) == (214_912, 3_136 + 8 * 52_800 / 100)
-
-
-def test_operations_are_those_that_xla_counts():
-    network = archbn(Config().model, 784, 10, 4)
+def test_operations_are_those_that_xla_counts_and_bytes_those_counted_by_hand():
+    network = archbn(Config().model, 784, 10, 2)
     x, y = np.ones((100, 784), np.float32), np.zeros(100, np.int32)
 
     def loss(params, stats):
@@ -102,8 +92,13 @@ def test_operations_are_those_that_xla_counts():
 
     start = jax.eval_shape(network.init, jax.random.key(0))
     counted = jax.jit(jax.grad(loss)).lower(*start).cost_analysis()["flops"] / 100
-    products = roofline.training_flops(4)
+    weights, products = 784 * 64 + 32 * 64 + 32 * 10, roofline.training_flops(2)
     assert products < counted < 1.1 * products  # the rest is not made of products
+    assert roofline.work_of(2, ours=False) == (products, 3_136 + 8 * (weights + 2 * 2 * 64) / 100)
+    # evaluation counts as work of ours alone
+    flops, moved = roofline.work_of(2, ours=True)
+    assert flops == pytest.approx(products + 2 * weights / 5)
+    assert moved == pytest.approx(784 + 8 * (weights + 2 * 2 * 64) / 100 + 784 / 5)
 
 
 PROGRAM = """
@@ -152,7 +147,7 @@ def test_kernels_are_counted_in_the_epoch_and_told_beside_the_measured_time(fake
     said = bench("--kernels", "--quick")
     assert [c.options["runs"] for c in asked] == [10] * 4
     assert re.search(r"2 +un +10 +50 +67\.0 +120–270 +114–264 +300 +200–400", said)
-    frame = pd.read_csv(tmp_path / "amd-epyc-2-cores-kernels.csv")
+    frame = pd.read_csv(tmp_path / f"{NAME}-kernels.csv")
     assert frame["h100_low_us"][0] == pytest.approx(50 * 2 + 67e6 / 3.35e6)
 
 
@@ -243,7 +238,7 @@ def test_both_convolutions_give_the_same_and_are_told_side_by_side(
     asked = fake(lambda _: ({"device": DEVICE}, seconds))
     said = bench("--convolution", "--quick")
     assert [contestant.options for contestant in asked] == [{"height": 9, "width": 12}]
-    row = pd.read_csv(tmp_path / "amd-epyc-2-cores-convolution.csv").iloc[0]
+    row = pd.read_csv(tmp_path / f"{NAME}-convolution.csv").iloc[0]
     assert row.tolist() == [9, 12, 4.0, 1.0, 4.0, 3.0, 5.0]
     assert re.search(r"9×12 +4.000 +1.000 +4.0 +3.0–5.0", said)
 
@@ -264,18 +259,15 @@ def test_contestants_take_turns_after_warming_up(fake):
     assert Spread.of([5.0, 1.0, 2.0, 100.0]) == (3.5, 1.0, 100.0)
 
 
-@pytest.mark.parametrize(
-    ("kind", "platform", "count", "name"),
-    [
+def test_a_device_names_its_files():
+    for kind, platform, count, name in (
         ("AMD EPYC, AVX-512", "cpu", 2, "amd-epyc-avx-512-2-cores"),
         ("Intel(R) Xeon(R) CPU @ 2.20GHz", "cpu", 1, "intel-xeon-1-cores"),
         ("NVIDIA H200", "gpu", 1, "nvidia-h200"),
         ("TPU v4", "tpu", 4, "tpu-v4-4-devices"),
         ("../..", "cpu", 8, "cpu-8-cores"),
-    ],
-)
-def test_a_device_names_its_files(kind, platform, count, name):
-    assert measure.slug({"kind": kind, "platform": platform, "count": count}) == name
+    ):
+        assert measure.slug({"kind": kind, "platform": platform, "count": count}) == name
 
 
 def test_our_program_is_served_by_epochs_of_the_command_line(tmp_path, monkeypatch):
@@ -283,9 +275,7 @@ def test_our_program_is_served_by_epochs_of_the_command_line(tmp_path, monkeypat
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # compiles sooner
     options = {"depth": 1, "seeds": 2, "updates": ["un"], "images": 100, "devices_used": 1}
     program = Contestant("contestants.program", {**options, "save_every_s": 0.0})
-    found, missing = measure.in_turns({"small": program}, 2, warm_up=0)
-    assert not missing
-    small = found["small"]
+    small = measure.in_turns({"small": program}, 2)[0]["small"]
     assert small.samples == 2 * 100
     assert (small.about["device"]["platform"], small.about["device"]["count"]) == ("cpu", 1)
     assert all(answer["seconds"] > 0 for answer in small.answers)
@@ -355,7 +345,7 @@ def compared(contestant):
 def test_the_comparison_is_medians_and_ratios_round_by_round(fake, bench, tmp_path):
     fake(compared)
     said = bench("--depth", "2", "--rounds", "3")
-    table = pd.read_csv(tmp_path / "amd-epyc-2-cores.csv")
+    table = pd.read_csv(tmp_path / f"{NAME}.csv")
     rows = {tuple(row[:3]): row[3:] for row in table.to_numpy().tolist()}
     assert list(rows) == [
         ("unitnorm", 20, 1), ("unitnorm", 1, 1), ("geoopt", 1, 1),
@@ -365,55 +355,50 @@ def test_the_comparison_is_medians_and_ratios_round_by_round(fake, bench, tmp_pa
     # rounds: 500,000 / 50,000, 250,000 / 100,000, 200,000 / 125,000
     assert rows["geoopt", 1, 1] == [2, 100_000, 50_000, 125_000, 2.5, 1.6, 10.0]
     assert rows["geoopt", 2, 2] == [2, 125_000, 125_000, 125_000, 2.0, 1.6, 4.0]
-    bound = 240e9 / (214_912 + 105_088 / 5)
+    bound = 240e9 / roofline.work_of(2, ours=True)[0]
     assert rows["bound", 20, 1][1:4] == pytest.approx([bound] * 3, rel=1e-6)
-    facts = json.loads((tmp_path / "amd-epyc-2-cores.json").read_text())
+    facts = json.loads((tmp_path / f"{NAME}.json").read_text())
     assert facts["missing"] == {"torch-sgd": "torch", "oblique-sgd": "emerging_optimizers"}
     assert facts["command"].startswith("unitnorm")
     assert facts["versions"]["jax"] == jax.__version__
-    costs = pd.read_csv(tmp_path / "amd-epyc-2-cores-costs.csv").to_numpy().tolist()
+    costs = pd.read_csv(tmp_path / f"{NAME}-costs.csv").to_numpy().tolist()
     numbers = [2, 10, 1.0, 1.1, 1.05, 1.0, 1.1, 6]
     assert costs == [[what, *numbers] for what in (compare.UN_COST, compare.SAVE_COST)]
-    text = (tmp_path / "amd-epyc-2-cores.md").read_text()
     for line in (
         "- torch-sgd is left out: torch is not installed (pip install 'unitnorm[bench]').",
         "UN instead of B-SGD takes 1.050 times as long (median of 6 pairs; 1.000–1.100).",
         "oblique-sgd is left out: emerging_optimizers is not installed (pip install 'git+https:",
     ):
-        assert line in text
         assert line in " ".join(said.split())
     assert re.search(r"2 +geoopt +1 +100k +50k–125k +2\.50 +1\.60–10\.00 +10%", said)
-    assert (tmp_path / "amd-epyc-2-cores-roofline.svg").exists()
+    assert (tmp_path / f"{NAME}-roofline.svg").exists()
 
 
 def test_a_quick_look_says_each_step_and_leaves_out_what_takes_long(fake, bench, tmp_path):
     fake(compared)
-    lines = bench("--quick").splitlines()
-    assert "depth 2, starting 15 processes" in lines
-    assert "depth 2, round 2 of 2: geoopt, runs 2, processes 2" in lines
-    assert not any("depth 4" in line or "instead of B-SGD" in line for line in lines)
-    facts = json.loads((tmp_path / "amd-epyc-2-cores.json").read_text())
+    said = bench("--quick")
+    assert "depth 2, round 2 of 2: geoopt, runs 2, processes 2\n" in said
+    assert not re.search("depth 4|instead of B-SGD", said)
+    facts = json.loads((tmp_path / f"{NAME}.json").read_text())
     assert (facts["rounds"], facts["images"]) == (2, 5_000)
-    assert not (tmp_path / "amd-epyc-2-cores-costs.csv").exists()
     peers = [entry for entry in compare.list_contestants(2, 100, 1) if entry.name == "geoopt"]
     assert peers == [("geoopt", 1, 1)]  # one core needs no second row
 
 
 def test_the_roofline_has_both_roofs_and_every_contestant(fake):
     fake(compared)
-    measured = compare.measure_speed([2], 3, 50_000, quick=True, say=lambda _: None)
+    measured = compare.measure_speed([2], 3, quick=True, say=lambda _: None)
     axis = measured.figures["-roofline"].axes[0]
     roof = axis.lines[0].get_xydata()
     np.testing.assert_allclose(roof[:, 1], np.minimum(240.0, 20.0 * roof[:, 0]))
     assert roof[0, 1] < 240.0 == roof[-1, 1]
     points = [bars.lines[0] for bars in axis.containers]
-    found = [(point.get_marker(), *point.get_xydata()[0]) for point in points]
-    flops, moved = roofline.work_of(2, ours=True)
-    assert found[0] == ("o", pytest.approx(flops / moved), pytest.approx(250_000 * flops / 1e9))
-    theirs = ("s", pytest.approx(214_912 / 7_360))
-    assert found[2:4] == [
-        (*theirs, pytest.approx(speed * 214_912 / 1e9)) for speed in (100_000, 125_000)
-    ]
+    speeds = measured.tables[""].query("name != 'bound'")
+    assert len(points) == len(speeds) == 6
+    for point, row in zip(points, speeds.itertuples(), strict=True):
+        flops, moved = roofline.work_of(2, ours=row.name == "unitnorm")
+        expected = flops / moved, row.samples_per_s * flops / 1e9
+        assert tuple(point.get_xydata()[0]) == pytest.approx(expected)
 
 
 def test_scaling_measures_each_point_alone_and_draws_how_it_grows(fake, bench, tmp_path):
@@ -428,17 +413,16 @@ def test_scaling_measures_each_point_alone_and_draws_how_it_grows(fake, bench, t
     asked = fake(answer)
     bench("--scaling", "--rounds", "2")
     frame = pd.read_csv(tmp_path / "scaling.csv")
-    places = frame[["runs", "variants", "depth", "devices"]].to_numpy().tolist()
+    places = frame[["way", "runs", "variants", "depth", "devices"]].to_numpy().tolist()
     assert places == [
-        [10, 2, 2, 2], [20, 2, 2, 2], [50, 2, 2, 2], [100, 2, 2, 2], [200, 2, 2, 2],
-        [20, 2, 4, 2], [20, 2, 8, 2], [20, 2, 16, 2],
-        *([4 * each, each, 2, 2] for each in (1, 2, 4, 8, 16, 32, 64)), [20, 2, 2, 1],
-    ]  # fmt: skip
-    assert list(frame["way"]) == ["table 2"] * 8 + ["study"] * 7 + ["table 2"]
-    table2, alone, many = (asked[i].options for i in (1, 8, 14))
-    assert table2["updates"] == ("b-sgd", "un")
+        *(["table 2", runs, 2, 2, 2] for runs in (10, 20, 50, 100, 200)),
+        *(["table 2", 20, 2, depth, 2] for depth in (4, 8, 16)),
+        *(["study", 4 * each, each, 2, 2] for each in (1, 2, 4, 8, 16, 32, 64)),
+        ["table 2", 20, 2, 2, 1],
+    ]
+    alone, many = asked[8].options, asked[14].options
     assert (alone["updates"], alone["variants"]) == (("un",), 1)
-    assert (many["seeds"], many["variants"]) == (4, 32)
+    assert (many["updates"], many["seeds"], many["variants"]) == (("b-sgd", "un"), 4, 32)
     text = (tmp_path / "scaling.md").read_text()
     assert "| 100 | 2 | 2 | 2 | 100.00 | 50,000 | 144 | 600 |" in re.sub(" +", " ", text)
     axes = figures.draw_scaling(frame).axes
@@ -463,10 +447,10 @@ def test_updates_are_told_beside_the_memory(fake, bench, tmp_path):
 
     asked = fake(answer)
     bench("--updates")
-    frame = pd.read_csv(tmp_path / "amd-epyc-2-cores-updates.csv")
+    frame = pd.read_csv(tmp_path / f"{NAME}-updates.csv")
     assert tuple(contestant.options["shape"] for contestant in asked) == updates.SHAPES
     assert frame.iloc[1].tolist() == ["64×784", "UN", 50_176, 3.0, 2.0, 4.0, 0.5, 0.5]
-    text = (tmp_path / "amd-epyc-2-cores-updates.md").read_text()
+    text = (tmp_path / f"{NAME}-updates.md").read_text()
     assert "| UN | 3.00 | 3.00 | 3.00 | 3.00 | 3.00 | 0.50 | 0.50 |" in re.sub(" +", " ", text)
     asked.clear()
     bench("--updates", "--quick")
@@ -487,21 +471,19 @@ if "train" in sys.argv:
 """
 
 
-def test_a_start_is_cold_then_warm_and_each_is_ended(fake, bench, tmp_path, monkeypatch):
+def test_a_start_is_cold_then_warm_and_each_is_ended(bench, tmp_path, monkeypatch):
     log = tmp_path / "log"
     code = TRAINS.format(log=str(log))
     monkeypatch.setattr(startup, "COMMAND", [sys.executable, "-c", code])
-    _, *answers = worker.serve("startup.startup", {}, iter(["again\n"] * 2))
-    assert all(answer[name] > 0 for answer in answers for name in ("help", "cold", "warm"))
+    said = bench("--startup", "--rounds", "2")
+    assert re.search(r"unitnorm train +warm +\d", said)
     lines = [line.split() for line in log.read_text().splitlines()]
     assert [cached for cached, _ in lines] == ["0", "1", "0", "1"]
     places = {Path(place) for _, place in lines}
     assert len(places) == 4
     assert not any(place.parent.exists() for place in places)
-    fake(lambda _: ({}, [{"help": 0.1, "cold": 9.0, "warm": 5.0}] * 3))
-    assert re.search("unitnorm train +warm +5.00 +5.00 – 5.00", bench("--startup"))
     monkeypatch.setattr(startup, "COMMAND", [sys.executable, "-c", "raise SystemExit('no disk')"])
-    with pytest.raises(UserError, match="ended without an epoch: no disk"):
-        startup.seconds_to_first_epoch(tmp_path, "cold")
+    with pytest.raises(UserError, match="train ended without an epoch: no disk"):
+        startup.seconds_until(": epoch ", ["train"])
     with pytest.raises(UserError, match="--help failed: no disk"):
-        startup.seconds_of_help()
+        startup.seconds_until("", ["--help"])

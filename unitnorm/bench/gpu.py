@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import time
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +27,10 @@ from unitnorm.bench.measure import Measurement
 from unitnorm.errors import UserError
 from unitnorm.report.tables import Fitting
 from unitnorm.run import records
-from unitnorm.run.config import PRESETS, presets
+from unitnorm.run.config import load, presets
+from unitnorm.study.config import Plan
+from unitnorm.study.experiment import count_recorded, count_runs
+from unitnorm.study.schema import SCHEMA
 
 UNITNORM = (sys.executable, "-m", "unitnorm")
 GRACE_S = 60.0  # to finish an epoch and save; then it is killed, which costs no finished epoch
@@ -61,24 +63,16 @@ def list_studies(results: Path, data: Mapping[str, str]) -> Iterator[Step]:
     """
     names = [name for name in presets() if name.startswith("study/") and "template" not in name]
     for name in sorted(names, key=lambda name: name.endswith("-gpu")):
-        if is_complete(name, results / name):
-            continue
-        plan = tomllib.loads((PRESETS / f"{name}.toml").read_text(encoding="utf-8"))
-        others = [dataset for dataset in plan["datasets"] if dataset != "mnist"]
+        plan, folder = load(name, None, Plan), results / name
+        if (folder / records.PROVENANCE).exists():
+            runs = records.read_alone(folder, SCHEMA)["runs"]
+            if count_recorded(plan, runs) == count_runs(plan):
+                continue
+        others = [dataset for dataset in plan.datasets if dataset != "mnist"]
         lacks = " ".join(f"--data {x}=FOLDER" for x in others if x not in data)
         given = [word for x in others if x in data for word in ("--data", f"{x}={data[x]}")]
         # seldom, for a state of thousands of runs is gigabytes
         yield Step(name, ("study", name, *given, "--checkpoint-every", "60"), lacks=lacks)
-
-
-def is_complete(study: str, folder: Path) -> bool:
-    """Whether all runs of a study are recorded in a folder."""
-    if not (folder / records.PROVENANCE).exists():
-        return False
-    command = [*UNITNORM, "study", study, "--dry-run", "--out", str(folder)]
-    found = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    counts = [line.split() for line in found.splitlines() if line.endswith(" recorded")]
-    return bool(counts) and all(words[1] == words[3] for words in counts)
 
 
 def run_step(step: Step, out: Path, seconds: float) -> tuple[str, str]:

@@ -174,10 +174,7 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 def in_turns(
-    contestants: Mapping[Key, Contestant],
-    rounds: int,
-    say: Say = lambda _: None,
-    warm_up: int = WARM_UP,
+    contestants: Mapping[Key, Contestant], rounds: int, say: Say = lambda _: None
 ) -> tuple[dict[Key, Found], dict[Key, str]]:
     """Start all of them, and repeat them in turn; a contestant that fails is a `UserError`.
 
@@ -196,7 +193,7 @@ def in_turns(
         for key in keys:
             about = told[key][0]["ready"]
             found[key] = Found(about, len(told[key]) * about.get("samples", 0), [])
-            for _ in range(warm_up if rounds else 0):
+            for _ in range(WARM_UP if rounds else 0):
                 say(f"warming up {key}")
                 workers[key].repeat()
         for number in range(rounds):

@@ -62,14 +62,14 @@ def list_points(cores: int, quick: bool) -> list[Point]:
     ]
 
 
-def measure_scaling(rounds: int, images: int, *, quick: bool, say: Say) -> Measurement:
-    """Measure every point with epochs of so many training images.
+def measure_scaling(rounds: int, *, quick: bool, say: Say) -> Measurement:
+    """Measure every point; `quick`: fewer, with a tenth of the images.
 
     Low and high are the fastest and the slowest epoch, in seconds; `runs_per_hour` of `RUN_EPOCHS`
     epochs of `IMAGES` images; memory in MB (10⁶ bytes), `device_memory_mb` empty where it is the
     computer's own.
     """
-    device = measure.find_device()
+    device, images = measure.find_device(), IMAGES // 10 if quick else IMAGES
     cores = device["count"] if device["platform"] == "cpu" else 1  # GPUs are taken all
     points = {point: point.contestant(images) for point in list_points(cores, quick)}
     rows = []

@@ -11,74 +11,54 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import pandas as pd
 
 from unitnorm.bench import measure
-from unitnorm.bench.measure import Contestant, Measurement, Say
+from unitnorm.bench.measure import Measurement, Say, Spread
 from unitnorm.errors import UserError
 
 COLUMNS = ["what", "cache", "seconds", "low", "high"]
 COMMAND = [sys.executable, "-m", "unitnorm"]
 
 
-def startup() -> Iterator[dict[str, Any]]:
-    """Seconds of each start."""
-    yield {}
-    while True:
-        with tempfile.TemporaryDirectory() as folder:
-            yield {
-                "help": seconds_of_help(),
-                **{c: seconds_to_first_epoch(Path(folder), c) for c in ("cold", "warm")},
-            }
-
-
-def seconds_of_help() -> float:
-    """The whole of `unitnorm --help`."""
-    start = time.perf_counter()
-    done = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise UserError(f"unitnorm --help failed: {done.stderr.strip()}")
-    return time.perf_counter() - start
-
-
-def seconds_to_first_epoch(folder: Path, name: str) -> float:
-    """`unitnorm train` into an empty folder `name` up to its first line about an epoch; then it is
-    ended. `folder` holds the cache, too, that successive calls share."""
-    words = [*COMMAND, "train", "--out", str(folder / name)]
-    environment = {**os.environ, "UNITNORM_CACHE": str(folder / "cache")}
+def seconds_until(mark: str, words: Sequence[str], cache: str = "") -> float:
+    """Of a command up to its first line that holds `mark`, where it is ended; "": of all of it."""
+    environment = {**os.environ, **({"UNITNORM_CACHE": cache} if cache else {})}
     said = []
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
-        start = time.perf_counter()
-        process = subprocess.Popen(
-            words, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
-        )
-        assert process.stdout is not None
-        try:
-            for line in process.stdout:
-                said.append(line)
-                if ": epoch " in line:
-                    return time.perf_counter() - start
-        finally:
-            process.terminate()
-            process.communicate()
-        errors.seek(0)
-        detail = " ".join((errors.read() or "".join(said)).split())[-300:]
-    raise UserError(f"unitnorm train ended without an epoch: {detail}")
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        [*COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=environment,
+    )  # fmt: skip
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            said.append(line)
+            if mark and mark in line:
+                return time.perf_counter() - start
+        if process.wait() == 0 and not mark:
+            return time.perf_counter() - start
+    finally:
+        process.terminate()
+        process.communicate()
+    failed = "ended without an epoch" if mark else "failed"
+    raise UserError(f"unitnorm {words[0]} {failed}: {' '.join(''.join(said).split())[-300:]}")
 
 
-def measure_startup(rounds: int, *, say: Say) -> Measurement:
-    """Every start; low and high are the fastest and the slowest."""
-    starts = {"startup": Contestant("startup.startup")}
-    found = measure.in_turns(starts, rounds, say, warm_up=0)[0]["startup"]
-    rows = [
-        ["unitnorm --help", "", *found.spread("help")],
-        ["unitnorm train", "cold", *found.spread("cold")],
-        ["unitnorm train", "warm", *found.spread("warm")],
-    ]
+def measure_startup(rounds: int, *, quick: bool, say: Say) -> Measurement:
+    """Every start; low and high are the fastest and the slowest; `quick` changes nothing."""
+    seconds: dict[tuple[str, str], list[float]] = {}
+    for number in range(rounds):
+        say(f"round {number + 1} of {rounds}")
+        seconds.setdefault(("unitnorm --help", ""), []).append(seconds_until("", ["--help"]))
+        with tempfile.TemporaryDirectory() as folder:
+            for cache in ("cold", "warm"):
+                words = ["train", "--out", os.path.join(folder, cache)]
+                found = seconds_until(": epoch ", words, os.path.join(folder, "cache"))
+                seconds.setdefault(("unitnorm train", cache), []).append(found)
+    rows = [[*what, *Spread.of(values)] for what, values in seconds.items()]
     frame = pd.DataFrame(rows, columns=COLUMNS)
     facts = {
         "rounds": rounds,

@@ -71,17 +71,12 @@ def measure(
     """The `Measurement` that is asked for; see `bench`."""
     from unitnorm.bench import compare, convolution, kernels, scaling, startup, updates
 
-    images = compare.IMAGES // 10 if quick else compare.IMAGES
+    others = {
+        "scaling": scaling.measure_scaling, "updates": updates.measure_updates,
+        "kernels": kernels.measure_kernels, "convolution": convolution.measure_convolution,
+        "startup": startup.measure_startup,
+    }  # fmt: skip
     rounds = rounds or (2 if quick else 3 if what else 7)
-    if what == "scaling":
-        return scaling.measure_scaling(rounds, images, quick=quick, say=say)
-    if what == "updates":
-        return updates.measure_updates(rounds, quick=quick, say=say)
-    if what == "kernels":
-        return kernels.measure_kernels(rounds, quick=quick, say=say)
-    if what == "convolution":
-        return convolution.measure_convolution(rounds, quick=quick, say=say)
-    if what == "startup":
-        return startup.measure_startup(rounds, say=say)
     depth = depth or ((2,) if quick else (2, 4))
-    return compare.measure_speed(depth, rounds, images, quick=quick, say=say)
+    chosen = others[what] if what else partial(compare.measure_speed, depth)
+    return chosen(rounds, quick=quick, say=say)

@@ -16,6 +16,7 @@ from pydantic import Field, field_validator, model_validator
 
 from unitnorm.archbn.config import Config
 from unitnorm.run.config import ExperimentConfig, Section, parse
+from unitnorm.study.schema import BUDGETS
 
 Rate = Annotated[float, Field(gt=0.0, le=1e6)]
 Decay = Annotated[float, Field(ge=0.0, le=1e3)]
@@ -26,6 +27,7 @@ Name = Annotated[str, Field(pattern=r"^[\w.+@=-]+$", max_length=60)]
 Schedule = Literal["bold-driver", "bold-driver-back", "constant", "cosine", "follow", "warm-up"]
 Start = Literal["balanced", "filters", "pairs", "theta", "norms"]
 ARCHBN = "archbn"
+_METRICS = rf"^(test_error|test_loss|val_error|train_loss)(_({'|'.join(map(str, BUDGETS))}))?$"
 
 
 class Place(NamedTuple):
@@ -92,9 +94,7 @@ class ComparisonPlan(Section):
     name: str = Field(min_length=1, max_length=80)
     arm: Name
     baseline: Name
-    metric: str = Field(
-        "test_error", pattern=r"^(test_error|test_loss|val_error|train_loss)(_\d+)?$"
-    )
+    metric: str = Field("test_error", pattern=_METRICS)
 
 
 class Plan(ExperimentConfig):
@@ -136,13 +136,10 @@ class Plan(ExperimentConfig):
 
     @model_validator(mode="after")
     def _fits(self) -> Plan:
-        for comparison in self.comparisons:
-            for name in (comparison.arm, comparison.baseline):
-                if name not in self.arms:
-                    raise ValueError(
-                        f"comparison {comparison.name!r}: no arm {name!r}; there are "
-                        f"{', '.join(self.arms)}"
-                    )
+        for plan in self.comparisons:
+            for name in sorted({plan.arm, plan.baseline} - self.arms.keys()):
+                there = ", ".join(self.arms)
+                raise ValueError(f"comparison {plan.name!r}: no arm {name!r}; there are {there}")
         if not self.depths and not self.networks:
             raise ValueError("neither depths nor networks: nothing to train")
         for name, arm in self.arms.items():
@@ -209,11 +206,9 @@ class Plan(ExperimentConfig):
         """
         mine = json.loads(json.dumps(self.protocol()))
         for key in ("training", "tune", "compare", "halving"):
-            old, new = recorded.get(key), mine[key]
-            if key == "halving":
-                old = old or []
-            elif key != "training":
-                old, new = (old or {}).get("first"), new["first"]
+            old, new = recorded.get(key, []), mine[key]  # some records are older than halving
+            if key in ("tune", "compare"):
+                old, new = old["first"], new["first"]
             if old != new:
                 return f" ({key}: {old} there, {new} here)"
         defaults = ArmPlan(update="un", rates=[1.0]).model_dump()  # of keys newer than the records

@@ -157,7 +157,7 @@ def check_compared(trials: Sequence[Trials], runs: pd.DataFrame) -> None:
     """Raise UserError where an arm was compared at other rates than its wider grid chooses now;
     `trials` are those of the comparison."""
     columns = [*Place._fields, "arm", *Rates._fields]
-    compared = runs.loc[runs["purpose"] == "compare", columns].drop_duplicates()
+    compared = runs.loc[runs["purpose"] == "compare", columns]
     found = {*compared.itertuples(index=False, name=None)}
     for whole in trials:
         for variant in whole.variants:

@@ -14,6 +14,7 @@ _NAMES = {
     "filters_rate": "f", "rest_rate": "f", "decay": "f", "start": "s", "spread": "f",
 }  # fmt: skip
 CELL = tuple(_NAMES)
+FACTORS = ("start", "spread", "schedule", "batch_size", "reduction")  # may vary within an arm
 _LAYERS_LATER = [f"{name}_{epoch}" for epoch in BUDGETS for name in LAYERS]
 _RUNS = Table(
     {
