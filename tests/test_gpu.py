@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
 import pandas as pd
 import pytest
 from click.testing import CliRunner
 
+from tests.test_bench import DEVICE, NAME
 from unitnorm.bench import gpu
-
-DEVICE = {"kind": "AMD EPYC", "platform": "cpu", "count": 2, "machine": "x86_64"}
+from unitnorm.run.config import presets
 
 PLAN = """
 question = "How?"
@@ -33,17 +32,15 @@ rates = [0.01]
 @pytest.mark.slow
 def test_a_gpus_steps_are_done_once_and_told_with_what_failed(tmp_path, monkeypatch):
     (tmp_path / "study").mkdir()
-    for name in ("study/toy", "study/toy.toml"):
-        (tmp_path / name).write_text(PLAN)
+    (tmp_path / "study/toy").write_text(PLAN)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
     monkeypatch.setattr(gpu.measure, "find_device", lambda: DEVICE)
-    monkeypatch.setattr(gpu, "PRESETS", tmp_path)
     monkeypatch.setattr(gpu, "presets", lambda: ["toy", "study/toy"])
     monkeypatch.setattr(gpu, "STEPS", [gpu.Step("none", ("x",))])
     done = CliRunner().invoke(gpu.main, [])
     assert done.exit_code == 1
-    out = tmp_path / "runs/gpu/amd-epyc-2-cores"
+    out = tmp_path / "runs/gpu" / NAME
     rows = pd.read_csv(out / "gpu.csv", keep_default_na=False).set_index("step")
     assert rows["state"].to_dict() == {"none": "failed", "study/toy": "done"}
     assert "No such command 'x'" in rows["said"]["none"]
@@ -56,12 +53,9 @@ def test_a_gpus_steps_are_done_once_and_told_with_what_failed(tmp_path, monkeypa
 
 def test_geoopts_loop_is_told_as_soon_as_it_is_measured(tmp_path):
     """50,000 images of an epoch at 10,000 a second."""
-    tables = {
-        "bench/amd-epyc-2-cores.csv": "name,depth,samples_per_s\n"
-        "geoopt,1,5e3\ngeoopt,1,1e4\noptax-loop,1,1e9\n",
-        "table2-compiled/runs.csv": "depth,epochs\n1,1\n",
-    }
-    for name, text in tables.items():
+    speeds = "name,depth,samples_per_s\ngeoopt,1,5e3\ngeoopt,1,1e4\noptax-loop,1,1e9\n"
+    runs = "depth,epochs\n1,1\n"
+    for name, text in ((f"bench/{NAME}.csv", speeds), ("table2-compiled/runs.csv", runs)):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text(text)
     measured = [["bench", "done", 1, 0.5, ""], ["table2-compiled", "done", 1, 2.0, ""]]
@@ -109,10 +103,8 @@ def test_a_step_that_is_stopped_goes_on_with_the_next_call(tmp_path, monkeypatch
 
 def test_the_studies_of_a_gpu_are_the_plans_without_records(tmp_path):
     steps = {step.name: step for step in gpu.list_studies(tmp_path, {})}
-    plans = Path(__file__).parents[1] / "configs/study"
-    assert set(steps) == {f"study/{path.stem}" for path in plans.glob("*.toml")} - {
-        "study/template"
-    }
+    plans = {name for name in presets() if name.startswith("study/")}
+    assert set(steps) == plans - {"study/template"}
     assert steps["study/depth"].lacks == ""
     assert steps["study/rivals"].lacks == "--data fashion=FOLDER"
     given = {step.name: step for step in gpu.list_studies(tmp_path, {"fashion": "there"})}
