@@ -13,9 +13,7 @@ _GAINS = {"b-sgd": 0.0, "un": -0.0017, "un@effective": 0.0, "weight-norm": 0.001
 RATES = (0.001, 0.01, 0.1, 1.0)
 
 
-def plan_comparison(
-    name: str, arm: str, baseline: str, metric: str = "test_error"
-) -> ComparisonPlan:
+def plan_comparison(name: str, arm: str, baseline: str, metric: str = "test_error"):
     """Without the check of a plan's names: the statistics take any."""
     return ComparisonPlan.model_construct(name=name, arm=arm, baseline=baseline, metric=metric)
 
@@ -70,7 +68,8 @@ def invent_runs(
                     "update": arm.split("@")[0], "purpose": purpose, "seed": seed,
                     "filters_rate": filters, "rest_rate": rest, "decay": 0.0,
                     "schedule": "bold-driver", "start": "balanced", "spread": 0.0,
-                    "epochs": int(rng.integers(26, 60)), "diverged": lost,
+                    "batch_size": 100, "reduction": "sum", "diverged": lost,
+                    "epochs": int(rng.integers(26, 60)),
                     "train_loss": error / 10, "val_error": error, "test_error": error,
                     **{f"test_error_{b}": error * (1 + 4 / b) for b in (5, 10, 25)},
                     "effective_rate": filters, "layer_rates": "0.01 0.02",

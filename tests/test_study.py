@@ -251,6 +251,7 @@ def test_the_time_of_a_run_is_that_of_one_that_goes_on(plan, blobs, monkeypatch,
         ({"all_arms": 3}, "all_arms = 3"),
         ({"comparisons": [{"name": "x", "arms": ["un", "b-sgd"], "baseline": "un"}]}, "named by"),
         ({"comparisons": [{"arms": ["sm"], "baseline": "un"}]}, "no arm 'sm'"),
+        ({"comparisons": [{"arm": "un", "baseline": "b-sgd", "metric": "test_error_7"}]}, "a text"),
     ],
 )
 def test_a_plan_that_makes_no_sense_is_refused_in_a_line(changes, said, plan_file):
