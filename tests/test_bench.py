@@ -36,7 +36,7 @@ from unitnorm.bench import (
     updates,
     worker,
 )
-from unitnorm.bench.measure import Contestant, Spread
+from unitnorm.bench.measure import Contestant
 from unitnorm.errors import UserError
 from unitnorm.run.config import parse
 
@@ -223,13 +223,10 @@ def test_the_steps_that_are_measured_are_those_of_the_update(shape, monkeypatch)
 
 
 @pytest.mark.usefixtures("hurried")
-def test_both_convolutions_give_the_same_and_are_told_side_by_side(
-    fake, bench, monkeypatch, tmp_path
-):
+def test_both_convolutions_give_the_same_and_are_told_side_by_side(fake, bench, monkeypatch):
     x, kernel = jax.random.normal(jax.random.key(0), (1, 45, 46, 16)), jnp.ones((7, 7, 16, 16))
-    direct, fourier = (
-        jax.jit(convolution.make_layer(way))(x, kernel, x) for way in convolution.WAYS
-    )
+    layers = [jax.jit(convolution.make_layer(way)) for way in convolution.WAYS]
+    direct, fourier = (layer(x, kernel, x) for layer in layers)
     assert not np.array_equal(direct[0], fourier[0])  # the way was another
     for one, other in zip(direct, fourier, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(one).max())
@@ -238,8 +235,6 @@ def test_both_convolutions_give_the_same_and_are_told_side_by_side(
     asked = fake(lambda _: ({"device": DEVICE}, seconds))
     said = bench("--convolution", "--quick")
     assert [contestant.options for contestant in asked] == [{"height": 9, "width": 12}]
-    row = pd.read_csv(tmp_path / f"{NAME}-convolution.csv").iloc[0]
-    assert row.tolist() == [9, 12, 4.0, 1.0, 4.0, 3.0, 5.0]
     assert re.search(r"9×12 +4.000 +1.000 +4.0 +3.0–5.0", said)
 
 
@@ -251,12 +246,9 @@ def test_contestants_take_turns_after_warming_up(fake):
     fake(lambda c: ({"samples": 5}, [{"n": 1}, {"n": 2}, {"n": 3}]))
     both = {name: Contestant("x", processes=2) for name in "abc"}
     found, missing = measure.in_turns(both, 3, log.append)
-    assert "".join(line[-1] for line in log[1:]) == "aabbcc" + "abc" + "bca" + "cab"
     assert log[0] == "starting 6 processes"
-    assert not missing
-    assert found["b"] == ({"samples": 5}, 10, [{"n": 1}, {"n": 2}, {"n": 3}])
-    assert found["b"].spread("n", 2.0) == (4.0, 2.0, 6.0)
-    assert Spread.of([5.0, 1.0, 2.0, 100.0]) == (3.5, 1.0, 100.0)
+    assert "".join(line[-1] for line in log[1:]) == "aabbcc" + "abc" + "bca" + "cab"
+    assert (found["b"], missing) == (({"samples": 5}, 10, [{"n": 1}, {"n": 2}, {"n": 3}]), {})
 
 
 def test_a_device_names_its_files():
@@ -428,11 +420,9 @@ def test_scaling_measures_each_point_alone_and_draws_how_it_grows(fake, bench, t
     axes = figures.draw_scaling(frame).axes
     titles = [axis.get_title(loc="left") for axis in axes[:3]]
     assert titles == ["depth 2", "20 runs", "as in a study, depth 2"]
-    drawn = [[tuple(xy) for xy in line.get_xydata()] for line in axes[0].lines]
-    assert [(10, 10), (20, 20), (50, 50), (100, 100), (200, 200)] in drawn
-    quick = scaling.list_points(2, quick=True)
-    assert set(quick) < set(scaling.list_points(2, quick=False))
-    assert len(quick) == 6
+    drawn = [line.get_xydata().tolist() for line in axes[0].lines]
+    assert [[runs, runs] for runs in (10, 20, 50, 100, 200)] in drawn
+    assert len(scaling.list_points(2, quick=True)) == 6
 
 
 def test_updates_are_told_beside_the_memory(fake, bench, tmp_path):

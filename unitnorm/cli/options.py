@@ -92,15 +92,6 @@ class UpdateName(click.ParamType):
         return [CompletionItem(name) for name in UPDATES if name.startswith(incomplete)]
 
 
-class FolderPath(click.Path):
-    """A folder, which need not exist."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if os.path.isfile(value):  # unlike Path.is_file, without errors for impossible names
-            self.fail(f"{value} is a file; expected a folder", param, ctx)
-        return super().convert(value, param, ctx)
-
-
 class ConfigName(click.ParamType):
     """A TOML file, or the name of a preset."""
 
@@ -134,7 +125,7 @@ def together(*decorators: Decorator) -> Decorator:
 
 def out_option(default: str, text: str = "Folder of the records and the report.") -> Decorator:
     """--out, which every command that reads or writes records takes."""
-    kind = FolderPath(path_type=Path, file_okay=False)
+    kind = click.Path(path_type=Path, file_okay=False)
     return option(
         "--out", group=RECORDS, type=kind, default=Path(default), show_default=True, help=text
     )
