@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gzip
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -201,31 +200,26 @@ spoilt = st.lists(
 )
 
 
-def data_folder(folder: Path, faults: list[tuple[str, bool, str, int, bytes]]) -> dict[str, bytes]:
-    files = dict(GOOD)
+@CASES
+@given(spoilt)
+def test_any_idx_files_are_sound_or_refused_in_a_line(tmp_path, faults):
+    files, folder = dict(GOOD), tmp_path / "data"
     for name, packed, how, at, byte in faults:
         content = gzip.compress(files[name], mtime=0) if packed else files[name]
         files[name] = SPOIL[how](content, at, byte)
     folder.mkdir(exist_ok=True)
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    return files
-
-
-@CASES
-@given(spoilt)
-def test_any_idx_files_are_sound_or_refused_in_a_line(tmp_path, faults):
-    files = data_folder(tmp_path / "data", faults)
     try:
-        data = load_dataset(data_dir=tmp_path / "data")
+        data = load_dataset(data_dir=folder)
     except UserError as error:
         one_line(error)
         assert any(name in str(error) for name in NAMES)  # noqa: PT017
     else:
         assert len(data.train_images) == len(data.train_labels) > 0
         assert set(data.test_labels) <= set(data.train_labels) == set(range(data.classes))
-    assert list(tmp_path.iterdir()) == [tmp_path / "data"]
-    assert {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()} == files
+    assert list(tmp_path.iterdir()) == [folder]
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
 
 
 @pytest.mark.parametrize(

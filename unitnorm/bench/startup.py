@@ -29,9 +29,12 @@ def seconds_until(mark: str, words: Sequence[str], cache: str = "") -> float:
     said = []
     start = time.perf_counter()
     process = subprocess.Popen(
-        [*COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        [*COMMAND, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
         env=environment,
-    )  # fmt: skip
+    )
     assert process.stdout is not None
     try:
         for line in process.stdout:

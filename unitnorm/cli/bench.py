@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from unitnorm.cli import options as opt
+
+if TYPE_CHECKING:
+    from unitnorm.bench.measure import Measurement
 
 MEASURES = {  # flag → what it says of itself; without any, the comparison
     "scaling": "Cost and memory against runs, depth, variants and devices.",
@@ -50,33 +54,26 @@ def bench(
     """
     from rich.console import Console
 
+    from unitnorm.bench import compare, convolution, kernels, scaling, startup, updates
     from unitnorm.report.tables import Fitting
     from unitnorm.run import records
     from unitnorm.run.job import command_line
 
+    measures: dict[str | None, Callable[..., Measurement]] = {
+        None: partial(compare.measure_speed, depth or ((2,) if quick else (2, 4))),
+        "scaling": scaling.measure_scaling,
+        "updates": updates.measure_updates,
+        "kernels": kernels.measure_kernels,
+        "convolution": convolution.measure_convolution,
+        "startup": startup.measure_startup,
+    }
+    rounds = rounds or (2 if quick else 3 if what else 7)
     console, started = Console(), time.time()
     plain = partial(console.print, highlight=False, soft_wrap=True)
     with records.locked(out):
         with console.status("") as status:
             say = status.update if console.is_terminal else plain
-            measured = measure(what, depth, rounds, quick, say)
+            measured = measures[what](rounds, quick=quick, say=say)
         files = measured.files(command_line(), started, time.time() - started)
         records.write_files(out, files)
     opt.print_report(Fitting(measured.cells), files, out)
-
-
-def measure(
-    what: str | None, depth: tuple[int, ...], rounds: int | None, quick: bool, say: Any
-) -> Any:
-    """The `Measurement` that is asked for; see `bench`."""
-    from unitnorm.bench import compare, convolution, kernels, scaling, startup, updates
-
-    others = {
-        "scaling": scaling.measure_scaling, "updates": updates.measure_updates,
-        "kernels": kernels.measure_kernels, "convolution": convolution.measure_convolution,
-        "startup": startup.measure_startup,
-    }  # fmt: skip
-    rounds = rounds or (2 if quick else 3 if what else 7)
-    depth = depth or ((2,) if quick else (2, 4))
-    chosen = others[what] if what else partial(compare.measure_speed, depth)
-    return chosen(rounds, quick=quick, say=say)
