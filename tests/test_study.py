@@ -20,7 +20,6 @@ from unitnorm.run.planner import add
 from unitnorm.run.records import Records, read
 from unitnorm.study import experiment
 from unitnorm.study.config import ArmPlan, ComparisonPlan, Plan, Seeds
-from unitnorm.study.report import plan_of
 from unitnorm.study.schema import SCHEMA
 from unitnorm.study.statistics import choose_rates, unpack_wrong
 
@@ -317,7 +316,8 @@ def missing_rates(plan: Plan, runs: pd.DataFrame) -> list[tuple[str, float, int]
 
 @pytest.mark.parametrize("name", [path.name for path in sorted(RESULTS.iterdir()) if path.is_dir()])
 def test_a_plan_of_the_package_means_the_arms_and_comparisons_of_its_records(name):
-    plan, recorded = load(f"study/{name}", {}, Plan), plan_of(read(RESULTS / name, SCHEMA))
+    plan = load(f"study/{name}", {}, Plan)
+    recorded = experiment.plan_of(read(RESULTS / name, SCHEMA))
     assert plan.arms == recorded.arms
     assert plan.comparisons == recorded.comparisons
     assert plan.conflict(recorded.model_dump()) is None

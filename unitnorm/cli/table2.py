@@ -175,8 +175,7 @@ def verify_command(out: Path, data_dir: str | None, **wanted: Any) -> None:
     from unitnorm.data import load_dataset
     from unitnorm.run.config import parse
     from unitnorm.run.loop import Session
-    from unitnorm.study.experiment import Study
-    from unitnorm.study.report import plan_of
+    from unitnorm.study.experiment import Study, plan_of
     from unitnorm.study.schema import SCHEMA as STUDY
     from unitnorm.table2.experiment import Table2
     from unitnorm.table2.schema import SCHEMA

@@ -24,10 +24,11 @@ from unitnorm.archbn.training import Arm, Run, Settings, Task
 from unitnorm.data import Dataset
 from unitnorm.errors import UserError
 from unitnorm.run.checkpoints import Part
+from unitnorm.run.config import parse
 from unitnorm.run.loop import Session, train
 from unitnorm.run.planner import Found, Group
 from unitnorm.run.provenance import fingerprint
-from unitnorm.run.records import Records
+from unitnorm.run.records import PROVENANCE, Records
 from unitnorm.study.config import ARCHBN, ArmPlan, Place, Plan, Rates
 from unitnorm.study.schema import BUDGETS, CELL, LAYERS, MEASURED, SCHEMA
 from unitnorm.study.statistics import best_rates, pack_wrong
@@ -147,6 +148,11 @@ class Study:
         ended = zip(arms.values(), program.take(state), program.find_wrong(state), strict=True)
         rows = [row for each in ended for row in make_rows(trials, task, *each)]
         return Found({"runs": SCHEMA.frame("runs", rows)})
+
+
+def plan_of(known: Records) -> Plan:
+    """The plan that a folder's records were made by."""
+    return parse(known.provenance["config"], PROVENANCE, Plan)
 
 
 def _cells_in(runs: pd.DataFrame) -> set[tuple[Any, ...]]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-from rich.console import Group
 from rich.text import Text
 
 from unitnorm.errors import UserError
@@ -21,10 +20,10 @@ from unitnorm.report.tables import (
     to_csv,
     to_markdown,
 )
-from unitnorm.run.config import parse
 from unitnorm.run.records import Records
-from unitnorm.study import statistics
+from unitnorm.study import figures, statistics
 from unitnorm.study.config import Plan
+from unitnorm.study.experiment import plan_of
 
 LOOKS = "looks.csv"  # of a results folder: kept from report to report
 
@@ -37,11 +36,6 @@ class Findings(NamedTuple):
     compared: pd.DataFrame  # see `statistics.with_looks`
     looks: pd.DataFrame  # see `statistics.add_looks`
     answer: str = ""  # in a sentence, see `read_answer`
-
-
-def plan_of(known: Records) -> Plan:
-    """The plan that a folder's records were made by."""
-    return parse(known.provenance["config"], "provenance.json", Plan)
 
 
 def epochs_of(plan: Plan) -> dict[str, int]:
@@ -80,8 +74,6 @@ def read_answer(folder: Path) -> str:
 
 def build(study: Findings) -> dict[str, bytes]:
     """Every file of a study's report: the same study gives the same bytes."""
-    from unitnorm.study.figures import draw  # which loads Vega
-
     runs, texts = study.known["runs"], {}
     tables: dict[str, pd.DataFrame] = {}
     if len(study.compared):
@@ -97,7 +89,7 @@ def build(study: Findings) -> dict[str, bytes]:
     files = {f"{name}.csv": to_csv(table).encode() for name, table in tables.items()}
     files |= {f"{name}.md": to_markdown(cells).encode() + b"\n" for name, cells in texts.items()}
     for name, rows in chart_rows(study).items():
-        drawn = draw(name, rows)
+        drawn = figures.draw(name, rows)
         name = "comparisons" if name == "forest" else name
         files |= {f"figures/{name}.{ending}": content for ending, content in drawn.items()}
     return files
@@ -105,8 +97,6 @@ def build(study: Findings) -> dict[str, bytes]:
 
 def chart_rows(study: Findings) -> dict[str, pd.DataFrame]:
     """What each chart draws, by its name; without those that have nothing to draw."""
-    from unitnorm.study import figures
-
     known, plan, compared = study.known, study.plan, study.compared
     runs, rows = known["runs"], {"forest": figures.forest_rows(compared, plan.margin)}
     tuning = runs[runs["purpose"] == "tune"]
@@ -122,8 +112,6 @@ def chart_rows(study: Findings) -> dict[str, pd.DataFrame]:
 
 def build_drifts(studies: Mapping[str, Findings]) -> dict[str, bytes]:
     """The figure of all studies together: see `figures.drift_rows`; {} without such arms."""
-    from unitnorm.study import figures
-
     tables = {}
     for name, study in studies.items():
         found = statistics.drifts(study.known["runs"], epochs_of(study.plan))
@@ -133,10 +121,11 @@ def build_drifts(studies: Mapping[str, Findings]) -> dict[str, bytes]:
     return {f"drifts.{ending}": content for ending, content in drawn.items()}
 
 
-def show(study: Findings) -> Group:
+def show(study: Findings) -> Text | Fitting:
     """What `unitnorm study` prints."""
-    nothing = Text("no comparison has runs of both of its arms yet")
-    return Group(nothing if study.compared.empty else Fitting(comparison_cells(study)))
+    if study.compared.empty:
+        return Text("no comparison has runs of both of its arms yet")
+    return Fitting(comparison_cells(study))
 
 
 def comparison_cells(study: Findings) -> Cells:

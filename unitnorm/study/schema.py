@@ -1,4 +1,5 @@
-"""The table of a study's runs. To add a factor, add a column here and fill it in `experiment`."""
+"""The table of a study's runs. A new factor is a column here, named in `FACTORS`, and filled in by
+`experiment`."""
 
 from unitnorm.run.records import Schema, Table
 
