@@ -54,38 +54,6 @@ def of_haiku(forward: Any, *inputs: Any) -> tuple[Any, Any]:
     return jax.jit(lambda params: net.apply(params, state, *inputs)), params
 
 
-def flax_resnet():
-    """ResNet-18 of Flax's ImageNet example, two blocks of it: He et al. (2016)."""
-
-    class Block(linen.Module):
-        filters: int
-        strides: tuple[int, int]
-
-        @linen.compact
-        def __call__(self, x):
-            conv = functools.partial(linen.Conv, self.filters, use_bias=False)
-            norm = functools.partial(linen.BatchNorm, use_running_average=False, momentum=0.9)
-            y = linen.relu(norm()(conv((3, 3), self.strides)(x)))
-            y = norm(scale_init=linen.initializers.zeros_init())(conv((3, 3))(y))
-            if x.shape != y.shape:
-                x = norm(name="norm_proj")(conv((1, 1), self.strides, name="conv_proj")(x))
-            return linen.relu(x + y)
-
-    class ResNet(linen.Module):
-        @linen.compact
-        def __call__(self, x):
-            x = linen.Conv(4, (3, 3), use_bias=False, name="conv_init")(x)
-            x = linen.relu(linen.BatchNorm(use_running_average=False, name="bn_init")(x))
-            x = linen.max_pool(x, (3, 3), (2, 2), "SAME")
-            x = Block(4, (1, 1))(x)
-            x = Block(8, (2, 2))(x)
-            return linen.Dense(5)(x.mean((1, 2)))
-
-    names = ["Block_0/Conv_0", "Block_0/Conv_1", "Block_1/Conv_0", "Block_1/Conv_1"]
-    names += ["Block_1/conv_proj", "conv_init"]
-    return *of_linen(ResNet(), IMAGES), {f"{name}/kernel": CONV for name in names}
-
-
 def jax_resnet():
     jax_resnet = pytest.importorskip("jax_resnet", reason=NEEDS_DEV)
 
@@ -97,22 +65,20 @@ def jax_resnet():
     return *of_linen(net, jnp.tile(IMAGES, (2, 2, 2, 1))), dict.fromkeys(names, CONV)
 
 
-def haiku_resnet(version: int):
-    """In the second version blocks end in a sum, which is normalised: that is several kernels."""
+def haiku_resnet():
+    """The second version: blocks end in a sum, which is normalised: that is several kernels."""
     hk = pytest.importorskip("haiku", reason=NEEDS_DEV)
 
     def forward(images):
         net = hk.nets.ResNet(
-            (1, 1, 1, 1), 10, resnet_v2=version == 2, bottleneck=False,
+            (1, 1, 1, 1), 10, resnet_v2=True, bottleneck=False,
             channels_per_group=(4, 4, 8, 8), initial_conv_config={"output_channels": 4},
             strides=(1, 1, 2, 2),
         )  # fmt: skip
         return net(images, is_training=True)
 
-    ends = ["conv_0"] if version == 2 else ["conv_0", "conv_1", "shortcut_conv"]
-    names = ["res_net/~/initial_conv/w"] + [
-        f"res_net/~/block_group_{group}/~/block_0/~/{name}/w" for group in range(4) for name in ends
-    ]
+    names = ["res_net/~/initial_conv/w"]
+    names += [f"res_net/~/block_group_{group}/~/block_0/~/conv_0/w" for group in range(4)]
     return *of_haiku(forward, jnp.tile(IMAGES, (2, 4, 4, 1))), dict.fromkeys(names, CONV)
 
 
@@ -351,10 +317,8 @@ def group_norm_ensemble():
 
 
 NETWORKS = {
-    "flax-resnet": flax_resnet,
     "jax-resnet": jax_resnet,
-    "haiku-resnet-v1": functools.partial(haiku_resnet, 1),
-    "haiku-resnet-v2": functools.partial(haiku_resnet, 2),
+    "haiku-resnet-v2": haiku_resnet,
     "haiku-mobilenet": haiku_mobilenet,
     "haiku-grouped": haiku_grouped,
     "nnx-transformer": nnx_transformer,

@@ -1,6 +1,6 @@
 """The rules of all updates in float64 NumPy, one filter per row, written from their sources.
 
-Each yields W after every step. The options are those of the publications.
+Each yields W after every step, and takes the options of the update of its name.
 """
 
 import functools
@@ -27,10 +27,20 @@ def project(W, Z):
     return Z - np.diag(np.diag(Z @ W.T)) @ W
 
 
-def b_sgd(W, gradient, rate):
+def sgd_momentum(W, gradient, rate, momentum=0.9, weight_decay=5e-4, nesterov=False):
+    m = np.zeros_like(W)
     while True:
-        W = W - rate * gradient(W)
+        g = gradient(W) + weight_decay * W
+        m = momentum * m + g
+        W = W - rate * (g + momentum * m if nesterov else m)
         yield W
+
+
+def sgd_wd(W, gradient, rate, summed_over=1):
+    return sgd_momentum(W, gradient, rate, momentum=0, weight_decay=5e-4 * summed_over)
+
+
+b_sgd = functools.partial(sgd_momentum, momentum=0, weight_decay=0)
 
 
 def un(W, gradient, rate):
@@ -88,21 +98,6 @@ def weight_norm(W, gradient, rate):
         yield np.asarray(of(v, g))
 
 
-def sgd_wd(W, gradient, rate, decay=5e-4):
-    while True:
-        W = W - rate * (gradient(W) + decay * W)
-        yield W
-
-
-def sgd_momentum(W, gradient, rate, momentum=0.9, decay=5e-4, nesterov=False):
-    m = np.zeros_like(W)
-    while True:
-        g = gradient(W) + decay * W
-        m = momentum * m + g
-        W = W - rate * (g + momentum * m if nesterov else m)
-        yield W
-
-
 def un_carried(W, gradient, rate, median=False):
     n = np.diag(W @ W.T)
     while True:
@@ -121,7 +116,7 @@ def b_sgd_median(W, gradient, rate):
         yield W
 
 
-def heo_projection(W, G, P, delta):
+def heo_projection(W, G, P, delta=0.1):
     """AdamP's Algorithm 1, lines 5 to 9: P without its radial part, and whether it lost it."""
     for view in (lambda A: A, lambda A: A.reshape(1, -1)):
         w, g, p = view(W), view(G), view(P)
@@ -133,25 +128,27 @@ def heo_projection(W, G, P, delta):
     return P, False
 
 
-def sgdp(W, gradient, rate, momentum=0.9, decay=0.0, nesterov=False, delta=0.1, ratio=0.1):
+def sgdp(W, gradient, rate, momentum=0.9, weight_decay=0.0, nesterov=False):
     M = np.zeros_like(W)
     while True:
         G = gradient(W)
         M = momentum * M + G
-        P, projected = heo_projection(W, G, G + momentum * M if nesterov else M, delta)
-        W = W * (1 - rate * decay * (ratio if projected else 1) / (1 - momentum)) - rate * P
+        P, projected = heo_projection(W, G, G + momentum * M if nesterov else M)
+        decay = weight_decay * (0.1 if projected else 1) / (1 - momentum)
+        W = W * (1 - rate * decay) - rate * P
         yield W
 
 
-def adamp(W, gradient, rate, decay=0.0, nesterov=False, delta=0.1, ratio=0.1):
+def adamp(W, gradient, rate, weight_decay=0.0, nesterov=False):
     M, V = np.zeros_like(W), np.zeros_like(W)
     for t in itertools.count(1):
         G = gradient(W)
         M, V = 0.9 * M + 0.1 * G, 0.999 * V + 0.001 * G * G
         step = 0.9 * M + 0.1 * G if nesterov else M
         P = step / (np.sqrt(V) / np.sqrt(1 - 0.999**t) + 1e-8)
-        P, projected = heo_projection(W, G, P, delta)
-        W = W * (1 - rate * decay * (ratio if projected else 1)) - rate / (1 - 0.9**t) * P
+        P, projected = heo_projection(W, G, P)
+        decay = weight_decay * (0.1 if projected else 1)
+        W = W * (1 - rate * decay) - rate / (1 - 0.9**t) * P
         yield W
 
 
@@ -202,16 +199,17 @@ def nero(W, gradient, rate):
         yield W
 
 
-def lars(W, gradient, rate, momentum=0.9, decay=0.0, trust=1.0):
+def lars(W, gradient, rate, momentum=0.9, weight_decay=0.0, trust_coefficient=1.0):
     M = np.zeros_like(W)
     while True:
-        D = gradient(W) + decay * W
-        M = momentum * M + rate * trust * np.linalg.norm(W) / np.linalg.norm(D) * D
+        D = gradient(W) + weight_decay * W
+        trust = trust_coefficient * np.linalg.norm(W) / np.linalg.norm(D)
+        M = momentum * M + rate * trust * D
         W = W - M
         yield W
 
 
-def rotational_sgd(W, gradient, rate, momentum=0.9, decay=5e-4, zero_mean=False):
+def rotational_sgd(W, gradient, rate, momentum=0.9, weight_decay=5e-4, zero_mean=False):
     if zero_mean:
         W = towards_sphere(W - W.mean(1, keepdims=True))
     M, a = np.zeros_like(W), np.zeros((len(W), 1))
@@ -220,7 +218,7 @@ def rotational_sgd(W, gradient, rate, momentum=0.9, decay=5e-4, zero_mean=False)
         D = M - M.mean(1, keepdims=True) if zero_mean else M
         D = D - dots(D, W) * W
         a = 0.9 * a + 0.1 * dots(D, D)
-        angle = np.sqrt(2 * rate * decay / (1 + momentum))
+        angle = np.sqrt(2 * rate * weight_decay / (1 + momentum))
         W = towards_sphere(W - angle * D / (1e-8 + np.sqrt(a / (1 - 0.9**t))))
         yield W
 
@@ -244,6 +242,16 @@ def adam_direction(G, state, b1=0.9, b2=0.999):
     M, V, t = state
     M, V, t = b1 * M + (1 - b1) * G, b2 * V + (1 - b2) * G * G, t + 1
     return M / (1 - b1**t) / (np.sqrt(V / (1 - b2**t)) + 1e-8), (M, V, t)
+
+
+def adam_on_sphere(W, gradient, rate):
+    """What Adam is given, remembers and answers is made tangent."""
+    M, V, t = np.zeros_like(W), 0.0, 0
+    while True:
+        state = (project(W, M), V, t)
+        U, (M, V, t) = adam_direction(project(W, gradient(W)), state)
+        W = towards_sphere(W - rate * project(W, U))
+        yield W
 
 
 def hyperball(W, gradient, rate):
@@ -282,15 +290,15 @@ def renorm_sgd(W, gradient, rate, momentum=0.85, nesterov=True):
         yield W
 
 
-def adamwn(W, gradient, rate, ratio=1.0, update_rate=0.01):
+def adamwn(W, gradient, rate, norm_ratio=1.0, update_rate=0.01):
     start, state = lengths(W), (0.0, 0.0, 0)
     while True:
         U, state = adam_direction(gradient(W), state)
-        W = W - rate * U - update_rate * (1 - ratio * start / lengths(W)) * W
+        W = W - rate * U - update_rate * (1 - norm_ratio * start / lengths(W)) * W
         yield W
 
 
-def muon(W, gradient, rate, momentum=0.95, decay=0.0, nesterov=True):
+def muon(W, gradient, rate, momentum=0.95, weight_decay=0.0, nesterov=True):
     """Here with filters as rows: Newton-Schulz commutes with the transpose."""
     M = np.zeros_like(W)
     for t in itertools.count(1):
@@ -304,7 +312,7 @@ def muon(W, gradient, rate, momentum=0.95, decay=0.0, nesterov=True):
             A = X @ X.T
             X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
         scale = max(1, W.shape[0] / W.shape[1]) ** 0.5
-        W = W - rate * (scale * X + decay * W)
+        W = W - rate * (scale * X + weight_decay * W)
         yield W
 
 

@@ -54,17 +54,6 @@ def test_norms_projection_and_retraction_filter_by_filter(shape, axis, axes):
         np.testing.assert_allclose(retraction(w, axis), unit, rtol=1e-14)
 
 
-def test_a_batch_is_its_members():
-    w, z = (jnp.asarray(random((6, 3, 3, 2, 4), seed), jnp.float32) for seed in (8, 9))
-    for function, arrays in (
-        (filter_norms, (w,)),
-        (retraction, (w,)),
-        (tangent_projection, (w, z)),
-    ):
-        alone = jnp.stack([function(*members) for members in zip(*arrays, strict=True)])
-        np.testing.assert_allclose(jax.vmap(function)(*arrays), alone, atol=1e-6)
-
-
 def test_zero_filters_stay_zero_and_have_no_tangent_space():
     w = jnp.asarray(random((6, 3)), jnp.float32).at[:, 1].set(0)
     z = jnp.ones_like(w)
