@@ -110,9 +110,8 @@ def un_carried(W, gradient, rate, median=False):
 
 def b_sgd_median(W, gradient, rate):
     while True:
-        norms = np.sqrt(np.diag(W @ W.T))
-        W = W - rate * np.median(norms) ** 2 * gradient(W)
-        W = W / np.median(np.sqrt(np.diag(W @ W.T)))
+        W = W - rate * np.median(lengths(W)) ** 2 * gradient(W)
+        W = W / np.median(lengths(W))
         yield W
 
 

@@ -22,9 +22,9 @@ name is asked for, or declare the function under the entry point group `unitnorm
 
 import difflib
 import functools
-import importlib
 import importlib.metadata
 import inspect
+import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -32,14 +32,7 @@ from typing import Any
 
 import optax
 
-from unitnorm.updates.euclidean import (
-    b_sgd,
-    b_sgd_median,
-    sgd_momentum,
-    sgd_wd,
-    sm,
-    weight_norm,
-)
+from unitnorm.updates.euclidean import b_sgd, b_sgd_median, sgd_momentum, sgd_wd, sm, weight_norm
 from unitnorm.updates.manifold import (
     normalize,
     on_sphere,
@@ -182,11 +175,7 @@ def find_update(name: str) -> Update:
     if name in UPDATES:
         return UPDATES[name]
     try:
-        if ":" in name:
-            module, _, attribute = name.partition(":")
-            found = functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
-        else:
-            found = _entry_points()[name].load()
+        found = pkgutil.resolve_name(name) if ":" in name else _entry_points()[name].load()
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise ValueError(f"update {name!r} cannot be imported: {error}") from None
     if isinstance(found, Update):
@@ -201,9 +190,8 @@ def find_update(name: str) -> Update:
 
 
 def _entry_points() -> Mapping[str, importlib.metadata.EntryPoint]:
-    return {
-        point.name: point for point in importlib.metadata.entry_points(group="unitnorm.updates")
-    }
+    points = importlib.metadata.entry_points(group="unitnorm.updates")
+    return {point.name: point for point in points}
 
 
 def build(

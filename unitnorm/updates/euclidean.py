@@ -1,6 +1,6 @@
 """The updates that leave the norms of filters free, which the paper and others set against UN.
 
-`axis` and `learning_rate` are as in `manifold`.
+`axis` and `learning_rate` are as in `manifold`; what treats every entry alike ignores `axis`.
 """
 
 import jax.numpy as jnp
@@ -42,7 +42,6 @@ def b_sgd(learning_rate: LearningRate, *, axis: AxisSpec = None) -> optax.Gradie
     >>> print((w + step).ravel().round(3))
     [ 1.  -0.5]
     """
-    del axis
     return optax.sgd(learning_rate)
 
 
@@ -103,8 +102,6 @@ def sgd_wd(
     >>> print((w + step).ravel())
     [0.995 0.   ]
     """
-    del axis  # the decay is the same for every entry
-
     decay = map_value(lambda each: summed_over * each, weight_decay)
     return widened(optax.chain(optax.add_decayed_weights(decay), optax.sgd(learning_rate)))
 
@@ -135,7 +132,6 @@ def sgd_momentum(
     [-0.5]
     [-0.95]
     """
-    del axis
     refuse_schedule("momentum", momentum)
     decay = optax.add_decayed_weights(weight_decay)
     return widened(optax.chain(decay, optax.sgd(learning_rate, momentum, nesterov)))
@@ -196,7 +192,4 @@ def weight_norm(learning_rate: LearningRate, *, axis: AxisSpec = None) -> Transf
         v, g = v - rate * by_direction, g - rate * by_norm
         return g * geometry.unit(v, axes) - w, v, g
 
-    def direction(axes: Axes, w: Array) -> Array:
-        return geometry.wide(w)
-
-    return widened(stateful(leaf, (direction, norms_leaf), axis))
+    return widened(stateful(leaf, (lambda axes, w: geometry.wide(w), norms_leaf), axis))

@@ -275,8 +275,7 @@ def un_momentum(
         stateful(leaf, optax.TraceState(per_entry), axis),
         optax.scale_by_learning_rate(learning_rate),
     )
-    tangent: list[Tangent] = ["gradient", "moments"]  # and so the step
-    return on_sphere(inner, tangent=tangent, axis=axis, off_manifold=off_manifold)
+    return on_sphere(inner, tangent=["gradient", "moments"], axis=axis, off_manifold=off_manifold)
 
 
 @with_rate
@@ -343,8 +342,7 @@ def un_adam(
         stateful(leaf, Moments(per_entry, per_filter), axis),
         optax.scale_by_learning_rate(learning_rate),
     )
-    tangent: list[Tangent] = ["gradient", "moments"]
-    return on_sphere(inner, tangent=tangent, axis=axis, off_manifold=off_manifold)
+    return on_sphere(inner, tangent=["gradient", "moments"], axis=axis, off_manifold=off_manifold)
 
 
 @with_rate

@@ -73,12 +73,9 @@ def with_rate(update: Build) -> Build:
 
     @functools.wraps(update)
     def checked(learning_rate: Schedulable, *args: Any, **options: Any) -> Any:
-        sound = learning_rate is not None
-        if isinstance(learning_rate, bool | str | bytes | complex):
-            sound = False
-        elif isinstance(learning_rate, numbers.Real):
-            sound = 0 <= float(learning_rate) < math.inf
-        if not sound:
+        if isinstance(learning_rate, bool | str | bytes | complex | None) or (
+            isinstance(learning_rate, numbers.Real) and not 0 <= float(learning_rate) < math.inf
+        ):
             raise ValueError(
                 f"learning_rate = {learning_rate!r}: expected a finite number of at least 0, an "
                 "array, or an optax schedule"

@@ -285,7 +285,6 @@ def lars(
     >>> print((w + step).ravel().round(3))  # λ ‖w‖ far, whatever the gradient
     [ 2. -1.]
     """
-    del axis
     refuse_schedule("momentum", momentum)
     options = {"trust_coefficient": trust_coefficient, "momentum": momentum}
     return widened(optax.lars(learning_rate, weight_decay, **options))

@@ -130,33 +130,27 @@ def normalize_filters(
     [[1.0, 0.0], [0.0, 1.0]]
     """
     axis = axes_of_selection(selection) if axis is None else axis
-    layout = _layout(params, selection)
-    packed = layout.pack(params)
-    (named, treedef), labels = jax.tree.flatten_with_path(packed), jax.tree.leaves(layout.labels())
-    leaves = []
-    for (path, w), label, spec in zip(
-        named, labels, parts.axis_of_leaves(packed, axis), strict=True
-    ):
-        if label == "filters":
-            w = geometry.retraction(w, geometry.filter_axes(jnp.shape(w), spec, leaf_name(path)))
-        leaves.append(w)
-    return layout.unpack(jax.tree.unflatten(treedef, leaves), params)
+
+    def unit(_: Any, filters: Any) -> Any:
+        return parts.map_filters(lambda axes, w: geometry.retraction(w, axes), axis, filters)
+
+    divided = partition(optax.stateless(unit), optax.identity(), selection)
+    return divided.update(params, divided.init(params), params)[0]
 
 
 def as_columns(w: jax.Array, blocks: FilterAxes) -> jax.Array:
     """A leaf as an array (entries of a filter, filters)."""
     view = jnp.reshape(w, blocks.view or jnp.shape(w))
-    counting = [a for a in range(view.ndim) if a not in blocks.axes]
     entries = math.prod(view.shape[a] for a in blocks.axes)
-    return jnp.transpose(view, (*blocks.axes, *counting)).reshape(entries, -1)
+    return jnp.moveaxis(view, blocks.axes, range(len(blocks.axes))).reshape(entries, -1)
 
 
 def from_columns(columns: jax.Array, blocks: FilterAxes, shape: Sequence[int]) -> jax.Array:
     """The leaf of that shape whose `as_columns` is given."""
     view = blocks.view or tuple(shape)
-    order = (*blocks.axes, *(a for a in range(len(view)) if a not in blocks.axes))
-    lying = columns.reshape([view[a] for a in order])
-    return jnp.transpose(lying, [order.index(a) for a in range(len(view))]).reshape(shape)
+    counting = [n for a, n in enumerate(view) if a not in blocks.axes]
+    lying = columns.reshape([view[a] for a in blocks.axes] + counting)
+    return jnp.moveaxis(lying, range(len(blocks.axes)), blocks.axes).reshape(shape)
 
 
 class _Layout(NamedTuple):
@@ -164,6 +158,7 @@ class _Layout(NamedTuple):
 
     treedef: Any
     chosen: list[Any]  # of each leaf: FilterAxes, or whether it holds filters
+    viewed: list[int]  # the leaves that are read in another shape, and are not joint
     joint: dict[str, list[int]]  # the leaves of each name, in order
 
     def labels(self) -> Any:
@@ -173,35 +168,25 @@ class _Layout(NamedTuple):
 
     def pack(self, tree: Any) -> Any:
         leaves = self.treedef.flatten_up_to(tree)
-        packed = list(leaves)
-        for i in self.viewed():
-            packed[i] = jnp.reshape(leaves[i], self.chosen[i].view)
+        for i in self.viewed:
+            leaves[i] = jnp.reshape(leaves[i], self.chosen[i].view)
         for members in self.joint.values():
             columns = [as_columns(leaves[i], self.chosen[i]) for i in members]
-            packed[members[0]] = jnp.concatenate(columns)
-        return self.treedef.unflatten(self._dropped(packed))
+            leaves[members[0]] = jnp.concatenate(columns)
+        return self.treedef.unflatten(self._dropped(leaves))
 
     def unpack(self, packed: Any, like: Any) -> Any:
         """What `pack` packed, each leaf in the shape and dtype of that of `like`."""
-        given, kind = self.treedef.flatten_up_to(packed), self.treedef.flatten_up_to(like)
-        leaves = list(given)
-        for i in self.viewed():
-            leaves[i] = jnp.reshape(given[i], jnp.shape(kind[i]))
+        leaves, kind = self.treedef.flatten_up_to(packed), self.treedef.flatten_up_to(like)
+        for i in self.viewed:
+            leaves[i] = jnp.reshape(leaves[i], jnp.shape(kind[i]))
         for members in self.joint.values():
-            rows, start = given[members[0]], 0
+            rows, start = leaves[members[0]], 0
             for i in members:
                 stop = start + jnp.size(kind[i]) // rows.shape[1]
                 leaf = from_columns(rows[start:stop], self.chosen[i], jnp.shape(kind[i]))
                 leaves[i], start = leaf.astype(jnp.result_type(kind[i])), stop
         return self.treedef.unflatten(leaves)
-
-    def viewed(self) -> list[int]:
-        """The leaves that are read in another shape, and are not joint."""
-        return [
-            i
-            for i, blocks in enumerate(self.chosen)
-            if isinstance(blocks, FilterAxes) and blocks.view and blocks.joint is None
-        ]
 
     def _dropped(self, leaves: list[Any]) -> list[Any]:
         """All but the first of joint leaves as nodes without leaves."""
@@ -215,6 +200,7 @@ def _layout(params: optax.Params, selection: Selection) -> _Layout:
     named, treedef = jax.tree.flatten_with_path(params)
     values = {True: True, False: False, None: False, "filters": True, "rest": False}
     chosen: list[Any] = []
+    viewed: list[int] = []
     joint: dict[str, list[int]] = {}
     counts: dict[str, int] = {}
     given = parts.leaves_beside(params, selection, "the selection of filters", _is_none)
@@ -242,7 +228,9 @@ def _layout(params: optax.Params, selection: Selection) -> _Layout:
                     f"{filters}, those before it named {leaf.joint!r} have {counts[leaf.joint]}"
                 )
             members.append(i)
-    return _Layout(treedef, chosen, joint)
+        elif leaf.view:
+            viewed.append(i)
+    return _Layout(treedef, chosen, viewed, joint)
 
 
 def _is_none(x: Any) -> bool:

@@ -101,12 +101,13 @@ class KernelReport:
         >>> report.to_json()
         '{"findings": [], "pairs": [], "passes": 3}'
         """
-        findings = [found._asdict() for found in self.findings]
-        for found in findings:
-            found["blocks"] = None if found["blocks"] is None else asdict(found["blocks"])
-            found["effect"] = None if np.isnan(found["effect"]) else found["effect"]
+        findings = [
+            found._asdict() | {"effect": None if np.isnan(found.effect) else found.effect}
+            for found in self.findings
+        ]
         pairs = [pair._asdict() for pair in self.pairs]
-        return json.dumps({"findings": findings, "pairs": pairs, "passes": self.passes})
+        said = {"findings": findings, "pairs": pairs, "passes": self.passes}
+        return json.dumps(said, default=asdict)  # of FilterAxes
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
@@ -172,9 +173,9 @@ def normalized_kernels_nnx(model: Any, *inputs: Any, axis: AxisSpec = None, seed
     chosen = [leaf_name(path) for path, leaf in jax.tree.leaves_with_path(selection) if leaf]
     for path, module in nnx.iter_modules(model):
         if isinstance(module, nnx.WeightNorm):
-            inside = leaf_name(tuple(map(jax.tree_util.DictKey, path)))
+            inside = "".join(f"{key}/" for key in path)
             for name in chosen:
-                if name.startswith(f"{inside}/" if path else ""):
+                if name.startswith(inside):
                     warnings.warn(
                         f"{name} is inside nnx.WeightNorm, which writes normalised weights back: "
                         "two normalisers would act on it; take the wrapper off, or the kernel out "
