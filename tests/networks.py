@@ -47,9 +47,9 @@ def of_nnx(model: Any, *inputs: Any) -> tuple[Any, Any]:
 
 
 def of_haiku(forward: Any, *inputs: Any) -> tuple[Any, Any]:
+    """Of a function of Haiku itself and the inputs."""
     hk = pytest.importorskip("haiku", reason=NEEDS_DEV)
-
-    net = hk.without_apply_rng(hk.transform_with_state(forward))
+    net = hk.without_apply_rng(hk.transform_with_state(functools.partial(forward, hk)))
     params, state = jax.jit(net.init)(jax.random.key(0), *inputs)
     return jax.jit(lambda params: net.apply(params, state, *inputs)), params
 
@@ -67,9 +67,8 @@ def jax_resnet():
 
 def haiku_resnet():
     """The second version: blocks end in a sum, which is normalised: that is several kernels."""
-    hk = pytest.importorskip("haiku", reason=NEEDS_DEV)
 
-    def forward(images):
+    def forward(hk, images):
         net = hk.nets.ResNet(
             (1, 1, 1, 1), 10, resnet_v2=True, bottleneck=False,
             channels_per_group=(4, 4, 8, 8), initial_conv_config={"output_channels": 4},
@@ -84,9 +83,8 @@ def haiku_resnet():
 
 def haiku_mobilenet():
     """Depthwise kernels (3, 3, 1, channels) and pointwise ones, each before a normalisation."""
-    hk = pytest.importorskip("haiku", reason=NEEDS_DEV)
 
-    def forward(images):
+    def forward(hk, images):
         net = hk.nets.MobileNetV1((1, 2), (4, 6), 5)
         return net(images, is_training=True)
 
@@ -257,9 +255,8 @@ def lstm():
 
 def decoder():
     """Transposed convolutions, as in DCGAN; in Haiku their kernels are (h, w, out, in)."""
-    hk = pytest.importorskip("haiku", reason=NEEDS_DEV)
 
-    def forward(codes):
+    def forward(hk, codes):
         x = hk.Linear(2 * 2 * 6)(codes).reshape(-1, 2, 2, 6)
         x = hk.Conv2DTranspose(4, 3, stride=2)(jax.nn.relu(x))
         x = hk.BatchNorm(True, True, 0.9)(x, is_training=True)

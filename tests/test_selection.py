@@ -19,13 +19,7 @@ from unitnorm.updates import UPDATES, FilterAxes, axes_of_selection, build, exam
 X = jnp.asarray(np.random.default_rng(0).normal(size=(32, 5)), jnp.float32)
 PICTURES = jnp.asarray(np.random.default_rng(1).normal(size=(16, 3, 6, 6)), jnp.float32)
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _compiled_in_a_hurry():
-    """Most of the time here goes into compiling code that runs a few times."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("hurried")
 
 
 def normalised(h, axis=0):
