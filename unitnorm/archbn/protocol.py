@@ -6,17 +6,13 @@ numbers from sections of the config.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from unitnorm.archbn.config import WARM
-
-if TYPE_CHECKING:
-    from unitnorm.archbn.config import BoldDriver, Sizes, Stopping
-    from unitnorm.archbn.training import Run
+from unitnorm.archbn.config import WARM, BoldDriver, Sizes, Stopping
 
 # A run's stop reason is an index into this tuple; 0 means that it is still running. The order is
 # part of the checkpoint format: append only.
@@ -43,8 +39,8 @@ SCHEDULES = (
 BOLD_DRIVER, BOLD_DRIVER_BACK, CONSTANT, COSINE, FOLLOW, WARM_UP = range(6)
 
 
-def next_rate(run: Run, watched: Array, epochs: int, driver: BoldDriver) -> Array:
-    """The learning rate after the epoch of a `run`, of `epochs` at most.
+def next_rate(run: Any, watched: Array, epochs: int, driver: BoldDriver) -> Array:
+    """The learning rate after the epoch of a `training.Run`, of `epochs` at most.
 
     The bold driver (the paper's [19]) multiplies it by `up` where `watched`, usually the epoch's
     mean training loss, fell below that of the epoch before, `run.watched`, and by `down` where it

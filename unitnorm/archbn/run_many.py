@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -99,10 +99,8 @@ class Program:
         number = np.int32(self._epochs_done)
         self._epochs_done += 1
         state = self._epoch(self._splits, state, number, self._images, self._test)
-        return self._with_leaders_rates(state) if self._leaders else state
-
-    def _with_leaders_rates(self, state: tuple[Run, ...]) -> tuple[Run, ...]:
-        """Those of `protocol.FOLLOW` set to their leaders'."""
+        if not self._leaders:
+            return state
         leading = np.asarray(state[0].rate)
         rates = [
             np.where(run.schedule == protocol.FOLLOW, leading[mine], run.rate)
@@ -202,21 +200,13 @@ def deal(counts: Sequence[int], blocks: Sequence[int], devices: int) -> list[np.
     return found
 
 
-class End(NamedTuple):
-    """Where runs of one arm ended, each of shape (runs,)."""
-
-    train_loss: np.ndarray
-    val_error: np.ndarray
-    diverged: np.ndarray
-
-
-def at_end(run: Run, task: Task) -> End:
-    """The last epoch of an arm's runs, and whether they have diverged."""
+def at_end(run: Run, task: Task) -> dict[str, np.ndarray]:
+    """`train_loss`, `val_error` and `diverged` of an arm's runs at their end, (runs,) each."""
     loss = last(run.history.train_loss, run.epoch)
     val_error = last(exact_history(run, task)["val_error"], run.epoch)
     first, limit = run.history.train_loss[:, 0], task.config.stopping.diverged_error
     diverged = protocol.has_diverged(loss, first, val_error, diverged_error=limit)
-    return End(loss, val_error, np.asarray(diverged))
+    return {"train_loss": loss, "val_error": val_error, "diverged": np.asarray(diverged)}
 
 
 def exact_history(run: Run, task: Task) -> dict[str, np.ndarray]:
@@ -273,18 +263,15 @@ def _over_devices(
 def _fill(given: Settings) -> Settings:
     """Settings with every array as long as `seed`."""
 
-    def floats(values: Any) -> np.ndarray | None:
-        return None if values is None else np.asarray(values, np.float32)
+    def filled(values: Any, dtype: type = np.float32, *shape: int) -> Any:
+        each = (len(given.seed), *shape)
+        return None if values is None else np.broadcast_to(np.asarray(values, dtype), each)
 
-    count = len(given.seed)
+    seed, rate, ratio, schedule, spread, decay = given
     return Settings(
-        seed=np.asarray(given.seed, np.uint32),
-        rate=floats(given.rate),
-        ratio=floats(given.ratio),
-        schedule=np.broadcast_to(np.asarray(given.schedule, np.int32), count),
-        spread=np.broadcast_to(np.asarray(given.spread, np.float32), (count, len(START))),
-        decay=floats(given.decay),
-    )
+        filled(seed, np.uint32), filled(rate), filled(ratio), filled(schedule, np.int32),
+        filled(spread, np.float32, len(START)), filled(decay),
+    )  # fmt: skip
 
 
 def _rows(tree: Any, index: np.ndarray) -> Any:

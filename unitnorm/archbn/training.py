@@ -100,7 +100,7 @@ class Batches(NamedTuple):
 
 
 class Training(NamedTuple):
-    """See `make_training`."""
+    """Pure functions of one run."""
 
     init: Callable[[Settings], Run]
     step: Callable[[Any, Batches, Array, Array], Batches]
@@ -108,13 +108,7 @@ class Training(NamedTuple):
 
 
 def make_training(task: Task, arm: Arm) -> Training:
-    """Pure functions of one run, closed over what is compiled in.
-
-    Returns:
-      `init(settings)`: a run at its start, which depends on its seed and spread, not its update.
-      `step(run, at, x, y)`: one mini-batch; of the run, `rate`, `ratio` and `decay` are read.
-      `epoch(images, test, number, split, run)`: epoch `number`, from 0; an ended run stays.
-    """
+    """The functions below, closed over what is compiled in."""
     config, network = task.config, task.network
     known, sizes = find_update(arm.update), getattr(config, task.part)
     size = config.loss.batch_size
@@ -129,16 +123,17 @@ def make_training(task: Task, arm: Arm) -> Training:
         return partition(filters, known.rest(run.rate), network.mask(params))
 
     def init(given: Settings) -> Run:
+        """A run at its start, which depends on its seed and spread, not on its update."""
         params, stats = network.init(batches.stream(given.seed, batches.INIT))
         if arm.unbalanced:
             key = batches.stream(given.seed, batches.START)
             params = unbalance(params, jnp.asarray(given.spread), key)
             if known.constrained:  # "trust" looks at no norm afterwards
                 params = network.with_filters(params, lambda w: retraction(w, network.axis))
-        nothing = jnp.full(sizes.max_epochs, jnp.nan)
+        once = jnp.full(sizes.max_epochs, jnp.nan)
         shape = sizes.max_epochs, len(network.filters(params))
-        layers = jnp.full(shape, jnp.nan) if task.layers else None
-        history = History(*[nothing] * (len(History._fields) - 2), *[layers] * 2)
+        by_layer = jnp.full(shape, jnp.nan) if task.layers else None
+        history = History(*[once] * 10, layer_rate=by_layer, layer_angle=by_layer)
         reason = jnp.where(jnp.isfinite(given.rate), protocol.RUNNING, protocol.NO_RATE)
         run = Run(params, stats, None, given.rate, given.rate, given.ratio, given.decay,
                   given.schedule, jnp.asarray(jnp.inf), jnp.asarray(0), reason.astype(jnp.int32),
@@ -159,7 +154,10 @@ def make_training(task: Task, arm: Arm) -> Training:
         return jax.grad(loss, has_aux=True)(at.params)
 
     def step(run: Any, at: Batches, x: Array, y: Array) -> Batches:
-        """Table 1, one row: the gradient, the update, equation (2) inside it, the statistics."""
+        """Table 1, one row: the gradient, the update, equation (2) inside it, the statistics.
+
+        Of the run, `rate`, `ratio` and `decay` are read.
+        """
         g, (total, wrong, stats) = gradient(at, x, y)
         if arm.factors:
             factors = iter(arm.factors)
@@ -169,20 +167,10 @@ def make_training(task: Task, arm: Arm) -> Training:
         return Batches(params, stats, opt_state, at.loss + total, at.wrong + wrong)
 
     def epoch(images: Images, test: Images, number: Array, split: Split, run: Run) -> Run:
-        """Section 4: mini-batches without replacement, in an order that is new in each epoch."""
+        """Section 4: mini-batches without replacement, in an order that is new in each epoch.
 
-        def step_at(at: Batches, given: tuple[Array, Array | int]) -> tuple[Batches, None]:
-            (index, place), now = given, run
-            x, y = batches.gather(images, index)
-            if network.augment is not None:
-                done = (number * places + place) / (sizes.max_epochs * places)
-                rate = protocol.rate_within(run.schedule, run.base, run.rate, done)
-                now = run._replace(rate=rate)
-                key = batches.stream(split.order_seed, batches.AUGMENT)
-                key = jax.random.fold_in(jax.random.fold_in(key, number), place)
-                x = network.augment(key, x)
-            return step(now, at, x, y), None
-
+        `number` is the epoch's, from 0.
+        """
         order = batches.draw_order(task.part, split, number)
         whole = len(order) // size * size
         # a constant would be found to differ from run to run, and the mini-batch traced once more
@@ -190,6 +178,18 @@ def make_training(task: Task, arm: Arm) -> Training:
         at = Batches(run.params, run.stats, run.opt_state, zero, zero)
         each, last = order[:whole].reshape(-1, size), order[whole:]  # the last may be smaller
         places = len(each) + (len(last) > 0)
+
+        def step_at(at: Batches, given: tuple[Array, Array | int]) -> tuple[Batches, None]:
+            index, place = given
+            x, y = batches.gather(images, index)
+            if network.augment is None:
+                return step(run, at, x, y), None
+            done = (number * places + place) / (sizes.max_epochs * places)
+            rate = protocol.rate_within(run.schedule, run.base, run.rate, done)
+            key = batches.stream(split.order_seed, batches.AUGMENT)
+            key = jax.random.fold_in(jax.random.fold_in(key, number), place)
+            return step(run._replace(rate=rate), at, network.augment(key, x), y), None
+
         at, _ = jax.lax.scan(step_at, at, (each, jnp.arange(len(each))))
         at = step_at(at, (last, len(each)))[0] if len(last) else at
         if task.statistics == "anew":

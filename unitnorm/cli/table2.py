@@ -238,8 +238,8 @@ def write_report(out: Path, known: Records, *, write: bool = True, **output: boo
     alike = data["name"] == "mnist" and protocol == Config().protocol()
     paper = report.PAPER if alike else {}
     shape, filters = tuple(data["image_shape"]), filters_of(known)
-    files = report.build(known["runs"], known["history"], known["sweep"], filters, shape, paper)
+    rows = (known["runs"], known["history"], known["sweep"])
+    files, shown = report.build(*rows, filters, shape, paper)
     if write:
         records.write_files(out, files, replacing="figures/filters_depth*")
-    shown = report.show(known["runs"], paper)
     opt.print_report(shown, files, out, written=write, **output)

@@ -114,10 +114,7 @@ _TEX = str.maketrans({
     "±": r"$\pm$", "−": r"$-$", "–": "--", "×": r"$\times$", "<": r"$<$", ">": r"$>$",
     "|": r"$|$", "‖": r"$\|$",
 })  # fmt: skip
-
-
-def _escape_tex(text: str) -> str:
-    return text.translate(_TEX)
+_escape_tex = methodcaller("translate", _TEX)
 
 
 # ---------------------------------------------------------------- cells

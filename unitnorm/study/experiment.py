@@ -284,7 +284,7 @@ def make_rows(
     `measured` is what `run_many.Program.find_wrong` gives.
     """
     wrong, test_loss = measured
-    diverged, history = run_many.at_end(run, task).diverged, run_many.exact_history(run, task)
+    diverged, history = run_many.at_end(run, task)["diverged"], run_many.exact_history(run, task)
     rows = []
     cells = [trials.cell(variant, seed) for variant in variants for seed in trials.seeds]
     for i, cell in enumerate(cells):

@@ -100,7 +100,7 @@ class Table2:
         rows: list[dict[Any, Any]] = []
         for update, run in zip(cells.updates, trained, strict=True):
             end = run_many.at_end(run, task)
-            errors, diverged = (x.reshape(-1, len(rates)) for x in (end.val_error, end.diverged))
+            errors, diverged = (end[n].reshape(-1, len(rates)) for n in ("val_error", "diverged"))
             chosen = protocol.choose_rate(np.asarray(rates), errors, diverged)
             number = np.repeat(runs, len(rates))
             found = {
@@ -108,7 +108,7 @@ class Table2:
                 "seed": self.config.seed + number, "base_lr": np.tile(rates, len(runs)),
                 "chosen": (np.arange(len(rates)) == np.asarray(chosen)[:, None]).reshape(-1),
             }  # fmt: skip
-            rows += pd.DataFrame(found | end._asdict()).to_dict("records")
+            rows += pd.DataFrame(found | end).to_dict("records")
         return Found({"sweep": SCHEMA.frame("sweep", rows)}, arrays={FILTERS: {}})
 
     def _train_rows(
@@ -133,7 +133,7 @@ class Table2:
                 "epochs": run.epoch, "stop_reason": np.take(protocol.STOP_REASONS, run.reason),
                 "test_error": np.where(run.epoch > 0, mine.mean(axis=-1), np.nan),
             }  # fmt: skip
-            end = run_many.at_end(run, task)._asdict()
+            end = run_many.at_end(run, task)
             rows["runs"] += pd.DataFrame(cell | found | end).to_dict("records")
             history = run_many.exact_history(run, task)
             columns = [name for name in SCHEMA.tables["history"].columns if name in history]

@@ -1,6 +1,7 @@
 """The figures of Table 2's records, from the frames of `report.prepare_runs` and of
 `report.prepare_history`: a public function for each, and here alone what it shows."""
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -17,6 +18,9 @@ from unitnorm.report import style
 from unitnorm.report.statistics import carry_mean, find_outliers, summarise
 from unitnorm.report.style import BASELINE, GREY, PALE, WIDTH, Style, label, sort_updates
 
+_COURSES = {
+    "val_percent": "validation error [%]", "train_loss": "training loss", "lr": "learning rate"
+}  # fmt: skip
 _NARROW = 6  # with more updates than this in a panel, their names take two lines
 _SHADES = 33  # of a filter's image: odd, so that white is zero; fewer make smaller files
 
@@ -24,33 +28,16 @@ _SHADES = 33  # of a filter's image: odd, so that white is zero; fewer make smal
 def draw_curves(history: pd.DataFrame) -> Figure:
     """Validation error and training loss over the epochs: a row of panels per depth."""
     history = history.assign(val_percent=100 * history["val_error"])
-    depths, styles = history["depth"].unique(), style.assign_styles(history["update"])
+    panels = itertools.product(history["depth"].unique(), ("val_percent", "train_loss"))
     mean = "mean of the runs, where a run that has stopped keeps its last value"
-    panels = [("val_percent", "validation error [%]"), ("train_loss", "training loss")]
-    handles, note = style.make_handles(styles), _describe_curves(mean, history)
-    with style.settings():
-        figure, axes = style.lay_out(len(depths), 2, 2.6, handles, note, sharey="col")
-        for (column, name), axis_column in zip(panels, axes.T, strict=True):
-            _set_scale(axis_column[0], history, column)
-            for depth, axis in zip(depths, axis_column, strict=True):
-                _draw_runs(axis, history[history["depth"] == depth], column, styles)
-                axis.set(title=f"depth {depth}", ylabel=name, xlabel="epoch")
-        return figure
+    return _draw_courses(history, list(panels), mean, 2.6)
 
 
 def draw_rates(history: pd.DataFrame) -> Figure:
     """The learning rate over the epochs, as the bold driver sets it: a panel per depth."""
-    depths, styles = history["depth"].unique(), style.assign_styles(history["update"])
+    panels = [(depth, "lr") for depth in history["depth"].unique()]
     mean = "geometric mean, where a run that has stopped keeps its last rate"
-    handles, note = style.make_handles(styles), _describe_curves(mean, history)
-    rows, columns = math.ceil(len(depths) / 2), min(2, len(depths))
-    with style.settings():
-        figure, axes = style.lay_out(rows, columns, 2.7, handles, note)
-        _set_scale(axes[0, 0], history, "lr")
-        for depth, axis in style.match_axes(depths, axes):
-            _draw_runs(axis, history[history["depth"] == depth], "lr", styles)
-            axis.set(title=f"depth {depth}", ylabel="learning rate", xlabel="epoch")
-        return figure
+    return _draw_courses(history, panels, mean, 2.7)
 
 
 def draw_test_errors(
@@ -177,6 +164,25 @@ def draw_comparison(table: pd.DataFrame, own: pd.DataFrame, names: tuple[str, st
         return figure
 
 
+def _draw_courses(
+    history: pd.DataFrame, panels: list[tuple[int, str]], mean: str, height: float
+) -> Figure:
+    """A panel for each depth and column of the history, in two columns."""
+    styles = style.assign_styles(history["update"])
+    note = f"Thin: each run up to its last epoch (dot). Thick: {mean}."
+    if history["failed"].any():
+        note += " Crosses: runs that diverged, not in the mean; on the frame where they left it."
+    rows, columns = math.ceil(len(panels) / 2), min(2, len(panels))
+    with style.settings():
+        handles = style.make_handles(styles)
+        figure, axes = style.lay_out(rows, columns, height, handles, note, sharey="col")
+        for (depth, column), axis in style.match_axes(panels, axes):
+            _set_scale(axis, history, column)
+            _draw_runs(axis, history[history["depth"] == depth], column, styles)
+            axis.set(title=f"depth {depth}", ylabel=_COURSES[column], xlabel="epoch")
+        return figure
+
+
 def _draw_runs(axis: Axes, history: pd.DataFrame, column: str, styles: Mapping[str, Style]) -> None:
     """Each run's curve with its end marked, and the mean of the runs that have not failed."""
     for place, (update, drawn) in enumerate(styles.items()):
@@ -291,10 +297,3 @@ def _set_scale(axis: Axes, history: pd.DataFrame, column: str) -> None:
         style.set_log_scale(axis, low, high)
     else:
         axis.set_ylim(low - 0.03 * (high - low), high + 0.05 * (high - low) or 1)
-
-
-def _describe_curves(mean: str, history: pd.DataFrame) -> str:
-    note = f"Thin: each run up to its last epoch (dot). Thick: {mean}."
-    if history["failed"].any():
-        note += " Crosses: runs that diverged, not in the mean; on the frame where they left it."
-    return note

@@ -1,21 +1,19 @@
 """What is shown of Table 2's records: the table, the paired differences, how the runs went.
 
-Pure functions of data frames: `build` gives the content of every file by name, `show` what is
-printed, `build_comparison` both for two folders. To add a file, add it to `build`.
+Pure functions of data frames: `build` gives the content of every file by name and what is printed,
+`build_comparison` the same for two folders. To add a file, add it to `build`.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
-from typing import cast
 
 import numpy as np
 import pandas as pd
 from rich.console import Group
 
 from unitnorm.errors import UserError
-from unitnorm.report import tables
-from unitnorm.report.statistics import Summary, compare_means, compare_pairs, summarise
+from unitnorm.report import statistics, tables
 from unitnorm.report.style import BASELINE, encode, label, sort_updates
 from unitnorm.report.tables import Cells, format_columns, format_points, format_short, to_page
 from unitnorm.table2 import figures
@@ -49,8 +47,9 @@ def build(
     filters: Mapping[tuple[int, str], np.ndarray],
     image_shape: tuple[int, ...] = (28, 28),
     paper: Paper = PAPER,
-) -> dict[str, bytes]:
-    """Every file of the report by its name: the same records give the same bytes.
+) -> tuple[dict[str, bytes], Group]:
+    """Every file of the report by its name, and what `unitnorm report` prints: both tables and the
+    failed runs. The same records give the same bytes.
 
     Args:
         runs, history, sweep: as recorded.
@@ -59,7 +58,7 @@ def build(
         paper: the figures to set beside ours; `{}` for runs on other data than the paper's.
 
     Raises:
-        UserError: there are no runs, or the filters are not images of that shape.
+        UserError: the filters are not images of that shape.
     """
     runs = prepare_runs(runs)
     history = prepare_history(history, runs)
@@ -71,16 +70,16 @@ def build(
     for depth in sorted({depth for depth, _ in filters}):
         weights = {update: array for (at, update), array in filters.items() if at == depth}
         drawn[f"filters_depth{depth}"] = figures.draw_filters(weights, image_shape, depth)
-    files = build_texts(runs, history, sweep, paper)
+    files, shown = build_texts(runs, history, sweep, paper)
     for name, figure in drawn.items():
         files |= {f"figures/{name}.{end}": content for end, content in encode(figure).items()}
-    return files
+    return files, shown
 
 
 def build_texts(
     runs: pd.DataFrame, history: pd.DataFrame, sweep: pd.DataFrame, paper: Paper = PAPER
-) -> dict[str, bytes]:
-    """The tables among the files of `build`; runs and history are the prepared ones."""
+) -> tuple[dict[str, bytes], Group]:
+    """`build` without its figures; runs and history are the prepared ones."""
     errors, differences = summarise_errors(runs, paper), compare_updates(runs)
     main, failed = [_error_cells(errors), _difference_cells(differences)], _failed_cells(runs)
     latex = map(tables.to_latex, main, ("2", "differences"))
@@ -91,16 +90,8 @@ def build_texts(
         "differences.csv": tables.to_csv(differences),
         "runs.md": to_page([_conduct_cells(runs, history), _sweep_cells(sweep), failed]),
     }
-    return {name: text.encode() for name, text in texts.items()}
-
-
-def show(runs: pd.DataFrame, paper: Paper = PAPER) -> Group:
-    """All that `unitnorm report` prints: both tables and the failed runs."""
-    runs = prepare_runs(runs)
-    errors, differences = summarise_errors(runs, paper), compare_updates(runs)
-    return tables.to_screen(
-        [_error_cells(errors), _difference_cells(differences), _failed_cells(runs)]
-    )
+    encoded = {name: text.encode() for name, text in texts.items()}
+    return encoded, tables.to_screen([*main, failed])
 
 
 # ---------------------------------------------------------------- the records
@@ -110,12 +101,7 @@ def prepare_runs(runs: pd.DataFrame) -> pd.DataFrame:
     """The runs in the report's order, with a truth value `failed` (left out of every mean).
 
     A run has failed where it is marked as diverged or stopped for a non-finite or diverged loss.
-
-    Raises:
-        UserError: there are none.
     """
-    if runs.empty:
-        raise UserError("runs.csv holds no rows; run `unitnorm train` before `unitnorm report`")
     failed = runs["diverged"].astype(bool) | runs["stop_reason"].isin(FAILED_REASONS)
     return _sort(runs.assign(failed=failed))
 
@@ -139,12 +125,6 @@ def _sort(frame: pd.DataFrame) -> pd.DataFrame:
     )  # fmt: skip
 
 
-def _each_update(frame: pd.DataFrame) -> Iterator[tuple[tuple[int, str], pd.DataFrame]]:
-    """(Depth, update) and their rows, in the order of the frame."""
-    for key, rows in frame.groupby(KEY, sort=False):
-        yield cast(tuple[int, str], key), rows
-
-
 # ---------------------------------------------------------------- numbers
 
 
@@ -155,13 +135,13 @@ def summarise_errors(runs: pd.DataFrame, paper: Paper = PAPER) -> pd.DataFrame:
     is a 95 % t-interval of the mean, cut to 0 to 1. NaN where a figure is not defined (n < 2) or
     the paper has none.
     """
-    rows = []
-    for key, group in _each_update(runs):
-        errors = group.loc[~group["failed"], "test_error"].to_numpy(float)
-        counts, theirs = (len(errors), len(group) - len(errors)), paper.get(key, (math.nan,) * 2)
-        rows.append((*key, *counts, *summarise(errors).cut(0, 1), *theirs))
-    columns = [*KEY, "n", "diverged", *Summary._fields, "paper_mean", "paper_std"]
-    return pd.DataFrame(rows, columns=columns)
+    healthy = runs.assign(test_error=runs["test_error"].mask(runs["failed"]))
+    table = statistics.summarise_groups(healthy, KEY, "test_error")
+    table = table.rename(columns={"n_diverged": "diverged"})
+    table = table.assign(**table[["ci_low", "ci_high"]].clip(0, 1))
+    keys = zip(table["depth"], table["update"], strict=True)
+    table[["paper_mean", "paper_std"]] = [paper.get(key, (math.nan, math.nan)) for key in keys]
+    return table
 
 
 def compare_updates(runs: pd.DataFrame) -> pd.DataFrame:
@@ -171,15 +151,15 @@ def compare_updates(runs: pd.DataFrame) -> pd.DataFrame:
     partner (diverged, not trained, or of another seed), then as `statistics.compare_pairs` has it,
     the interval cut to −1 to 1.
     """
-    groups, rows = dict(_each_update(runs)), []
+    groups, rows = dict(iter(runs.groupby(KEY, sort=False))), []
     for (depth, update), ours in groups.items():
         theirs = groups.get((depth, BASELINE))
         if update != BASELINE and theirs is not None:
             pairs = _pair(ours, theirs)
             left_out = len({*ours["run"], *theirs["run"]}) - len(pairs)
-            found, *p = compare_pairs(*pairs.T)
+            found, *p = statistics.compare_pairs(*pairs.T)
             rows.append((depth, update, BASELINE, len(pairs), left_out, *found.cut(-1, 1), *p))
-    columns = [*KEY, "baseline", "n", "left_out", *Summary._fields, "p_t", "p_wilcoxon"]
+    columns = [*KEY, "baseline", "n", "left_out", *statistics.Summary._fields, "p_t", "p_wilcoxon"]
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -291,7 +271,7 @@ def build_comparison(
         names: of the two, as they are to be read.
 
     Raises:
-        UserError: there are no runs, or the two share no depth and update.
+        UserError: the two share no depth and update with runs that have not failed.
     """
     first, second = map(prepare_runs, runs)
     differing = find_differences(*provenances)
@@ -327,16 +307,18 @@ def compare_folders(first: pd.DataFrame, second: pd.DataFrame, *, paired: bool) 
     Args:
         paired: whether runs of the same number and seed are pairs, see `PAIRED_BY`.
     """
-    healthy = [dict(_each_update(runs[~runs["failed"]])) for runs in (first, second)]
+    healthy = [dict(iter(t[~t["failed"]].groupby(KEY, sort=False))) for t in (first, second)]
     rows = []
     for depth, update in (key for key in healthy[0] if key in healthy[1]):
         one, other = (side[depth, update] for side in healthy)
-        own = [summarise(side["test_error"].to_numpy(float)) for side in (one, other)]
+        own = [statistics.summarise(side["test_error"].to_numpy(float)) for side in (one, other)]
         pairs = _pair(other, one)
         if paired and len(pairs) > 1:
-            (found, p, _), test = compare_pairs(*pairs.T), ("paired", len(pairs))
+            found, p, _ = statistics.compare_pairs(*pairs.T)
+            test = "paired", len(pairs)
         else:
-            (found, p), test = compare_means(own[1], len(other), own[0], len(one)), ("Welch", 0)
+            found, p = statistics.compare_means(own[1], len(other), own[0], len(one))
+            test = "Welch", 0
         sides = (len(one), *own[0][:2], len(other), *own[1][:2])
         rows.append((depth, update, *sides, *test, found.mean, *found.cut(-1, 1)[2:], p))
     columns = [f"{name}_{side}" for side in ("first", "second") for name in ("n", "mean", "std")]
