@@ -49,6 +49,16 @@ def gradients(layers, theta, x, y, eps):
     return result[::-1], d_theta
 
 
+def step(layers, theta, x, y, eps, rate, *, un=False):
+    """Layers and θ after a mini-batch: a row of Table 1."""
+    slopes, d_theta = gradients(layers, theta, x, y, eps)
+    moved = []
+    for (W, *norm), (dW, *d_norm) in zip(layers, slopes, strict=True):
+        W = un_step(W, dW, rate) if un else W - rate * dW
+        moved.append((W, *(p - rate * d for p, d in zip(norm, d_norm, strict=True))))
+    return moved, theta - rate * d_theta
+
+
 def un_step(W, G, rate):
     """Table 1 by hand: each row's gradient loses its part along the row; step; unit norm."""
     new = np.empty_like(W)

@@ -51,6 +51,9 @@ def test_the_papers_shapes_and_no_biases(start):
         "theta": {"W": (10, 32)},
     }
     assert start[1]["layers"][1]["norm"]["mean"].shape == (64,)
+    for depth, width in ((0, 64), (2, 63), (2, 0)):
+        with pytest.raises(ValueError, match="need depth"):
+            ArchBN(784, depth, width, rngs=nnx.Rngs(0))
 
 
 def test_initial_rows_are_gaussian_directions_of_unit_norm(start):

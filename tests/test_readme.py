@@ -40,14 +40,6 @@ def test_a_marked_number_is_computed(old, mark, filled):
     assert readme.filled(f"a {old}{mark} b") == f"a {filled}{mark} b"
 
 
-def test_a_part_of_a_table_is_the_part_that_is_asked_for():
-    written = "<!-- from results/table2/table2.md {} -->\n<!-- end -->"
-    first, second = (readme.filled(written.format(part)) for part in (1, 2))
-    assert "after the last training epoch" in first
-    assert "Paired differences" not in first
-    assert "Paired differences" in second
-
-
 def test_the_quickstart_runs_as_it_stands():
     text = (ROOT / "README.md").read_text()
     (code,) = re.findall(r"<!-- quickstart -->\n```python\n(.*?)```", text, re.DOTALL)

@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from tests import reference
+from tests.test_model import as_numpy
 from unitnorm import cli, symmetry
 from unitnorm.archbn.config import Config
 from unitnorm.data import load_dataset
@@ -78,16 +79,6 @@ def of(table, dtype=CLAIM, **columns):
     return chosen
 
 
-def numpy_layers(params, alpha=1.0):
-    """ArchBN's layers for `reference`, with every filter multiplied."""
-    return [
-        (alpha * np.asarray(layer["rows"]["W"], float), *(
-            np.asarray(layer["norm"][name], float) for name in ("scale", "bias")
-        ))
-        for _, layer in sorted(params["layers"].items())
-    ]  # fmt: skip
-
-
 # ---------------------------------------------------------------- (a) the loss
 
 
@@ -117,16 +108,14 @@ def test_alpha_zero_loses_the_feature(measured):
 @pytest.mark.parametrize("alpha", [1.0, -1.0, 1e-3])
 @pytest.mark.parametrize("case", [Case(CLAIM, 0.0), Case(TRAINED, 1e-5)])
 def test_loss_and_gradient_are_those_of_numpy(subject, measured, alpha, case):
-    params, found = subject.initial().params, []
+    (layers, theta), found = as_numpy(subject.initial().params), []
+    scaled = [(alpha * W, scale, shift) for W, scale, shift in layers]
     for index in subject.batches(measure.PROBE_BATCHES):
         x, y = subject.data.train_images[index].astype(float), subject.data.train_labels[index]
-        network = numpy_layers(params, alpha), np.asarray(params["theta"]["W"], float)
-        loss, *_ = reference.forward(*network, x, y, case.bn_epsilon)
-        gradients, _ = reference.gradients(*network, x, y, case.bn_epsilon)
+        loss, *_ = reference.forward(scaled, theta, x, y, case.bn_epsilon)
+        gradients, _ = reference.gradients(scaled, theta, x, y, case.bn_epsilon)
         norm = np.sqrt(sum((dW**2).sum() for dW, _, _ in gradients))
-        _, _, (kept, *_) = reference.forward(
-            numpy_layers(params), network[1], x, y, case.bn_epsilon
-        )
+        _, _, (kept, *_) = reference.forward(layers, theta, x, y, case.bn_epsilon)
         variances = np.concatenate([(h @ W.T).var(0) for h, W, *_ in kept])
         found.append((loss / len(y), norm, (case.bn_epsilon / (alpha**2 * variances)).max()))
     losses, norms, shares = np.transpose(found)
@@ -189,23 +178,18 @@ def test_with_epsilon_the_starts_differ_until_they_are_normalised(measured):
 
 def test_the_gap_after_a_step_is_that_of_numpy(subject, walks):
     """Of gradient descent; that of the updates without one is zero above."""
-    params, test = subject.initial().params, subject.data.test_images.astype(float)
+    start, theta = as_numpy(subject.initial().params)
+    test, factors = subject.data.test_images.astype(float), subject.factors()
     index = subject.batches(1)[0]
     x, y = subject.data.train_images[index].astype(float), subject.data.train_labels[index]
-    theta, factors = np.asarray(params["theta"]["W"], float), subject.factors()
 
     def logits(alpha):
         layers = [
             (a[:, None] * W / np.linalg.norm(W, axis=1, keepdims=True), scale, shift)
-            for a, (W, scale, shift) in zip(alpha, numpy_layers(params), strict=True)
+            for a, (W, scale, shift) in zip(alpha, start, strict=True)
         ]
-        gradients, d_theta = reference.gradients(layers, theta, x, y, 0.0)
-        moved = [
-            [w - RATE * dw for w, dw in zip(layer, gradient, strict=True)]
-            for layer, gradient in zip(layers, gradients, strict=True)
-        ]
-        new_theta = theta - RATE * d_theta
-        return reference.forward(moved, new_theta, test, np.zeros(len(test), int), 0.0)[1]
+        moved = reference.step(layers, theta, x, y, 0.0, RATE)
+        return reference.forward(*moved, test, np.zeros(len(test), int), 0.0)[1]
 
     plain, scaled = logits(np.ones_like(factors)), logits(factors)
     gap = np.linalg.norm(scaled - plain) / np.linalg.norm(plain)

@@ -93,6 +93,8 @@ class ArchBN(nnx.Module):
         bn_epsilon: float = 1e-5,
         rngs: nnx.Rngs,
     ):
+        if depth < 1 or width < 2 or width % 2:
+            raise ValueError(f"depth {depth} and width {width}: need depth ≥ 1 and an even width")
         options = {"momentum": bn_momentum, "epsilon": bn_epsilon}
         sizes = [features] + [width // 2] * (depth - 1)
         layers = [Layer(size, width, pool_pairs, rngs=rngs, **options) for size in sizes]

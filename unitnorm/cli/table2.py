@@ -113,15 +113,22 @@ def report(context: click.Context, folders: tuple[Path, ...], out: Path, **outpu
     if len(folders) > 2 or (given and len(folders) == 1):
         named = f"{len(folders)} folders" if len(folders) > 2 else f"{folders[0]} and --out {out}"
         raise UserError(f"report: one folder, or two to compare, not {named}")
-    if len(folders) < 2:
-        do_report(folders[0] if folders else out, **output)
-        return
     from rich.console import Console
 
     from unitnorm.run import records
     from unitnorm.table2.report import build_comparison
     from unitnorm.table2.schema import SCHEMA
 
+    if len(folders) < 2:
+        out = folders[0] if folders else out
+        # the files are written unless another process is at work there
+        with records.locked(out, make=False, needed=False) as held:
+            known = records.read_to_show(out, SCHEMA, held)
+            if progress := so_far(known):
+                click.echo(progress)
+            if not (progress and known["runs"].empty):
+                write_report(out, known, write=held, **output)
+        return
     one, other = (records.read_alone(folder, SCHEMA) for folder in folders)
     runs, provenance = (one["runs"], other["runs"]), (one.provenance, other.provenance)
     files, shown = build_comparison(runs, provenance, (str(folders[0]), str(folders[1])))
@@ -208,19 +215,6 @@ def verify_command(out: Path, data_dir: str | None, **wanted: Any) -> None:
         if note := verify.elsewhere(known.provenance):
             click.echo(f"note: recorded elsewhere, where other bits are to be expected: {note}")
         sys.exit(1)
-
-
-def do_report(out: Path, **output: bool) -> None:
-    """Print the report of a folder and write its files, unless another process is at work there."""
-    from unitnorm.run import records
-    from unitnorm.table2.schema import SCHEMA
-
-    with records.locked(out, make=False, needed=False) as held:
-        known = records.read_to_show(out, SCHEMA, held)
-        if progress := so_far(known):
-            click.echo(progress)
-        if not (progress and known["runs"].empty):
-            write_report(out, known, write=held, **output)
 
 
 def write_report(out: Path, known: Records, *, write: bool = True, **output: bool) -> None:

@@ -76,7 +76,18 @@ class Fitting(NamedTuple):
         columns = list(zip(frame.columns, *rows, strict=True))
         least = sum(max(map(len, column)) for column in columns) + len(columns) - 1
         if options.max_width >= least:
-            yield self._table(frame, rows, roomy=least + len(columns) - 1 <= COLUMNS)
+            roomy = least + len(columns) - 1 <= COLUMNS
+            table = Table(
+                title=Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD,
+                show_edge=False, pad_edge=False,
+                padding=(0, int(roomy), 0, 0),  # on top of the one space of the box
+            )  # fmt: skip
+            for name, words in zip(frame.columns, _are_words(frame), strict=True):
+                table.add_column(Text(name), justify="left" if words else "right", overflow="fold")
+            for row in rows:
+                # Text, not str: an update's name in brackets is a name, not markup.
+                table.add_row(*map(Text, row))
+            yield table
         else:
             yield Text(title, style="bold")
             for row in rows:
@@ -84,23 +95,6 @@ class Fitting(NamedTuple):
                 yield Text("; ".join(f"{name}: {cell}" for name, cell in named))
         if note:
             yield Text(note)
-
-    def _table(self, frame: pd.DataFrame, rows: list[list[str]], *, roomy: bool) -> Table:
-        table = Table(
-            title=Text(self.cells.title),
-            title_justify="left",
-            title_style="bold",
-            box=box.SIMPLE_HEAD,
-            show_edge=False,
-            pad_edge=False,
-            padding=(0, int(roomy), 0, 0),  # on top of the one space of the box
-        )
-        for name, words in zip(frame.columns, _are_words(frame), strict=True):
-            table.add_column(Text(name), justify="left" if words else "right", overflow="fold")
-        for row in rows:
-            # Text, not str: an update's name in brackets is a name, not markup.
-            table.add_row(*map(Text, row))
-        return table
 
 
 def _are_words(frame: pd.DataFrame) -> list[bool]:

@@ -96,17 +96,17 @@ class Table2:
 
     def _sweep_rows(self, cells: Cells, task: Task, trained: tuple[Run, ...]) -> Found:
         """Of each run, the rate that is best on the validation images is chosen (section 4)."""
-        rates, runs = self.config.sweep.rates, np.asarray(cells.runs)
+        rates = np.asarray(self.config.sweep.rates)
+        numbers = np.repeat(cells.runs, len(rates))
         rows: list[dict[Any, Any]] = []
         for update, run in zip(cells.updates, trained, strict=True):
             end = run_many.at_end(run, task)
             errors, diverged = (end[n].reshape(-1, len(rates)) for n in ("val_error", "diverged"))
-            chosen = protocol.choose_rate(np.asarray(rates), errors, diverged)
-            number = np.repeat(runs, len(rates))
+            chosen = np.asarray(protocol.choose_rate(rates, errors, diverged))
             found = {
-                "depth": cells.depth, "update": update, "run": number,
-                "seed": self.config.seed + number, "base_lr": np.tile(rates, len(runs)),
-                "chosen": (np.arange(len(rates)) == np.asarray(chosen)[:, None]).reshape(-1),
+                "depth": cells.depth, "update": update, "run": numbers,
+                "seed": self.config.seed + numbers, "base_lr": np.tile(rates, len(cells.runs)),
+                "chosen": (np.arange(len(rates)) == chosen[:, None]).reshape(-1),
             }  # fmt: skip
             rows += pd.DataFrame(found | end).to_dict("records")
         return Found({"sweep": SCHEMA.frame("sweep", rows)}, arrays={FILTERS: {}})

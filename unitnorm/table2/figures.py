@@ -273,14 +273,11 @@ def _lay_mosaic(weights: np.ndarray, image_shape: tuple[int, ...], name: str) ->
     norms = np.linalg.norm(weights, axis=1, keepdims=True)
     images = (weights / np.where(norms == 0, 1, norms)).reshape(-1, *(*image_shape, 1)[:3])
     images = np.concatenate(np.moveaxis(images, 3, 0), axis=2)  # the channels side by side
-    _, height, width = images.shape
     columns = math.ceil(math.sqrt(len(images)))
-    rows = math.ceil(len(images) / columns)
-    tiles = np.zeros((rows * columns, height + 2, width + 2))
-    tiles[: len(images), :height, :width] = images
-    grid = tiles.reshape(rows, columns, height + 2, width + 2).swapaxes(1, 2)
-    mosaic = grid.reshape(rows * (height + 2), columns * (width + 2))
-    return np.ma.masked_invalid(mosaic[:-2, :-2])
+    tiles = np.pad(images, ((0, -len(images) % columns), (0, 2), (0, 2)))
+    _, height, width = tiles.shape
+    grid = tiles.reshape(-1, columns, height, width).swapaxes(1, 2)
+    return np.ma.masked_invalid(grid.reshape(-1, columns * width)[:-2, :-2])
 
 
 def _set_scale(axis: Axes, history: pd.DataFrame, column: str) -> None:
