@@ -331,7 +331,7 @@ CONFIG = {
         "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal",
         "gridColor": "#e5e5e5", "domainColor": "#888888",
     },
-    "axisY": {"labelLimit": 140, "minExtent": 40},
+    "axisY": {"labelLimit": 200, "minExtent": 40},
     "header": {
         "title": None, "labelAnchor": "start", "labelFontSize": 13, "labelFontWeight": "bold",
     },
