@@ -187,7 +187,7 @@ def test_a_state_of_a_newer_format_is_refused_and_kept(opened, kept):
 )
 def test_a_state_of_another_shape_is_refused_and_kept(changes, opened):
     saved(opened(), 1)
-    with pytest.raises(UserError, match=r"its arrays are not those of this program.*--fresh"):
+    with pytest.raises(UserError, match=r"its .* is not that of this program.*--fresh"):
         opened().restore(PART, state(0)._replace(**changes))
     assert_restored(opened(), 1)
 

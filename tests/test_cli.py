@@ -256,6 +256,12 @@ def every_command(group=main, name="unitnorm"):
 COMMANDS = dict(every_command())
 
 
+def test_what_a_command_writes_goes_to_runs_unless_told_otherwise():
+    options = [option for command in COMMANDS.values() for option in command.params]
+    assert {option.default.parts[0] for option in options if option.name == "out"} == {"runs"}
+    assert "\n/runs/\n" in (ROOT / ".gitignore").read_text()
+
+
 @pytest.mark.parametrize("folder", ["table2", "50-runs"])
 def test_published_records_are_read(folder):
     known = records.read(ROOT / "results" / folder, SCHEMA)

@@ -114,6 +114,11 @@ def test_what_a_plan_lacks_is_said_without_all_that_it_has():
         parse({"depths": [1]}, "x", Plan)
 
 
+def test_a_file_that_is_missing(tmp_path):
+    with pytest.raises(UserError, match="cannot be read"):
+        load(tmp_path / "none.toml", None, Config)
+
+
 def test_an_override_reaches_its_key_and_beats_the_file(tmp_path):
     for text, key, value in (
         ("sweep.rates=[0.1, 1e-3]", "sweep.rates", [0.1, 1e-3]),
@@ -131,6 +136,12 @@ def test_an_override_reaches_its_key_and_beats_the_file(tmp_path):
     for bad in ("seed", "=3"):
         with pytest.raises(UserError, match="KEY=VALUE"):
             parse_override(bad)
+
+
+def test_more_images_than_there_are():
+    with pytest.raises(UserError, match=r"train\..* = 60000.*has 59999"):
+        Config().check_images(59_999)
+    Config().check_images(60_000)
 
 
 def test_updates_are_known_by_either_spelling_and_stand_once():

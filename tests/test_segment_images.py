@@ -134,19 +134,32 @@ def test_camvid_is_read_at_its_own_size_or_averaged_with_labels_that_are_labels(
     assert set(np.unique(val.labels[0])) <= {0, 11}
 
 
+# CamVid's 32 colours by class, in the order of their names in label_colors.txt
+PUBLISHED_COLOURS = """
+pedestrian 64 128 64, building 192 0 128, bicyclist 0 128 192, building 0 128 64, building 128 0 0,
+car 64 0 128, pedestrian 64 0 192, pedestrian 192 128 64, pole 192 192 128, fence 64 64 128,
+road 128 0 192, road 192 0 64, sign 128 128 64, bicyclist 192 0 192, car 128 64 64,
+pavement 64 192 128, pedestrian 64 64 0, road 128 64 128, pavement 128 128 192, pavement 0 0 192,
+sign 192 128 128, sky 128 128 128, car 64 128 192, pole 0 0 64, sign 0 64 64, car 192 64 128,
+tree 128 128 0, car 192 128 192, building 64 0 64, tree 192 192 0, unlabelled 0 0 0,
+building 64 192 0
+"""
+
+
 @pytest.fixture
 def full_camvid(tmp_path):
     """CamVid as its authors have it: 960×720, in one folder, labels in 32 colours."""
     images, labels = (tmp_path / "full" / name for name in data.UNSPLIT[0])
     images.mkdir(parents=True)
     labels.mkdir()
-    merged = palette.CAMVID.values()
-    colours = np.array([colour for mine in merged for colour in mine.values()], np.uint8)
+    words = [entry.split() for entry in PUBLISHED_COLOURS.split(",")]
+    colours = np.array([[int(number) for number in numbers] for _, *numbers in words], np.uint8)
     picture = colours[np.arange(720 * 960).reshape(720, 960) // 30 % 32]  # 32 blocks in a row
     for name in ("0001TP_006690", "0006R0_f00930", "0016E5_07959", "Seq05VD_f00000"):
         Image.new("RGB", (960, 720), (9, 8, 7)).save(images / f"{name}.png")
         Image.fromarray(picture).save(labels / f"{name}_L.png")
-    return tmp_path / "full", np.repeat(range(12), list(map(len, merged)))
+    names = [*palette.NAMES, "unlabelled"]
+    return tmp_path / "full", np.array([names.index(name) for name, *_ in words])
 
 
 def test_camvids_32_colours_are_merged_into_eleven_classes(full_camvid):

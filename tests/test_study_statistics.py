@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 from tests.study_example import plan_comparison
+from unitnorm.errors import UserError
 from unitnorm.report.statistics import summarise
 from unitnorm.study.statistics import (
     COMPARISONS,
@@ -20,8 +21,10 @@ from unitnorm.study.statistics import (
     metric_values,
     name_place,
     pack_wrong,
+    paired_tests,
     rank,
     rate_means,
+    unpack_wrong,
     with_looks,
 )
 
@@ -132,6 +135,19 @@ def test_holm_against_the_closed_test_it_is_a_shortcut_of():
     assert row["p_holm"] == pytest.approx(3 * row["p"])  # over all comparisons of the plan
 
 
+def test_familywise_error_of_both_kinds_of_verdict_by_simulation():
+    """With five true nulls, a false verdict anywhere is rarer than alpha; at the margin as well."""
+    rng = np.random.default_rng(3)
+    trials, zero, wrong = 100, np.zeros(12), np.zeros(2)
+    for _ in range(trials):
+        null, edge = rng.standard_normal((2, 5, 12))
+        apart = [paired_tests(d, zero, 1)[0] for d in null]
+        alike = [paired_tests(0.3 * d + 1, zero, 1)[1] for d in edge]  # as far as the margin
+        wrong += [(holm(np.array(p)) < 0.05).any() for p in (apart, alike)]
+    assert (wrong > 0.02 * trials).all()
+    assert (wrong / trials < 0.05 + 3 * math.sqrt(0.05 * 0.95 / trials)).all()
+
+
 def test_looks_are_kept_and_the_interval_of_the_kth_spends_its_share_of_the_level():
     """α/(k(k + 1)), which all looks together spend once: the interval holds whenever one stops."""
     un, sgd = [0.018, 0.019, 0.02, 0.0185, 0.0181], [0.021, 0.02, 0.0222, 0.019, 0.019]
@@ -180,6 +196,18 @@ def test_images_interval_from_the_bits_of_the_runs(images):
     assert math.isnan(early["ci_images_low"])  # the bits are of the end
 
 
+def test_bits_go_through_text_and_damage_is_named():
+    wrong = np.random.default_rng(8).random(10_000) < 0.02
+    text = pack_wrong(wrong)
+    np.testing.assert_array_equal(unpack_wrong(text), wrong)
+    assert len(text) < 1000
+    with pytest.raises(UserError, match="damaged"):
+        unpack_wrong(text[:-8])
+    runs = make_runs({"un": [0.02, 0.03], "b-sgd": [0.02, 0.03]}, wrong=text)
+    with pytest.raises(UserError, match="do not agree"):
+        compare(runs, [UN])
+
+
 def test_a_factor_that_varies_within_an_arm_makes_a_comparison_of_each_level():
     near = make_runs({"un": [0.01, 0.02], "b-sgd": [0.02, 0.02]}, spread=0.0)
     far = make_runs({"un": [0.01, 0.02], "b-sgd": [0.05, 0.06]}, spread=2.0)
@@ -202,6 +230,12 @@ def test_each_data_set_and_network_has_its_row_where_there_are_runs():
     assert names == ["fashion, depth 4", "mnist, depth 2", "mnist, lenet"]
     assert list(table["n"]) == [0, 2, 2]
     assert list(table["n_left_out"]) == [0, 0, 0]
+
+
+def test_two_runs_of_one_seed_are_named():
+    runs = make_runs({"un": [0.02], "b-sgd": [0.02]})
+    with pytest.raises(UserError, match=r"'b-sgd' has more than one .* seed 0"):
+        compare(pd.concat([runs, runs[runs["arm"] == "b-sgd"]]), [UN])
 
 
 def test_a_run_that_stopped_before_the_budget_keeps_its_last_value():

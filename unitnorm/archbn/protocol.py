@@ -6,13 +6,16 @@ numbers from sections of the config.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
 from unitnorm.archbn.config import WARM, BoldDriver, Sizes, Stopping
+
+if TYPE_CHECKING:
+    from unitnorm.archbn.training import Run
 
 # A run's stop reason is an index into this tuple; 0 means that it is still running. The order is
 # part of the checkpoint format: append only.
@@ -39,8 +42,8 @@ SCHEDULES = (
 BOLD_DRIVER, BOLD_DRIVER_BACK, CONSTANT, COSINE, FOLLOW, WARM_UP = range(6)
 
 
-def next_rate(run: Any, watched: Array, epochs: int, driver: BoldDriver) -> Array:
-    """The learning rate after the epoch of a `training.Run`, of `epochs` at most.
+def next_rate(run: Run, watched: Array, epochs: int, driver: BoldDriver) -> Array:
+    """The learning rate after the epoch of a `run`, of `epochs` at most.
 
     The bold driver (the paper's [19]) multiplies it by `up` where `watched`, usually the epoch's
     mean training loss, fell below that of the epoch before, `run.watched`, and by `down` where it

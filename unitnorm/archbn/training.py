@@ -133,7 +133,7 @@ def make_training(task: Task, arm: Arm) -> Training:
         once = jnp.full(sizes.max_epochs, jnp.nan)
         shape = sizes.max_epochs, len(network.filters(params))
         by_layer = jnp.full(shape, jnp.nan) if task.layers else None
-        history = History(*[once] * 10, *[by_layer] * 2)
+        history = History(*[once] * (len(History._fields) - 2), *[by_layer] * 2)
         reason = jnp.where(jnp.isfinite(given.rate), protocol.RUNNING, protocol.NO_RATE)
         run = Run(params, stats, None, given.rate, given.rate, given.ratio, given.decay,
                   given.schedule, jnp.asarray(jnp.inf), jnp.asarray(0), reason.astype(jnp.int32),

@@ -53,10 +53,16 @@ scene_options = opt.together(
 )  # fmt: skip
 
 
-weights_option = partial(
-    opt.option, "--weights", group=opt.RECORDS, type=click.Path(path_type=Path), default=PUBLISHED,
-    help="File that train wrote.  [default: UN's, which are part of unitnorm]",
-)  # fmt: skip
+def weights_option(*, multiple: bool = False) -> opt.Decorator:
+    """--weights, once or several times."""
+    often = "; may be repeated" if multiple else ""
+    return opt.option(
+        "--weights", group=opt.RECORDS, type=click.Path(path_type=Path), multiple=multiple,
+        default=[PUBLISHED] if multiple else PUBLISHED,
+        help=f"File that train wrote{often}.  [default: UN's, which are part of unitnorm]",
+    )  # fmt: skip
+
+
 training_options = opt.together(
     opt.config_option("segnet_small"),
     opt.update_option,
@@ -96,8 +102,7 @@ def train(**options: Any) -> None:
 
 
 @command(short_help="Measure trained weights on a split.")
-@weights_option(multiple=True, default=[PUBLISHED], help="File that train wrote; may be repeated.  "
-                "[default: UN's, which are part of unitnorm]")  # fmt: skip
+@weights_option(multiple=True)
 @opt.option("--save", group=opt.RECORDS, type=FILE,
             help="Markdown file to write the table to, too.")  # fmt: skip
 @opt.option("--split", group=opt.DATA, type=click.Choice(["train", "val", "test"]),

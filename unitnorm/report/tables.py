@@ -108,7 +108,10 @@ _TEX = str.maketrans({
     "±": r"$\pm$", "−": r"$-$", "–": "--", "×": r"$\times$", "<": r"$<$", ">": r"$>$",
     "|": r"$|$", "‖": r"$\|$",
 })  # fmt: skip
-_escape_tex = methodcaller("translate", _TEX)
+
+
+def _escape_tex(text: str) -> str:
+    return text.translate(_TEX)
 
 
 # ---------------------------------------------------------------- cells

@@ -110,11 +110,12 @@ class Folder(Checkpoints):
                     f"{aside.name}; using the one before it, if there is one"
                 )
                 continue
-            wanted = _named(like)
-            if _kinds(arrays) != _kinds(wanted):
+            wanted, found = _kinds(_named(like)), _kinds(arrays)
+            differing = [name for name in wanted | found if wanted.get(name) != found.get(name)]
+            if differing:
                 raise UserError(
-                    f"{path}: its arrays are not those of this program, although settings and code "
-                    "are; start over with --fresh"
+                    f"{path}: its {differing[0]} is not that of this program, although settings "
+                    "and code are; start over with --fresh"
                 )
             return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted])
         return None

@@ -84,11 +84,12 @@ def presets() -> list[str]:
 def find_config(name: str | Path) -> Path:
     """The file of a config: a path, or the name of a preset."""
     path, known = Path(name), presets()
+    if os.path.isfile(path):  # os.path has no errors for impossible names
+        return path
     # a file of a checkout may be named by somebody who has the installed package alone
-    for preset in () if os.path.isfile(path) else known:
+    for preset in known:
         if path.as_posix() in (preset, f"configs/{preset}.toml"):
             return PRESETS / f"{preset}.toml"
-    # os.path has no errors for impossible names
     if path.suffix == ".toml" or os.path.exists(path) or len(path.parts) > 2:
         return path
     raise UserError(

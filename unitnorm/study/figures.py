@@ -9,6 +9,7 @@ import json
 import math
 import textwrap
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import matplotlib as mpl
@@ -47,8 +48,6 @@ _SHAPES = {
     "^": ("triangle-up", "▲"), "v": ("triangle-down", "▼"), "<": ("triangle-left", "◀"),
     ">": ("triangle-right", "▶"),
 }  # fmt: skip
-# the letters of CONFIG, the same on every machine
-vl_convert.register_font_directory(str(Path(mpl.get_data_path()) / "fonts" / "ttf"))
 
 
 # ---------------------------------------------------------------- rows
@@ -365,10 +364,17 @@ def draw(name: str, rows: pd.DataFrame) -> dict[str, bytes]:
     }  # fmt: skip
     page = {"vconcat": [_legend(legend), *panels], "title": title, "padding": 8, "spacing": 14}
     page["config"] = {**CONFIG, "aria": False}
+    _register_letters()
     picture = Image.open(io.BytesIO(vl_convert.vegalite_to_png(page, scale=SCALE))).convert("RGB")
     content = io.BytesIO()  # lines need no more than 256 colours: a third of the size
     picture.quantize(256, dither=Image.Dither.NONE).save(content, "PNG", optimize=True)
     return {"png": content.getvalue(), "svg": vl_convert.vegalite_to_svg(page).encode()}
+
+
+@cache
+def _register_letters() -> None:
+    """Those of `CONFIG`, the same on every machine."""
+    vl_convert.register_font_directory(str(Path(mpl.get_data_path()) / "fonts" / "ttf"))
 
 
 def _facet(rows: pd.DataFrame, by: str, columns: int, spec: dict) -> dict:

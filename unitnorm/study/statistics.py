@@ -6,6 +6,7 @@ alone; `ci_images_low` to `ci_images_high` count the test images as random as we
 """
 
 import base64
+import binascii
 import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from numpy.typing import ArrayLike
 from scipy import special
 
 from unitnorm.archbn.config import WARM
+from unitnorm.errors import UserError
 from unitnorm.report.statistics import Summary, compare_pairs, summarise, summarise_groups
 from unitnorm.study.config import ARCHBN, ComparisonPlan, Place, Rates
 from unitnorm.study.schema import BUDGETS, FACTORS
@@ -171,6 +173,11 @@ def pair_runs(ours: pd.DataFrame, theirs: pd.DataFrame, metric: str) -> pd.DataF
     """The metric of two arms side by side, a row per seed of either, and their difference."""
     sides = {}
     for name, part in (("arm", ours), ("baseline", theirs)):
+        for row in part[part["seed"].duplicated()].to_dict("records"):
+            raise UserError(
+                f"{name_place(row)}, arm {row['arm']!r} has more than one comparison run of seed "
+                f"{row['seed']}; expected one for each level of the factors"
+            )
         sides[name] = metric_values(part, metric).set_axis(part["seed"])
     both = pd.DataFrame(sides).rename_axis("seed").sort_index()
     # Errors are counts / images: without rounding, equal differences would differ in the last bit.
@@ -275,7 +282,10 @@ def pack_wrong(wrong: np.ndarray) -> str:
 
 def unpack_wrong(text: str) -> np.ndarray:
     """The inverse of `pack_wrong`: booleans, shape (images,), with up to 7 `False` at the end."""
-    content = zlib.decompress(base64.b64decode(text))
+    try:
+        content = zlib.decompress(base64.b64decode(text, validate=True))
+    except (binascii.Error, zlib.error) as error:
+        raise UserError(f"column wrong is damaged ({error}); restore the records") from None
     return np.unpackbits(np.frombuffer(content, np.uint8)).astype(bool)
 
 
@@ -285,9 +295,13 @@ def _wrong_images(runs: pd.DataFrame, seeds: pd.Index) -> np.ndarray | None:
     if not all(chosen["wrong"]):
         return None
     wrong = np.array([unpack_wrong(text) for text in chosen["wrong"]])
+    errors, counts, size = chosen["test_error"].to_numpy(float), wrong.sum(axis=1), wrong.shape[1]
     # Bits come in eights: how many of the last are images follows from the errors themselves.
-    errors = chosen["test_error"].sum()
-    return wrong[:, : round(wrong.sum() / errors)] if errors else wrong
+    images = round(counts.sum() / errors.sum()) if errors.sum() else size
+    close = np.allclose(counts / max(images, 1), errors, atol=0.5 / max(images, 1))
+    if close and size - 8 < images <= size:
+        return wrong[:, :images]
+    raise UserError("columns wrong and test_error do not agree; restore the records")
 
 
 # ---------------------------------------------------------------- rates, budgets, starts, ranks
