@@ -22,6 +22,7 @@ from unitnorm.study.statistics import (
     name_place,
     pack_wrong,
     paired_tests,
+    profile_rates,
     rank,
     rate_means,
     unpack_wrong,
@@ -298,3 +299,11 @@ def test_rank_puts_the_lowest_mean_first_and_what_always_diverged_last():
     half = 12.706205 * math.sqrt(0.5) / math.sqrt(2)  # t table, one degree
     assert table["ci_high"].iloc[0] == pytest.approx(1.5 + half, abs=1e-6)
     assert table["ci_low"].iloc[0] == 0  # 1.5 − half is no error
+
+
+def test_what_halving_has_kept_stands_for_a_rate_of_the_filters():
+    """Not what was lucky with its one seed, which would hide the chosen rates in the figure."""
+    lucky = make_runs({"un": [0.01]}, "tune", rest_rate=0.1)
+    kept = make_runs({"un": [0.02, 0.02]}, "tune", rest_rate=1.0)
+    (row,) = profile_rates(rate_means(pd.concat([lucky, kept]))).to_dict("records")
+    assert (row["rest_rate"], row["n"], row["is_best"]) == (1.0, 2, True)

@@ -341,8 +341,7 @@ def rate_means(runs: pd.DataFrame) -> pd.DataFrame:
         edge |= (least < most) & (((table[name] == least) & (least > 0)) | (table[name] == most))
     agreeing = _best(runs, [*cell, "seed"]).groupby(keys).size().rename("n_agreeing")
     table["n"] += table["n_diverged"]
-    longest = table[table["n"] == table.groupby(cell)["n"].transform("max")]
-    best = table.index.isin(_best(longest, cell).index)
+    best = table.index.isin(_best(_longest(table, cell), cell).index)
     table = table.assign(is_best=best, is_at_edge=edge)
     table = table.join(agreeing, on=keys).fillna({"n_agreeing": 0})
     return table.drop(columns="std").astype({"n_agreeing": int})
@@ -358,6 +357,11 @@ def _best(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     return _by_rule(table).groupby(keys).head(1)
 
 
+def _longest(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """Of each group the settings with the most seeds, whom halving has kept."""
+    return table[table["n"] == table.groupby(keys)["n"].transform("max")]
+
+
 def best_rates(runs: pd.DataFrame, count: int) -> list[tuple[float, ...]]:
     """The best settings of an arm by its tuning runs in one place, the best first."""
     runs = runs.assign(val_error=metric_values(runs, "val_error").fillna(_WORST))
@@ -366,9 +370,12 @@ def best_rates(runs: pd.DataFrame, count: int) -> list[tuple[float, ...]]:
 
 
 def profile_rates(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of `rate_means` with all else at its best, for each rate of an arm's filters."""
+    """The rows of `rate_means` with all else at its best, for each rate of an arm's filters.
+
+    As there, the best is one of those with the most seeds.
+    """
     keys = [*PLACE, "arm", "filters_rate"]
-    return _best(table, keys).sort_values(keys, ignore_index=True)
+    return _best(_longest(table, keys), keys).sort_values(keys, ignore_index=True)
 
 
 def choose_rates(runs: pd.DataFrame) -> pd.DataFrame:
