@@ -1,6 +1,7 @@
 """The updates as other programs use them: alone, typed, extended from outside."""
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -173,3 +174,20 @@ def test_an_entry_point_is_a_name(tmp_path, monkeypatch):
     assert find_update("other-un").filters is un_from_outside
     with pytest.raises(ValueError, match="other-un"):
         check_update_name("nothing")
+
+
+def test_a_room_imports_from_rooms_above_it_alone():
+    """The map in CONTRIBUTING: experiments know nothing of each other, `run` nothing of them."""
+    experiments = ["table2", "study", "symmetry", "segment"]
+    above, allowed = ["errors", "geometry", "updates", "data", "report", "run", "archbn"], {}
+    for k, room in enumerate(above):
+        allowed[room] = above[:k]
+    allowed |= dict.fromkeys([*experiments, "examples"], above)
+    allowed["bench"] = [*above, *experiments]
+    for room, others in allowed.items():
+        path = ROOT / "unitnorm" / room
+        for file in path.rglob("*.py") if path.is_dir() else [path.with_suffix(".py")]:
+            # "from unitnorm import geometry" as well
+            line = r"^\s*(?:from|import) unitnorm(?:\.| import )(\w+)"
+            found = re.findall(line, file.read_text(), re.M)
+            assert {*found} <= {room, *others}, file

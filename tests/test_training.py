@@ -16,7 +16,7 @@ from unitnorm.archbn import protocol, run_many
 from unitnorm.archbn.batches import ORDER, argsort, draw_split, stream
 from unitnorm.archbn.config import Config
 from unitnorm.archbn.model import archbn
-from unitnorm.archbn.training import Arm, Batches, Settings, Task, make_training
+from unitnorm.archbn.training import Arm, EpochState, Settings, Task, make_training
 from unitnorm.data import Dataset
 from unitnorm.run.config import parse
 from unitnorm.updates import UPDATES, rivals
@@ -211,7 +211,7 @@ def test_the_order_of_random_bits_is_that_of_a_stable_sort():
 
 def test_statistics_computed_anew_are_those_of_the_training_images(hurried):
     """And validation is measured with them."""
-    runs = trained(program([0], ("un",), task=TASK._replace(statistics="anew")), 2)
+    runs = trained(program([0], ("un",), task=TASK._replace(statistics="images")), 2)
     run, split = run_of(runs, 0, 0), SPLITS[0]
     layers = run.stats["layers"]
     w = np.asarray(TASK.network.filters(run.params)[0], float)
@@ -263,7 +263,7 @@ def test_a_step_goes_by_reduction_ratio_layer_and_decay(hurried):
         task = task_of(2, config={"loss": {"batch_size": 20, "reduction": reduction}})
         training, zero = make_training(task, arm), jnp.asarray(0.0)
         run = training.init(Settings(jnp.uint32(0), jnp.float32(rate), **given))
-        at = Batches(run.params, run.stats, run.opt_state, zero, zero)
+        at = EpochState(run.params, run.stats, run.opt_state, zero, zero)
         after = training.step(run, at, X, Y)
         trees = (run.params, after.params)
         return [[*task.network.filters(p), p["theta"]["W"]] for p in trees], after.loss
@@ -306,9 +306,9 @@ def test_a_program_computes_float32_products_in_float32(both):
         assert text.count("dot_general") == text.count("precision = [HIGHEST, HIGHEST]") > 0
 
 
-def test_blocks_are_dealt_to_devices_in_turn():
+def test_blocks_are_placed_on_devices_in_turn():
     """No device has more than one block more than another; -1 fills them up."""
-    found = run_many.deal((7, 2, 3), (2, 2, 3), 3)
+    found = run_many.place_runs((7, 2, 3), (2, 2, 3), 3)
     places = [[0, 1, 6, -1, 2, 3, -1, -1, 4, 5, -1, -1], [-1, -1, 0, 1, -1, -1]]
     assert [each.tolist() for each in found] == [*places, [-1] * 6 + [0, 1, 2]]
 

@@ -1,7 +1,7 @@
 """Many runs at once: `training`'s functions of one run, mapped over runs and devices, and compiled.
 
 The runs of an arm are the leading axis of every array of its `Run`. They go in blocks, the blocks
-are dealt to the devices, and each device computes its own; nothing moves between host and device
+are placed on the devices, and each device computes its own; nothing moves between host and device
 inside an epoch. A run's bits do not depend on what is trained along, nor on the devices.
 """
 
@@ -45,12 +45,12 @@ class Program:
         # a GPU or TPU computes all of its runs together
         on_cpu = devices[0].platform == "cpu"
         blocks = [block if on_cpu else -(-count // len(devices)) for count in counts]
-        self._dealt = deal(counts, blocks, len(devices))
-        self._places = [np.argsort(dealt)[np.sum(dealt < 0) :] for dealt in self._dealt]
+        self._runs_at = place_runs(counts, blocks, len(devices))
+        self._places = [np.argsort(index)[np.sum(index < 0) :] for index in self._runs_at]
         self._settings = tuple(
             # where there is no run, one that has ended
-            mine._replace(rate=np.where(dealt < 0, np.float32(np.nan), mine.rate))
-            for mine, dealt in zip(map(_rows, settings, self._dealt), self._dealt, strict=True)
+            mine._replace(rate=np.where(index < 0, np.float32(np.nan), mine.rate))
+            for mine, index in zip(map(_rows, settings, self._runs_at), self._runs_at, strict=True)
         )
         mesh = Mesh(np.asarray(devices), ("run",), axis_types=(AxisType.Auto,))
         self._by_run = NamedSharding(mesh, PartitionSpec("run"))
@@ -85,8 +85,8 @@ class Program:
         self._epochs_done = max(int(np.max(runs.epoch)) for runs in saved)
         ended = np.int32(protocol.NO_RATE)
         state = tuple(
-            runs._replace(reason=np.where(dealt < 0, ended, runs.reason))
-            for runs, dealt in zip(map(_rows, saved, self._dealt), self._dealt, strict=True)
+            runs._replace(reason=np.where(index < 0, ended, runs.reason))
+            for runs, index in zip(map(_rows, saved, self._runs_at), self._runs_at, strict=True)
         )
         return jax.device_put(state, self._by_run)
 
@@ -180,8 +180,8 @@ def _compile(
     )
 
 
-def deal(counts: Sequence[int], blocks: Sequence[int], devices: int) -> list[np.ndarray]:
-    """Deal blocks of runs to devices in turn, arm after arm, so that all have as much to do.
+def place_runs(counts: Sequence[int], blocks: Sequence[int], devices: int) -> list[np.ndarray]:
+    """Place blocks of runs on devices in turn, arm after arm, so that all have as much to do.
 
     Args:
       counts, blocks: of each arm, its runs, and how many are a block.
@@ -190,13 +190,13 @@ def deal(counts: Sequence[int], blocks: Sequence[int], devices: int) -> list[np.
       For each arm the run at each place, device after device, int (places,); −1 where there is
       none, since every device has as many places as the others.
     """
-    found, dealt = [], 0
+    found, placed = [], 0
     for count, block in zip(counts, blocks, strict=True):
         number = -(-count // block)
         runs = np.full((-(-number // devices), devices, block), -1)
         runs.flat[:count] = np.arange(count)
-        found.append(np.roll(runs.swapaxes(0, 1), dealt, axis=0).reshape(-1))
-        dealt += number
+        found.append(np.roll(runs.swapaxes(0, 1), placed, axis=0).reshape(-1))
+        placed += number
     return found
 
 

@@ -30,7 +30,7 @@ class Task(NamedTuple):
     network: Network
     part: str = "train"  # of the config: "train", or "sweep", which has a fixed rate and length
     stop_by: str = "val_error"  # or "val_loss": what the rules on validation look at
-    statistics: str = "running"  # or "anew": of the training images, before each evaluation
+    statistics: str = "running"  # or "images": of the training images, before each evaluation
     budgets: tuple[int, ...] = ()  # after so many epochs the test images are measured
     layers: bool = False  # each epoch ends with a look at the size of a step, layer by layer
 
@@ -52,7 +52,7 @@ class Settings(NamedTuple):
     ratio: Any = None  # rate of the filters over that of the rest; None: one rate for both
     schedule: Any = protocol.BOLD_DRIVER  # int32, index into protocol.SCHEDULES
     spread: Any = (0.0,) * len(START)  # (runs, 4), decades: see `model.START`
-    decay: Any = None  # weight decay of the filters, η; None: the update has none to be told
+    decay: Any = None  # weight decay of the filters, η; None: the update takes none
 
 
 class History(NamedTuple):
@@ -89,7 +89,7 @@ class Run(NamedTuple):
     history: History
 
 
-class Batches(NamedTuple):
+class EpochState(NamedTuple):
     """Where a run stands between two mini-batches of an epoch."""
 
     params: Any
@@ -103,7 +103,7 @@ class Training(NamedTuple):
     """Pure functions of one run."""
 
     init: Callable[[Settings], Run]
-    step: Callable[[Any, Batches, Array, Array], Batches]
+    step: Callable[[Any, EpochState, Array, Array], EpochState]
     epoch: Callable[[Images, Images, Array, Split, Run], Run]
 
 
@@ -135,13 +135,16 @@ def make_training(task: Task, arm: Arm) -> Training:
         by_layer = jnp.full(shape, jnp.nan) if task.layers else None
         history = History(*[once] * (len(History._fields) - 2), *[by_layer] * 2)
         reason = jnp.where(jnp.isfinite(given.rate), protocol.RUNNING, protocol.NO_RATE)
-        run = Run(params, stats, None, given.rate, given.rate, given.ratio, given.decay,
-                  given.schedule, jnp.asarray(jnp.inf), jnp.asarray(0), reason.astype(jnp.int32),
-                  history)  # fmt: skip
+        run = Run(
+            params=params, stats=stats, opt_state=None, base=given.rate, rate=given.rate,
+            ratio=given.ratio, decay=given.decay, schedule=given.schedule,
+            watched=jnp.asarray(jnp.inf), epoch=jnp.asarray(0), reason=reason.astype(jnp.int32),
+            history=history,
+        )  # fmt: skip
         at_rest = run._replace(rate=jnp.float32(0), ratio=None)
         return run._replace(opt_state=optimiser(at_rest, params).init(params))
 
-    def gradient(at: Batches, x: Array, y: Array) -> tuple[Any, tuple[Array, Array, Any]]:
+    def gradient(at: EpochState, x: Array, y: Array) -> tuple[Any, tuple[Array, Array, Any]]:
         """∇ℓ of the mini-batch's cross-entropy; its sum, its errors, and the moved statistics."""
 
         def loss(params: Any) -> tuple[Array, tuple[Array, Array, Any]]:
@@ -153,7 +156,7 @@ def make_training(task: Task, arm: Arm) -> Training:
 
         return jax.grad(loss, has_aux=True)(at.params)
 
-    def step(run: Any, at: Batches, x: Array, y: Array) -> Batches:
+    def step(run: Any, at: EpochState, x: Array, y: Array) -> EpochState:
         """Table 1, one row: the gradient, the update, equation (2) inside it, the statistics.
 
         Of the run, `rate`, `ratio` and `decay` are read.
@@ -164,7 +167,7 @@ def make_training(task: Task, arm: Arm) -> Training:
             g = network.with_filters(g, lambda filters: next(factors) * filters)
         displacement, opt_state = optimiser(run, at.params).update(g, at.opt_state, at.params)
         params = optax.apply_updates(at.params, displacement)
-        return Batches(params, stats, opt_state, at.loss + total, at.wrong + wrong)
+        return EpochState(params, stats, opt_state, at.loss + total, at.wrong + wrong)
 
     def epoch(images: Images, test: Images, number: Array, split: Split, run: Run) -> Run:
         """Section 4: mini-batches without replacement, in an order that is new in each epoch.
@@ -175,11 +178,11 @@ def make_training(task: Task, arm: Arm) -> Training:
         whole = len(order) // size * size
         # a constant would be found to differ from run to run, and the mini-batch traced once more
         zero = 0 * run.rate
-        at = Batches(run.params, run.stats, run.opt_state, zero, zero)
+        at = EpochState(run.params, run.stats, run.opt_state, zero, zero)
         each, last = order[:whole].reshape(-1, size), order[whole:]  # the last may be smaller
         places = len(each) + (len(last) > 0)
 
-        def step_at(at: Batches, given: tuple[Array, Array | int]) -> tuple[Batches, None]:
+        def step_at(at: EpochState, given: tuple[Array, Array | int]) -> tuple[EpochState, None]:
             index, place = given
             x, y = batches.gather(images, index)
             if network.augment is None:
@@ -192,13 +195,13 @@ def make_training(task: Task, arm: Arm) -> Training:
 
         at, _ = jax.lax.scan(step_at, at, (each, jnp.arange(len(each))))
         at = step_at(at, (last, len(each)))[0] if len(last) else at
-        if task.statistics == "anew":
+        if task.statistics == "images":
             blocks = split.train[:whole].reshape(-1, size)
-            anew = evaluation.average_statistics(network, at.params, at.stats, images, blocks)
-            at = at._replace(stats=anew)
+            stats = evaluation.average_statistics(network, at.params, at.stats, images, blocks)
+            at = at._replace(stats=stats)
         return finish(run, at, measure(images, test, number, split, run, at))
 
-    def finish(run: Run, end: Batches, values: History) -> Run:
+    def finish(run: Run, end: EpochState, values: History) -> Run:
         """Section 4: anneal and stop; an ended run is left untouched."""
         history = jax.tree.map(lambda old, new: old.at[run.epoch].set(new), run.history, values)
         watched, epochs = getattr(values, config.bold_driver.watch), run.epoch + 1
@@ -219,7 +222,7 @@ def make_training(task: Task, arm: Arm) -> Training:
         return _where(run.reason == protocol.RUNNING, done, run)
 
     def measure(
-        images: Images, test: Images, number: Array, split: Split, run: Run, end: Batches
+        images: Images, test: Images, number: Array, split: Split, run: Run, end: EpochState
     ) -> History:
         """The epoch's row of the history."""
         params, stats, seen = end.params, end.stats, sizes.train_images
@@ -233,14 +236,18 @@ def make_training(task: Task, arm: Arm) -> Training:
                 lambda: (test_error, test_loss),
             )
         deviation, mean, inverse = evaluation.measure_norms(network, params)
-        layers: tuple[Array | None, Array | None] = None, None
+        layers: tuple[Any, Any] = None, None
         if task.layers:  # of a step that is looked at and not taken
             x, y = batches.gather(images, split.train[:size])
             after, (g, _) = step(run, end, x, y), gradient(end, x, y)
             layers = evaluation.measure_step(network, params, g, after.params)
         filters_rate = run.rate if run.ratio is None else run.rate * run.ratio
-        return History(run.rate, end.loss / seen, end.wrong / seen, val_error, val_loss, deviation,
-                       mean, filters_rate * inverse, test_error, test_loss, *layers)  # fmt: skip
+        return History(
+            lr=run.rate, train_loss=end.loss / seen, train_error=end.wrong / seen,
+            val_error=val_error, val_loss=val_loss, norm_deviation=deviation, norm_mean=mean,
+            effective_rate=filters_rate * inverse, test_error=test_error, test_loss=test_loss,
+            layer_rate=layers[0], layer_angle=layers[1],
+        )  # fmt: skip
 
     return Training(init, step, epoch)
 

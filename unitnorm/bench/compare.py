@@ -100,10 +100,12 @@ def measure_speed(depths: Sequence[int], rounds: int, *, quick: bool, say: Say) 
     limits: dict[str, list[float]] = {name: [] for name in LIMITS}
     for depth in depths:
 
-        def told(text: str, depth: int = depth) -> None:
+        def say_depth(text: str, depth: int = depth) -> None:
             say(f"depth {depth}, {text}")
 
-        found, lacking = measure.in_turns(list_contestants(depth, images, copies), rounds, told)
+        found, lacking = measure.in_turns(
+            list_contestants(depth, images, copies), rounds, say_depth
+        )
         missing |= {entry.name: package for entry, package in lacking.items()}
         rates = {
             entry: [each.samples / answer["seconds"] for answer in each.answers]
@@ -118,7 +120,7 @@ def measure_speed(depths: Sequence[int], rounds: int, *, quick: bool, say: Say) 
             times = [ours / theirs for ours, theirs in zip(rates[OURS], values, strict=True)]
             rows.append([*entry, depth, *Spread.of(values), *Spread.of(times)])
         if not quick:
-            costs += measure_costs(depth, rounds, images, told)
+            costs += measure_costs(depth, rounds, images, say_depth)
     speeds = pd.DataFrame(rows, columns=COLUMNS)
     spreads = {name: Spread.of(values) for name, values in limits.items()}
     facts = {

@@ -34,7 +34,7 @@ from unitnorm.study.schema import SCHEMA
 
 UNITNORM = (sys.executable, "-m", "unitnorm")
 GRACE_S = 60.0  # to finish an epoch and save; then it is killed, which costs no finished epoch
-STOPPED = (130, -signal.SIGINT, -signal.SIGKILL)  # exit codes of a command that was told to stop
+STOPPED = (130, -signal.SIGINT, -signal.SIGKILL)  # exit codes of a command that was asked to stop
 COLUMNS = ["step", "state", "calls", "seconds", "said"]
 
 

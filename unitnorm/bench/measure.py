@@ -103,7 +103,7 @@ class Contestant:
 
 
 class Found(NamedTuple):
-    """What a contestant has told."""
+    """What a contestant has said."""
 
     about: dict[str, Any]  # itself
     samples: int  # of a repetition, over all copies; 0 where there are none
@@ -186,13 +186,13 @@ def in_turns(
     with contextlib.ExitStack() as stack:
         say(f"starting {sum(c.processes for c in contestants.values())} processes")
         workers = {key: Worker(contestant, stack) for key, contestant in contestants.items()}
-        told = {key: worker.ready() for key, worker in workers.items()}
-        missing = {key: a["missing"] for key, each in told.items() for a in each if "missing" in a}
+        said = {key: worker.ready() for key, worker in workers.items()}
+        missing = {key: a["missing"] for key, each in said.items() for a in each if "missing" in a}
         keys = [key for key in workers if key not in missing]
         found = {}
         for key in keys:
-            about = told[key][0]["ready"]
-            found[key] = Found(about, len(told[key]) * about.get("samples", 0), [])
+            about = said[key][0]["ready"]
+            found[key] = Found(about, len(said[key]) * about.get("samples", 0), [])
             for _ in range(WARM_UP if rounds else 0):
                 say(f"warming up {key}")
                 workers[key].repeat()

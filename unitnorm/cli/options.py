@@ -153,7 +153,13 @@ update_option = option("--update", "updates", group=SELECTION, type=UpdateName()
 seed_option = option("--seed", group=SELECTION, type=int, help="Seed of run 0; run k has seed + k.")
 runs_option = option("--runs", group=SELECTION, type=int, help="Runs of each update.")
 
-image_options = together(
+# of every command on the paper's network
+archbn_options = together(
+    config_option("table2, the paper's protocol"),
+    option("--depth", "depths", group=SELECTION, type=int, multiple=True,
+           help="Depth to run; may be repeated."),
+    update_option,
+    seed_option,
     option("--dataset", "data__dataset", group=DATA,
            help="mnist, or a data set that TFDS knows, such as fashion_mnist."),
     option("--data-dir", "data__data_dir", group=DATA,

@@ -85,8 +85,8 @@ def study(
             try:
                 data[name] = load_dataset(name, folders.get(name))
             except UserError as error:  # which knows the option of the other commands
-                told = str(error).replace("--data-dir", f"--data {name}=FOLDER")
-                raise UserError(told) from None
+                text = str(error).replace("--data-dir", f"--data {name}=FOLDER")
+                raise UserError(text) from None
         for name in plan.arms:
             for images in data.values():
                 plan.config_of(name).check_images(len(images.train_labels), ("train",))
@@ -132,14 +132,14 @@ def do_study(plan: Plan, path: Path, job: Job) -> None:
     job.session.say(f"study: {before} of {total} runs are recorded")
     started = time.monotonic()
 
-    def tell(records: Records) -> None:
+    def say_pace(records: Records) -> None:
         done = sum(count_recorded(plan, records["runs"]).values())
         pace = (time.monotonic() - started) / max(done - before, 1)
         left = clock(pace * max(total - done, 0))
         speed = f"{3600 / pace:,.0f} an hour"
         job.session.say(f"study: {done} of {total} runs, {speed}, about {left} left")
 
-    job.after = tell
+    job.after = say_pace
     complete(job)
 
 

@@ -8,12 +8,11 @@ from typing import Any
 import click
 
 from unitnorm.cli import options as opt
-from unitnorm.cli.table2 import selection_options
 from unitnorm.run.job import interruptible
 
 
 @click.command(cls=opt.GroupedCommand, short_help="What scaling the filters does, made visible.")
-@selection_options
+@opt.archbn_options
 @opt.option("--rate", group=opt.SELECTION, type=float,
             help="Learning rate.  [default: the config's largest candidate, 0.01 in Table 2]",
 )  # fmt: skip

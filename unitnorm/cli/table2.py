@@ -19,15 +19,7 @@ if TYPE_CHECKING:
 
 OUT = "runs/table2"
 
-selection_options = opt.together(
-    opt.config_option("table2, the paper's protocol"),
-    opt.option("--depth", "depths", group=opt.SELECTION, type=int, multiple=True,
-               help="Depth to run; may be repeated."),
-    opt.update_option,
-    opt.seed_option,
-    opt.image_options,
-)  # fmt: skip
-shared_options = opt.together(selection_options, opt.runs_option, opt.training_options(OUT))
+shared_options = opt.together(opt.archbn_options, opt.runs_option, opt.training_options(OUT))
 
 
 def do_training(options: dict[str, Any], *, sweep_only: bool = False, table: bool = False) -> None:

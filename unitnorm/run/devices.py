@@ -69,7 +69,7 @@ def prepare(cpu_devices: int | None = None) -> None:
 
 
 def count_cores() -> int:
-    """How many cores this process may use; where the system does not tell, how many there are."""
+    """How many cores this process may use; where the system does not say, how many there are."""
     if hasattr(os, "sched_getaffinity"):  # not on macOS
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -78,14 +78,14 @@ def count_cores() -> int:
 def cpu_model() -> str:
     """The processor's name where the system tells it, else its architecture.
 
-    Virtual machines often hide the model; on x86 the widest vectors are told as well, as they
+    Virtual machines often hide the model; on x86 the widest vectors are named as well, as they
     decide the speed of products and the last bits of sums.
     """
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        told = {key.strip(): value.strip() for key, _, value in (x.partition(":") for x in lines)}
-        if name := told.get("model name"):
-            flags = told.get("flags", "").split()
+        facts = {key.strip(): value.strip() for key, _, value in (x.partition(":") for x in lines)}
+        if name := facts.get("model name"):
+            flags = facts.get("flags", "").split()
             return ", ".join([name, *(VECTORS[flag] for flag in VECTORS if flag in flags)][:2])
     if sys.platform == "darwin":
         with contextlib.suppress(OSError, subprocess.SubprocessError):

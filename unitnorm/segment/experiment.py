@@ -85,7 +85,7 @@ class Segmentation:
                 [part.scale] * part.epochs, images.only(~out), images.only(out),
             )  # fmt: skip
             state = self._run(program, group, data, session)
-            loss, _, confusion = jax.device_get(state.figures)
+            loss, _, confusion = state.figures
             found = measure(confusion[-1]) | {"train_loss": loss[-1]}
             if not np.isfinite(loss).all():
                 found = dict.fromkeys(found, np.nan)
@@ -105,7 +105,7 @@ class Segmentation:
         )  # fmt: skip
 
         def grow(state: SegNetState, status: Status) -> None:
-            if np.asarray(state.figures.confusion[status.epoch - 1]).any():
+            if state.figures.confusion[status.epoch - 1].any():
                 session.grow(epochs_of(config, run, program, state))
 
         state = self._run(program, group, data, session, grow)
@@ -164,7 +164,7 @@ def epochs_of(
     more: Sequence[dict[str, Any]] = (),
 ) -> Found:  # fmt: skip
     """A run's epochs so far, with `more` rows of metrics, and run 0's best weights."""
-    figures, history, metrics = jax.device_get(state.figures), [], []
+    figures, history, metrics = state.figures, [], []
     for epoch in range(int(state.step) // program.steps):
         matrix = figures.confusion[epoch]
         name = {"update": program.update, "run": run, "epoch": epoch + 1}

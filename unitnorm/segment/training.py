@@ -8,7 +8,7 @@ normalisation are those of the whole mini-batch.
 
 from __future__ import annotations
 
-import functools
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -37,11 +37,11 @@ INIT, ORDER, AUGMENT = range(3)  # one stream of random numbers for each use
 
 
 class EpochFigures(NamedTuple):
-    """One row per epoch; zeros where there was none yet, or none was measured."""
+    """One row per epoch, on the host; zeros where there was none yet, or none was measured."""
 
-    loss: Array  # float32 (epochs,), mean weighted cross-entropy per labelled pixel, nats
-    norm_deviation: Array  # float32 (epochs,), max |‖w‖ − 1| over all filters after the epoch
-    confusion: Array  # int32 (epochs, classes, classes), on the images held out
+    loss: np.ndarray  # float32 (epochs,), mean weighted cross-entropy per labelled pixel, nats
+    norm_deviation: np.ndarray  # float32 (epochs,), max |‖w‖ − 1| over all filters after the epoch
+    confusion: np.ndarray  # int32 (epochs, classes, classes), on the images held out
 
 
 class SegNetState(NamedTuple):
@@ -51,9 +51,9 @@ class SegNetState(NamedTuple):
     opt_state: Any
     step: Array  # int32, mini-batches so far, over all epochs
     loss: Array  # float32, sum over the epoch's mini-batches so far
-    figures: EpochFigures
     best: Weights  # of the epoch with the highest mean IoU on the images held out
     best_epoch: Array  # int32, counted from 1; 0 where there is none
+    figures: Any = None  # EpochFigures; None inside of what is compiled
 
 
 class SegNetProgram:
@@ -100,10 +100,10 @@ class SegNetProgram:
         self._network, self._everywhere = self.evaluator.network, self.evaluator.everywhere
         self._init = jax.jit(self._start, out_shardings=self._everywhere)
         self._step = jax.jit(self._train_step, donate_argnums=0, out_shardings=self._everywhere)
-        self._record = jax.jit(self._add_epoch, donate_argnums=0, out_shardings=self._everywhere)
+        self._norms = jax.jit(partial(measure_norms, self._network))
         self._draw = jax.jit(self._batch)
 
-        @functools.lru_cache(maxsize=1)
+        @lru_cache(maxsize=1)
         def at(scale: float) -> tuple[Scenes, Scenes, tuple[Array, Array]]:
             """Both sets of images at a part of their size, and the first on the devices."""
             small = train.scaled(scale)
@@ -115,11 +115,15 @@ class SegNetProgram:
 
     def start(self) -> SegNetState:
         """The start, which depends on the seed and not on the update."""
-        return self._init(self._run[0])
+        loss = np.zeros(self.epochs, np.float32)
+        confusion = np.zeros((self.epochs, CLASSES, CLASSES), np.int32)
+        nothing = EpochFigures(loss, loss.copy(), confusion)
+        return self._init(self._run[0])._replace(figures=nothing)
 
     def put(self, saved: Any) -> SegNetState:
         """A state from the host, on the devices."""
-        return jax.device_put(saved, self._everywhere)
+        moved = jax.device_put(saved._replace(figures=None), self._everywhere)
+        return moved._replace(figures=saved.figures)
 
     def take(self, state: SegNetState) -> Any:
         """The state as NumPy arrays, which a later step leaves alone."""
@@ -127,8 +131,10 @@ class SegNetProgram:
 
     def advance(self, state: SegNetState) -> SegNetState:
         """One mini-batch; the last of an epoch measures. The state given is used up."""
-        step = int(state.step)
-        state = self._step(state, self._at(self.scales[step // self.steps])[2], *self._run)
+        step, figures = int(state.step), state.figures
+        images = self._at(self.scales[step // self.steps])[2]
+        state = self._step(state._replace(figures=None), images, *self._run)
+        state = state._replace(figures=figures)
         return self._finish_epoch(state) if (step + 1) % self.steps == 0 else state
 
     def status(self, state: SegNetState) -> Status:
@@ -136,7 +142,7 @@ class SegNetProgram:
         epoch, place = divmod(int(state.step), self.steps)
         if place or not epoch:
             return Status(epoch, True, "", f"mini-batch {place}/{self.steps}" if place else "")
-        loss, _, confusion = jax.device_get(state.figures)
+        loss, _, confusion = state.figures
         text = f"loss {loss[epoch - 1]:.3f}"
         known = np.flatnonzero(confusion.any((1, 2))[:epoch])
         if known.size:
@@ -171,18 +177,22 @@ class SegNetProgram:
         comparable.
         """
         epoch, before = int(state.step) // self.steps, int(state.best_epoch)
-        loss, matrix = np.float32(float(state.loss) / self.steps), np.zeros((CLASSES,) * 2)
+        figures = EpochFigures(*map(np.copy, state.figures))
+        loss = figures.loss[epoch - 1] = np.float32(float(state.loss) / self.steps)
+        figures.norm_deviation[epoch - 1] = self._norms(state.now.params)[0]
         due = epoch == self.epochs or epoch % self._config.train.measure_every == 0
         if due and np.isfinite(loss):
             scale, best = self.scales[epoch - 1], -1.0
             weights = self.measured(state.now, epoch)
             matrix = self.evaluator.confusion(weights, self._at(scale)[1]).sum(0)
+            figures.confusion[epoch - 1] = matrix
             if before:
-                best = measure(np.asarray(state.figures.confusion[before - 1]))["mean_iou"]
+                best = measure(figures.confusion[before - 1])["mean_iou"]
             if scale == self.scales[-1] and not measure(matrix)["mean_iou"] <= best:
                 copy = jax.tree.map(jnp.copy, weights)  # a step uses up the arrays of its state
                 state = state._replace(best=copy, best_epoch=jnp.int32(epoch))
-        return self._record(state, epoch - 1, loss, matrix.astype(np.int32))
+        loss = jax.device_put(np.float32(0), self._everywhere)
+        return state._replace(loss=loss, figures=figures)
 
     def rate_at(self, step: Array | int, base: Any) -> Any:
         """The learning rate of the mini-batch after `step` others."""
@@ -195,12 +205,9 @@ class SegNetProgram:
     def _start(self, seed: Array) -> SegNetState:
         params, stats = self._network.init(jax.random.fold_in(jax.random.key(seed), INIT))
         weights = Weights(params, stats)
-        nothing = jnp.zeros(self.epochs, jnp.float32)
-        confusion = jnp.zeros((self.epochs, CLASSES, CLASSES), jnp.int32)
         return SegNetState(
             weights, self._optimiser(0.0, params).init(params), step=jnp.int32(0),
-            loss=jnp.float32(0), figures=EpochFigures(nothing, nothing, confusion),
-            best=jax.tree.map(jnp.copy, weights), best_epoch=jnp.int32(0),
+            loss=jnp.float32(0), best=jax.tree.map(jnp.copy, weights), best_epoch=jnp.int32(0),
         )  # fmt: skip
 
     def _optimiser(self, rate: Array | float, params: Any) -> optax.GradientTransformation:
@@ -249,14 +256,6 @@ class SegNetProgram:
         now = Weights(optax.apply_updates(state.now.params, steps), stats)
         loss = state.loss + loss
         return state._replace(now=now, opt_state=opt_state, step=state.step + 1, loss=loss)
-
-    def _add_epoch(
-        self, state: SegNetState, row: Array, loss: Array, confusion: Array
-    ) -> SegNetState:
-        """The state with an epoch's figures in their row, ready for the next."""
-        new = EpochFigures(loss, measure_norms(self._network, state.now.params)[0], confusion)
-        figures = jax.tree.map(lambda old, x: old.at[row].set(x), state.figures, new)
-        return state._replace(loss=jnp.zeros_like(state.loss), figures=figures)
 
 
 def weighted_cross_entropy(logits: Array, labels: Array, weights: np.ndarray | Array) -> Array:

@@ -66,7 +66,7 @@ class ArmPlan(Section):
     start: Start = "balanced"
     spreads: list[Spread] = Field([0.0])
     stop_by: Literal["val_error", "val_loss"] = "val_error"
-    statistics: Literal["running", "anew"] = "running"
+    statistics: Literal["running", "images"] = "running"
     training: dict[str, Any] = Field({})
     count: Count | None = None
 

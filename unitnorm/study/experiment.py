@@ -128,8 +128,8 @@ class Study:
             if cell in cells:
                 yield whole.only([cells.index(cell)], [seed]).group()
                 return
-        told = *(chosen[name] for name in Place._fields), chosen["purpose"]
-        raise UserError(f"{', '.join(map(str, told))}: the plan has no such run")
+        named = *(chosen[name] for name in Place._fields), chosen["purpose"]
+        raise UserError(f"{', '.join(map(str, named))}: the plan has no such run")
 
     def compute(self, group: Group, data: Dataset, session: Session) -> Found:
         """The runs of a group, as rows of the table `runs`."""

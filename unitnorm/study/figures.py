@@ -128,8 +128,8 @@ def spread_rows(runs: pd.DataFrame) -> pd.DataFrame:
     x = table["spread"] + shift * (table["series"].map(names.index) - (len(names) - 1) / 2)
     table = _cut(table.assign(x=x, y=table["mean"], level=table["kind"], lost=""))
     for _, part in table[table["n_diverged"] > 0].groupby(["level", "place", "spread"]):
-        told = [f"{row.series}: {row.n_diverged}" for row in part.itertuples()]
-        table.loc[part.index[0], "lost"] = "\n".join(told)
+        lost = [f"{row.series}: {row.n_diverged}" for row in part.itertuples()]
+        table.loc[part.index[0], "lost"] = "\n".join(lost)
     return table.sort_values("place", kind="stable")  # a row of panels for each
 
 
@@ -345,8 +345,8 @@ def draw(name: str, rows: pd.DataFrame) -> dict[str, bytes]:
     """A chart of all rows, with legend and note: PNG and SVG by ending."""
     if name == "forest":  # all comparisons below each other, their numbers beside them
         at = {"x": {"value": WIDTH - 335}, "y": _field("place", "nominal", sort=None)}
-        told = _layer("text", at | {"text": {"field": "text"}}, align="left")
-        spec = {"layer": [*CHARTS[name]["layer"], told], "width": WIDTH - 345}
+        texts = _layer("text", at | {"text": {"field": "text"}}, align="left")
+        spec = {"layer": [*CHARTS[name]["layer"], texts], "width": WIDTH - 345}
         panels = [_facet(rows, "title", 1, spec | {"height": {"step": 19}})]
         shape = rows["verdict"].map({verdict: look["shape"] for verdict, look in VERDICTS.items()})
         legend = rows.assign(series=rows["verdict"], shape=shape)

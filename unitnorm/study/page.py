@@ -16,7 +16,7 @@ import vl_convert
 
 from unitnorm.errors import UserError
 from unitnorm.study import figures
-from unitnorm.study.report import Findings, chart_rows, tell_looks
+from unitnorm.study.report import Findings, chart_rows, describe_looks
 from unitnorm.study.statistics import is_error, name_place, pair_runs, rank, sides_of
 
 _DIGITS = 5  # significant, of every number of the page
@@ -58,7 +58,7 @@ def _pack(study: Findings) -> dict:
                 **{str(name): _round(value) for name, value in row.items()},
                 "title": figures.name_title(row),
                 "place": name_place(row),
-                "looks": tell_looks(row),
+                "looks": describe_looks(row),
                 "is_error": is_error(row["metric"]),
                 "pairs": _columns(both),
             }

@@ -140,7 +140,7 @@ def comparison_cells(study: Findings) -> Cells:
             "95 % interval": _range(row["ci_low"], row["ci_high"]),
             "p (Holm)": format_p(row["p_holm"]),
             "verdict": row["verdict"],
-            "looks": tell_looks(row),
+            "looks": describe_looks(row),
         }
         for row in compared.to_dict("records")
     ]
@@ -164,7 +164,7 @@ def comparison_cells(study: Findings) -> Cells:
     return Cells(plan.question, frame, note)
 
 
-def tell_looks(row: Mapping[Any, Any]) -> str:
+def describe_looks(row: Mapping[Any, Any]) -> str:
     """`extended after a look at n = 2: −0.100 to +0.300`; nothing where none was taken before."""
     if not row["looks_before"]:
         return ""

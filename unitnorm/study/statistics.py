@@ -95,8 +95,8 @@ def compare(
     which a run diverged. NaN where a figure is not defined: n < 2, and images that are not kept.
     """
     rows = [
-        {**told, **_compare_arms(ours, theirs, told["metric"], margin, alpha)}
-        for told, ours, theirs in sides_of(runs, comparisons)
+        {**named, **_compare_arms(ours, theirs, named["metric"], margin, alpha)}
+        for named, ours, theirs in sides_of(runs, comparisons)
     ]
     table = pd.DataFrame(rows, columns=list(COMPARISONS))
     table["p_holm"] = holm(table["p"].to_numpy(float))
@@ -122,12 +122,12 @@ def sides_of(
         both = runs[runs["arm"].isin([plan.arm, plan.baseline])]
         if not {plan.arm, plan.baseline} <= {*both["arm"]}:
             continue
-        told = {"comparison": plan.name, "arm": plan.arm, "baseline": plan.baseline}
+        named = {"comparison": plan.name, "arm": plan.arm, "baseline": plan.baseline}
         for place, part in both.groupby(PLACE):
             sides = (part[part["arm"] == arm] for arm in (plan.arm, plan.baseline))
             for level, ours, theirs in _levels(*sides):
                 at = dict(zip(PLACE, place, strict=True)) | {"level": level, "metric": plan.metric}
-                yield told | at, ours, theirs
+                yield named | at, ours, theirs
 
 
 def _compare_arms(

@@ -37,7 +37,7 @@ def run(
       rate: learning rate; default: the largest candidate of the config's sweep, which Table 2's
         sweep chooses in nearly every run.
       steps, epochs: lengths of the trajectories, and of the training whose norms are recorded.
-      say: told of each part that is done.
+      say: called with each part that is done.
 
     Returns:
       The files by name, and the tables for the terminal.

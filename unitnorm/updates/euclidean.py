@@ -49,7 +49,7 @@ def b_sgd(learning_rate: LearningRate, *, axis: AxisSpec = None) -> optax.Gradie
 def b_sgd_median(learning_rate: LearningRate, *, axis: AxisSpec = None) -> Transformation:
     """B-SGD without the fall of its rate: w_i ← w_i − λ m² ∇ℓ, then W ← W/m, m = median ‖w_i‖.
 
-    The median runs over the filters i of a leaf, before the step and anew after it. Before a
+    The median runs over the filters i of a leaf, before the step and again after it. Before a
     normalisation layer the effective rate of B-SGD falls as λ/‖w‖²; here the typical filter of each
     layer keeps λ, while the rates of its filters still differ by their norms: UN's rate without its
     constraint, to set against both. Dividing a whole layer changes nothing that the network
