@@ -10,7 +10,7 @@ import pytest
 from tests.study_example import COMPARISONS, RATES, find, invent_runs, invent_spread_runs
 from unitnorm.archbn import protocol
 from unitnorm.study import figures, report
-from unitnorm.study.statistics import budget_means, compare, drifts, left_by, rate_means
+from unitnorm.study.statistics import budget_means, compare, late_rates, left_by, rate_means
 
 
 @pytest.fixture(scope="module")
@@ -18,34 +18,33 @@ def runs() -> pd.DataFrame:
     return invent_runs()
 
 
-def test_drifts_divide_the_cosine_out_and_pair_with_un(runs):
-    """Two arms at 25 epochs of cosine; a start of norm 10 has a hundredth of the first rate."""
-    left = (1 + math.cos(math.pi * 24 / 25)) / 2
-    seeds = range(4)
+def test_late_rates_stand_beside_un_of_the_same_name(runs):
     common = {
         "dataset": "mnist", "network": "archbn", "depth": 2, "purpose": "compare",
         "schedule": "cosine", "start": "balanced", "spread": 0.0, "diverged": False,
     }  # fmt: skip
-    arms = {
-        "un": {"update": "un", "filters_rate": 0.01, "effective_rate": 0.01 * left},
-        "falls": {"update": "b-sgd", "filters_rate": 0.01, "effective_rate": 0.002 * left},
-        "long": {"update": "b-sgd", "filters_rate": 1.0, "effective_rate": 0.008 * left,
-                 "start": "norms", "spread": 1.0},
-        "un-carried": {"update": "un-carried", "filters_rate": 0.01, "effective_rate": 0.01 * left},
+    arms = {  # update, late rate, error
+        "un": ("un", 0.01, 0.02), "falls": ("b-sgd", 0.002, 0.023),
+        "un@3": ("un", 0.03, 0.04), "b-sgd@3": ("b-sgd", 0.06, 0.038),
+        "b-sgd@4": ("b-sgd", 0.06, 0.05), "un-carried": ("un-carried", 0.01, 0.03),
     }  # fmt: skip
-    errors = {"un": 0.02, "falls": 0.023, "long": 0.021, "un-carried": 0.03}
+    seeds, names = range(4), ("update", "effective_rate", "test_error")
     rows = [
-        {**common, "arm": arm, "seed": seed, "test_error": errors[arm] + 0.001 * seed, **own}
+        {**common, "arm": arm, "seed": seed, **dict(zip(names, own, strict=True))}
         for arm, own in arms.items()
         for seed in seeds
     ]
-    table = drifts(pd.DataFrame(rows), dict.fromkeys(arms, 25)).set_index("arm")
-    assert list(table.index) == ["falls", "long"]
-    np.testing.assert_allclose(table["drift"], [0.2, 0.8])
-    np.testing.assert_allclose(table["mean"], [0.3, 0.1])
-    drawn = figures.drift_rows({"one": table.reset_index(), "two": table.reset_index()})
-    assert list(drawn["series"]) == ["one: falls", "one: long", "two: falls", "two: long"]
-    assert figures.draw("drifts", drawn)["svg"].startswith(b"<svg")
+    frame = pd.DataFrame(rows)
+    frame["test_error"] += 0.001 * frame["seed"]
+    table = late_rates(frame).set_index("arm")
+    assert list(table.index) == ["b-sgd@3", "falls"]
+    np.testing.assert_allclose(table["rate_ratio"], [2, 0.2])
+    np.testing.assert_allclose(table["mean"], [-0.2, 0.3])
+    drawn = figures.late_rate_rows({"one": table.reset_index(), "two": table.reset_index()})
+    assert list(drawn["series"]) == [
+        f"{study}: {arm}" for study in ("one", "two") for arm in table.index
+    ]
+    assert figures.draw("late_rates", drawn)["svg"].startswith(b"<svg")
 
 
 def test_what_a_warm_up_has_left_is_what_the_protocol_trains_with():

@@ -215,6 +215,6 @@ def write_page(path: Path, mine: Path, study: Findings) -> None:
         elif records.kind_of(folder) == "study":
             studies[folder.name] = report.look(folder, records.read_alone(folder, SCHEMA))
     with records.locked(path.parent):
-        files = {path.name: build_page(studies), **report.build_drifts(studies)}
+        files = {path.name: build_page(studies), **report.build_late_rates(studies)}
         records.write_files(path.parent, files)
     click.echo(f"{path}: {', '.join(studies)}")

@@ -133,11 +133,11 @@ def spread_rows(runs: pd.DataFrame) -> pd.DataFrame:
     return table.sort_values("place", kind="stable")  # a row of panels for each
 
 
-def drift_rows(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """What `statistics.drifts` finds in several studies, by name: all in one figure."""
+def late_rate_rows(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """What `statistics.late_rates` finds in several studies, by name: all in one figure."""
     found = [table.assign(arm=f"{study}: " + table["arm"]) for study, table in tables.items()]
     table = pd.concat(found, ignore_index=True)
-    return _looking(table, "arm").assign(x=table["drift"], y=table["mean"], level="")
+    return _looking(table, "arm").assign(x=table["rate_ratio"], y=table["mean"], level="")
 
 
 def forest_rows(compared: pd.DataFrame, margin: float) -> pd.DataFrame:
@@ -246,16 +246,16 @@ def _forest() -> dict:
     }
 
 
-def _drifts() -> dict:
+def _late_rates() -> dict:
     """A point with its interval for each arm, and the level of UN, which stands at 1 and 0."""
     x = _field(
-        "x", title="last effective rate / first",
+        "x", title="late effective rate / UN's",
         scale={"type": "log", "nice": False, "padding": 12},
         axis={"format": "~g", "tickCount": 5, "grid": False},
     )  # fmt: skip
     y = _field("y", title="test error − UN's [points]", scale={"zero": True})
     at, un = {"x": x, "color": _raw("colour")}, {"color": {"value": "#888888"}}
-    point = at | {"y": y, "shape": _raw("shape")} | _tooltip("arm drift mean ci_low ci_high n")
+    point = at | {"y": y, "shape": _raw("shape")} | _tooltip("arm rate_ratio mean ci_low ci_high n")
     interval = at | {"y": y | {"field": "ci_low"}, "y2": {"field": "ci_high"}}
     return {
         "layer": [
@@ -287,7 +287,7 @@ CHARTS = {
     "rates": _lines(_RATE, "validation error [%]", f"{_AT} val_error n n_diverged"),
     "effective_rates": _lines(_RATE, "λ/‖w‖² of the last epoch", f"{_AT} effective_rate", 4),
     "budgets": _lines(_BUDGET, "test error [%]", "arm budget mean ci_low ci_high n"),
-    "drifts": _drifts(),
+    "late_rates": _late_rates(),
     "spreads": _lines(_SPREAD, "test error [%]", "update spread mean ci_low ci_high n n_diverged"),
 }
 _CUT = "Arrows: off the scale, at six times the lowest."
@@ -312,12 +312,12 @@ NOTES = {
         f"{_MEAN} A run that stopped earlier keeps its last value; of many starts the balanced "
         f"alone. {_CUT}"
     ),
-    "drifts": (
-        "Gradient descent under cosine, in all studies that have UN beside it. Right: effective "
-        "rate λ/‖w‖² of the last epoch over that of the start, the fall of cosine divided out; "
-        "up: the difference of the test error to UN (with momentum: to UN with momentum), in "
-        "pairs by seed, with its 95 % interval. UN is where the dashed lines cross. If the "
-        "drift alone explains the difference, all lie on one line."
+    "late_rates": (
+        "Gradient descent under cosine, in all studies that have UN beside it. Right: its "
+        "effective rate λ/‖w‖² of the last epoch, median over all filters, over UN's; up: the "
+        "difference of the test error to UN, in pairs by seed, with its 95 % interval. UN is "
+        "where the dashed lines cross. With momentum, UN with momentum. If the late rate alone "
+        "explained the difference, all would lie on one line."
     ),
     "spreads": (
         f"{_MEAN} Spread: decades between the largest and the smallest scale of a start that "

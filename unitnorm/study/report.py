@@ -110,15 +110,12 @@ def chart_rows(study: Findings) -> dict[str, pd.DataFrame]:
     return {name: table for name, table in rows.items() if len(table)}
 
 
-def build_drifts(studies: Mapping[str, Findings]) -> dict[str, bytes]:
-    """The figure of all studies together: see `figures.drift_rows`; {} without such arms."""
-    tables = {}
-    for name, study in studies.items():
-        found = statistics.drifts(study.known["runs"], epochs_of(study.plan))
-        if len(found):
-            tables[name] = found
-    drawn = figures.draw("drifts", figures.drift_rows(tables)) if tables else {}
-    return {f"drifts.{ending}": content for ending, content in drawn.items()}
+def build_late_rates(studies: Mapping[str, Findings]) -> dict[str, bytes]:
+    """The figure of all studies together: see `figures.late_rate_rows`; {} without such arms."""
+    tables = {name: statistics.late_rates(study.known["runs"]) for name, study in studies.items()}
+    tables = {name: table for name, table in tables.items() if len(table)}
+    drawn = figures.draw("late_rates", figures.late_rate_rows(tables)) if tables else {}
+    return {f"late_rates.{ending}": content for ending, content in drawn.items()}
 
 
 def show(study: Findings) -> Text | Fitting:

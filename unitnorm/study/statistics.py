@@ -33,6 +33,7 @@ COMPARISONS = (
 _LOOKED_AT = [*PLACE, "comparison", "level", "metric"]
 LOOKS = (*_LOOKED_AT, "n", "time", "difference", "p_holm", "verdict")
 DESCENT = ("b-sgd", "b-sgd-median", "sgd-wd", "sgd-momentum")  # updates along the gradient
+BESIDE = ("un", "un-momentum")  # what they are compared with
 _TIES = {"val_error": 10}  # decimals, in percent: what differs by less was rounded
 _WORST = 100.0  # the validation error in percent that a diverged tuning run counts with
 
@@ -424,35 +425,31 @@ def left_by(schedule: ArrayLike, epochs: ArrayLike) -> np.ndarray:
     return 0.5 - 0.5 * np.cos(angle)
 
 
-def drifts(runs: pd.DataFrame, epochs: Mapping[str, int]) -> pd.DataFrame:
-    """How far each arm's effective rate drifts, and how far it ends from UN, under cosine.
+def late_rates(runs: pd.DataFrame) -> pd.DataFrame:
+    """How each arm's late effective rate compares with UN's, and its error with UN's, under cosine.
 
-    Args:
-        epochs: those that the schedule of each arm is made for.
+    An arm stands beside UN, or SGD with momentum beside UN with momentum, of the same name behind
+    an @, in pairs by seed.
 
     Returns:
-        A row for each place and arm that descends along the gradient and has seeds in common with
-        an arm of UN, or with momentum of UN with momentum: `drift`, the mean effective rate of the
-        last epoch over that of the start, the fall of cosine divided out; and of the test error's
-        difference to UN in pairs by seed, in percentage points, `mean`, `ci_low`, `ci_high`, `n`.
+        A row for each place and arm that descends along the gradient and has three pairs or more:
+        `rate_ratio`, its mean effective rate of the last epoch over UN's; and of the difference of
+        the test error, arm − UN in percentage points, `mean`, `ci_low`, `ci_high`, `n`.
     """
-    known = (runs["start"] == "norms") | (runs["start"] == "balanced")
+    known = runs["start"].isin(["norms", "balanced"]) & runs["update"].isin([*DESCENT, *BESIDE])
     known &= runs["schedule"].isin(["cosine", "warm-up"]) & ~runs["diverged"]
     runs, rows = runs[known & (runs["purpose"] == "compare")], []
     for place, here in runs.groupby(PLACE):
-        for (arm, update), mine in here.groupby(["arm", "update"], sort=False):
-            beside = {"sgd-momentum": "un-momentum"}.get(str(update), "un")
-            known_as = here["arm"].str.fullmatch(rf"{beside}(@.*)?")
-            baseline = here[(here["update"] == beside) & known_as]
-            both = pair_runs(mine, baseline, "test_error").dropna()
-            if update not in DESCENT or len(both) < 3:
-                continue
-            left = left_by(mine["schedule"], epochs[str(arm)])
-            norm = np.where(mine["start"] == "norms", 10 ** mine["spread"], 1.0)
-            drift = (mine["effective_rate"] / left / (mine["filters_rate"] / norm**2)).mean()
-            found = summarise(both["difference"].to_numpy())
-            rows.append((*place, arm, update, drift, len(both), *found))
-    return pd.DataFrame(rows, columns=[*PLACE, "arm", "update", "drift", "n", *Summary._fields])
+        for (arm, update), mine in here[here["update"].isin(DESCENT)].groupby(["arm", "update"]):
+            beside = "un-momentum" if update == "sgd-momentum" else "un"
+            theirs = here[here["arm"] == beside + "".join(str(arm).partition("@")[1:])]
+            both = pair_runs(mine, theirs, "test_error").dropna()
+            if len(both) >= 3:
+                ratio = mine["effective_rate"].mean() / theirs["effective_rate"].mean()
+                found = summarise(both["difference"].to_numpy())
+                rows.append((*place, arm, update, ratio, len(both), *found))
+    columns = [*PLACE, "arm", "update", "rate_ratio", "n", *Summary._fields]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def rank(runs: pd.DataFrame) -> pd.DataFrame:
