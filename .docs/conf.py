@@ -117,7 +117,7 @@ _ALIASES = (
     ("Any | Callable[[Params], Any]", "Selection"),
     ("ArrayLike | Callable[[Any], Any]", "LearningRate"),
     ("int | Sequence[int] | None | Any | Callable[[str], int | Sequence[int] | None]", "AxisSpec"),
-    ("Literal['normalize', 'raise', 'trust']", "OffManifold"),
+    ("Literal['normalize', 'raise', 'trust', 'keep']", "OffManifold"),
 )
 
 

@@ -47,7 +47,8 @@ def next_rate(run: Run, watched: Array, epochs: int, driver: BoldDriver) -> Arra
 
     The bold driver (the paper's [19]) multiplies it by `up` where `watched`, usually the epoch's
     mean training loss, fell below that of the epoch before, `run.watched`, and by `down` where it
-    rose; not after the first epoch, where that is infinite. A leader's is another's business.
+    rose; not after the first epoch, where that is infinite. A run that follows another gets its
+    rate in `run_many.Program.advance`.
     """
     fell, rose, epoch = watched < run.watched, watched > run.watched, run.epoch + 1
     factor = jnp.where(fell, driver.up, jnp.where(rose, driver.down, 1.0))

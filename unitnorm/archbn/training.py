@@ -114,7 +114,8 @@ def make_training(task: Task, arm: Arm) -> Training:
     size = config.loss.batch_size
 
     def optimiser(run: Any, params: Any) -> optax.GradientTransformation:
-        """Table 1: the update of the filters, and plain descent of θ, γ and β."""
+        """Table 1: of each filter, for UN w ← Orth(w − λ Π_w(∇ℓ)) with Π_w(g) = g − (wᵀg) w, for
+        B-SGD w ← w − λ ∇ℓ; of all else, γ, β and θ, x ← x − λ ∇ℓ."""
         options = dict(arm.options) | ({} if run.decay is None else {"weight_decay": run.decay})
         if known.constrained:
             options.setdefault("off_manifold", "trust")  # filters have unit norm from the start
@@ -157,7 +158,7 @@ def make_training(task: Task, arm: Arm) -> Training:
         return jax.grad(loss, has_aux=True)(at.params)
 
     def step(run: Any, at: EpochState, x: Array, y: Array) -> EpochState:
-        """Table 1, one row: the gradient, the update, equation (2) inside it, the statistics.
+        """Table 1, one row: ∇ℓ of a mini-batch, the update, the running statistics.
 
         Of the run, `rate`, `ratio` and `decay` are read.
         """
@@ -202,7 +203,7 @@ def make_training(task: Task, arm: Arm) -> Training:
         return finish(run, at, measure(images, test, number, split, run, at))
 
     def finish(run: Run, end: EpochState, values: History) -> Run:
-        """Section 4: anneal and stop; an ended run is left untouched."""
+        """Section 4: anneal λ, stop, or go on; an ended run is left untouched."""
         history = jax.tree.map(lambda old, new: old.at[run.epoch].set(new), run.history, values)
         watched, epochs = getattr(values, config.bold_driver.watch), run.epoch + 1
         reason = protocol.stop_reason(

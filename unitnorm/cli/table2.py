@@ -14,7 +14,7 @@ from unitnorm.errors import UserError
 from unitnorm.run.job import Loaded, open_job, so_far
 
 if TYPE_CHECKING:
-    from unitnorm.run.planner import Experiment
+    from unitnorm.run.planner import Verifiable
     from unitnorm.run.records import Records
 
 OUT = "runs/table2"
@@ -183,7 +183,7 @@ def verify_command(out: Path, data_dir: str | None, **wanted: Any) -> None:
     known = records.read_alone(out, STUDY if of_study else SCHEMA)
     runs, recorded = known["runs"], known.provenance
     chosen = verify.choose(runs.assign(run=runs.index) if of_study else runs, **wanted)
-    experiment: Experiment
+    experiment: Verifiable
     if of_study:
         name = chosen["dataset"].item()
         experiment, about, checks = Study(plan_of(known)), recorded["data"][name], []

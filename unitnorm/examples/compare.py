@@ -2,16 +2,14 @@
 
 Four ways to train it, each tuned with seeds of their own, then compared on fresh ones. Predicted
 before any run: with its rate and decay tuned, AdamW reaches un-adam, within 0.01 nats a letter;
-without decay it stays behind; UN, whose steps know no second moment, does too. The grids of un-adam
-and un were moved twice, with nothing compared yet, since their best settings stood at an edge: to
-higher rates, with decay of the rest; then un-adam's to a higher rate of the rest, un's to lower
-rates. All that was tried is in the records and counts, so these two had the most settings.
+without decay it stays behind; UN, whose steps know no second moment, does too. What was found, and how
+the grids came about, stands in results/transformer.
 """
 
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,11 +117,6 @@ class Transformers:
             cells = cells[~SCHEMA.among(cells, records["runs"])]
             if len(cells):
                 yield Group(f"{purpose} {[*setting.values()]}", "runs", cells, setting)
-
-    def again(self, records: Records, chosen: Mapping[str, Any]) -> Iterator[Group]:
-        """The run alone."""
-        cells = pd.DataFrame([{column: chosen[column] for column in CELL}])
-        yield Group("again", "runs", cells, {column: chosen[column] for column in SETTING})
 
     def compute(self, group: Group, data: None, session: Session) -> Found:
         """The losses of a group."""

@@ -67,11 +67,15 @@ class Experiment(Protocol):
     def missing(self, records: Records) -> Iterable[Group]:
         """The groups without records that can be computed now, the first to be computed first."""
 
-    def again(self, records: Records, chosen: Mapping[str, Any]) -> Iterable[Group]:
-        """The groups that compute a recorded run again, which is a row of the table "runs"."""
-
     def compute(self, group: Group, data: Any, session: Session) -> Found:
         """The rows of a group."""
+
+
+class Verifiable(Experiment, Protocol):
+    """One whose runs `unitnorm verify` can compute again."""
+
+    def again(self, records: Records, chosen: Mapping[str, Any]) -> Iterable[Group]:
+        """The groups that compute a recorded run again, which is a row of the table "runs"."""
 
 
 class Done(NamedTuple):

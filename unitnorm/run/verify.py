@@ -15,7 +15,7 @@ import pandas as pd
 from unitnorm.errors import UserError
 from unitnorm.run import provenance
 from unitnorm.run.loop import Session
-from unitnorm.run.planner import Experiment
+from unitnorm.run.planner import Verifiable
 from unitnorm.run.records import Records
 
 MATTERS = {"versions": ("unitnorm", "jax", "jaxlib"), "device": ("platform", "kind", "machine")}
@@ -43,7 +43,7 @@ def choose(runs: pd.DataFrame, **wanted: int | str | None) -> pd.DataFrame:
 
 
 def verify(
-    experiment: Experiment, known: Records, data: Any, chosen: pd.DataFrame, session: Session
+    experiment: Verifiable, known: Records, data: Any, chosen: pd.DataFrame, session: Session
 ) -> Iterator[Check]:
     """Compute a recorded run, `chosen`, again and compare, one check after the other."""
     row: Mapping[str, Any] = {str(key): value for key, value in chosen.iloc[0].items()}

@@ -7,7 +7,7 @@ with every measurement, so that a look at them is possible at any time.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,10 +49,6 @@ class Segmentation:
         for update, run in untrained:
             if update in rates:
                 yield _group("runs", update, run, rates[update])
-
-    def again(self, records: Records, chosen: Mapping[str, Any]) -> Iterator[Group]:
-        """A run's training at the rate recorded."""
-        yield _group("runs", chosen["update"], chosen["run"], chosen["base_lr"])
 
     def compute(self, group: Group, data: SceneData, session: Session) -> Found:
         """The rows of a sweep, or of a training; a loss that is not finite is a `UserError`."""
