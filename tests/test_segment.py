@@ -274,7 +274,7 @@ class Memory(Checkpoints):
 def make_program(small, scenes, update="un", scales=(1.0, 1.0), **changes):
     changed = small.model_copy(update={"train": small.train.model_copy(update=changes)})
     train, val = scenes.splits["train"], scenes.splits["val"]
-    return training.SegNetProgram(update, changed, update, 0, 0.5, list(scales), train, val)
+    return training.SegNetProgram(update, changed, update, 0, 0.5, list(scales), (train, val))
 
 
 def run(program, stop_after=None, **session):

@@ -47,7 +47,7 @@ def draw_roofs(points: pd.DataFrame, machine: Mapping[str, Spread]) -> Figure:
         "and fastest repetition. Larger: several runs, of a peer one in each process."
     )
     with settings():
-        figure, axes = lay_out(1, 1, 3.7, handles, note, legend_columns=4)
+        figure, axes = lay_out((1, 1), 3.7, handles, note, legend_columns=4)
         axis = axes[0, 0]
         intensities = [*points["intensity"], flops / moved]
         left, right = min(intensities) / 2, max(intensities) * 2
@@ -104,7 +104,7 @@ def draw_scaling(frame: pd.DataFrame) -> Figure:
         "fastest and slowest; memory of the whole process."
     )
     with settings():
-        figure, axes = lay_out(2, len(parts), 2.2, handles, note, sharex=False, sharey=False)
+        figure, axes = lay_out((2, len(parts)), 2.2, handles, note, sharex=False, sharey=False)
         for (top, bottom), (name, label, title, part) in zip(axes.T, parts, strict=True):
             x, seconds = part[name].to_numpy(float), part["epoch_s"].to_numpy(float)
             for axis in (top, bottom):

@@ -173,7 +173,7 @@ def renew(weights: Path, out: Path, **options: Any) -> None:
     splits = _load_for(trained, options).splits
     program = SegNetProgram(
         "renew", config.model_copy(update={"network": trained.network}), trained.update,
-        config.seed, 1.0, [1.0], splits["train"], splits["val"],
+        config.seed, 1.0, [1.0], (splits["train"], splits["val"]),
     )  # fmt: skip
     found = program.with_statistics(trained.weights, 1)
     _write(out.parent, {out.name: pack_weights(trained._replace(weights=found))})

@@ -2,8 +2,8 @@
 
 Four ways to train it, each tuned with seeds of their own, then compared on fresh ones. Predicted
 before any run: with its rate and decay tuned, AdamW reaches un-adam, within 0.01 nats a letter;
-without decay it stays behind; UN, whose steps know no second moment, does too. What was found, and how
-the grids came about, stands in results/transformer.
+without decay it stays behind; UN, whose steps know no second moment, does too. What was found,
+and how the grids came about, stands in results/transformer.
 """
 
 import itertools

@@ -130,8 +130,7 @@ def encode(figure: Figure, *, palette: bool = False) -> dict[str, bytes]:
 
 
 def lay_out(
-    rows: int,
-    columns: int,
+    shape: tuple[int, int],
     height: float,
     handles: list[Line2D],
     note: str,
@@ -148,6 +147,7 @@ def lay_out(
     notes = textwrap.wrap(note, 118)
     legend_columns = min(len(handles), legend_columns)
     above = 0.24 * math.ceil(len(handles) / legend_columns)
+    rows, columns = shape
     tall = rows * height + above + 0.17 * len(notes) + 0.15
     figure = Figure(figsize=(WIDTH, tall), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, sharex=sharex, sharey=sharey)

@@ -78,7 +78,7 @@ class Segmentation:
         for rate in sorted(part.rates, reverse=True):
             program = SegNetProgram(
                 f"{group.title} at {rate:g}", self.config, update, name["seed"], rate,
-                [part.scale] * part.epochs, images.only(~out), images.only(out),
+                [part.scale] * part.epochs, (images.only(~out), images.only(out)),
             )  # fmt: skip
             state = self._run(program, group, data, session)
             loss, _, confusion = state.figures
@@ -97,7 +97,7 @@ class Segmentation:
         (update, run, rate), config, splits = group.what, self.config, data.splits
         program = SegNetProgram(
             group.title, config, update, config.seed + run, rate, config.train.scales(),
-            splits["train"], splits["val"],
+            (splits["train"], splits["val"]),
         )  # fmt: skip
 
         def grow(state: SegNetState, status: Status) -> None:

@@ -49,7 +49,7 @@ def draw_curves(metrics: pd.DataFrame, history: pd.DataFrame) -> Figure:
     styles = style.assign_styles(history["update"])
     with style.settings():
         handles = style.make_handles(styles, markers=False)
-        figure, axes = style.lay_out(2, 2, 2.4, handles, "", sharey=False)
+        figure, axes = style.lay_out((2, 2), 2.4, handles, "", sharey=False)
         for axis, (table, column, factor, name) in zip(axes.flat, panels, strict=True):
             # the first on top: its dashes show the line below where the two coincide
             for update, (colour, dashes, _) in reversed(styles.items()):

@@ -63,7 +63,7 @@ class SegNetProgram:
       title: what the user calls it.
       update, seed, rate: which run; `rate` is its base learning rate.
       scales: of each epoch, the part of the size at which images are trained on and measured.
-      train, held_out: images that are trained on, and measured on, at their full size.
+      images: those that are trained on, and those that are measured on, at their full size.
 
     Raises:
       UserError: the batch size does not divide among the devices, or is above the images.
@@ -71,19 +71,20 @@ class SegNetProgram:
 
     def __init__(
         self, title: str, config: SegmentConfig, update: str, seed: int, rate: float,
-        scales: list[float], train: Scenes, held_out: Scenes,
+        scales: list[float], images: tuple[Scenes, Scenes],
     ):  # fmt: skip
-        part, images, devices = config.train, len(train.labels), len(jax.devices())
+        train, held_out = images
+        part, count, devices = config.train, len(train.labels), len(jax.devices())
         if part.batch_size % devices:
             raise UserError(
                 f"train.batch_size = {part.batch_size} does not divide among {devices} "
                 f"devices; expected a multiple of {devices}: set it, or --devices"
             )
-        if part.batch_size > images:
-            few = f"there are {images} training images"
+        if part.batch_size > count:
+            few = f"there are {count} training images"
             raise UserError(f"train.batch_size = {part.batch_size}, but {few}")
-        self.title, self.epochs, self.samples = title, len(scales), images
-        self.steps = -(-images // part.batch_size)  # mini-batches per epoch
+        self.title, self.epochs, self.samples = title, len(scales), count
+        self.steps = -(-count // part.batch_size)  # mini-batches per epoch
         self.update, self.seed, self.rate = update, seed, rate
         self.scales, self.final_size = scales, train.size_at(scales[-1])
         self._config = config

@@ -56,7 +56,7 @@ def draw_scaling(table: pd.DataFrame) -> Figure:
         f"no change at all is drawn at {format_short(FLOOR)}."
     )
     depths, points = table["depth"].unique(), (("start", "trained"), ("at the start", "trained"))
-    figure, axes = style.lay_out(len(depths), 2, HEIGHT, handles, note, legend_columns=2)
+    figure, axes = style.lay_out((len(depths), 2), HEIGHT, handles, note, legend_columns=2)
     for row, depth in zip(axes, depths, strict=True):
         for axis, point, words in zip(row, *points, strict=True):
             panel = table[(table["depth"] == depth) & (table["point"] == point)]
@@ -77,7 +77,7 @@ def draw_gradient(table: pd.DataFrame) -> Figure:
         "‖α∇ℓ(αW) − ∇ℓ(W)‖ / ‖∇ℓ(W)‖, largest of the mini-batches."
     )
     table, depths = table[table["point"] == "start"], table["depth"].unique()
-    figure, axes = style.lay_out(len(depths), 2, HEIGHT, handles, note, sharey="col")
+    figure, axes = style.lay_out((len(depths), 2), HEIGHT, handles, note, sharey="col")
     for (left, right), depth in zip(axes, depths, strict=True):
         panel = table[table["depth"] == depth]
         alike = panel[panel["filters"] == "all"]
@@ -109,7 +109,7 @@ def draw_trajectories(table: pd.DataFrame) -> Figure:
         + (f" Others: {', '.join(others)}." if others else "")
     )
     table, depths = table[table["steps"] > 0], table["depth"].unique()
-    figure, axes = style.lay_out(len(depths), 2, HEIGHT + 0.3, handles, note)
+    figure, axes = style.lay_out((len(depths), 2), HEIGHT + 0.3, handles, note)
     for row, depth in zip(axes, depths, strict=True):
         for axis, dtype, words in zip(row, (CLAIM, TRAINED), name_cases(table), strict=True):
             part = select(table[table["depth"] == depth], dtype)
@@ -138,7 +138,7 @@ def draw_norms(table: pd.DataFrame) -> Figure:
     depths, handles = table["depth"].unique(), style.make_handles(styles, markers=False)
     shown = table[table["layer"].isin([1, *table.groupby("depth")["layer"].max()])]
     panels = {"norm": "row norm ‖w‖", "effective": "effective rate λ/‖w‖²"}
-    figure, axes = style.lay_out(len(depths), 2, HEIGHT + 0.3, handles, note, sharey="col")
+    figure, axes = style.lay_out((len(depths), 2), HEIGHT + 0.3, handles, note, sharey="col")
     for (column, name), axis_column in zip(panels.items(), axes.T, strict=True):
         for axis, depth in zip(axis_column, depths, strict=True):
             for update, drawn in styles.items():

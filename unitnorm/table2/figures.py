@@ -66,7 +66,7 @@ def draw_test_errors(
         note += f" A pair of {one} and {other} shares its start, split and order."
     rows = math.ceil(len(depths) / columns)
     with style.settings():
-        figure, axes = style.lay_out(rows, columns, 3.4, handles, note, sharex=False)
+        figure, axes = style.lay_out((rows, columns), 3.4, handles, note, sharex=False)
         for depth, axis in style.match_axes(depths, axes):
             theirs = {update: paper[at, update] for at, update in paper if at == depth}
             _draw_depth(axis, runs[runs["depth"] == depth], updates, theirs)
@@ -145,7 +145,7 @@ def draw_comparison(table: pd.DataFrame, own: pd.DataFrame, names: tuple[str, st
     )
     height = 0.9 + 0.36 * max(len(cells), len(rows))
     with style.settings():
-        figure, axes = style.lay_out(1, 2, height, handles, note, sharex=False, sharey=False)
+        figure, axes = style.lay_out((1, 2), height, handles, note, sharex=False, sharey=False)
         left, right = axes[0]
         for letter, side, shift, form in sides:
             form = form | {"ls": "none", "elinewidth": 1.5}
@@ -175,7 +175,7 @@ def _draw_courses(
     rows, columns = math.ceil(len(panels) / 2), min(2, len(panels))
     with style.settings():
         handles = style.make_handles(styles)
-        figure, axes = style.lay_out(rows, columns, height, handles, note, sharey="col")
+        figure, axes = style.lay_out((rows, columns), height, handles, note, sharey="col")
         for (depth, column), axis in style.match_axes(panels, axes):
             _set_scale(axis, history, column)
             _draw_runs(axis, history[history["depth"] == depth], column, styles)
