@@ -74,6 +74,17 @@ def test_an_interruption_keeps_what_has_ended():
     assert {1, 2} <= set(squares(kept.stored[-1]["runs"]))
 
 
+def test_a_group_that_gives_other_runs_than_its_own_ends_the_work():
+    """Its runs would stay missing, and be computed again without end."""
+
+    class Others(Squares):
+        def compute(self, group, data, session):
+            return Found({"runs": row(group.what + 100, 0)})
+
+    with pytest.raises(RuntimeError, match="square 0: what was computed are other runs"):
+        Kept(Others(2)).complete()
+
+
 def test_several_groups_are_added_as_one():
     found = [
         Found({"runs": row(n, n * n)}, {f"{n}.txt": b"x"}, {"a.safetensors": {str(n): np.ones(n)}})

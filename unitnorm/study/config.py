@@ -12,15 +12,23 @@ from collections.abc import Iterator, Sequence
 from operator import itemgetter
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field, field_validator, model_validator
+import numpy as np
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from unitnorm.archbn.config import Config
 from unitnorm.run.config import ExperimentConfig, Section, parse
 from unitnorm.study.schema import BUDGETS
 
-Rate = Annotated[float, Field(gt=0.0, le=1e6)]
-Decay = Annotated[float, Field(ge=0.0, le=1e3)]
-Spread = Annotated[float, Field(ge=0.0, le=8.0)]
+
+def _as_recorded(value: float) -> float:
+    """The float32 that a record holds, and a run is found by."""
+    return float(str(np.float32(value)))
+
+
+_FLOAT32 = AfterValidator(_as_recorded)
+Rate = Annotated[float, Field(gt=0.0, le=1e6), _FLOAT32]
+Decay = Annotated[float, Field(ge=0.0, le=1e3), _FLOAT32]
+Spread = Annotated[float, Field(ge=0.0, le=8.0), _FLOAT32]
 Depth = Annotated[int, Field(ge=1, le=64)]
 Count = Annotated[int, Field(ge=1, le=100_000)]
 Name = Annotated[str, Field(pattern=r"^[\w.+@=-]+$", max_length=60)]
