@@ -313,7 +313,7 @@ NOTES = {
         f"alone. {_CUT}"
     ),
     "late_rates": (
-        "Gradient descent under cosine, in all studies that have UN beside it. Right: its "
+        "Gradient descent under cosine, in all studies that have UN beside it. Across: its "
         "effective rate λ/‖w‖² of the last epoch, median over all filters, over UN's; up: the "
         "difference of the test error to UN, in pairs by seed, with its 95 % interval. UN is "
         "where the dashed lines cross. With momentum, UN with momentum. If the late rate alone "
