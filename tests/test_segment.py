@@ -302,6 +302,7 @@ def trained(program):
 def test_training_learns_and_keeps_filters_at_unit_norm(program, scenes, trained):
     loss, deviation, confusion = trained.figures
     assert loss[1] < loss[0]
+    assert program._step._cache_size() == 1  # measuring compiles nothing anew
     assert (deviation < 1e-5).all()
     assert (confusion.sum((1, 2)) == (scenes.splits["val"].labels < 11).sum()).all()
     ious = [evaluation.measure(matrix)["mean_iou"] for matrix in confusion]

@@ -247,6 +247,7 @@ def test_the_time_of_a_run_is_that_of_one_that_goes_on(plan, blobs, monkeypatch,
         ({"training.loss.batch": 3}, "unknown key loss.batch"),
         ({"arms.un.schedule": "linear"}, "schedule"),
         ({"arms.un": 3}, "arms.un = 3"),
+        ({"arms.un.rates": [0.1, 0.1000000001]}, "arm un: a rate, decay or spread stands twice"),
         ({"all_arms": 3}, "all_arms = 3"),
         ({"comparisons": [{"name": "x", "arms": ["un", "b-sgd"], "baseline": "un"}]}, "named by"),
         ({"comparisons": [{"arms": ["sm"], "baseline": "un"}]}, "no arm 'sm'"),
@@ -284,6 +285,8 @@ def test_a_decay_is_an_axis_of_the_grid():
 def test_a_plan_names_its_runs_by_the_float32_that_the_records_hold():
     arm = ArmPlan(update="un", rates=[1 / 3], decays=[0.1], spreads=[0.47712125471966244])
     assert (arm.rates, arm.decays, arm.spreads) == ([0.33333334], [0.1], [0.47712126])
+    with pytest.raises(ValueError, match="greater than 0"):
+        ArmPlan(update="un", rates=[1e-50])
 
 
 def test_halving_gives_more_seeds_to_the_best_settings_and_chooses_among_those(plan_file):

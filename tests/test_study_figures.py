@@ -26,7 +26,8 @@ def test_late_rates_stand_beside_un_of_the_same_name(runs):
     arms = {  # update, late rate, error
         "un": ("un", 0.01, 0.02), "falls": ("b-sgd", 0.002, 0.023),
         "un@3": ("un", 0.03, 0.04), "b-sgd@3": ("b-sgd", 0.06, 0.038),
-        "b-sgd@4": ("b-sgd", 0.06, 0.05), "un-carried": ("un-carried", 0.01, 0.03),
+        "b-sgd@4": ("b-sgd", 0.06, 0.05), "un@4": ("un-adam", 0.01, 0.02),
+        "un-carried": ("un-carried", 0.01, 0.03),
     }  # fmt: skip
     seeds, names = range(4), ("update", "effective_rate", "test_error")
     rows = [
@@ -61,6 +62,10 @@ def test_forest_has_each_comparison_of_errors_and_keeps_one_failure_from_hiding_
     rows = figures.forest_rows(table, 0.05)
     assert len(rows) == 15  # without pairs there is nothing to draw
     assert rows["high"].max() < 10
+    # no wider than what is drawn
+    ends = rows[["difference", "ci_low", "ci_high", "ci_images_low", "ci_images_high"]]
+    np.testing.assert_allclose(rows["low"], 1.06 * ends.min().min())
+    assert (rows["high"] >= ends.max().max()).all()
     assert list(rows.index[rows["shape"] == "triangle-right"]) == [0]
     assert rows.loc[0, "text"].startswith("+70.00")
     errors = table.query("metric != 'train_loss'")["difference"].drop([0, 1])

@@ -209,7 +209,7 @@ def test_the_order_of_random_bits_is_that_of_a_stable_sort():
     np.testing.assert_array_equal(found, np.argsort(bits, axis=-1, kind="stable"))
 
 
-def test_statistics_computed_anew_are_those_of_the_training_images(hurried):
+def test_statistics_of_images_are_those_of_the_training_images(hurried):
     """And validation is measured with them."""
     runs = trained(program([0], ("un",), task=TASK._replace(statistics="images")), 2)
     run, split = run_of(runs, 0, 0), SPLITS[0]

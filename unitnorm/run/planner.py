@@ -115,11 +115,11 @@ def complete(job: Job) -> None:
             done = job.engine.next(session)
         if not done:
             return
-        for group, found, _ in done:
-            names = group.names(experiment.schema)
-            running.discard(names)
-            if not names <= experiment.schema.names(group.table, found.rows[group.table]):
-                # it would be missing again, without end
-                raise RuntimeError(f"{group.title}: what was computed are other runs than planned")
+        for group, _, _ in done:
+            running.discard(group.names(experiment.schema))
         records = add(records, *(found for _, found, _ in done))
         job.store(records, done)
+        for group, found, _ in done:  # else it would be missing again, without end
+            given = experiment.schema.names(group.table, found.rows[group.table])
+            if not group.names(experiment.schema) <= given:
+                raise RuntimeError(f"{group.title}: what was computed are other runs than planned")

@@ -191,7 +191,8 @@ class SegNetProgram:
                 best = measure(figures.confusion[before - 1])["mean_iou"]
             if scale == self.scales[-1] and not measure(matrix)["mean_iou"] <= best:
                 copy = jax.tree.map(jnp.copy, weights)  # a step uses up the arrays of its state
-                state = state._replace(best=copy, best_epoch=jnp.int32(epoch))
+                at = jax.device_put(np.int32(epoch), self._everywhere)  # else a step compiles again
+                state = state._replace(best=copy, best_epoch=at)
         loss = jax.device_put(np.float32(0), self._everywhere)
         return state._replace(loss=loss, figures=figures)
 

@@ -26,9 +26,10 @@ def _as_recorded(value: float) -> float:
 
 
 _FLOAT32 = AfterValidator(_as_recorded)
-Rate = Annotated[float, Field(gt=0.0, le=1e6), _FLOAT32]
-Decay = Annotated[float, Field(ge=0.0, le=1e3), _FLOAT32]
-Spread = Annotated[float, Field(ge=0.0, le=8.0), _FLOAT32]
+Rate = Annotated[float, _FLOAT32, Field(gt=0.0, le=1e6)]
+Decay = Annotated[float, _FLOAT32, Field(ge=0.0, le=1e3)]
+Spread = Annotated[float, _FLOAT32, Field(ge=0.0, le=8.0)]
+Factor = Annotated[float, Field(gt=0.0, le=1e6)]
 Depth = Annotated[int, Field(ge=1, le=64)]
 Count = Annotated[int, Field(ge=1, le=100_000)]
 Name = Annotated[str, Field(pattern=r"^[\w.+@=-]+$", max_length=60)]
@@ -69,7 +70,7 @@ class ArmPlan(Section):
     rates: list[Rate] = Field(min_length=1, max_length=64)
     filters_rates: list[Rate] = Field([])
     decays: list[Decay] = Field([])
-    factors: list[Rate] = Field([])
+    factors: list[Factor] = Field([])
     schedule: Schedule = "bold-driver"
     start: Start = "balanced"
     spreads: list[Spread] = Field([0.0])
@@ -155,6 +156,8 @@ class Plan(ExperimentConfig):
                 raise ValueError(f"arm {name}: start = {arm.start!r} is of ArchBN alone")
             if self.depths and arm.schedule == "warm-up":
                 raise ValueError(f'arm {name}: schedule = "warm-up" is of networks, not of depths')
+            if len({*arm.grid()}) < len(arm.grid()) or len({*arm.spreads}) < len(arm.spreads):
+                raise ValueError(f"arm {name}: a rate, decay or spread stands twice, as a float32")
             if self.tune.count == 0 and arm.is_tuned():
                 raise ValueError(f"arm {name} has several rates, but tune.count = 0")
         ends = [*(seeds for seeds, _ in self.halving), self.tune.count]

@@ -152,15 +152,18 @@ def forest_rows(compared: pd.DataFrame, margin: float) -> pd.DataFrame:
     looks = [VERDICTS[row["verdict"]] for row in records]
     beyond = np.where(rows["difference"] > limit, "triangle-right", "triangle-left")
     inside = rows["difference"].abs() <= limit
+    drawn = rows[ends].clip(-limit, limit)
+    low = 1.06 * np.nanmin([-2 * margin, *drawn.min()])
+    high = 1.06 * np.nanmax([2 * margin, *drawn.max()])
     return rows.assign(
-        **rows[ends].clip(-limit, limit),
+        **drawn,
         title=[name_title(row) for row in records],
         place=[name_place(row) for row in records],
         text=[_tell(row) for row in records],
         colour=[look["colour"] for look in looks],
         fill=[look.get("fill", look["colour"]) for look in looks],
         shape=np.where(inside, [look["shape"] for look in looks], beyond),
-        low=-limit, high=limit, margin_low=-margin, margin_high=margin,
+        low=max(-limit, low), high=min(limit, high), margin_low=-margin, margin_high=margin,
     )  # fmt: skip
 
 
@@ -297,8 +300,8 @@ _RING = "All else at its best for each rate of the filters. Ring: the best rates
 NOTES = {
     "forest": (
         "Difference of an arm and its baseline in pairs of runs with one seed; left of 0 the arm "
-        "is better. Thick: 95 % interval over runs; thin: over runs and test images. Grey: too "
-        "small to matter. Triangles: off the scale."
+        "is better. Thick: 95 % interval over runs; thin: over runs and test images. Grey band: "
+        "too small to matter. A triangle: off the scale."
     ),
     "rates": (
         "Mean validation error of the tuning runs, where a diverged run counts as 100 %; 95 % "

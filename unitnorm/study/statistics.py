@@ -442,7 +442,8 @@ def late_rates(runs: pd.DataFrame) -> pd.DataFrame:
     for place, here in runs.groupby(PLACE):
         for (arm, update), mine in here[here["update"].isin(DESCENT)].groupby(["arm", "update"]):
             beside = "un-momentum" if update == "sgd-momentum" else "un"
-            theirs = here[here["arm"] == beside + "".join(str(arm).partition("@")[1:])]
+            name = beside + "".join(str(arm).partition("@")[1:])
+            theirs = here[(here["arm"] == name) & (here["update"] == beside)]
             both = pair_runs(mine, theirs, "test_error").dropna()
             if len(both) >= 3:
                 ratio = mine["effective_rate"].mean() / theirs["effective_rate"].mean()
