@@ -18,7 +18,7 @@ def runs() -> pd.DataFrame:
     return invent_runs()
 
 
-def test_late_rates_stand_beside_un_of_the_same_name(runs):
+def test_late_rates_stand_beside_un_of_the_same_name():
     common = {
         "dataset": "mnist", "network": "archbn", "depth": 2, "purpose": "compare",
         "schedule": "cosine", "start": "balanced", "spread": 0.0, "diverged": False,

@@ -40,6 +40,11 @@ WRITING_S = 2.0  # so long a reader waits for a writer to have put its set in pl
 _STAGED, _VALID, _LOCK = ".records-staged", ".records-valid", ".lock"
 
 
+def as_float32(value: float) -> float:
+    """The shortest decimal of the nearest float32: 0.0701, and not 0.07010000199079514."""
+    return float(str(np.float32(value)))
+
+
 @dataclass(frozen=True)
 class Table:
     """A table of an experiment."""
@@ -91,8 +96,8 @@ class Schema:
         spec = self.tables[table]
         result = pd.DataFrame(rows, columns=list(spec.columns))
         for name, kind in spec.columns.items():
-            if kind == "f":  # 0.0701 is that float32 too, and not 0.07010000199079514
-                result[name] = [float(str(np.float32(value))) for value in result[name]]
+            if kind == "f":
+                result[name] = [as_float32(value) for value in result[name]]
         return spec.sorted(spec.typed(result))
 
     def names(self, table: str, cells: pd.DataFrame) -> set[str]:

@@ -12,20 +12,14 @@ from collections.abc import Iterator, Sequence
 from operator import itemgetter
 from typing import Annotated, Any, Literal, NamedTuple
 
-import numpy as np
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from unitnorm.archbn.config import Config
 from unitnorm.run.config import ExperimentConfig, Section, parse
+from unitnorm.run.records import as_float32
 from unitnorm.study.schema import BUDGETS
 
-
-def _as_recorded(value: float) -> float:
-    """The float32 that a record holds, and a run is found by."""
-    return float(str(np.float32(value)))
-
-
-_FLOAT32 = AfterValidator(_as_recorded)
+_FLOAT32 = AfterValidator(as_float32)  # as the records hold it, where a run is found by it
 Rate = Annotated[float, _FLOAT32, Field(gt=0.0, le=1e6)]
 Decay = Annotated[float, _FLOAT32, Field(ge=0.0, le=1e3)]
 Spread = Annotated[float, _FLOAT32, Field(ge=0.0, le=8.0)]

@@ -33,7 +33,6 @@ COMPARISONS = (
 _LOOKED_AT = [*PLACE, "comparison", "level", "metric"]
 LOOKS = (*_LOOKED_AT, "n", "time", "difference", "p_holm", "verdict")
 DESCENT = ("b-sgd", "b-sgd-median", "sgd-wd", "sgd-momentum")  # updates along the gradient
-BESIDE = ("un", "un-momentum")  # what they are compared with
 _TIES = {"val_error": 10}  # decimals, in percent: what differs by less was rounded
 _WORST = 100.0  # the validation error in percent that a diverged tuning run counts with
 
@@ -436,7 +435,7 @@ def late_rates(runs: pd.DataFrame) -> pd.DataFrame:
         `rate_ratio`, its mean effective rate of the last epoch over UN's; and of the difference of
         the test error, arm − UN in percentage points, `mean`, `ci_low`, `ci_high`, `n`.
     """
-    known = runs["start"].isin(["norms", "balanced"]) & runs["update"].isin([*DESCENT, *BESIDE])
+    known = runs["start"].isin(["norms", "balanced"])
     known &= runs["schedule"].isin(["cosine", "warm-up"]) & ~runs["diverged"]
     runs, rows = runs[known & (runs["purpose"] == "compare")], []
     for place, here in runs.groupby(PLACE):
