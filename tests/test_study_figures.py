@@ -126,6 +126,15 @@ def test_spreads_have_a_line_per_update_that_begins_at_the_balanced_start():
     assert set(rows["lost"]) == {"", "B-SGD: 2"}
 
 
+def test_filters_that_are_all_of_one_length_are_no_spread():
+    """They are trained at another rate, too, beside balanced ones of any rate."""
+    runs = invent_spread_runs()
+    runs = runs[runs["start"] == "filters"]
+    for start, drawn in (("filters", True), ("norms", False)):
+        known = find(runs.assign(start=runs["start"].mask(runs["spread"] > 0, start)))
+        assert ("spreads" in report.chart_rows(known)) == drawn
+
+
 def test_no_two_arms_look_the_same_and_an_update_has_its_colour():
     looks = figures.assign_looks({f"un@{i}": "un" for i in range(25)} | {"b-sgd": "b-sgd"})
     assert len({(look["colour"], look["shape"]) for look in looks.values()}) == 26

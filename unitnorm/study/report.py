@@ -105,8 +105,9 @@ def chart_rows(study: Findings) -> dict[str, pd.DataFrame]:
         rows["effective_rates"] = figures.effective_rows(runs, epochs_of(plan))
     if (runs["purpose"] == "compare").any():
         rows["budgets"] = figures.budget_rows(runs)
-        if (runs["spread"] > 0).any():
-            rows["spreads"] = figures.spread_rows(runs)
+        unequal = runs[runs["start"] != "norms"]  # where all lengths are alike, nothing is spread
+        if (unequal["spread"] > 0).any():
+            rows["spreads"] = figures.spread_rows(unequal)
     return {name: table for name, table in rows.items() if len(table)}
 
 
