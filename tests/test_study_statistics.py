@@ -209,6 +209,18 @@ def test_bits_go_through_text_and_damage_is_named():
         compare(runs, [UN])
 
 
+def test_arms_beside_one_baseline_are_ranked_and_named_comparisons_stay_where_they_are():
+    errors = {"base": [0.5, 0.5], "a": [0.6, 0.62], "b": [0.3, 0.32], "c": [0.4, 0.42]}
+    both = pd.concat([make_runs(errors), make_runs(errors | {"b": [0.7, 0.72]}, dataset="x")])
+    plans = [plan_comparison("first", "a", "base")]
+    plans += [plan_comparison(f"{arm} − base", arm, "base") for arm in "abc"]
+    plans += [plan_comparison("last", "b", "base")]
+    found = compare(both, plans)
+    # b is better in one place and worse in the other: behind c by the mean
+    assert list(found["arm"]) == ["a", "a", "c", "c", "b", "b", "a", "a", "b", "b"]
+    assert list(found["dataset"]) == ["mnist", "x"] * 5
+
+
 def test_a_factor_that_varies_within_an_arm_makes_a_comparison_of_each_level():
     near = make_runs({"un": [0.01, 0.02], "b-sgd": [0.02, 0.02]}, spread=0.0)
     far = make_runs({"un": [0.01, 0.02], "b-sgd": [0.05, 0.06]}, spread=2.0)

@@ -93,6 +93,7 @@ def compare(
     paired t-test tells it from 0, else `open`. Both p-values are adjusted by Holm's method, each
     over all rows, so that the verdicts have the familywise level alpha. `n_left_out`: pairs of
     which a run diverged. NaN where a figure is not defined: n < 2, and images that are not kept.
+    Several arms beside one baseline, with no name but theirs, are a ranking: the best comes first.
     """
     rows = [
         {**named, **_compare_arms(ours, theirs, named["metric"], margin, alpha)}
@@ -106,7 +107,20 @@ def compare(
     )
     told_apart, above = table["p_holm"] <= alpha, table["difference"] > 0
     cases = [table["p_equivalence_holm"] <= alpha, told_apart & ~above, told_apart & above]
-    return table.assign(verdict=np.select(cases, ["equivalent", "better", "worse"], "open"))
+    table["verdict"] = np.select(cases, ["equivalent", "better", "worse"], "open")
+    return _best_first(table)
+
+
+def _best_first(table: pd.DataFrame) -> pd.DataFrame:
+    """Rankings in the order of their mean difference over all places, all else as it stands."""
+    unnamed = table["comparison"] == table["arm"] + " − " + table["baseline"]
+    kind = table[["baseline", "metric"]].assign(unnamed=unnamed)
+    block = kind.ne(kind.shift()).any(axis=1).cumsum()
+    mean = table["difference"].groupby([block, table["comparison"]]).transform("mean")
+    order = pd.DataFrame({"block": block, "mean": mean.where(unnamed, 0.0)})
+    return table.loc[order.sort_values(["block", "mean"], kind="stable").index].reset_index(
+        drop=True
+    )
 
 
 def sides_of(
