@@ -5,8 +5,6 @@ has several runs to train: one for each core, or a few that share a GPU. The bet
 compare with.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple

@@ -3,8 +3,6 @@
 Each generator serves one kind of contestant in a worker.
 """
 
-from __future__ import annotations
-
 import contextlib
 import tempfile
 import time

@@ -1,7 +1,5 @@
 """What SegNet's Fourier convolution gains over XLA's own, at the sizes of its layers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """The benchmark's figures, in the style of the report's."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import numpy as np

@@ -5,8 +5,6 @@ takes the steps in turn. When its time is up it asks the command to stop, as Ctr
 call goes on from the records and checkpoints. `gpu.csv`, `.json` and `.md` say how far it all is.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

@@ -5,8 +5,6 @@ for a GPU that is not there; elsewhere the program of this machine's devices sta
 though a CPU's has more kernels.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import re

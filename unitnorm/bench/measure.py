@@ -1,7 +1,5 @@
 """How everything is measured and written: workers, turns, medians, tables and files."""
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import importlib.metadata
@@ -44,7 +42,7 @@ class Spread(NamedTuple):
     high: float
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
+    def of(cls, values: Sequence[float]) -> "Spread":
         """Of at least one value."""
         return cls(float(np.median(values)), float(min(values)), float(max(values)))
 

@@ -5,8 +5,6 @@ in memory as float32 and are shuffled each epoch by indexing, which is several t
 DataLoader.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import partial
 from typing import Any

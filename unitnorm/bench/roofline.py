@@ -6,8 +6,6 @@ the mini-batch at hand is kept in caches: its pixels, and every parameter read a
 each mini-batch.
 """
 
-from __future__ import annotations
-
 FEATURES, WIDTH, CLASSES, BATCH = 784, 64, 10, 100
 FLOAT = 4  # bytes of a float32
 VALIDATION_SHARE = 0.2  # validation images over training images, as in Table 2

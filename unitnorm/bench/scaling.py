@@ -5,8 +5,6 @@ as networks that train at once: 20 are Table 2's of a depth, 10 of each update. 
 seeds and many variants of each: updates, rates, schedules.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import pandas as pd

@@ -4,8 +4,6 @@ The command runs as typed, with an empty cache (cold), then again with the cache
 is timed up to its first line about an epoch: this epoch, well under a second, is counted in.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

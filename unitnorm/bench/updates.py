@@ -4,8 +4,6 @@ The steps run in a loop of one compiled program on one device, without any netwo
 gradient and state in, weights and state out, as an update does within a training step.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Iterator, Sequence

@@ -5,8 +5,6 @@ of itself, then one repetition after the other, each with what it has found. The
 both on as lines of JSON, a repetition for each line on its standard input, and ends with the input.
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 import os
