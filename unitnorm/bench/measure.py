@@ -157,8 +157,8 @@ class Worker:
             return json.loads(line)
         process.wait()
         self._errors.seek(0)
-        said = self._errors.read().split("\n")
-        last = next((x.strip() for x in said[::-1] if x.strip()), f"exit code {process.returncode}")
+        said = [line.strip() for line in self._errors if line.strip()]
+        last = said[-1] if said else f"exit code {process.returncode}"
         kind = self._kind.partition(".")[2]
         raise UserError(f"bench: {kind} failed while it was measured: {last}")
 
@@ -195,10 +195,10 @@ def in_turns(
                 say(f"warming up {key}")
                 workers[key].repeat()
         for number in range(rounds):
-            first = number % max(len(keys), 1)
-            for key in keys[first:] + keys[:first]:
+            for key in keys:
                 say(f"round {number + 1} of {rounds}: {key}")
                 found[key].answers.append(workers[key].repeat())
+            keys = keys[1:] + keys[:1]
     return found, missing
 
 
