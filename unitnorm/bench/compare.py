@@ -95,7 +95,7 @@ def measure_speed(depths: Sequence[int], rounds: int, *, quick: bool, say: Say) 
     rows: list[list[Any]] = []
     costs: list[dict[str, Any]] = []
     missing: dict[str, str] = {}
-    limits: dict[str, list[float]] = {name: [] for name in LIMITS}
+    machine: list[dict[str, float]] = []
     for depth in depths:
 
         def say_depth(text: str, depth: int = depth) -> None:
@@ -110,17 +110,16 @@ def measure_speed(depths: Sequence[int], rounds: int, *, quick: bool, say: Say) 
             for entry, each in found.items()
         }
         flops, moved = work_of(depth, ours=True)
-        machine = found[BOUND].answers
-        rates[BOUND] = [min(a["flops_per_s"] / flops, a["bytes_per_s"] / moved) for a in machine]
-        for name in LIMITS:
-            limits[name] += [answer[name] for answer in machine]
+        limits = found[BOUND].answers
+        rates[BOUND] = [min(a["flops_per_s"] / flops, a["bytes_per_s"] / moved) for a in limits]
+        machine += limits
         for entry, values in rates.items():
             times = [ours / theirs for ours, theirs in zip(rates[OURS], values, strict=True)]
             rows.append([*entry, depth, *Spread.of(values), *Spread.of(times)])
         if not quick:
             costs += measure_costs(depth, rounds, images, say_depth)
     speeds = pd.DataFrame(rows, columns=COLUMNS)
-    spreads = {name: Spread.of(values) for name, values in limits.items()}
+    spreads = {name: Spread.of([answer[name] for answer in machine]) for name in LIMITS}
     facts = {
         "device": device,
         "rounds": rounds,
