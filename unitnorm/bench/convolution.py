@@ -14,7 +14,6 @@ from unitnorm.bench import measure
 from unitnorm.bench.contestants import seconds_of
 from unitnorm.bench.measure import Contestant, Measurement, Say, Spread
 from unitnorm.run.devices import prepare
-from unitnorm.run.provenance import device
 from unitnorm.segment.config import SegNetConfig
 from unitnorm.segment.evaluation import make_mesh
 from unitnorm.segment.model import choose_convolution
@@ -41,7 +40,7 @@ def convolution(height: int, width: int) -> Iterator[dict[str, Any]]:
     everywhere = NamedSharding(mesh, PartitionSpec())
     arguments = jax.device_put((x, kernel, back), (by_image, everywhere, by_image))
     programs = {way: jax.jit(make_layer(way, mesh)).lower(*arguments).compile() for way in WAYS}
-    yield {"device": device()}
+    yield {}
     while True:
         yield {name: seconds_of(partial(f, *arguments)) for name, f in programs.items()}
 
@@ -62,13 +61,13 @@ def make_layer(way: str, mesh: Mesh | None = None) -> Callable[..., tuple[Array,
 
 def measure_convolution(rounds: int, *, quick: bool, say: Say) -> Measurement:
     """Both convolutions at every size; `quick`: the smaller sizes."""
+    device = measure.find_device()
     chosen = {
         (height, width): Contestant("convolution.convolution", {"height": height, "width": width})
         for height, width in (SIZES[:-1] if quick else SIZES)
     }
-    rows, about = [], {}
+    rows = []
     for size, found in measure.one_by_one(chosen, rounds, say):
-        about = found.about["device"]
         times = Spread.of([answer["direct"] / answer["fourier"] for answer in found.answers])
         rows.append([*size, *(found.spread(way).median for way in WAYS), *times])
     frame = pd.DataFrame(rows, columns=COLUMNS)
@@ -83,5 +82,5 @@ def measure_convolution(rounds: int, *, quick: bool, say: Say) -> Measurement:
     )
     title = "Seconds of a layer of SegNet, by XLA's convolution and by Fourier transforms"
     cells = measure.make_cells(title, frame, columns, [remark])
-    facts = {"device": about, "rounds": rounds, "batch": BATCH, "channels": CHANNELS}
-    return Measurement(f"{measure.slug(about)}-convolution", {"": frame}, cells, facts)
+    facts = {"device": device, "rounds": rounds, "batch": BATCH, "channels": CHANNELS}
+    return Measurement(f"{measure.slug(device)}-convolution", {"": frame}, cells, facts)
