@@ -23,16 +23,13 @@ COMMAND = [sys.executable, "-m", "unitnorm"]
 
 def seconds_until(mark: str, words: Sequence[str], cache: str = "") -> float:
     """Of a command up to its first line that holds `mark`, where it is ended; "": of all of it."""
-    environment = {**os.environ, **({"UNITNORM_CACHE": cache} if cache else {})}
+    environment = os.environ | {"UNITNORM_CACHE": cache}
     said = []
     start = time.perf_counter()
     process = subprocess.Popen(
-        [*COMMAND, *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+        [*COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env=environment,
-    )
+    )  # fmt: skip
     assert process.stdout is not None
     try:
         for line in process.stdout:
