@@ -59,8 +59,8 @@ def draw_roofs(points: pd.DataFrame, machine: Mapping[str, Spread]) -> Figure:
                 color=colour, mfc="white" if depths.index(point.depth) else colour,
                 ms=5 if point.runs == 1 else 8, capsize=3, lw=1.2, zorder=3,
             )  # fmt: skip
-        axis.set_xscale("log")
-        axis.set_xlim(left, right)
+        axis.set(xscale="log", xlim=(left, right), ylabel="GFLOP/s")
+        axis.set_xlabel("floating-point operations per byte, least traffic")
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axis.xaxis.set_minor_locator(NullLocator())
@@ -73,8 +73,6 @@ def draw_roofs(points: pd.DataFrame, machine: Mapping[str, Spread]) -> Figure:
             f"memory: {moved / 1e9:,.0f} GB/s", (left * 1.1, moved * left * 1.1 / 1e9), (10, -4),
             textcoords="offset points", va="top",
         )  # fmt: skip
-        axis.set_xlabel("floating-point operations per byte, least traffic")
-        axis.set_ylabel("GFLOP/s")
     return figure
 
 
