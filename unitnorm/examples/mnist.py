@@ -20,11 +20,11 @@ def mnist_arrays(*shape: int) -> tuple[jax.Array, ...]:
 
 
 def draw_batches(
-    images: jax.Array, labels: jax.Array, steps: int, size: int = 100
+    images: jax.Array, labels: jax.Array, steps: int
 ) -> Iterator[tuple[jax.Array, jax.Array]]:
-    """`steps` mini-batches of images and labels, in one random order again and again."""
+    """`steps` mini-batches of 100 images and labels, in one random order again and again."""
     order = np.random.default_rng(0).permutation(len(images))
-    for batch in np.resize(order, (steps, size)):
+    for batch in np.resize(order, (steps, 100)):
         yield images[batch], labels[batch]
 
 
