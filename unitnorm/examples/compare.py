@@ -7,7 +7,6 @@ and how the grids came about, stands in results/transformer.
 """
 
 import itertools
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import pydantic
 
 from unitnorm.errors import Interrupted, UserError
 from unitnorm.examples import transformer
 from unitnorm.report.statistics import compare_pairs, summarise
-from unitnorm.report.tables import Cells, to_csv, to_page
+from unitnorm.report.tables import Cells, format_columns, format_spread, to_csv, to_page
 from unitnorm.run.config import ExperimentConfig, Section
 from unitnorm.run.job import Loaded, TrainingOptions, open_job
 from unitnorm.run.loop import Session
@@ -69,12 +67,11 @@ class Comparison(ExperimentConfig):
     steps: int = 600
     tune: tuple[int, int] = (100, 3)
     compare: tuple[int, int] = (200, 20)
-    arms: dict[str, Arm] = pydantic.Field(default=ARMS)
+    arms: dict[str, Arm] = ARMS
 
     def conflict(self, recorded: Any) -> str | None:
         """Arms may get other grids; what is recorded stays and counts."""
-        arms = json.loads(json.dumps(self.protocol()["arms"]))
-        return super().conflict({**recorded, "arms": arms})
+        return super().conflict({**recorded, "arms": self.protocol()["arms"]})
 
     def settings(self) -> pd.DataFrame:
         """A row for each setting of each arm."""
@@ -143,22 +140,21 @@ def report(runs: pd.DataFrame) -> dict[str, bytes]:
              "difference_low": difference.ci_low, "difference_high": difference.ci_high, "p": p}
         )  # fmt: skip
     table = pd.DataFrame(rows).rename(columns={"loss": "tuning_loss"})
-    shown = pd.DataFrame(
-        {
-            "arm": table["arm"],
-            "rate": [f"{rate:g}" if rate else "" for rate in table["rate"]],
-            "AdamW's rate": [f"{rate:g}" for rate in table["rest_rate"]],
-            "decay": [f"{decay:g}" for decay in table["decay"]],
-            "loss [nats]": [f"{row.mean:.4f} ± {row.std:.4f}" for row in table.itertuples()],
-            "− un-adam": [
-                "" if row.arm == "un-adam" else
-                f"{row.difference:+.4f} ({row.difference_low:+.4f} to {row.difference_high:+.4f})"
-                for row in table.itertuples()
-            ],
-        }
-    )  # fmt: skip
+    difference_format = "{:+.4f} ({:+.4f} to {:+.4f})".format
+    shown = {
+        "arm": (str, "arm"),
+        "rate": (lambda rate: f"{rate:g}" if rate else "", "rate"),
+        "AdamW's rate": ("{:g}".format, "rest_rate"),
+        "decay": ("{:g}".format, "decay"),
+        "loss [nats]": (format_spread, "mean", "std"),
+        "− un-adam": (
+            lambda arm, *ends: "" if arm == "un-adam" else difference_format(*ends),
+            "arm", "difference", "difference_low", "difference_high",
+        ),
+    }  # fmt: skip
     cells = Cells(
-        "A character transformer, each way of training it at its best setting", shown,
+        "A character transformer, each way of training it at its best setting",
+        format_columns(table, shown),
         f"Loss a letter on the last tenth of the text: mean ± standard deviation (ddof 1) of "
         f"{len(losses)} runs; the difference in pairs by seed with its 95 % interval.",
     )  # fmt: skip
