@@ -18,7 +18,6 @@ DEPTHS = (4, 8, 16)
 VARIANTS = (1, 2, 4, 8, 16, 32, 64)
 SEEDS_PER_CORE = 2  # of a study's points
 RUN_EPOCHS = 25  # of a run, for runs per hour
-TABLE2, STUDY = "table 2", "study"
 COLUMNS = [
     "way", "runs", "variants", "depth", "devices", "images", "epoch_s", "low", "high",
     "samples_per_s", "runs_per_hour", "peak_memory_mb", "device_memory_mb",
@@ -32,7 +31,7 @@ class Point(NamedTuple):
     depth: int
     devices: int | None = None  # if they are CPUs; None: one per core
     variants: int = len(UPDATES)  # of each seed
-    way: str = TABLE2
+    way: str = "table 2"
 
     def contestant(self, images: int) -> Contestant:
         """The program of this size; a single variant is UN's."""
@@ -55,7 +54,7 @@ def list_points(cores: int, quick: bool) -> list[Point]:
     return [
         *(Point(count, 2) for count in RUNS[: 2 if quick else None]),
         *(Point(table2, depth) for depth in DEPTHS[: 1 if quick else None]),
-        *(Point(seeds * n, 2, variants=n, way=STUDY) for n in VARIANTS[:: 3 if quick else 1]),
+        *(Point(seeds * n, 2, variants=n, way="study") for n in VARIANTS[:: 3 if quick else 1]),
         *(Point(table2, 2, count) for count in fewer if not quick),
     ]
 
