@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from unitnorm.bench import figures, measure
@@ -189,8 +190,7 @@ def place_points(speeds: pd.DataFrame) -> pd.DataFrame:
     (`intensity`) and a second (`flops_per_s`, `low`, `high`)."""
     points = speeds[speeds["name"] != BOUND.name]
     each = zip(points["name"], points["depth"], strict=True)
-    work = [work_of(depth, ours=name == OURS.name) for name, depth in each]
-    flops, moved = pd.DataFrame(work, index=points.index).T.to_numpy()
+    flops, moved = np.array([work_of(depth, ours=name == OURS.name) for name, depth in each]).T
     points = points.rename(columns={"samples_per_s": "flops_per_s"})
     points[["flops_per_s", "low", "high"]] *= flops[:, None]
     return points.assign(intensity=flops / moved)
