@@ -136,12 +136,12 @@ def test_kernels_and_bytes_are_those_of_the_loop_over_mini_batches():
 @pytest.mark.usefixtures("hurried")
 def test_kernels_are_counted_in_the_epoch_and_told_beside_the_measured_time(fake, bench, tmp_path):
     images = data.load_dataset()
-    function, arguments, again = contestants.make_epoch(1, "un", 2, 400, images)
-    program = jax.jit(function).lower(*arguments).compile()
+    function, fixed, state = contestants.make_epoch(1, "un", 2, 400, images)
+    program = jax.jit(function).lower(*fixed, state).compile()
     assert 10 < kernels.count_work(program.as_text()).kernels < 500
-    state = program(*again(program(*arguments)))
+    state = program(*fixed, program(*fixed, state))
     np.testing.assert_array_equal(state.epoch, 2)
-    assert kernels.compile_for_h100(function, arguments) is None  # without its plugin
+    assert kernels.compile_for_h100(function, (*fixed, state)) is None  # without its plugin
     about = {"steps": 50, "compiled_for": "H100", "work": (50, 67e6)}
     asked = fake(lambda _: (about, [{"epoch_s": 0.01}, {"epoch_s": 0.02}]))
     said = bench("--kernels", "--quick")

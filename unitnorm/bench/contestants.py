@@ -44,13 +44,14 @@ def make_task(depth: int, images: int, data: Dataset, validation_share: float) -
 
 def make_epoch(
     depth: int, update: str, runs: int, images: int, data: Dataset
-) -> tuple[Callable[..., Any], tuple[Any, ...], Callable[..., Any]]:
+) -> tuple[Callable[..., Any], tuple[Any, ...], Any]:
     """An epoch of many runs of one update, all of them together, as a GPU computes them.
 
     Hardly anything is evaluated in it: its time is that of its steps.
 
     Returns:
-      A function that can be traced, what it takes, and from its result what it takes next.
+      A function that can be traced, what it takes in every epoch, and its last argument: the state
+      of the runs, which it gives anew.
     """
     task = make_task(depth, images, data, validation_share=0.0)
     trained = make_training(task, Arm(update))
@@ -66,7 +67,7 @@ def make_epoch(
     test = Images(data.test_images, data.test_labels)
     together = jax.vmap(trained.epoch, in_axes=(None, None, None, 0, 0))
     fixed = jax.device_put((train, test, np.int32(0)))
-    return together, (*fixed, splits, state), lambda state: (*fixed, splits, state)
+    return together, (*fixed, splits), state
 
 
 def nothing() -> Iterator[dict[str, Any]]:

@@ -113,17 +113,17 @@ def kernels(platform: str, depth: int, update: str, runs: int) -> Iterator[dict[
         jax.config.update("jax_platforms", platform)
     prepare(1)
     images = IMAGES.get(platform, IMAGES["gpu"]) // runs
-    function, arguments, again = make_epoch(depth, update, runs, images, load_dataset())
-    program = jax.jit(function).lower(*arguments).compile()
-    there = compile_for_h100(function, arguments) if platform == "cpu" else None
+    function, fixed, state = make_epoch(depth, update, runs, images, load_dataset())
+    program = jax.jit(function).lower(*fixed, state).compile()
+    there = compile_for_h100(function, (*fixed, state)) if platform == "cpu" else None
     yield {
         "steps": images // roofline.BATCH,
         "compiled_for": "H100" if there else provenance.device()["kind"],
         "work": count_work(there or str(program.as_text())),
     }
-    state = program(*arguments)
+    state = program(*fixed, state)
     while True:
-        yield {"epoch_s": seconds_of(lambda: program(*again(state)))}
+        yield {"epoch_s": seconds_of(lambda: program(*fixed, state))}
 
 
 def predict_us(work: Work, flops: float, launch_us: float, gpu: str) -> float:
