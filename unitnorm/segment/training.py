@@ -45,15 +45,15 @@ class EpochFigures(NamedTuple):
 
 
 class SegNetState(NamedTuple):
-    """A training between two mini-batches."""
+    """A training between two mini-batches. A step changes the first four."""
 
     now: Weights
     opt_state: Any
     step: Array  # int32, mini-batches so far, over all epochs
     loss: Array  # float32, sum over the epoch's mini-batches so far
     best: Weights  # of the epoch with the highest mean IoU on the images held out
-    best_epoch: Array  # int32, counted from 1; 0 where there is none
-    figures: Any = None  # EpochFigures; None inside of what is compiled
+    best_epoch: np.int32  # on the host, counted from 1; 0 where there is none
+    figures: EpochFigures
 
 
 class SegNetProgram:
@@ -119,12 +119,12 @@ class SegNetProgram:
         loss = np.zeros(self.epochs, np.float32)
         confusion = np.zeros((self.epochs, CLASSES, CLASSES), np.int32)
         nothing = EpochFigures(loss, loss.copy(), confusion)
-        return self._init(self._run[0])._replace(figures=nothing)
+        now, opt_state, step, total, best = self._init(self._run[0])
+        return SegNetState(now, opt_state, step, total, best, np.int32(0), nothing)
 
     def put(self, saved: Any) -> SegNetState:
         """A state from the host, on the devices."""
-        moved = jax.device_put(saved._replace(figures=None), self._everywhere)
-        return moved._replace(figures=saved.figures)
+        return SegNetState(*jax.device_put(saved[:5], self._everywhere), *saved[5:])
 
     def take(self, state: SegNetState) -> Any:
         """The state as NumPy arrays, which a later step leaves alone."""
@@ -132,11 +132,11 @@ class SegNetProgram:
 
     def advance(self, state: SegNetState) -> SegNetState:
         """One mini-batch; the last of an epoch measures. The state given is used up."""
-        step, figures = int(state.step), state.figures
-        images = self._at(self.scales[step // self.steps])[2]
-        state = self._step(state._replace(figures=None), images, *self._run)
-        state = state._replace(figures=figures)
-        return self._finish_epoch(state) if (step + 1) % self.steps == 0 else state
+        before = int(state.step)
+        images = self._at(self.scales[before // self.steps])[2]
+        now, opt_state, step, loss = self._step(state[:4], images, *self._run)
+        state = SegNetState(now, opt_state, step, loss, *state[4:])
+        return self._finish_epoch(state) if (before + 1) % self.steps == 0 else state
 
     def status(self, state: SegNetState) -> Status:
         """How far it is; it ends after its epochs, or with a loss that is not finite."""
@@ -145,7 +145,7 @@ class SegNetProgram:
             return Status(epoch, True, "", f"mini-batch {place}/{self.steps}" if place else "")
         loss, _, confusion = state.figures
         text = f"loss {loss[epoch - 1]:.3f}"
-        known = np.flatnonzero(confusion.any((1, 2))[:epoch])
+        known = np.flatnonzero(confusion[:epoch].any((1, 2)))
         if known.size:
             found = measure(confusion[known[-1]])
             text += f", global {found['global_accuracy']:.1%}, mean IoU {found['mean_iou']:.1%}"
@@ -183,17 +183,14 @@ class SegNetProgram:
         figures.norm_deviation[epoch - 1] = self._norms(state.now.params)[0]
         due = epoch == self.epochs or epoch % self._config.train.measure_every == 0
         if due and np.isfinite(loss):
-            scale, best = self.scales[epoch - 1], -1.0
-            weights = self.measured(state.now, epoch)
+            scale, weights = self.scales[epoch - 1], self.measured(state.now, epoch)
             matrix = self.evaluator.confusion(weights, self._at(scale)[1]).sum(0)
+            best = measure(figures.confusion[before - 1])["mean_iou"] if before else -1.0
             figures.confusion[epoch - 1] = matrix
-            if before:
-                best = measure(figures.confusion[before - 1])["mean_iou"]
             if scale == self.scales[-1] and not measure(matrix)["mean_iou"] <= best:
-                copy = jax.tree.map(jnp.copy, weights)  # a step uses up the arrays of its state
-                at = jax.device_put(np.int32(epoch), self._everywhere)  # else a step compiles again
-                state = state._replace(best=copy, best_epoch=at)
-        loss = jax.device_put(np.float32(0), self._everywhere)
+                copy = jax.tree.map(jnp.copy, weights)  # a step uses up the arrays that it changes
+                state = state._replace(best=copy, best_epoch=np.int32(epoch))
+        loss = jax.device_put(np.float32(0), self._everywhere)  # else a step compiles again
         return state._replace(loss=loss, figures=figures)
 
     def rate_at(self, step: Array | int, base: Any) -> Any:
@@ -204,13 +201,11 @@ class SegNetProgram:
 
     # ------------------------------------------------------------ traced
 
-    def _start(self, seed: Array) -> SegNetState:
+    def _start(self, seed: Array) -> tuple[Weights, Any, Array, Array, Weights]:
+        """What a state has on the devices, in its order."""
         params, stats = self._network.init(jax.random.fold_in(jax.random.key(seed), INIT))
-        weights = Weights(params, stats)
-        return SegNetState(
-            weights, self._optimiser(0.0, params).init(params), step=jnp.int32(0),
-            loss=jnp.float32(0), best=jax.tree.map(jnp.copy, weights), best_epoch=jnp.int32(0),
-        )  # fmt: skip
+        now, opt_state = Weights(params, stats), self._optimiser(0.0, params).init(params)
+        return now, opt_state, jnp.int32(0), jnp.float32(0), jax.tree.map(jnp.copy, now)
 
     def _optimiser(self, rate: Array | float, params: Any) -> optax.GradientTransformation:
         rest = UPDATES[self.update].rest(rate)
@@ -244,20 +239,21 @@ class SegNetProgram:
         return jax.lax.with_sharding_constraint(batch, by_image)
 
     def _train_step(
-        self, state: SegNetState, train: tuple[Array, Array], seed: Array, rate: Array
-    ) -> SegNetState:
-        images, labels = self._batch(state.step, *train, seed)
+        self, before: Any, train: tuple[Array, Array], seed: Array, rate: Array
+    ) -> tuple[Weights, Any, Array, Array]:
+        """The first four of a state, one mini-batch later."""
+        now, opt_state, step, loss = before
+        images, labels = self._batch(step, *train, seed)
 
         def objective(params: Any) -> tuple[Array, Any]:
-            logits, stats = self._network.apply(params, state.now.stats, images, True)
+            logits, stats = self._network.apply(params, now.stats, images, True)
             return weighted_cross_entropy(logits, labels, self._class_weights), stats
 
-        (loss, stats), gradient = jax.value_and_grad(objective, has_aux=True)(state.now.params)
-        optimiser = self._optimiser(self.rate_at(state.step, rate), state.now.params)
-        steps, opt_state = optimiser.update(gradient, state.opt_state, state.now.params)
-        now = Weights(optax.apply_updates(state.now.params, steps), stats)
-        loss = state.loss + loss
-        return state._replace(now=now, opt_state=opt_state, step=state.step + 1, loss=loss)
+        (mean, stats), gradient = jax.value_and_grad(objective, has_aux=True)(now.params)
+        optimiser = self._optimiser(self.rate_at(step, rate), now.params)
+        change, opt_state = optimiser.update(gradient, opt_state, now.params)
+        params, loss = optax.apply_updates(now.params, change), loss + mean
+        return Weights(params, stats), opt_state, step + 1, loss
 
 
 def weighted_cross_entropy(logits: Array, labels: Array, weights: np.ndarray | Array) -> Array:
