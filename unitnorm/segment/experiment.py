@@ -7,7 +7,7 @@ with every measurement, so that a look at them is possible at any time.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,7 +80,7 @@ class Segmentation:
                 f"{group.title} at {rate:g}", self.config, update, name["seed"], rate,
                 [part.scale] * part.epochs, (images.only(~out), images.only(out)),
             )  # fmt: skip
-            state = self._run(program, group, data, session)
+            state = train(self._part(program, group, data), program, session)
             loss, _, confusion = state.figures
             found = measure(confusion[-1]) | {"train_loss": loss[-1]}
             if not np.isfinite(loss).all():
@@ -104,7 +104,7 @@ class Segmentation:
             if state.figures.confusion[status.epoch - 1].any():
                 session.grow(epochs_of(config, run, program, state))
 
-        state = self._run(program, group, data, session, grow)
+        state = train(self._part(program, group, data), program, session, grow)
         broken = np.flatnonzero(~np.isfinite(state.figures.loss))
         if broken.size:
             raise UserError(
@@ -125,20 +125,15 @@ class Segmentation:
         done = {"seed": program.seed, "base_lr": rate, "epochs": last, "best_epoch": best}
         return found._replace(rows={**found.rows, "runs": SCHEMA.frame("runs", [name | done])})
 
-    def _run(
-        self, program: SegNetProgram, group: Group, data: SceneData, session: Session,
-        after_epoch: Callable[[SegNetState, Status], None] = lambda state, status: None,
-    ) -> SegNetState:  # fmt: skip
-        """Train a program to its end."""
+    def _part(self, program: SegNetProgram, group: Group, data: SceneData) -> Part:
+        """What the checkpoints of a program go by."""
         rates = {"learning_rates": {program.update: program.rate}}
         protocol = json.dumps(self.config.protocol() | rates, sort_keys=True)
         identity = fingerprint(
             ("archbn", "segment"), [program.update], group.table, protocol, data.sha256,
             program.seed, program.scales,
         )  # fmt: skip
-        part = Part(program.title, identity, tuple(sorted(group.names(SCHEMA))))
-        state: SegNetState = train(part, program, session, after_epoch)
-        return state
+        return Part(program.title, identity, tuple(sorted(group.names(SCHEMA))))
 
 
 def list_cells(config: SegmentConfig) -> pd.DataFrame:
