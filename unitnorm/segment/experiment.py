@@ -116,9 +116,8 @@ class Segmentation:
         test = splits["test"].scaled(program.scales[-1])
         name = {"update": update, "run": run}
         rows = []
-        for epoch in sorted(weights):
-            matrices = program.evaluator.by_sequence(weights[epoch], test)
-            for sequence, matrix in matrices.items():
+        for epoch, measured in weights.items():
+            for sequence, matrix in program.evaluator.by_sequence(measured, test).items():
                 cell = {"split": "test", "sequence": sequence, "epoch": epoch}
                 rows.append(name | cell | measure(matrix))
         found = epochs_of(config, run, program, state, rows)
