@@ -232,7 +232,7 @@ def test_median_frequency_weights_by_hand():
     labels = np.array([[[0, 0, 0, 1]], [[0, 0, 11, 11]]], np.uint8)
     # f(0) = 5 / 8, f(1) = 1 / 4 (of the one image that has it), median 7 / 16
     expected = [7 / 16 / (5 / 8), 7 / 16 / (1 / 4), *[0] * 9]
-    np.testing.assert_allclose(evaluation.median_frequency_weights(labels), expected, rtol=1e-6)
+    np.testing.assert_allclose(training.median_frequency_weights(labels), expected, rtol=1e-6)
 
 
 def test_weights_divided_out_leave_the_frequencies_of_the_labels(small, scenes):
@@ -252,7 +252,7 @@ def test_weights_divided_out_leave_the_frequencies_of_the_labels(small, scenes):
     program = make_program(small, scenes, class_prior="labels")
     params["classifier"]["bias"] = jnp.zeros(11)
     moved = program.measured(weights.Weights(params, None), 1).params["classifier"]["bias"]
-    known = evaluation.median_frequency_weights(scenes.splits["train"].labels)
+    known = training.median_frequency_weights(scenes.splits["train"].labels)
     np.testing.assert_allclose(moved, -np.log(np.where(known > 0, known, 1)), atol=1e-6)
 
 

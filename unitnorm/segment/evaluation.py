@@ -24,13 +24,6 @@ from unitnorm.segment.palette import CLASSES, UNLABELLED
 from unitnorm.segment.schema import ALL, COLUMNS
 from unitnorm.segment.weights import Weights
 
-# Of the SegNet authors' own training on CamVid (segnet_basic_train.prototxt of their tutorial), in
-# the order of `palette.NAMES`: median frequency weights of the 367 label images, each within a
-# tenth, but for "sign", 9.6, where the images give 3.8; they probably had a narrower class.
-PUBLISHED_WEIGHTS = (
-    0.2595, 0.1826, 4.5640, 0.1417, 0.9051, 0.3826, 9.6446, 1.8418, 0.6823, 6.2478, 7.3614,
-)  # fmt: skip
-
 
 def measure(matrix: NDArray[np.integer]) -> dict[str, float]:
     """The figures of a confusion matrix of all classes, by their columns of the records.
@@ -46,21 +39,6 @@ def measure(matrix: NDArray[np.integer]) -> dict[str, float]:
         iou = right / (true + predicted - right)
     means = [float(x[np.isfinite(x)].mean()) if pixels.any() else np.nan for x in (each, iou)]
     return dict(zip(COLUMNS, (float(whole), *means, *iou), strict=True))
-
-
-def median_frequency_weights(labels: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Weights of the classes in the loss: median(f) / f(c), float32 (CLASSES,).
-
-    f(c) is the number of pixels of class c over the number of labelled and unlabelled pixels of the
-    images that have it (Eigen and Fergus 2015, as in the SegNet paper). A class that no image has
-    weighs nothing. `labels` are those of the training images, (n, height, width).
-    """
-    counts = np.stack([np.bincount(image.ravel(), minlength=256)[:CLASSES] for image in labels])
-    with np.errstate(invalid="ignore"):  # 0 / 0
-        frequency = counts.sum(0) / (labels[0].size * (counts > 0).sum(0))
-    known = np.isfinite(frequency)
-    median = np.median(frequency[known]) if known.any() else 0.0
-    return np.where(known, median / frequency, 0).astype(np.float32)
 
 
 def count_confusion(labels: Array, predictions: Array) -> Array:
