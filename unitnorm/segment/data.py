@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from unitnorm.errors import UserError
+from unitnorm.errors import UserError, one_line
 from unitnorm.segment import synthetic
 from unitnorm.segment.palette import CAMVID, CLASSES, NAMES, UNKNOWN, UNLABELLED, labels_by_colour
 
@@ -277,5 +277,5 @@ def opened(path: Path) -> Iterator[Image.Image]:
         with Image.open(path) as image:
             yield image
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as problem:
-        reason = getattr(problem, "strerror", None) or " ".join(str(problem).split())
+        reason = getattr(problem, "strerror", None) or one_line(problem)
         raise UserError(f"{path}: cannot be read as an image ({reason})") from None

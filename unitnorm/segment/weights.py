@@ -11,7 +11,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from unitnorm.errors import UserError
+from unitnorm.errors import UserError, one_line
 from unitnorm.segment.config import SegNetConfig
 from unitnorm.segment.model import segnet
 from unitnorm.segment.palette import NAMES
@@ -77,7 +77,7 @@ def read_weights(path: Path) -> TrainedSegNet:
         size = int(about["height"]), int(about["width"])
         return TrainedSegNet(network, weights, about["update"], size)
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as problem:
-        reason = " ".join(f"{type(problem).__name__}: {problem}".split())[:160]
+        reason = one_line(f"{type(problem).__name__}: {problem}")[:160]
         raise UserError(
             f"{path}: not the weights of a SegNet of this version ({reason}); expected a file "
             "that `unitnorm segment train` wrote"
