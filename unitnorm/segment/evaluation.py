@@ -72,7 +72,7 @@ class Evaluator:
 
         def add_statistics(total: Any, params: Any, images: Array) -> Any:
             found = batch_statistics(network, params, total, images.astype(jnp.float32))
-            return jax.tree.map(lambda sum, x: sum + x / (1 - config.bn_momentum), total, found)
+            return jax.tree.map(lambda sum, x: sum + x / (1 - network.bn_momentum), total, found)
 
         self._batch = -(-batch // mesh.size) * mesh.size
         self._confusion = jax.jit(confusion, out_shardings=self.everywhere)

@@ -129,7 +129,9 @@ class SegNetBasic(nnx.Module):
 
 def segnet(config: SegNetConfig, mesh: Mesh | None = None) -> Network:
     """SegNet-Basic as pure functions; the devices of `mesh`, of one axis, share the images."""
-    return split_network(lambda rngs: SegNetBasic(config, mesh, rngs=rngs), filter_mask, axis=None)
+    return split_network(
+        lambda rngs: SegNetBasic(config, mesh, rngs=rngs), filter_mask, None, config.bn_momentum
+    )
 
 
 def choose_convolution(config: SegNetConfig, mesh: Mesh | None) -> Callable[..., Array]:
