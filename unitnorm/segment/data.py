@@ -155,11 +155,10 @@ def find_split(path: Path) -> str:
 
 def _pair(images: Path, labels: Path) -> list[tuple[Path, Path]]:
     of_images, of_labels = _by_stem(images), _by_stem(labels)
-    for stem in of_images.keys() ^ of_labels.keys():
-        if path := of_images.get(stem):
-            raise UserError(f"{path}: has no label; expected {labels / stem}.png")
-        wanted = f"expected {images / stem}.png or .jpg"
-        raise UserError(f"{of_labels[stem]}: has no image; {wanted}")
+    for stem in sorted(of_images.keys() ^ of_labels.keys()):
+        if stem in of_images:
+            raise UserError(f"{of_images[stem]}: has no label; expected {labels / stem}.png")
+        raise UserError(f"{of_labels[stem]}: has no image; expected {images / stem}.png or .jpg")
     return [(of_images[stem], of_labels[stem]) for stem in sorted(of_images)]
 
 
