@@ -97,7 +97,8 @@ class SegNetProgram:
             "none": lambda: np.ones(CLASSES, np.float32),
         }[part.class_weights]()
         # as many pixels at a time as in training, if there are as many devices as images
-        (height, width), (rows, columns) = train.size_at(1.0), self._crop(train.labels)
+        height, width = train.size_at(1.0)
+        rows, columns = map(min, part.crop, (height, width))
         batch = max(1, part.batch_size * (rows * columns) // (height * width))
         self.evaluator = Evaluator(config.network, batch)
         self._network, self._everywhere = self.evaluator.network, self.evaluator.everywhere
@@ -215,11 +216,6 @@ class SegNetProgram:
             rest = optax.chain(optax.add_decayed_weights(decay), rest)
         return build(self.update, rate, filters=self._network.mask(params), rest=rest)
 
-    def _crop(self, labels: Any) -> tuple[int, int]:
-        """Height and width of the part of an image that is trained on."""
-        rows, columns = self._config.train.crop
-        return min(rows, labels.shape[1]), min(columns, labels.shape[2])
-
     def _batch(self, step: Array, images: Array, labels: Array, seed: Array) -> tuple[Array, Array]:
         """A mini-batch, changed at random: images float32 and labels int32.
 
@@ -235,9 +231,9 @@ class SegNetProgram:
         keys = jax.random.split(keys, size)
         by_image = self.evaluator.by_image
         index, keys = jax.lax.with_sharding_constraint((index, keys), by_image)
-        crop, options = self._crop(labels), self._config.augmentation
-        change = jax.vmap(lambda key, image, label: augment(key, image, label, crop, options))
-        batch = change(keys, images[index], labels[index])
+        rows, columns = map(min, self._config.train.crop, labels.shape[1:])
+        change = partial(augment, size=(rows, columns), options=self._config.augmentation)
+        batch = jax.vmap(change)(keys, images[index], labels[index])
         return jax.lax.with_sharding_constraint(batch, by_image)
 
     def _train_step(
