@@ -158,12 +158,11 @@ def epochs_of(
     for epoch in range(int(state.step) // program.steps):
         matrix = figures.confusion[epoch]
         name = {"update": program.update, "run": run, "epoch": epoch + 1}
-        about = {
+        history.append(name | {
             "scale": program.scales[epoch],
             "lr": float(program.rate_at(epoch * program.steps, program.rate)),
             "train_loss": figures.loss[epoch], "norm_deviation": figures.norm_deviation[epoch],
-        }  # fmt: skip
-        history.append(name | about)
+        })  # fmt: skip
         if matrix.any():
             metrics.append(name | {"split": "val", "sequence": ALL} | measure(matrix))
     files = {}

@@ -34,12 +34,10 @@ NORM_UPDATES = ("b-sgd", "un")
 # Momentum 0.9 adds ten steps up; at the others' rate these two do not train, and the sweep gives
 # them a tenth of it.
 RATE_SHARE = {"un-momentum": 0.1, "un-nesterov": 0.1}
+CLAIM, TRAINED = "float64", "float32"  # the claim itself has no ε, and training the config's
 _KEY = ["depth", "point", "dtype", "bn_epsilon", "alpha", "filters", "compensated"]
 _SCALING = ["loss", "error", "change", "epsilon_share"]
 _GRADIENT = ["norm", "expected", "deviation"]
-
-
-CLAIM, TRAINED = "float64", "float32"  # the claim itself has no ε, and training the config's
 
 
 class Case(NamedTuple):
