@@ -495,6 +495,8 @@ def test_records_go_with_older_names_of_values_and_with_rates_of_other_updates()
     assert new.conflict({**recorded, "train": 3}) is not None
     with pytest.raises(UserError, match="kernel_size = 4: expected an odd number"):
         load(None, {"network.kernel_size": 4}, config.SegmentConfig)
+    with pytest.raises(UserError, match="each rate may stand once"):
+        load(None, {"sweep.rates": [0.3, 1.0, 0.3]}, config.SegmentConfig)
 
 
 @pytest.fixture(scope="module")

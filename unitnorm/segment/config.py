@@ -111,6 +111,13 @@ class SegmentSweep(Section):
     scale: Scale = 1.0  # part of the size, for training and measurement
     held_out: str = "0006R0"  # the sequence of train/ that is measured on
 
+    @field_validator("rates")
+    @classmethod
+    def _distinct(cls, rates: list[float]) -> list[float]:
+        if len(set(rates)) != len(rates):  # in the records a rate names a row
+            raise ValueError("each rate may stand once")
+        return rates
+
 
 class SegmentConfig(ExperimentConfig):
     """One experiment. `updates` and `runs` select what is trained; the rest is protocol."""
