@@ -31,9 +31,9 @@ class Group:
     what: Any  # all that the experiment needs to compute them
     data: str = ""  # the name of their data set
 
-    def names(self, schema: Schema) -> frozenset[str]:
+    def names(self, schema: Schema) -> set[str]:
         """The names of its records, see `Schema.names`."""
-        return frozenset(schema.names(self.table, self.cells))
+        return schema.names(self.table, self.cells)
 
 
 class Found(NamedTuple):
@@ -96,9 +96,8 @@ def complete(job: Job) -> None:
         job.store(records)
 
     session = replace(job.session, grow=grow)
-    running: set[frozenset[str]] = set()
+    running: set[str] = set()  # the names of what the engine was given
     while True:
-        busy: frozenset[str] = frozenset().union(*running)
         done: list[Done] = []
         for group in experiment.missing(records):
             if job.engine is None:
@@ -107,19 +106,18 @@ def complete(job: Job) -> None:
             if not job.engine.has_room():
                 break
             names = group.names(experiment.schema)
-            if not names & busy:
+            if not names & running:
                 job.engine.give(experiment, group, job.data[group.data])
-                running.add(names)
-                busy |= names
+                running |= names
         if job.engine is not None and running:
             done = job.engine.next(session)
         if not done:
             return
-        for group, _, _ in done:
-            running.discard(group.names(experiment.schema))
         records = add(records, *(found for _, found, _ in done))
         job.store(records, done)
-        for group, found, _ in done:  # else it would be missing again, without end
-            given = experiment.schema.names(group.table, found.rows[group.table])
-            if not group.names(experiment.schema) <= given:
+        for group, found, _ in done:
+            names = group.names(experiment.schema)
+            running -= names
+            if not names <= experiment.schema.names(group.table, found.rows[group.table]):
+                # it would be missing again, without end
                 raise RuntimeError(f"{group.title}: what was computed are other runs than planned")
