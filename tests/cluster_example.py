@@ -85,7 +85,7 @@ def measure(workers: int, seconds: float, rounds: int) -> tuple[float, float]:
     with (
         tempfile.TemporaryDirectory() as name,
         records.locked(folder := Path(name)),
-        connect(None, workers, 1, print) as engine,
+        connect(None, workers, 1) as engine,
     ):
         engine.client.wait_for_workers(workers)
         engine.client.run(identity)  # imports the libraries on each

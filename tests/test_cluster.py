@@ -67,7 +67,7 @@ def test_a_worker_that_dies_costs_its_group_alone_and_one_that_comes_late_helps(
     with (
         worker(scheduler),
         late,
-        cluster.connect(scheduler, None, 1, kept.said.append) as engine,
+        cluster.connect(scheduler, None, 1) as engine,
     ):
         found = kept.complete(engine)
     pd.testing.assert_frame_equal(found, Kept(Squares(8)).complete())
@@ -86,7 +86,7 @@ def test_a_worker_of_another_version_is_refused_by_name(scheduler, tmp_path):
     with (
         worker(scheduler, tmp_path),
         worker(scheduler),
-        cluster.connect(scheduler, None, 1, kept.said.append) as engine,
+        cluster.connect(scheduler, None, 1) as engine,
     ):
         engine.client.wait_for_workers(2)
         found = kept.complete(engine)
@@ -102,7 +102,7 @@ def test_a_worker_of_another_version_is_refused_by_name(scheduler, tmp_path):
 def test_nobody_there_is_a_line(scheduler, monkeypatch):
     monkeypatch.setattr(cluster, "PATIENCE_S", 0.3)
     for address, workers in (("tcp://127.0.0.1:1", None), (scheduler, None), (scheduler, 2)):
-        with pytest.raises(UserError) as caught, cluster.connect(address, workers, 1, print):
+        with pytest.raises(UserError) as caught, cluster.connect(address, workers, 1):
             pass
         assert "\n" not in str(caught.value)
 

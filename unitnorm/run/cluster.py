@@ -12,7 +12,7 @@ import contextlib
 import functools
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from unitnorm.errors import Interrupted, UserError, one_line
@@ -29,11 +29,10 @@ ATTEMPTS = 3  # a group whose workers have died so often is not tried again
 class Workers:
     """The workers that a scheduler has; they may come and go."""
 
-    def __init__(self, client: Any, cpu_devices: int | None, say: Callable[[str], None]):
+    def __init__(self, client: Any, cpu_devices: int | None):
         self.client = client
         self.sent: dict[int, Any] = {}  # data sets, by their identity here
         self._cpu_devices = cpu_devices
-        self._say = say
         self._running: dict[Any, tuple[Experiment, Group, Any]] = {}
         self._waiting: list[tuple[Experiment, Group, Any]] = []  # for a worker to be there
         self._refused: set[str] = set()
@@ -116,17 +115,14 @@ class Workers:
             raise UserError(f"{REFUSALS} workers were refused, the last for its {other}")
         if worker not in self._refused:
             self._refused.add(worker)
-            self._say(f"{worker} is refused: {other}; give it what this process has")
+            session.say(f"{worker} is refused: {other}; give it what this process has")
             self.client.retire_workers([worker], close_workers=True)
         self.give(experiment, group, data)
 
 
 @contextlib.contextmanager
 def connect(
-    scheduler: str | None,
-    workers: int | None,
-    cpu_devices: int | None,
-    say: Callable[[str], None],
+    scheduler: str | None, workers: int | None, cpu_devices: int | None
 ) -> Iterator[Workers]:
     """The workers of a scheduler, an address such as tcp://host:8786, or so many of one's own here.
 
@@ -158,7 +154,7 @@ def connect(
                 f"({one_line(error)[:200]}); start "
                 "`dask scheduler` and `dask worker ADDRESS --nthreads 1`"
             ) from None
-        yield Workers(client, cpu_devices, say)
+        yield Workers(client, cpu_devices)
 
 
 def own_workers(count: int) -> contextlib.AbstractContextManager[Any]:

@@ -147,7 +147,7 @@ def open_job(
         if options.workers is not None or options.scheduler is not None:
             from unitnorm.run.cluster import connect
 
-            there = connect(options.scheduler, options.workers, options.devices, say)
+            there = connect(options.scheduler, options.workers, options.devices)
             engine = stack.enter_context(there)
         report = stack.enter_context(progress.shown(console))
         session = Session(report, say, checkpoints=checkpoints, interrupted=lambda: stopping.is_set)
