@@ -376,15 +376,12 @@ def _parse_csv(schema: Schema, name: str, content: bytes, folder: Path) -> pd.Da
         readers = {column: _READERS[kind] for column, kind in spec.columns.items()}
         table = pd.read_csv(text, converters=readers, keep_default_na=False)
         table = table.assign(**{c: x for c, x in spec.later.items() if c not in table})
-        if set(table.columns) == set(spec.columns):
-            table = spec.typed(table[list(spec.columns)])
+        if set(table.columns) != set(spec.columns):
+            there, expected = ",".join(map(str, table.columns)), ",".join(spec.columns)
+            raise UserError(f"{path}: columns {there}; expected {expected}; {REPAIR}")
+        table = spec.typed(table[list(spec.columns)])
     except (ValueError, OverflowError, LookupError, OSError, EOFError) as error:
         raise UserError(f"{path}: not a table of records: {one_line(error)}; {REPAIR}") from None
-    if list(table.columns) != list(spec.columns):
-        raise UserError(
-            f"{path}: columns {','.join(map(str, table.columns))}; expected "
-            f"{','.join(spec.columns)}; {REPAIR}"
-        )
     for column in schema.cell:
         values = table[column]
         is_text = spec.columns[column] == "s"
