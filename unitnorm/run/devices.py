@@ -62,9 +62,9 @@ def prepare(cpu_devices: int | None = None) -> None:
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as problem:
-        asked = f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
         raise UserError(
-            f"{asked}: JAX finds no such device here; name others, or unset JAX_PLATFORMS"
+            f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: JAX finds no such device here; "
+            "name others, or unset JAX_PLATFORMS"
         ) from problem
 
 

@@ -164,7 +164,7 @@ def check_matching(
     known: Records, config: ExperimentConfig, expected: dict[str, Any], options: TrainingOptions
 ) -> Records:
     """The folder's records, if they are of this config and data; new ones have their provenance."""
-    if not known.provenance or known.is_empty():
+    if known.is_empty():
         return replace(known, provenance=expected)
     found = known.provenance
     differs, old, new = config.conflict(found["config"]), found["data"], expected["data"]
@@ -199,10 +199,9 @@ def interruptible() -> Iterator[Stopping]:
         stopping.is_set = True
         click.echo("stopping …", err=True)
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, request) for number in numbers]
+    before = {n: signal.signal(n, request) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stopping
     finally:
-        for number, handler in zip(numbers, before, strict=True):
+        for number, handler in before.items():
             signal.signal(number, handler)
