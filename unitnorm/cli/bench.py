@@ -25,19 +25,15 @@ MEASURES = {  # flag → what it says of itself; without any, the comparison
 
 
 @click.command(cls=opt.GroupedCommand, short_help="Speed beside the peers and the limits.")
-@opt.together(
-    *(
-        opt.option(f"--{name}", "what", group=opt.SELECTION, flag_value=name, help=text)
-        for name, text in MEASURES.items()
-    )
-)
-@opt.option("--depth", group=opt.SELECTION, type=click.IntRange(1, 64), multiple=True,
-            help="Depth to compare at.  [default: 2 and 4]")  # fmt: skip
-@opt.option("--rounds", group=opt.SELECTION, type=click.IntRange(1, 50),
-            help="Repetitions.  [default: 7, else 3]")  # fmt: skip
-@opt.option("--quick", group=opt.SELECTION, is_flag=True,
-            help="A first look in two minutes: depth 2, 2 rounds, a tenth of the images, fewer "
-            "points.")  # fmt: skip
+@opt.together(*(opt.selection_option(f"--{name}", "what", flag_value=name, help=text)
+                for name, text in MEASURES.items()))  # fmt: skip
+@opt.selection_option("--depth", type=click.IntRange(1, 64), multiple=True,
+                      help="Depth to compare at.  [default: 2 and 4]")  # fmt: skip
+@opt.selection_option("--rounds", type=click.IntRange(1, 50),
+                      help="Repetitions.  [default: 7, else 3]")  # fmt: skip
+@opt.selection_option("--quick", is_flag=True,
+                      help="A first look in two minutes: depth 2, 2 rounds, a tenth of the images, "
+                      "fewer points.")  # fmt: skip
 @opt.out_option("runs/bench", "Folder of the tables and figures.")
 def bench(
     out: Path, what: str | None, depth: tuple[int, ...], rounds: int | None, quick: bool

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from unitnorm.run.config import Schema
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
-SELECTION, DATA, RECORDS, SEVERAL = "What is run", "Data", "Records", "Devices and workers"
 
 
 class GroupedOption(click.Option):
@@ -105,6 +104,10 @@ class ConfigName(click.ParamType):
 
 
 option: Callable[..., Decorator] = partial(click.option, cls=GroupedOption)
+# and under the headings that several commands have
+selection_option = partial(option, group="What is run")
+data_option = partial(option, group="Data")
+records_option = partial(option, group="Records")
 
 
 def argument(name: str, text: str, **settings: Any) -> Decorator:
@@ -126,62 +129,59 @@ def together(*decorators: Decorator) -> Decorator:
 def out_option(default: str, text: str = "Folder of the records and the report.") -> Decorator:
     """--out, which every command that reads or writes records takes."""
     kind = click.Path(path_type=Path, file_okay=False)
-    return option(
-        "--out", group=RECORDS, type=kind, default=Path(default), show_default=True, help=text
-    )
+    return records_option("--out", type=kind, default=Path(default), show_default=True, help=text)
 
 
 def set_option(what: str, example: str) -> Decorator:
     """--set."""
     text = f"Override any key of the {what}, for example --set {example}."
-    return option(
-        "--set", "overrides", group=SELECTION, multiple=True, metavar="KEY=VALUE", help=text
-    )
+    return selection_option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help=text)
 
 
 def config_option(default: str) -> Decorator:
     """--config and --set."""
     text = f"A preset or a TOML file; `unitnorm config` lists them.  [default: {default}]"
     return together(
-        option("--config", "config_path", group=SELECTION, type=ConfigName(), help=text),
+        selection_option("--config", "config_path", type=ConfigName(), help=text),
         set_option("config", "loss.batch_size=50"),
     )
 
 
-update_option = option("--update", "updates", group=SELECTION, type=UpdateName(), multiple=True,
-                       help="Update to run; may be repeated: b-sgd, un, …")  # fmt: skip
-seed_option = option("--seed", group=SELECTION, type=int, help="Seed of run 0; run k has seed + k.")
-runs_option = option("--runs", group=SELECTION, type=int, help="Runs of each update.")
+update_option = selection_option("--update", "updates", type=UpdateName(), multiple=True,
+                                 help="Update to run; may be repeated: b-sgd, un, …")  # fmt: skip
+seed_option = selection_option("--seed", type=int, help="Seed of run 0; run k has seed + k.")
+runs_option = selection_option("--runs", type=int, help="Runs of each update.")
 
 # of every command on the paper's network
 archbn_options = together(
     config_option("table2, the paper's protocol"),
-    option("--depth", "depths", group=SELECTION, type=int, multiple=True,
-           help="Depth to run; may be repeated."),
+    selection_option("--depth", "depths", type=int, multiple=True,
+                     help="Depth to run; may be repeated."),
     update_option,
     seed_option,
-    option("--dataset", "data__dataset", group=DATA,
-           help="mnist, or a data set that TFDS knows, such as fashion_mnist."),
-    option("--data-dir", "data__data_dir", group=DATA,
-           help="Folder with four IDX files of your own, raw or .gz."),
+    data_option("--dataset", "data__dataset",
+                help="mnist, or a data set that TFDS knows, such as fashion_mnist."),
+    data_option("--data-dir", "data__data_dir",
+                help="Folder with four IDX files of your own, raw or .gz."),
 )  # fmt: skip
 
 
 def training_options(out: str) -> Decorator:
     """What every command that trains takes, alike: the fields of `TrainingOptions`."""
+    several = partial(option, group="Devices and workers")
     gone = partial(click.option, hidden=True, expose_value=False, callback=_refuse)
     return together(
         out_option(out),
-        option("--fresh", group=RECORDS, is_flag=True,
-               help="Start over: drop the records and checkpoints of the selected runs."),
-        option("--checkpoint-every", group=RECORDS, type=click.FloatRange(0.0), metavar="SECONDS",
-               help="Save the state at most so often; 0: at every chance.  [default: 5]"),
-        option("--devices", group=SEVERAL, type=click.IntRange(1, 4096),
-               help="CPU devices to share the work among.  [default: one per core]"),
-        option("--workers", group=SEVERAL, type=click.IntRange(1, 4096),
-               help="Compute in so many processes on this machine (needs unitnorm[cluster])."),
-        option("--scheduler", group=SEVERAL, metavar="ADDRESS",
-               help="Compute on the workers of a Dask scheduler, such as tcp://host:8786."),
+        records_option("--fresh", is_flag=True,
+                       help="Start over: drop the records and checkpoints of the selected runs."),
+        records_option("--checkpoint-every", type=click.FloatRange(0.0), metavar="SECONDS",
+                       help="Save the state at most so often; 0: at every chance.  [default: 5]"),
+        several("--devices", type=click.IntRange(1, 4096),
+                help="CPU devices to share the work among.  [default: one per core]"),
+        several("--workers", type=click.IntRange(1, 4096),
+                help="Compute in so many processes on this machine (needs unitnorm[cluster])."),
+        several("--scheduler", metavar="ADDRESS",
+                help="Compute on the workers of a Dask scheduler, such as tcp://host:8786."),
         gone("--distributed", is_flag=True),
         *map(gone, ("--coordinator", "--processes", "--process")),
     )  # fmt: skip
@@ -206,9 +206,8 @@ def take_training_options(options: dict[str, Any]) -> TrainingOptions:
     return TrainingOptions(**{name: options.pop(name) for name in names})
 
 
-json_option = option("--json", "as_json", group=RECORDS, is_flag=True,
-                     help="Print JSON, for scripts.")  # fmt: skip
-quiet_option = option("--quiet", group=RECORDS, is_flag=True, help="Print nothing but faults.")
+json_option = records_option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
+quiet_option = records_option("--quiet", is_flag=True, help="Print nothing but faults.")
 
 
 def print_report(

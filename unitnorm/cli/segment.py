@@ -46,18 +46,18 @@ def segment() -> None:
 
 command = partial(segment.command, cls=opt.GroupedCommand)
 scene_options = opt.together(
-    opt.option("--data-dir", "data__data_dir", group=opt.DATA,
-               help="Folder of CamVid: train/, trainannot/, val/ …"),
-    opt.option("--synthetic", "data__dataset", group=opt.DATA, flag_value="synthetic",
-               help="Invented scenes instead of CamVid."),
+    opt.data_option("--data-dir", "data__data_dir",
+                    help="Folder of CamVid: train/, trainannot/, val/ …"),
+    opt.data_option("--synthetic", "data__dataset", flag_value="synthetic",
+                    help="Invented scenes instead of CamVid."),
 )  # fmt: skip
 
 
 def weights_option(*, multiple: bool = False) -> opt.Decorator:
     """--weights, once or several times."""
     often = "; may be repeated" if multiple else ""
-    return opt.option(
-        "--weights", group=opt.RECORDS, type=click.Path(path_type=Path), multiple=multiple,
+    return opt.records_option(
+        "--weights", type=click.Path(path_type=Path), multiple=multiple,
         default=[PUBLISHED] if multiple else PUBLISHED,
         help=f"File that train wrote{often}.  [default: UN's, which are part of unitnorm]",
     )  # fmt: skip
@@ -75,8 +75,8 @@ training_options = opt.together(
 
 @command(short_help="Choose each update's learning rate.")
 @training_options
-@opt.option("--rate", "sweep__rates", group=opt.SELECTION, type=float, multiple=True,
-            help="Rate to try; may be repeated.  [default: the config's]")  # fmt: skip
+@opt.selection_option("--rate", "sweep__rates", type=float, multiple=True,
+                      help="Rate to try; may be repeated.  [default: the config's]")  # fmt: skip
 def sweep(**options: Any) -> None:
     """Choose each update's base learning rate on a sequence of training images held out.
 
@@ -103,10 +103,9 @@ def train(**options: Any) -> None:
 
 @command(short_help="Measure trained weights on a split.")
 @weights_option(multiple=True)
-@opt.option("--save", group=opt.RECORDS, type=FILE,
-            help="Markdown file to write the table to, too.")  # fmt: skip
-@opt.option("--split", group=opt.DATA, type=click.Choice(["train", "val", "test"]),
-            default="test", show_default=True, help="Which images.")  # fmt: skip
+@opt.records_option("--save", type=FILE, help="Markdown file to write the table to, too.")
+@opt.data_option("--split", type=click.Choice(["train", "val", "test"]),
+                 default="test", show_default=True, help="Which images.")  # fmt: skip
 @scene_options
 def evaluate(weights: tuple[Path, ...], save: Path | None, split: str, **scene_choice: Any) -> None:
     """Measure trained weights on a split of CamVid; one file by sequence, too.
@@ -147,8 +146,8 @@ def evaluate(weights: tuple[Path, ...], save: Path | None, split: str, **scene_c
 @opt.config_option("segnet_small")
 @weights_option()
 @scene_options
-@opt.option("--out", group=opt.RECORDS, type=FILE, help="File to write.",
-            default=Path("runs/renewed.safetensors"), show_default=True)  # fmt: skip
+@opt.records_option("--out", type=FILE, default=Path("runs/renewed.safetensors"),
+                    show_default=True, help="File to write.")  # fmt: skip
 def renew(weights: Path, out: Path, **options: Any) -> None:
     """Recompute the batch statistics of trained weights, as the config's train.statistics says.
 

@@ -25,17 +25,18 @@ RUNS = "runs/study"
 @click.command(cls=opt.GroupedCommand, short_help="Many runs compared, from a declared plan.")
 @opt.argument("plan_name", "Plan: a preset, or a TOML file.", metavar="NAME|FILE",
               type=opt.ConfigName())  # fmt: skip
-@opt.option("--data", "places", group=opt.DATA, multiple=True, metavar="NAME=FOLDER",
-            help="Where a data set of the plan lies: four IDX files; may be repeated. mnist needs "
-            "none.")  # fmt: skip
-@opt.option("--dry-run", group=opt.SELECTION, is_flag=True,
-            help="Say how many runs are missing and how long they take; train nothing.",
-)  # fmt: skip
-@opt.option("--report-only", group=opt.SELECTION, is_flag=True,
-            help="Comparisons and figures from what is recorded; train nothing.")  # fmt: skip
-@opt.option("--page", group=opt.RECORDS, is_flag=True,
-            help="Also write index.html beside the folder: one page to explore all studies there.",
-)  # fmt: skip
+@opt.data_option("--data", "places", multiple=True, metavar="NAME=FOLDER",
+                 help="Where a data set of the plan lies: four IDX files; may be repeated. "
+                 "mnist needs none.")  # fmt: skip
+@opt.selection_option("--dry-run", is_flag=True,
+                      help="Say how many runs are missing and how long they take; train "
+                      "nothing.")  # fmt: skip
+@opt.selection_option("--report-only", is_flag=True,
+                      help="Comparisons and figures from what is recorded; train "
+                      "nothing.")  # fmt: skip
+@opt.records_option("--page", is_flag=True,
+                    help="Also write index.html beside the folder: one page to explore all "
+                    "studies there.")  # fmt: skip
 @opt.set_option("plan", "compare.count=20")
 @opt.training_options(RUNS)
 def study(

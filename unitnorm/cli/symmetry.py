@@ -13,14 +13,12 @@ from unitnorm.run.job import interruptible
 
 @click.command(cls=opt.GroupedCommand, short_help="What scaling the filters does, made visible.")
 @opt.archbn_options
-@opt.option("--rate", group=opt.SELECTION, type=float,
-            help="Learning rate.  [default: the config's largest candidate, 0.01 in Table 2]",
-)  # fmt: skip
-@opt.option("--steps", group=opt.SELECTION, type=click.IntRange(1, 1_000_000), default=1000,
-            show_default=True, help="Length of the trajectories.")  # fmt: skip
-@opt.option("--epochs", group=opt.SELECTION, type=click.IntRange(1, 1000), default=5,
-            show_default=True, help="Length of the training whose row norms are recorded.",
-)  # fmt: skip
+@opt.selection_option("--rate", type=float, help="Learning rate.  "
+                      "[default: the config's largest candidate, 0.01 in Table 2]")  # fmt: skip
+@opt.selection_option("--steps", type=click.IntRange(1, 1_000_000), default=1000,
+                      show_default=True, help="Length of the trajectories.")  # fmt: skip
+@opt.selection_option("--epochs", type=click.IntRange(1, 1000), default=5, show_default=True,
+                      help="Length of the training whose row norms are recorded.")  # fmt: skip
 @opt.out_option("runs/symmetry", "Folder of the tables and figures.")
 def symmetry(out: Path, rate: float | None, steps: int, epochs: int, **options: Any) -> None:
     """Scale every filter: what becomes of loss, gradient, training and row norms?

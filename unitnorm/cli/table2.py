@@ -146,14 +146,11 @@ def reproduce(**options: Any) -> None:
 
 @click.command("verify", cls=opt.GroupedCommand,
                short_help="Compute a recorded run again and compare.")  # fmt: skip
-@opt.option("--depth", group=opt.SELECTION, type=int,
-            help="Depth of the run.  [default: the first recorded]")  # fmt: skip
-@opt.option("--update", group=opt.SELECTION, type=opt.UpdateName(),
-            help="Update of the run.  [default: the first recorded]")  # fmt: skip
-@opt.option("--run", group=opt.SELECTION, type=int,
-            help="Number of the run.  [default: the first recorded]")  # fmt: skip
-@opt.option("--data-dir", group=opt.DATA,
-            help="Folder with the IDX files, if the records are of such.")  # fmt: skip
+@opt.selection_option("--depth", type=int, help="Depth of the run.  [default: the first recorded]")
+@opt.selection_option("--update", type=opt.UpdateName(),
+                      help="Update of the run.  [default: the first recorded]")  # fmt: skip
+@opt.selection_option("--run", type=int, help="Number of the run.  [default: the first recorded]")
+@opt.data_option("--data-dir", help="Folder with the IDX files, if the records are of such.")
 @opt.out_option(OUT)
 def verify_command(out: Path, data_dir: str | None, **wanted: Any) -> None:
     """Compute a recorded run again and say whether every bit matches.
