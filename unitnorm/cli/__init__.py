@@ -22,7 +22,7 @@ import click
 import unitnorm
 from unitnorm.cli import bench, listing, segment, study, symmetry, table2
 from unitnorm.cli.options import ConfigName, GroupedCommand, argument, to_go_on
-from unitnorm.errors import UserError
+from unitnorm.errors import UserError, one_line
 
 # Of files, which have a name, a full disk is told where they are written: this is of the output.
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
@@ -62,7 +62,7 @@ class MainGroup(click.Group):
             if error.ctx is None or isinstance(error, click.exceptions.NoArgsIsHelpError):
                 raise
             text = f"{error.format_message().rstrip('.')}; see `{error.ctx.command_path} --help`"
-            leave(" ".join(text.split()), error.exit_code)
+            leave(one_line(text), error.exit_code)
         except KeyboardInterrupt:
             # Once is enough: a second signal would only break off the end of the process.
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -110,7 +110,8 @@ def main() -> None:
 
 
 @click.command(cls=GroupedCommand, short_help="Print a preset to edit, or list them.")
-@argument("name", "Preset, or a TOML file.", metavar="[NAME]", required=False, type=ConfigName())
+@argument("name", text="Preset, or a TOML file.", metavar="[NAME]", required=False,
+          type=ConfigName())  # fmt: skip
 def config(name: str | None) -> None:
     """Print a preset, to be edited and given with --config; without a name, list them.
 

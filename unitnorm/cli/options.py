@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.shell_completion import CompletionItem
 
-from unitnorm.errors import UserError
+from unitnorm.errors import UserError, one_line
 from unitnorm.run.job import TrainingOptions
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class UpdateName(click.ParamType):
         try:
             return check_update_name(value)
         except ValueError as error:
-            self.fail(" ".join(str(error).split()), param, ctx)
+            self.fail(one_line(error), param, ctx)
 
     def shell_complete(self, ctx: Any, param: Any, incomplete: str) -> list[CompletionItem]:
         from unitnorm.updates import UPDATES
@@ -108,11 +108,7 @@ option: Callable[..., Decorator] = partial(click.option, cls=GroupedOption)
 selection_option = partial(option, group="What is run")
 data_option = partial(option, group="Data")
 records_option = partial(option, group="Records")
-
-
-def argument(name: str, text: str, **settings: Any) -> Decorator:
-    """A click argument with a text in the help."""
-    return click.argument(name, cls=GroupedArgument, text=text, **settings)
+argument: Callable[..., Decorator] = partial(click.argument, cls=GroupedArgument)
 
 
 def together(*decorators: Decorator) -> Decorator:

@@ -64,13 +64,9 @@ def weights_option(*, multiple: bool = False) -> opt.Decorator:
 
 
 training_options = opt.together(
-    opt.config_option("segnet_small"),
-    opt.update_option,
-    opt.runs_option,
-    opt.seed_option,
-    scene_options,
-    opt.training_options(OUT),
-)
+    opt.config_option("segnet_small"), opt.update_option, opt.runs_option, opt.seed_option,
+    scene_options, opt.training_options(OUT),
+)  # fmt: skip
 
 
 @command(short_help="Choose each update's learning rate.")
@@ -180,7 +176,7 @@ def renew(weights: Path, out: Path, **options: Any) -> None:
 
 
 @command(short_help="Segment photos.")
-@opt.argument("images", "Photos.", nargs=-1, required=True, type=click.Path(path_type=Path))
+@opt.argument("images", text="Photos.", nargs=-1, required=True, type=click.Path(path_type=Path))
 @weights_option()
 @opt.option("--overlay", is_flag=True, help="NAME_overlay.png too: the photo under the colours.")
 @opt.out_option("runs/predictions", "Folder of the PNGs.")

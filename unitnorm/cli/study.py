@@ -23,7 +23,7 @@ RUNS = "runs/study"
 
 
 @click.command(cls=opt.GroupedCommand, short_help="Many runs compared, from a declared plan.")
-@opt.argument("plan_name", "Plan: a preset, or a TOML file.", metavar="NAME|FILE",
+@opt.argument("plan_name", text="Plan: a preset, or a TOML file.", metavar="NAME|FILE",
               type=opt.ConfigName())  # fmt: skip
 @opt.data_option("--data", "places", multiple=True, metavar="NAME=FOLDER",
                  help="Where a data set of the plan lies: four IDX files; may be repeated. "

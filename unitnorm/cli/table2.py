@@ -84,7 +84,7 @@ def train(**options: Any) -> None:
 
 
 @click.command(cls=opt.GroupedCommand, short_help="The table and figures, from the records.")
-@opt.argument("folders", "One results folder, or two to compare.  [default: that of --out]",
+@opt.argument("folders", text="One results folder, or two to compare.  [default: that of --out]",
               nargs=-1, type=click.Path(path_type=Path))  # fmt: skip
 @opt.out_option(OUT)
 @opt.json_option
