@@ -141,13 +141,15 @@ def format_spread(mean: float, std: float, form: Callable[[float], str] = format
 
 def format_signed(value: float, digits: int) -> str:
     """With a sign, unless it is zero to that many digits: −0.12, +0.05, 0.00."""
+    if math.isnan(value):
+        return "–"
     text = f"{value:+.{digits}f}"
     return text.replace("-", "−") if float(text) else text[1:]
 
 
 def format_points(value: float) -> str:
     """A difference of errors in percentage points, signed: −0.0012 is "−0.12"."""
-    return "–" if math.isnan(value) else format_signed(100 * value, 2)
+    return format_signed(100 * value, 2)
 
 
 def format_p(value: float) -> str:
@@ -157,9 +159,5 @@ def format_p(value: float) -> str:
 
 def format_range(low: float, high: float, form: Callable[[float], str] = format_number) -> str:
     """An interval: 0.0195 to 0.0219."""
-    return format_interval(form(low), form(high))
-
-
-def format_interval(low: str, high: str) -> str:
-    """Two ends that are already text: 0.0195 to 0.0219."""
-    return "–" if "–" in (low, high) else f"{low} to {high}"
+    ends = form(low), form(high)
+    return "–" if "–" in ends else " to ".join(ends)

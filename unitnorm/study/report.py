@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Mapping
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +15,8 @@ from unitnorm.errors import UserError
 from unitnorm.report.tables import (
     Cells,
     Fitting,
-    format_interval,
     format_p,
+    format_range,
     format_signed,
     to_csv,
     to_markdown,
@@ -26,6 +27,7 @@ from unitnorm.study.config import Plan
 from unitnorm.study.experiment import plan_of
 
 LOOKS = "looks.csv"  # of a results folder: kept from report to report
+_signed = partial(format_signed, digits=3)
 
 
 class Findings(NamedTuple):
@@ -134,8 +136,8 @@ def comparison_cells(study: Findings) -> Cells:
             "data": statistics.name_place(row),
             "comparison": statistics.name_comparison(row),
             "n": f"{row['n']}" + (f" (−{row['n_left_out']})" if row["n_left_out"] else ""),
-            "difference": _sign(row["difference"]),
-            "95 % interval": _range(row["ci_low"], row["ci_high"]),
+            "difference": _signed(row["difference"]),
+            "95 % interval": format_range(row["ci_low"], row["ci_high"], _signed),
             "p (Holm)": format_p(row["p_holm"]),
             "verdict": row["verdict"],
             "looks": describe_looks(row),
@@ -167,16 +169,8 @@ def describe_looks(row: Mapping[Any, Any]) -> str:
     if not row["looks_before"]:
         return ""
     looks = "looks" if "," in row["looks_before"] else "a look"
-    interval = _range(row["ci_looks_low"], row["ci_looks_high"])
+    interval = format_range(row["ci_looks_low"], row["ci_looks_high"], _signed)
     return f"extended after {looks} at n = {row['looks_before']}: {interval}"
-
-
-def _sign(value: float) -> str:
-    return "–" if math.isnan(value) else format_signed(value, 3)
-
-
-def _range(low: float, high: float) -> str:
-    return format_interval(_sign(low), _sign(high))
 
 
 def summary_cells(plan: Plan, compared: pd.DataFrame) -> Cells:
