@@ -119,8 +119,10 @@ def _escape_tex(text: str) -> str:
 
 def format_columns(table: pd.DataFrame, columns: Mapping[str, tuple[Any, ...]]) -> pd.DataFrame:
     """A table of text: by header, a format and the names of the columns of numbers it takes."""
-    each = {header: (form, [table[n] for n in names]) for header, (form, *names) in columns.items()}
-    return pd.DataFrame({header: list(map(form, *given)) for header, (form, given) in each.items()})
+    cells = {}
+    for header, (form, *names) in columns.items():
+        cells[header] = list(map(form, *(table[name] for name in names)))
+    return pd.DataFrame(cells)
 
 
 def format_number(value: float, digits: int = 4) -> str:
