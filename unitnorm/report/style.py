@@ -42,12 +42,8 @@ _SETTINGS: dict[Any, Any] = {
     "font.size": FONT,
     "grid.color": "#dddddd",
     "grid.linewidth": 0.6,
-    "legend.fontsize": FONT,
     "legend.frameon": False,
-    "lines.scale_dashes": True,
     "svg.hashsalt": "unitnorm",  # else every SVG has ids of its own
-    "xtick.labelsize": FONT,
-    "ytick.labelsize": FONT,
 }
 
 
