@@ -4,7 +4,6 @@ A chart draws rows: a frame of what `statistics` found, with `x`, `y`, the ends 
 a look. `draw` gives PNG and SVG; `page` puts the same chart into a browser.
 """
 
-import io
 import json
 import math
 import textwrap
@@ -16,9 +15,8 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import vl_convert
-from PIL import Image
 
-from unitnorm.report.style import GREY, assign_styles, label
+from unitnorm.report.style import GREY, assign_styles, label, quantize
 from unitnorm.report.tables import format_points
 from unitnorm.study.statistics import (
     budget_means,
@@ -368,10 +366,8 @@ def draw(name: str, rows: pd.DataFrame) -> dict[str, bytes]:
     page = {"vconcat": [_legend(legend), *panels], "title": title, "padding": 8, "spacing": 14}
     page["config"] = {**CONFIG, "aria": False}
     _register_letters()
-    picture = Image.open(io.BytesIO(vl_convert.vegalite_to_png(page, scale=SCALE))).convert("RGB")
-    content = io.BytesIO()  # lines need no more than 256 colours: a third of the size
-    picture.quantize(256, dither=Image.Dither.NONE).save(content, "PNG", optimize=True)
-    return {"png": content.getvalue(), "svg": vl_convert.vegalite_to_svg(page).encode()}
+    png = quantize(vl_convert.vegalite_to_png(page, scale=SCALE))
+    return {"png": png, "svg": vl_convert.vegalite_to_svg(page).encode()}
 
 
 @cache
