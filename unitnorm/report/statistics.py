@@ -1,7 +1,6 @@
 """What every experiment computes of its runs: means, intervals, paired tests and curves."""
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -38,17 +37,18 @@ def summarise(values: np.ndarray, alpha: float = 1 - CONFIDENCE) -> Summary:
     return Summary(mean, std, mean - half, mean + half)
 
 
-def summarise_groups(table: pd.DataFrame, keys: Sequence[str], column: str) -> pd.DataFrame:
-    """The summary of a column, NaN where a run has diverged, in each group of runs.
+def summarise_groups(table: pd.DataFrame, keys: list[str], most: float) -> pd.DataFrame:
+    """The summary of the column `value`, errors or NaN where a run has diverged, in each group.
 
     Returns:
         A row per group, in the order of their first rows: `keys`, n and n_diverged, which add up to
-        the group's rows, and the fields of `Summary`.
+        the group's rows, and the fields of `Summary`, the interval cut to 0 to `most`.
     """
     rows = []
-    for key, group in table.groupby(list(keys), sort=False)[column]:
+    for key, group in table.groupby(keys, sort=False)["value"]:
         values = group.dropna().to_numpy(float)
-        rows.append((*key, len(values), len(group) - len(values), *summarise(values)))
+        found = summarise(values).cut(0.0, most)
+        rows.append((*key, len(values), len(group) - len(values), *found))
     return pd.DataFrame(rows, columns=[*keys, "n", "n_diverged", *Summary._fields])
 
 

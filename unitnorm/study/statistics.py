@@ -321,12 +321,6 @@ def _wrong_images(runs: pd.DataFrame, seeds: pd.Index) -> np.ndarray | None:
 # ---------------------------------------------------------------- rates, budgets, starts, ranks
 
 
-def summarise_errors(table: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
-    """`summarise_groups` of `value`, errors in percent: intervals end where an error does."""
-    means = summarise_groups(table, keys, "value")
-    return means.assign(**means[["ci_low", "ci_high"]].clip(0, 100))
-
-
 def rate_means(runs: pd.DataFrame) -> pd.DataFrame:
     """The tuning runs by place, arm and rates, with the best rates of each arm marked.
 
@@ -345,9 +339,8 @@ def rate_means(runs: pd.DataFrame) -> pd.DataFrame:
     reached = runs["effective_rate"].where(value.notna())
     runs = runs.assign(value=value, val_error=value.fillna(_WORST), effective_rate=reached)
     means = runs.groupby(keys)[["val_error", "effective_rate"]].mean().round(_TIES)
-    table = (
-        summarise_errors(runs, keys).rename(columns={"mean": "healthy_error"}).join(means, on=keys)
-    )
+    table = summarise_groups(runs, keys, 100.0)
+    table = table.rename(columns={"mean": "healthy_error"}).join(means, on=keys)
     edge = pd.Series(False, index=table.index)
     for name in RATES:
         axis = table.groupby(cell)[name]
@@ -408,7 +401,7 @@ def budget_means(runs: pd.DataFrame) -> pd.DataFrame:
         chosen.assign(budget=budget, value=metric_values(chosen, column))
         for budget, column in columns.items()
     ]
-    table = summarise_errors(pd.concat(parts), [*PLACE, "arm", "update", "budget"])
+    table = summarise_groups(pd.concat(parts), [*PLACE, "arm", "update", "budget"], 100.0)
     return table[table["n"] > 0].reset_index(drop=True)
 
 
@@ -426,7 +419,7 @@ def spread_means(runs: pd.DataFrame) -> pd.DataFrame:
         # where each kind has balanced runs of its own, these come first and stay
         part = part.iloc[np.argsort(part["start"] != kind, kind="stable")]
         parts.append(part.drop_duplicates([*keys, "seed"]))
-    return summarise_errors(pd.concat(parts), keys)
+    return summarise_groups(pd.concat(parts), keys, 100.0)
 
 
 def left_by(schedule: ArrayLike, epochs: ArrayLike) -> np.ndarray:
@@ -478,7 +471,7 @@ def rank(runs: pd.DataFrame) -> pd.DataFrame:
         for _, group in runs.groupby([*PLACE, "arm"])
         for level, part, _ in _levels(group, group)
     ]
-    table = summarise_errors(pd.concat(levels), [*PLACE, "arm", "update", "level"])
+    table = summarise_groups(pd.concat(levels), [*PLACE, "arm", "update", "level"], 100.0)
     means = table["mean"].round(10).fillna(math.inf)
     places = means.groupby([table[name] for name in PLACE]).rank(method="min").astype(int)
     table.insert(len(PLACE), "rank", places)

@@ -135,10 +135,9 @@ def summarise_errors(runs: pd.DataFrame, paper: Paper = PAPER) -> pd.DataFrame:
     is a 95 % t-interval of the mean, cut to 0 to 1. NaN where a figure is not defined (n < 2) or
     the paper has none.
     """
-    healthy = runs.assign(test_error=runs["test_error"].mask(runs["failed"]))
-    table = statistics.summarise_groups(healthy, KEY, "test_error")
+    healthy = runs.assign(value=runs["test_error"].mask(runs["failed"]))
+    table = statistics.summarise_groups(healthy, KEY, 1.0)
     table = table.rename(columns={"n_diverged": "diverged"})
-    table = table.assign(**table[["ci_low", "ci_high"]].clip(0, 1))
     keys = zip(table["depth"], table["update"], strict=True)
     table[["paper_mean", "paper_std"]] = [paper.get(key, (math.nan, math.nan)) for key in keys]
     return table
