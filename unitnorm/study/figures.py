@@ -18,17 +18,8 @@ import vl_convert
 
 from unitnorm.report.style import GREY, assign_styles, label, quantize
 from unitnorm.report.tables import format_points
-from unitnorm.study.statistics import (
-    budget_means,
-    is_error,
-    left_by,
-    name_comparison,
-    name_metric,
-    name_place,
-    profile_rates,
-    rate_means,
-    spread_means,
-)
+from unitnorm.study import statistics
+from unitnorm.study.statistics import name_comparison, name_metric, name_place
 
 WIDTH, HEIGHT, SCALE = 800, 180, 1.5  # pixels of a page, of a panel, and of the PNG to each
 _RANGE = 6.0  # how many times its lowest error a panel shows: worse ones do not matter
@@ -93,7 +84,7 @@ def _cut(table: pd.DataFrame) -> pd.DataFrame:
 
 def rate_rows(runs: pd.DataFrame) -> pd.DataFrame:
     """Validation error of the tuning runs against the filters' rate, all else at its best."""
-    table = _looking(profile_rates(rate_means(runs)), "arm")
+    table = _looking(statistics.profile_rates(statistics.rate_means(runs)), "arm")
     ends = table[["ci_low", "ci_high"]].where(table["n_diverged"] == 0)
     level = table["schedule"] if table["schedule"].nunique() > 1 else ""
     return _cut(table.assign(x=table["filters_rate"], y=table["val_error"], level=level, **ends))
@@ -105,8 +96,7 @@ def effective_rows(runs: pd.DataFrame, epochs: Mapping[str, int]) -> pd.DataFram
     `epochs` are those that the schedule of each arm is made for.
     """
     table = rate_rows(runs)
-    last = table["arm"].map(epochs).to_numpy(float)
-    left = left_by(table["schedule"], last)
+    left = statistics.left_by(table["schedule"], table["arm"].map(epochs).to_numpy(float))
     table = table.assign(y=table["effective_rate"] / left, ci_low=math.nan, ci_high=math.nan)
     return _looking(table, "arm")[table["y"] > 0]
 
@@ -114,13 +104,13 @@ def effective_rows(runs: pd.DataFrame, epochs: Mapping[str, int]) -> pd.DataFram
 def budget_rows(runs: pd.DataFrame) -> pd.DataFrame:
     """The error after 5, 10, 25, … epochs and at the end; of many starts the balanced alone."""
     alone = runs["spread"] == 0
-    table = budget_means(runs[alone] if alone.any() else runs)
+    table = statistics.budget_means(runs[alone] if alone.any() else runs)
     return _cut(_looking(table.assign(x=table["budget"], y=table["mean"], level=""), "arm"))
 
 
 def spread_rows(runs: pd.DataFrame) -> pd.DataFrame:
     """The error of full trainings against the spread of the start: a line per update."""
-    table = _looking(spread_means(runs), "update")
+    table = _looking(statistics.spread_means(runs), "update")
     names = list(dict.fromkeys(table["series"]))
     shift = 0.02 * max(1.0, float(table["spread"].max()))  # else the intervals overlap
     x = table["spread"] + shift * (table["series"].map(names.index) - (len(names) - 1) / 2)
@@ -140,7 +130,8 @@ def late_rate_rows(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 def forest_rows(compared: pd.DataFrame, margin: float) -> pd.DataFrame:
     """Every comparison of errors; an arm that fails badly stands at the frame, out of the way."""
-    rows = compared[compared["metric"].map(is_error).astype(bool) & compared["difference"].notna()]
+    rows = compared[compared["metric"].map(statistics.is_error).astype(bool)]
+    rows = rows[rows["difference"].notna()]
     ends = ["difference", "ci_low", "ci_high", "ci_images_low", "ci_images_high"]
     sizes = rows[ends].abs().to_numpy(float)
     sizes = sizes[np.isfinite(sizes)]
