@@ -40,11 +40,6 @@ class Findings(NamedTuple):
     answer: str = ""  # in a sentence, see `read_answer`
 
 
-def epochs_of(plan: Plan) -> dict[str, int]:
-    """The epochs that the schedule of each arm is made for."""
-    return {name: plan.config_of(name).train.max_epochs for name in plan.arms}
-
-
 def look(folder: Path, known: Records) -> Findings:
     """Compare what a folder's records hold, as the next look after those that it keeps."""
     plan = plan_of(known)
@@ -104,7 +99,8 @@ def chart_rows(study: Findings) -> dict[str, pd.DataFrame]:
     tuning = runs[runs["purpose"] == "tune"]
     if (tuning.groupby("arm")["filters_rate"].nunique() > 2).any():  # two points are no curve
         rows["rates"] = figures.rate_rows(runs)
-        rows["effective_rates"] = figures.effective_rows(runs, epochs_of(plan))
+        epochs = {name: plan.config_of(name).train.max_epochs for name in plan.arms}
+        rows["effective_rates"] = figures.effective_rows(runs, epochs)
     if (runs["purpose"] == "compare").any():
         rows["budgets"] = figures.budget_rows(runs)
         unequal = runs[runs["start"] != "norms"]  # where all lengths are alike, nothing is spread
@@ -146,7 +142,7 @@ def comparison_cells(study: Findings) -> Cells:
     ]
     declared = known.provenance.get("plan_committed") or "not committed"
     committed = "" if declared.startswith("not committed") else "committed "
-    first = min((command["started"] for command in known.provenance["commands"]), default="–")
+    first = min(command["started"] for command in known.provenance["commands"])
     note = (
         "Difference of the test error in percentage points, arm − baseline, in n pairs by seed "
         "(− those left out, as one of the two diverged); paired t-interval over seeds; p by Holm "
