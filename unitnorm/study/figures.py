@@ -72,13 +72,10 @@ def _looking(table: pd.DataFrame, column: str) -> pd.DataFrame:
 def _cut(table: pd.DataFrame) -> pd.DataFrame:
     """With `y` and its interval inside the scale of its data set; an arrow is off the scale."""
     lowest = table["y"].where(table["y"] > 0).groupby(table["dataset"]).transform("min")
-    top = np.maximum(_RANGE * lowest, 0)
-    off = table["y"] > top
-    ends = {
-        name: np.clip(table[name], lowest / 1.2, top).where(~off & table[name].notna())
-        for name in ("ci_low", "ci_high")
-    }
-    shape = table["shape"].where(~off, "arrow")
+    top = _RANGE * lowest
+    on = table["y"] <= top
+    ends = {name: table[name].clip(lowest / 1.2, top).where(on) for name in ("ci_low", "ci_high")}
+    shape = table["shape"].where(on, "arrow")
     return table.assign(y=np.minimum(table["y"], top), shape=shape, **ends)[table["y"] > 0]
 
 
