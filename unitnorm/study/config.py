@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from unitnorm.archbn.config import Config
-from unitnorm.run.config import ExperimentConfig, Section, parse
+from unitnorm.run.config import ExperimentConfig, Section, check_updates, parse
 from unitnorm.run.records import as_float32
 from unitnorm.study.schema import BUDGETS
 
@@ -76,9 +76,7 @@ class ArmPlan(Section):
     @field_validator("update")
     @classmethod
     def _known(cls, update: str) -> str:
-        from unitnorm.updates import check_update_name
-
-        return check_update_name(update)
+        return check_updates([update])[0]
 
     def grid(self) -> list[Rates]:
         """Every combination that tuning tries."""
@@ -122,19 +120,15 @@ class Plan(ExperimentConfig):
     def _spelled_out(cls, values: Any) -> Any:
         """With what all arms share in each, and a comparison for each of its `arms`."""
         values = dict(values)
-        arms, shared = values.get("arms"), values.get("all_arms")
+        arms, shared, plans = (values.get(key) for key in ("arms", "all_arms", "comparisons"))
+        shared = shared if isinstance(shared, dict) else {}
         if isinstance(arms, dict):
-            shared = shared if isinstance(shared, dict) else {}
-            values["arms"] = {
-                name: {"update": name.split("@")[0], **shared, **arm}
-                if isinstance(arm, dict)
-                else arm
-                for name, arm in arms.items()
-            }
-        if isinstance(values.get("comparisons"), list):
-            values["comparisons"] = [
-                one for plan in values["comparisons"] for one in _spell_out(plan)
-            ]
+            values["arms"] = dict(arms)
+            for name, arm in arms.items():
+                if isinstance(arm, dict):
+                    values["arms"][name] = {"update": name.split("@")[0], **shared, **arm}
+        if isinstance(plans, list):
+            values["comparisons"] = [one for plan in plans for one in _spell_out(plan)]
         return values
 
     @model_validator(mode="after")
