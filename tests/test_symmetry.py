@@ -3,7 +3,6 @@
 import io
 import json
 
-import jax
 import numpy as np
 import PIL.Image
 import pytest
@@ -59,15 +58,10 @@ def measured(ran) -> Measured:
     return ran[2]
 
 
-@pytest.fixture(scope="module")
-def walks(subject):
-    """Trajectories of every update."""
+def walk_of(subject, name, steps):
+    """The trajectory of an update."""
     start, case = subject.initial(), Case(CLAIM, 0.0)
-    jax.config.update("jax_disable_most_optimizations", True)  # as `hurried`
-    try:
-        return measure.compare_trajectories(subject, start, case, list(UPDATES), RATE, STEPS)
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
+    return measure.compare_trajectories(subject, start, case, [name], RATE, steps)
 
 
 def of(table, dtype=CLAIM, **columns):
@@ -154,16 +148,16 @@ def test_epsilon_ends_the_invariance_at_small_alpha_and_bounds_the_gradient(meas
 # ---------------------------------------------------------------- (c) trajectories
 
 
-@pytest.mark.parametrize("update", UPDATES)
-def test_only_updates_that_know_the_symmetry_take_both_starts_the_same_way(walks, update):
-    walk = of(walks, update=update)
+@pytest.mark.parametrize("name", UPDATES)
+def test_only_updates_that_know_the_symmetry_take_both_starts_the_same_way(name, subject, hurried):
+    walk = walk_of(subject, name, STEPS)
     assert walk["steps"].tolist() == [0, 1, 2, 5, 10, 20]
-    assert walk["rate"].unique() == [RATE * measure.RATE_SHARE.get(update, 1)]
+    assert walk["rate"].unique() == [RATE * measure.RATE_SHARE.get(name, 1)]
     assert walk["gap"].iloc[0] < 1e-13  # one network, from both starts
     assert walk["rounding_gap"].max() < 1e-10
     trained = walk[walk["steps"] > 0]
-    if update in BLIND:
-        later = trained["steps"] > (update == "renorm-sgd")  # whose first step is the same
+    if name in BLIND:
+        later = trained["steps"] > (name == "renorm-sgd")  # whose first step is the same
         assert trained["gap"][later].min() > 1e-3
     else:
         assert trained["gap"].max() < 1e-9
@@ -176,7 +170,7 @@ def test_with_epsilon_the_starts_differ_until_they_are_normalised(measured):
     assert first["rounding_gap"].max() < 1e-5
 
 
-def test_the_gap_after_a_step_is_that_of_numpy(subject, walks):
+def test_the_gap_after_a_step_is_that_of_numpy(subject, hurried):
     """Of gradient descent; that of the updates without one is zero above."""
     start, theta = as_numpy(subject.initial().params)
     test, factors = subject.data.test_images.astype(float), subject.factors()
@@ -194,7 +188,7 @@ def test_the_gap_after_a_step_is_that_of_numpy(subject, walks):
     plain, scaled = logits(np.ones_like(factors)), logits(factors)
     gap = np.linalg.norm(scaled - plain) / np.linalg.norm(plain)
     differing = np.mean(plain.argmax(-1) != scaled.argmax(-1))
-    found = of(walks, update="b-sgd", steps=1)[["gap", "differing"]].to_numpy()[0]
+    found = of(walk_of(subject, "b-sgd", 1), steps=1)[["gap", "differing"]].to_numpy()[0]
     assert list(found) == pytest.approx([gap, differing], rel=1e-8)
 
 
