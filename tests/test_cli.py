@@ -23,13 +23,12 @@ from rich.console import Console
 
 import unitnorm
 from tests import faults
+from tests.common import ROOT, contents, python
 from unitnorm.cli import main
 from unitnorm.cli.options import print_report
 from unitnorm.run import progress, records
 from unitnorm.run.loop import Status
 from unitnorm.table2.schema import SCHEMA
-
-ROOT = Path(__file__).parents[1]
 
 FILES = {
     "runs.csv", "history.csv", "sweep.csv", "filters.safetensors", "provenance.json",
@@ -48,18 +47,14 @@ def invoke(words, **settings):
 def call(tmp_path_factory, idx_folder, small_toml):
     """Runs a command in a process of its own and gives what it printed."""
     cache = tmp_path_factory.mktemp("cache")
-    train = ["--config", str(small_toml), "--data-dir", str(idx_folder), "--depth", "1"]
-    root = str(Path(unitnorm.__file__).parents[1])
+    train = ["--config", small_toml, "--data-dir", idx_folder, "--depth", 1]
 
     def run(command, *words, trains=True, before="", **shell):
         start = f"{before}\nfrom unitnorm.cli import main; main(prog_name='unitnorm')"
-        line = [sys.executable, "-W", "error::DeprecationWarning:unitnorm", "-c", start]
-        done = subprocess.run(
-            [*line, command, *(train if trains else []), *map(str, words)],
-            capture_output=True, text=True, timeout=faults.PATIENCE_S,
-            env={**os.environ, "UNITNORM_CACHE": str(cache), "COLUMNS": "100", "PYTHONPATH": root,
-                 "XLA_FLAGS": faults.QUICK, **shell},
-        )  # fmt: skip
+        setting = {"UNITNORM_CACHE": cache, "COLUMNS": 100, "XLA_FLAGS": faults.QUICK, **shell}
+        warnings = "error::DeprecationWarning:unitnorm"
+        more = train if trains else []
+        done = python(start, command, *more, *words, PYTHONWARNINGS=warnings, **setting)
         assert done.returncode == 0, done.stdout + done.stderr
         return done
 
@@ -70,10 +65,6 @@ def call(tmp_path_factory, idx_folder, small_toml):
 def reproduced(call, tmp_path_factory):
     out = tmp_path_factory.mktemp("out") / "results"
     return out, call("reproduce", "--out", out)
-
-
-def contents_of(out: Path) -> dict[str, bytes]:
-    return {name: (out / name).read_bytes() for name in FILES}
 
 
 def test_reproduce_writes_every_file_and_prints_the_table(reproduced):
@@ -130,14 +121,14 @@ def test_one_run_trained_alone_in_any_shell_has_the_same_bits(reproduced, call, 
 
 def test_report_needs_the_records_alone_and_repeats_its_bytes(reproduced, call, capsys):
     out, _ = reproduced
-    before = contents_of(out)
+    before = contents(out)
     for name in ("table2.csv", "figures/curves.png"):
         (out / name).unlink()
     # a home that cannot be written, where Matplotlib keeps nothing
     home = {"HOME": "/proc/none", "XDG_CONFIG_HOME": "", "XDG_CACHE_HOME": ""}
     done = call("report", "--out", out, "--json", trains=False, **home)
     assert done.stderr == ""
-    assert contents_of(out) == before
+    assert contents(out) == before
     told = json.loads(done.stdout)
     assert set(told["files"]) < FILES
     means = [row["mean"] for row in told["tables"]["table2"]]
@@ -151,7 +142,7 @@ def test_what_is_recorded_is_not_trained_again_and_another_config_is_refused(
     reproduced, idx_folder, small_toml, monkeypatch
 ):  # fmt: skip
     out, _ = reproduced
-    before = contents_of(out)
+    before = contents(out)
     monkeypatch.setattr("unitnorm.run.devices.prepare", lambda *_, **__: None)
     words = ["train", "--config", small_toml, "--data-dir", idx_folder, "--depth", 1, "--out", out]
     assert "every selected run is recorded" in invoke(words).stdout
@@ -159,7 +150,7 @@ def test_what_is_recorded_is_not_trained_again_and_another_config_is_refused(
     assert done.exit_code == 2
     assert done.stderr.count("\n") == 1
     assert "holds records of another config (loss.batch_size: 20 there, 10 here)" in done.stderr
-    assert contents_of(out) == before
+    assert contents(out) == before
 
 
 def test_list_says_what_was_run_in_which_state_and_how_to_go_on(reproduced, tmp_path, monkeypatch):
@@ -181,7 +172,7 @@ def test_list_says_what_was_run_in_which_state_and_how_to_go_on(reproduced, tmp_
     }  # fmt: skip
     done = found["runs/done"]
     assert (done["experiment"], done["runs"]) == ("table2", 6)
-    assert done["bytes"] == sum(map(len, contents_of(Path("runs/done")).values()))
+    assert done["bytes"] == sum(map(len, contents(Path("runs/done")).values()))
     assert done["command"].startswith("unitnorm reproduce --config")
     size = f"{done['bytes'] / 1e6:.1f} MB"
     assert f"runs/done: table2, recorded, 6 runs, {size}\n  {done['command']}\n" in text
@@ -325,6 +316,5 @@ def test_names_are_offered_for_completion():
 
 def test_help_does_not_wait_for_jax():
     code = "import sys, unitnorm.cli; print([m for m in ('jax', 'pandas') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert python(code).stdout.strip() == "[]"
     assert invoke(["--version"]).stdout == f"unitnorm, version {unitnorm.__version__}\n"

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 import tomllib
 
 import pytest
 
+from tests.common import python
 from unitnorm.archbn.config import Config
 from unitnorm.errors import UserError
 from unitnorm.run.config import PRESETS, find_config, load, parse, parse_override, presets
@@ -69,10 +67,8 @@ def test_configs_are_read_without_jax(tmp_path):
         "main(['config', 'table2'], standalone_mode=False)\n"
         "print([name for name in ('jax', 'optax', 'flax') if name in sys.modules])"
     )
-    words = [sys.executable, "-c", code]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True,
-                          env={**os.environ, "PYTHONPATH": str(PRESETS.parents[1])})  # fmt: skip
-    assert done.stdout == (PRESETS / "table2.toml").read_text() + "[]\n"
+    done = python(code, cwd=tmp_path)
+    assert done.stdout == (PRESETS / "table2.toml").read_text() + "[]\n", done.stderr
 
 
 @pytest.mark.parametrize(

@@ -15,18 +15,9 @@ import jax
 import pytest
 
 from tests import faults
+from tests.common import python
 from unitnorm.run import devices
 from unitnorm.run.devices import count_cores
-
-ROOT = pathlib.Path(__file__).parents[1]
-
-
-def python(code: str, *words: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a program in a process that was not set up for tests."""
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, words)],
-        cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["cuda", "nonsense"])
@@ -139,7 +130,7 @@ for number in map(float, sys.argv[2:]):
 
 def compute(kept: pathlib.Path, *numbers: int, most: int = 1 << 30) -> dict[str, bytes]:
     """The programs that are kept, after one for each number has run without a word of anything."""
-    done = python(PROGRAMS, most, *numbers, UNITNORM_CACHE=str(kept.parent))
+    done = python(PROGRAMS, most, *numbers, UNITNORM_CACHE=kept.parent)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.split() == [f"{number}.0" for number in numbers]
     return {path.name: path.read_bytes() for path in kept.glob("*-cache")}

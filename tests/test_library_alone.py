@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +12,9 @@ import optax
 import pytest
 
 import unitnorm
+from tests.common import ROOT, python
 from unitnorm import updates
 from unitnorm.updates import UPDATES, Update, build, check_update_name, find_update
-
-ROOT = Path(__file__).parent.parent
 
 ABSENT = (
     "array_record click etils grain matplotlib orbax pandas PIL pydantic pyarrow rich safetensors "
@@ -24,15 +22,8 @@ ABSENT = (
 )
 
 
-def python(code):
-    return subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", "-c", textwrap.dedent(code)],
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-
-
 def test_the_updates_need_nothing_but_jax_and_optax():
-    done = python(f"""
+    code = f"""
         import sys
 
         class Absent:
@@ -57,7 +48,8 @@ def test_the_updates_need_nothing_but_jax_and_optax():
             moved, _ = jax.eval_shape(lambda p: tx.update(p, tx.init(p), p), params)
             assert jax.tree.leaves(moved)
         print(kernels, len([name for name in sys.modules if name.split(".")[0] in hidden]))
-    """)
+    """
+    done = python(textwrap.dedent(code), PYTHONWARNINGS="error::UserWarning")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "{'bias': False, 'kernel': True} 0"
 

@@ -11,8 +11,8 @@ import pytest
 from flax import nnx
 
 import unitnorm
+from tests.common import ROOT
 
-ROOT = Path(__file__).parent.parent
 readme = SimpleNamespace(**runpy.run_path(str(ROOT / ".ci" / "readme.py")))
 
 

@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from tests.common import a_line, contents
 from tests.faults import small_disk
 from unitnorm.errors import UserError
 from unitnorm.run import records
@@ -83,20 +84,6 @@ def put(folder: Path, content: Records) -> None:
 def out(tmp_path):
     put(tmp_path / "out", example())
     return tmp_path / "out"
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-@contextlib.contextmanager
-def a_line(match: str, folder: Path | None = None) -> Iterator[None]:
-    """It is refused in one line, and nothing in the folder changes."""
-    before = folder and contents(folder)
-    with pytest.raises(UserError, match=match) as caught:
-        yield
-    assert "\n" not in str(caught.value)
-    assert before == (folder and contents(folder))
 
 
 def refused(folder: Path, match: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from flax import nnx
 from PIL import Image
 
 import unitnorm
+from tests.common import ROOT
 from unitnorm.cli import main
 from unitnorm.cli.segment import PUBLISHED
 from unitnorm.errors import Interrupted, UserError
@@ -38,7 +38,6 @@ from unitnorm.segment import (
 from unitnorm.segment.experiment import Segmentation
 from unitnorm.segment.schema import SCHEMA
 
-ROOT = Path(__file__).parents[1]
 SMALL = (
     "data.dataset=synthetic", "data.height=19", "data.width=26", "network.features=4",
     "network.kernel_size=3", "network.stages=1", "train.epochs=2", "train.batch_size=20",

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.common import ROOT, a_line
 from tests.test_segment import _quick_to_compile, opened  # noqa: F401
 from unitnorm.errors import UserError
 from unitnorm.run.config import load
@@ -17,7 +18,7 @@ from unitnorm.segment import data, palette, predicting, synthetic
 from unitnorm.segment.augment import augment
 from unitnorm.segment.config import Augmentation, SegmentConfig
 
-CAMVID = Path(__file__).parents[2] / "shared" / "data" / "CamVid"
+CAMVID = ROOT.parent / "shared" / "data" / "CamVid"
 
 
 # ---------------------------------------------------------------- augmentation
@@ -234,11 +235,10 @@ def label_all_road(folder):
 )
 def test_a_faulty_folder_is_an_error_that_names_the_file(camvid, place, damage, name, text):
     damage(camvid / place)
-    with pytest.raises(UserError) as error:
+    with a_line() as error:
         read(camvid)
     assert str(error.value).startswith(str(camvid / (name or place)))
     assert text in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 def test_frames_of_no_drive_and_missing_data_are_errors_that_say_what_to_do(tmp_path, full_camvid):

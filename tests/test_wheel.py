@@ -1,18 +1,16 @@
 """The wheel that people install: what is in it, what it weighs, and that it works by itself."""
 
-import os
 import shutil
 import subprocess
 import sys
 import textwrap
 import zipfile
-from pathlib import Path
 
 import pytest
 
+from tests.common import ROOT, python
 from unitnorm.data import idx
 
-ROOT = Path(__file__).parents[1]
 WEIGHTS = "results/segnet/renewed/un.safetensors"
 
 
@@ -62,10 +60,7 @@ def test_the_unpacked_wheel_finds_its_updates_data_and_presets(wheel, tmp_path):
         print(unitnorm.load_dataset().train_images.shape)
         print(len(list(PRESETS.glob("study/*.toml"))))
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": str(tmp_path / "there")}, timeout=300,
-    )  # fmt: skip
+    done = python(textwrap.dedent(code), cwd=tmp_path, PYTHONPATH=tmp_path / "there")
     assert done.returncode == 0, done.stderr
     studies = len(list(ROOT.glob("configs/study/*.toml")))
     place = str(tmp_path / "there" / "unitnorm" / "__init__.py")
