@@ -4,8 +4,6 @@
 for so long, with data as large as MNIST, on 1, 2, 4 and 8 workers of this machine.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import signal

@@ -1,7 +1,5 @@
 """Shared set-up: two CPU devices, so that sharding is always on, and small data and configs."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from pathlib import Path

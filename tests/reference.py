@@ -1,7 +1,5 @@
 """ArchBN in float64 NumPy, forwards and backwards, written from the paper and not from our code."""
 
-from __future__ import annotations
-
 import numpy as np
 
 

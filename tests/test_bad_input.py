@@ -3,8 +3,6 @@
 The same cases every time; UNITNORM_RANDOM_CASES=1 in the environment draws new ones.
 """
 
-from __future__ import annotations
-
 import gzip
 import re
 

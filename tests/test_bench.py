@@ -3,8 +3,6 @@
 No test looks at a time.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -1,7 +1,5 @@
 """Checkpoints: what is restored is what was saved; damage, faults, other runs, full disks."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import errno

@@ -1,7 +1,5 @@
 """The real command line in real processes, from IDX files to the report."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import json

@@ -1,7 +1,5 @@
 """Groups computed by other processes: the same records, whoever dies, comes late or differs."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil

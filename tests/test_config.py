@@ -1,7 +1,5 @@
 """The config: the defaults are the paper's protocol, and every fault is one clear line."""
 
-from __future__ import annotations
-
 import json
 import re
 import tomllib

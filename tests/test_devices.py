@@ -1,8 +1,6 @@
 """This machine: its devices, on Linux and macOS, the same bits whatever their number, and compiled
 programs that are kept within a bound."""
 
-from __future__ import annotations
-
 import os
 import pathlib
 import platform

@@ -1,7 +1,5 @@
 """What `make gpu` does, at toy size on this machine."""
 
-from __future__ import annotations
-
 import json
 import sys
 

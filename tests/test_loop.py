@@ -1,7 +1,5 @@
 """The one loop: restore, advance, report, save, interrupt, with a program that only counts."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax.numpy as jnp

@@ -1,8 +1,6 @@
 """ArchBN against float64 NumPy: shapes, start, forward pass, symmetries, statistics; and what is
 measured of it."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -1,7 +1,5 @@
 """The planner, with an experiment of squares: what is missing, once; and what verification says."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
 from typing import Any
 

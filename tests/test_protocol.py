@@ -1,7 +1,5 @@
 """The protocol's rules by table: annealing, stop reasons, the choice of the rate."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import jax.numpy as jnp

@@ -1,7 +1,5 @@
 """Where records come from, and what makes two programs the same one."""
 
-from __future__ import annotations
-
 import datetime
 import subprocess
 

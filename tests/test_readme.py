@@ -1,7 +1,5 @@
 """The pages say what the records say, and point at what exists."""
 
-from __future__ import annotations
-
 import re
 import runpy
 from pathlib import Path

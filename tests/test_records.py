@@ -1,7 +1,5 @@
 """Records: written whole or not at all, and every damage named in one line."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import gzip

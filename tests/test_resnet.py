@@ -1,7 +1,5 @@
 """The convolutional network of studies: its filters, its augmentation, its schedule, in a study."""
 
-from __future__ import annotations
-
 from typing import get_args
 
 import jax

@@ -1,7 +1,5 @@
 """SegNet: layers against loops, loss against NumPy, devices, checkpoints, commands."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from functools import partial

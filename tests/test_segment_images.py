@@ -1,7 +1,5 @@
 """SegNet's images: CamVid in each of its forms, photos of any mode, random changes, drawings."""
 
-from __future__ import annotations
-
 import zlib
 from pathlib import Path
 

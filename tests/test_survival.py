@@ -3,8 +3,6 @@
 Real processes, by `faults`; more kills than here on demand: python -m tests.faults --kills 200
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shlex

@@ -1,7 +1,5 @@
 """The training program: steps against NumPy, pairing, freezing, norms, evaluation, independence."""
 
-from __future__ import annotations
-
 import itertools
 
 import jax
