@@ -1,4 +1,6 @@
-"""Invented runs of a study, for the tests of what is drawn and explored."""
+"""Invented runs of a study, for the tests of what is computed, drawn and explored."""
+
+import math
 
 import numpy as np
 import pandas as pd
@@ -25,6 +27,19 @@ COMPARISONS = (
     plan_comparison("weight normalisation", "weight-norm", "b-sgd"),
     plan_comparison("training loss", "un", "b-sgd", "train_loss"),
 )
+
+
+def run_row(arm: str, seed: int, error: float, **columns: object) -> dict[str, object]:
+    """A run on MNIST; all its figures are `error`, a fraction, or NaN where it has diverged."""
+    figures = ("train_loss", "val_error", "test_error", "test_error_10")
+    return {
+        "dataset": "mnist", "network": "archbn", "depth": 2, "arm": arm,
+        "update": arm.split("@")[0], "purpose": "compare", "seed": seed, "filters_rate": 0.01,
+        "rest_rate": 0.01, "decay": 0.0, "schedule": "bold-driver", "start": "balanced",
+        "spread": 0.0, "batch_size": 100, "reduction": "sum", "diverged": not math.isfinite(error),
+        "epochs": 40, **dict.fromkeys(figures, error), "effective_rate": 0.01,
+        "layer_rates": "0.01 0.02", "wrong": "", **columns,
+    }  # fmt: skip
 
 
 def find(runs: pd.DataFrame, comparisons=COMPARISONS, looked_at: int = 0) -> Findings:
@@ -62,20 +77,13 @@ def invent_runs(
                 arm == "sgd-wd" and seed == 1003
             )
             error = np.nan if lost else float(wrong.mean())
-            rows.append(
-                {
-                    "dataset": dataset, "network": "archbn", "depth": depth, "arm": arm,
-                    "update": arm.split("@")[0], "purpose": purpose, "seed": seed,
-                    "filters_rate": filters, "rest_rate": rest, "decay": 0.0,
-                    "schedule": "bold-driver", "start": "balanced", "spread": 0.0,
-                    "batch_size": 100, "reduction": "sum", "diverged": lost,
-                    "epochs": int(rng.integers(26, 60)),
-                    "train_loss": error / 10, "val_error": error, "test_error": error,
-                    **{f"test_error_{b}": error * (1 + 4 / b) for b in (5, 10, 25)},
-                    "effective_rate": filters, "layer_rates": "0.01 0.02",
-                    "wrong": pack_wrong(wrong) if purpose == "compare" else "",
-                }
-            )  # fmt: skip
+            early = {f"test_error_{b}": error * (1 + 4 / b) for b in (5, 10, 25)}
+            rows.append(run_row(
+                arm, seed, error, dataset=dataset, depth=depth, purpose=purpose, rest_rate=rest,
+                filters_rate=filters, effective_rate=filters, epochs=int(rng.integers(26, 60)),
+                train_loss=error / 10, wrong=pack_wrong(wrong) if purpose == "compare" else "",
+                **early,
+            ))  # fmt: skip
     return pd.DataFrame(rows)
 
 

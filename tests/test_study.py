@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from tests.common import ROOT, a_line
+from tests.study_example import run_row
 from unitnorm import cli
 from unitnorm.cli import study
 from unitnorm.data import load_dataset
@@ -299,13 +300,11 @@ def test_halving_gives_more_seeds_to_the_best_settings_and_chooses_among_those(p
     while (groups := missing_rates(plan, runs))[0][0] == "tune":
         rungs.append({(rate, seed) for _, rate, seed in groups})
         rows = [
-            {"dataset": "blobs", "network": "archbn", "depth": 2, "arm": "un", "update": "un",
-             "purpose": "tune", "seed": seed, "filters_rate": rate, "rest_rate": rate, "decay": 0.0,
-             "start": "balanced", "spread": 0.0, "schedule": "cosine", "diverged": False,
-             "val_error": errors[rate][seed - 100] / 100, "effective_rate": 0.01}
+            run_row("un", seed, errors[rate][seed - 100] / 100, filters_rate=rate, rest_rate=rate)
             for _, rate, seed in groups
-        ]  # fmt: skip
-        runs = pd.concat([runs, pd.DataFrame(rows).reindex(columns=runs.columns)])
+        ]
+        found = pd.DataFrame(rows).assign(dataset="blobs", purpose="tune", schedule="cosine")
+        runs = pd.concat([runs, found.reindex(columns=runs.columns)])
     assert rungs == [
         {(rate, 100) for rate in errors},
         {(rate, 101) for rate in (0.1, 0.2, 0.4)},

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tests.study_example import COMPARISONS, RATES, find, invent_runs, invent_spread_runs
+from tests.study_example import COMPARISONS, RATES, find, invent_runs, invent_spread_runs, run_row
 from unitnorm.archbn import protocol
 from unitnorm.study import figures, report
 from unitnorm.study.statistics import budget_means, compare, late_rates, left_by, rate_means
@@ -19,25 +19,18 @@ def runs() -> pd.DataFrame:
 
 
 def test_late_rates_stand_beside_un_of_the_same_name():
-    common = {
-        "dataset": "mnist", "network": "archbn", "depth": 2, "purpose": "compare",
-        "schedule": "cosine", "start": "balanced", "spread": 0.0, "diverged": False,
-    }  # fmt: skip
     arms = {  # update, late rate, error
         "un": ("un", 0.01, 0.02), "falls": ("b-sgd", 0.002, 0.023),
         "un@3": ("un", 0.03, 0.04), "b-sgd@3": ("b-sgd", 0.06, 0.038),
         "b-sgd@4": ("b-sgd", 0.06, 0.05), "un@4": ("un-adam", 0.01, 0.02),
         "un-carried": ("un-carried", 0.01, 0.03),
     }  # fmt: skip
-    seeds, names = range(4), ("update", "effective_rate", "test_error")
     rows = [
-        {**common, "arm": arm, "seed": seed, **dict(zip(names, own, strict=True))}
-        for arm, own in arms.items()
-        for seed in seeds
+        run_row(arm, seed, error + 0.001 * seed, update=update, effective_rate=rate)
+        for arm, (update, rate, error) in arms.items()
+        for seed in range(4)
     ]
-    frame = pd.DataFrame(rows)
-    frame["test_error"] += 0.001 * frame["seed"]
-    table = late_rates(frame).set_index("arm")
+    table = late_rates(pd.DataFrame(rows).assign(schedule="cosine")).set_index("arm")
     assert list(table.index) == ["b-sgd@3", "falls"]
     np.testing.assert_allclose(table["rate_ratio"], [2, 0.2])
     np.testing.assert_allclose(table["mean"], [-0.2, 0.3])

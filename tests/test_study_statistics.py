@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from tests.study_example import plan_comparison
+from tests.study_example import plan_comparison, run_row
 from unitnorm.errors import UserError
 from unitnorm.report.statistics import summarise
 from unitnorm.study.statistics import (
@@ -32,20 +32,8 @@ from unitnorm.study.statistics import (
 
 def make_runs(errors: dict[str, list[float]], purpose: str = "compare", **columns: object):
     """A run per arm and error (a fraction; NaN is a diverged run); seeds count from 0."""
-    rows = [
-        {
-            "dataset": "mnist", "network": "archbn", "depth": 2, "arm": arm,
-            "update": arm.split("@")[0], "purpose": purpose, "seed": seed, "filters_rate": 0.01,
-            "rest_rate": 0.01, "decay": 0.0, "schedule": "bold", "start": "balanced", "spread": 0.0,
-            "batch_size": 100, "reduction": "sum", "epochs": 40, "wrong": "",
-            "diverged": not math.isfinite(error), "effective_rate": 0.01, "layer_rates_5": "0.1",
-            **dict.fromkeys(("train_loss", "val_error", "test_error", "test_error_10"), error),
-            **columns,
-        }
-        for arm, values in errors.items()
-        for seed, error in enumerate(values)
-    ]  # fmt: skip
-    return pd.DataFrame(rows)
+    runs = [(arm, *run) for arm, values in errors.items() for run in enumerate(values)]
+    return pd.DataFrame([run_row(*run, purpose=purpose, **columns) for run in runs])
 
 
 UN = plan_comparison("constraint", "un", "b-sgd")
