@@ -1,4 +1,4 @@
-"""What tests of several rooms share: a refusal in a line, the bytes of a folder, a process."""
+"""What tests of several rooms share: a refusal in a line, the bytes of a folder, commands."""
 
 import contextlib
 import os
@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from unitnorm.cli import main
 from unitnorm.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -26,6 +28,13 @@ def a_line(match: str | None = None, folder: Path | None = None) -> Iterator[pyt
         yield caught
     assert "\n" not in str(caught.value)
     assert before == (folder and contents(folder))
+
+
+def call(*words: object, code: int = 0) -> str:
+    """What a command prints in this process, where it ends with this exit code."""
+    done = CliRunner().invoke(main, list(map(str, words)), catch_exceptions=False)
+    assert done.exit_code == code, done.output
+    return done.output
 
 
 def python(

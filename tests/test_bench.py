@@ -3,6 +3,7 @@
 No test looks at a time.
 """
 
+import functools
 import json
 import math
 import re
@@ -15,9 +16,9 @@ import numpy as np
 import optax
 import pandas as pd
 import pytest
-from click.testing import CliRunner
 
-from unitnorm import build, cli, data
+from tests.common import call
+from unitnorm import build, data
 from unitnorm.archbn.config import Config
 from unitnorm.archbn.evaluation import cross_entropy
 from unitnorm.archbn.model import FILTER_AXIS, archbn, filter_mask
@@ -69,13 +70,7 @@ def fake(monkeypatch):
 @pytest.fixture
 def bench(tmp_path):
     """`bench(*options)` is what `unitnorm bench` prints."""
-
-    def run(*options):
-        done = CliRunner().invoke(cli.main, ["bench", "--out", str(tmp_path), *options])
-        assert done.exit_code == 0, done.output
-        return done.output
-
-    return run
+    return functools.partial(call, "bench", "--out", tmp_path)
 
 
 # ---------------------------------------------------------------- what a sample costs

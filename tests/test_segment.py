@@ -9,13 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy
-from click.testing import CliRunner
 from flax import nnx
 from PIL import Image
 
 import unitnorm
-from tests.common import ROOT
-from unitnorm.cli import main
+from tests.common import ROOT, call
 from unitnorm.cli.segment import PUBLISHED
 from unitnorm.errors import Interrupted, UserError
 from unitnorm.run import loop, records
@@ -539,20 +537,18 @@ def test_a_photo_at_the_scale_of_the_training_is_predicted_as_it_is(weights_file
 # ---------------------------------------------------------------- commands
 
 
-def call(*words, code=0):
+def segment(*words, code=0):
     with pytest.MonkeyPatch.context() as patch:
         # the devices of this process are set up already
         patch.setattr("unitnorm.run.devices.prepare", lambda *_, **options: None)
-        done = CliRunner().invoke(main, ["segment", *map(str, words)])
-    assert done.exit_code == code, done.output
-    return done.output
+        return call("segment", *words, code=code)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A results folder of the command, one update."""
     out = tmp_path_factory.mktemp("segment") / "out"
-    call("train", "--out", out, "--update", "un", "--runs", 2, *OPTIONS)
+    segment("train", "--out", out, "--update", "un", "--runs", 2, *OPTIONS)
     return out
 
 
@@ -573,13 +569,13 @@ def test_train_writes_records_weights_and_provenance(folder):
 
 def test_recorded_runs_are_not_trained_again_and_other_settings_refused(folder):
     again = ("train", "--out", folder, "--update", "un", *OPTIONS)
-    assert "every selected run is recorded; --fresh starts over" in call(*again)
-    found = call(*again, "--set", "train.epochs=3", code=2)
+    assert "every selected run is recorded; --fresh starts over" in segment(*again)
+    found = segment(*again, "--set", "train.epochs=3", code=2)
     assert "holds records of another config (train.epochs: 2" in found
 
 
 def test_an_update_without_a_rate_is_swept_on_the_held_out_sequence(tmp_path):
-    text = call(
+    text = segment(
         "train", "--out", tmp_path, "--update", "un", *OPTIONS,
         "--set", "learning_rates={b-sgd=1.0}", "--set", "sweep.rates=[0.4]",
         "--set", "sweep.epochs=1",
@@ -588,13 +584,13 @@ def test_an_update_without_a_rate_is_swept_on_the_held_out_sequence(tmp_path):
     known = records.read(tmp_path, SCHEMA)
     for table in ("sweep", "runs"):
         assert list(known[table]["base_lr"]) == [0.4]
-    text = call("sweep", "--out", tmp_path / "x", *OPTIONS, "--set", "sweep.held_out=x", code=2)
+    text = segment("sweep", "--out", tmp_path / "x", *OPTIONS, "--set", "sweep.held_out=x", code=2)
     assert "the training images are of the sequences 0001TP, 0006R0" in text
 
 
 def test_evaluate_gives_the_recorded_numbers_side_by_side_and_saves_the_table(folder, tmp_path):
     one, saved = folder / "un.safetensors", tmp_path / "tables" / "test.md"
-    alone = call("evaluate", "--weights", one, "--synthetic")
+    alone = segment("evaluate", "--weights", one, "--synthetic")
     best = tables.select_best(records.read(folder, SCHEMA))
     row = best[(best["run"] == 0) & (best["sequence"] == "all")].iloc[0]
     text = f"{100 * row['mean_iou']:.1f}"
@@ -605,7 +601,7 @@ def test_evaluate_gives_the_recorded_numbers_side_by_side_and_saves_the_table(fo
         other = tmp_path / place / one.name
         other.parent.mkdir()
         other.write_bytes(one.read_bytes())
-        call("evaluate", "--weights", one, "--weights", other, "--synthetic", "--save", saved)
+        segment("evaluate", "--weights", one, "--weights", other, "--synthetic", "--save", saved)
         table = saved.read_text()
         for path in (one, other):
             assert f" {names.format(path)} |" in table
@@ -616,18 +612,18 @@ def test_evaluate_gives_the_recorded_numbers_side_by_side_and_saves_the_table(fo
 def test_renew_writes_the_weights_with_recomputed_statistics(folder, scenes, tmp_path):
     old, new = folder / "un.safetensors", tmp_path / "new" / "un.safetensors"
     words = ("renew", "--weights", old, "--synthetic", "--out", new, *OPTIONS[-4:])
-    assert str(new) in call(*words, "--set", "train.statistics=images")
+    assert str(new) in segment(*words, "--set", "train.statistics=images")
     before, after = weights.read_weights(old), weights.read_weights(new)
     assert (after.network, *after[2:]) == (before.network, *before[2:])
     jax.tree.map(np.testing.assert_array_equal, before.weights.params, after.weights.params)
     images = scenes.splits["train"].images  # 48, 20 at a time; then the first ones again
     batches = images[:20], images[20:40], np.concatenate([images[40:], images[:12]])
     check_statistics(after.weights, before.weights.params, batches)
-    assert "nothing to average" in call(*words, code=2)
+    assert "nothing to average" in segment(*words, code=2)
 
 
 def test_report_makes_table_curves_and_figure_2(folder):
-    call("report", "--out", folder, "--synthetic")
+    segment("report", "--out", folder, "--synthetic")
     text = (folder / "table.md").read_text()
     assert "| UN " in text
     assert "0006R0" in text
@@ -642,7 +638,7 @@ def test_predict_writes_labels_of_the_photos_size(folder, tmp_path):
     for path, size, mode in zip(photos, ((401, 50), (7, 90)), ("RGB", "RGBA"), strict=True):
         Image.effect_noise(size, 80).convert(mode).save(path)
     out, trained = tmp_path / "out", ("--weights", folder / "un.safetensors")
-    text = call("predict", *photos, *trained, "--out", out, "--overlay")
+    text = segment("predict", *photos, *trained, "--out", out, "--overlay")
     labels = opened(out / "wide_labels.png")
     assert (labels.mode, labels.size) == ("P", (401, 50))
     assert labels.getpalette()[:36] == palette.COLOURS.ravel().tolist()
@@ -663,7 +659,9 @@ def test_predict_takes_folders_and_goes_on_after_a_bad_file(folder, tmp_path):
 
     def refused(*paths):
         trained = folder / "un.safetensors"
-        return call("predict", *paths, "--weights", trained, "--out", out, code=2).splitlines()[-1]
+        return segment("predict", *paths, "--weights", trained, "--out", out, code=2).splitlines()[
+            -1
+        ]
 
     assert f"{photos}: holds no image" in refused(photos)
     for name in ("a.png", "c.png"):

@@ -8,11 +8,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from click.testing import CliRunner
 
-from tests.common import ROOT, a_line
+from tests.common import ROOT, a_line, call
 from tests.study_example import run_row
-from unitnorm import cli
 from unitnorm.cli import study
 from unitnorm.data import load_dataset
 from unitnorm.errors import UserError
@@ -89,13 +87,6 @@ def missing(plan: Plan, runs: pd.DataFrame) -> list[tuple[list[str], tuple[int, 
     known = replace(Records.empty(SCHEMA), tables={"runs": runs})
     groups = [group.what for group in experiment.Study(plan).missing(known)]
     return [([variant.arm for variant in what.variants], what.seeds) for what in groups]
-
-
-def command(plan_file, idx_folder, out, *more) -> str:
-    words = ["study", str(plan_file), "--data", f"blobs={idx_folder}", "--out", str(out), *more]
-    result = CliRunner().invoke(cli.main, words, catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.output
 
 
 def test_every_declared_run_is_there_and_no_other(done, plan):
@@ -179,17 +170,18 @@ def test_of_a_seed_what_is_missing_is_trained_and_the_arm_that_it_follows(
 def test_the_command_trains_reports_and_verifies(plan_file, idx_folder, tmp_path, done):
     """In two steps, between which it was looked at; a page that is there is kept up to date."""
     out, page = tmp_path / "study", tmp_path / "index.html"
-    assert "compare: 18 runs, 0 recorded" in command(plan_file, idx_folder, out, "--dry-run")
+    words = ("study", plan_file, "--data", f"blobs={idx_folder}", "--out", out)
+    assert "compare: 18 runs, 0 recorded" in call(*words, "--dry-run")
     assert not out.exists()
     page.write_text("my own page")
-    command(plan_file, idx_folder, out, "--set", "compare.count=2")
+    call(*words, "--set", "compare.count=2")
     assert page.read_text() == "my own page"  # which is nobody's to replace
-    command(plan_file, idx_folder, out, "--report-only", "--page")
+    call(*words, "--report-only", "--page")
     assert "extended" not in (out / "comparisons.md").read_text()
     before, looks = page.read_bytes(), (out / "looks.csv").read_text()
     assert len(looks.splitlines()) == 2  # the same pairs again are no new look
 
-    said = " ".join(command(plan_file, idx_folder, out).split())
+    said = " ".join(call(*words).split())
     assert "22 of 22 runs" in said
     assert "extended after a look at n = 2: " in said
     assert b"extended after a look at n = 2: " in page.read_bytes() != before
@@ -198,14 +190,11 @@ def test_the_command_trains_reports_and_verifies(plan_file, idx_folder, tmp_path
     assert list(pd.read_csv(out / "comparisons.csv")["n"]) == [3]
     assert "| comparison   |   blobs, depth 2 |" in (out / "summary.md").read_text()
     assert (out / "looks.csv").read_text().startswith(looks)
-    words = ["verify", "--out", str(out), "--data-dir", str(idx_folder), "--run", "7"]
-    result = CliRunner().invoke(cli.main, words, catch_exceptions=False)
-    assert (result.exit_code, "verified" in result.output) == (0, True), result.output
+    assert "verified" in call("verify", "--out", out, "--data-dir", idx_folder, "--run", 7)
 
     (out / "looks.csv").write_text("dataset,n\nblobs,2\n")
-    words = ["study", str(plan_file), "--report-only", "--out", str(out)]
-    result = CliRunner().invoke(cli.main, words)
-    assert (result.exit_code, "looks.csv: damaged" in result.output) == (2, True)
+    said = call("study", plan_file, "--report-only", "--out", out, code=2)
+    assert "looks.csv: damaged" in said
 
 
 def test_a_plan_that_was_changed_after_its_first_runs_says_so():
@@ -262,10 +251,9 @@ def test_a_plan_that_makes_no_sense_is_refused_in_a_line(changes, said, plan_fil
 
 
 def test_a_data_set_without_a_place_names_the_option_of_studies():
-    result = CliRunner().invoke(cli.main, ["study", "study/annealed", "--out", "nowhere"])
-    assert "--data fashion=FOLDER" in result.output
-    assert "--data-dir" not in result.output
-    assert result.exit_code == 2
+    said = call("study", "study/annealed", "--out", "nowhere", code=2)
+    assert "--data fashion=FOLDER" in said
+    assert "--data-dir" not in said
 
 
 def test_arms_share_what_is_said_once_and_several_may_have_one_baseline(plan_file):
