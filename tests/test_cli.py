@@ -261,7 +261,6 @@ def test_published_records_are_read(folder):
     ("words", "says"),
     [
         (["train", "--config", "none.toml"], "config none.toml: cannot be read"),
-        (["train", "--config", "quack"], "no preset; there are"),
         (["train", "--set", "train.train_images=70000"], "has 60000 training images"),
         (["train", "--update", "sgd"], "expected one of b-sgd, un"),
         (["train", "--sed", "3"], "No such option"),

@@ -108,11 +108,6 @@ def test_what_a_plan_lacks_is_said_without_all_that_it_has():
         parse({"depths": [1]}, "x", Plan)
 
 
-def test_a_file_that_is_missing(tmp_path):
-    with pytest.raises(UserError, match="cannot be read"):
-        load(tmp_path / "none.toml", None, Config)
-
-
 def test_an_override_reaches_its_key_and_beats_the_file(tmp_path):
     for text, key, value in (
         ("sweep.rates=[0.1, 1e-3]", "sweep.rates", [0.1, 1e-3]),
