@@ -158,6 +158,7 @@ def test_a_run_that_blows_up_stops_with_its_epoch_and_spares_the_rest(healthy):
     assert status.text.startswith("4/6 runs active, val error ")
 
 
+@pytest.mark.slow
 def test_every_update_learns_and_keeps_to_its_manifold(hurried):
     """Hundreds of steps: far below chance, and unit norms where promised."""
     # the rivals' rates have other scales; they learn in test_formulas
