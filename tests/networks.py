@@ -259,10 +259,7 @@ def lstm():
             return self.out(h)
 
     x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3, 5)), jnp.float32)
-    expected = {
-        "cell/inward/kernel": FilterAxes((0, 2), (5, 4, 6)),
-        "cell/recurrent/kernel": WHOLE,
-    }
+    expected = {"cell/inward/kernel": FilterAxes((0, 2), (5, 4, 6)), "cell/recurrent/kernel": WHOLE}
     return *of_nnx(Lstm(nnx.Rngs(0)), x), expected
 
 

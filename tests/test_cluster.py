@@ -62,11 +62,7 @@ def test_a_worker_that_dies_costs_its_group_alone_and_one_that_comes_late_helps(
         return False
 
     kept = Kept(Squares(8, seconds=0.2, kills=2, mark=mark), look)
-    with (
-        worker(scheduler),
-        late,
-        cluster.connect(scheduler, None, 1) as engine,
-    ):
+    with worker(scheduler), late, cluster.connect(scheduler, None, 1) as engine:
         found = kept.complete(engine)
     pd.testing.assert_frame_equal(found, Kept(Squares(8)).complete())
     assert mark.exists()
