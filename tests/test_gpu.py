@@ -99,6 +99,12 @@ def test_a_step_that_is_stopped_goes_on_with_the_next_call(tmp_path, monkeypatch
     pd.testing.assert_frame_equal(last, pd.read_csv(tmp_path / "gpu.csv", keep_default_na=False))
 
 
+def test_a_step_that_the_system_kills_has_failed(tmp_path, monkeypatch):
+    killed = "import os, signal; print('0 of 4', flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    monkeypatch.setattr(gpu, "UNITNORM", (sys.executable, "-c", killed))
+    assert gpu.run_step(gpu.Step("study/a", ()), tmp_path, 60.0) == ("failed", "0 of 4")
+
+
 def test_the_studies_of_a_gpu_are_the_plans_without_records(tmp_path):
     steps = {step.name: step for step in gpu.list_studies(tmp_path, {})}
     plans = {name for name in presets() if name.startswith("study/")}

@@ -32,7 +32,6 @@ from unitnorm.study.schema import SCHEMA
 
 UNITNORM = (sys.executable, "-m", "unitnorm")
 GRACE_S = 60.0  # to finish an epoch and save; then it is killed, which costs no finished epoch
-STOPPED = (130, -signal.SIGINT, -signal.SIGKILL)  # exit codes of a command that was asked to stop
 COLUMNS = ["step", "state", "calls", "seconds", "said"]
 
 
@@ -79,6 +78,7 @@ def run_step(step: Step, out: Path, seconds: float) -> tuple[str, str]:
     # its own cache is empty at first, so that the first step compiles
     environment = {**os.environ, "UNITNORM_CACHE": str(out / "cache")}
     command = [*UNITNORM, *step.words, "--out", str(out / name)]
+    stopped = {130, -signal.SIGINT}  # the exit codes of a command that was asked to stop
     with open(out / f"{name}.log", "a+", encoding="utf-8") as log:
         begin = log.tell()
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
@@ -89,11 +89,12 @@ def run_step(step: Step, out: Path, seconds: float) -> tuple[str, str]:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(GRACE_S)
             process.kill()
+            stopped.add(-signal.SIGKILL)  # otherwise the system's, for want of memory, say
         finally:
             code = process.wait()
         log.seek(begin)
         said = [line.strip() for line in log if line.strip()] or [""]
-    if code in STOPPED:
+    if code in stopped:
         return "goes on", next((line for line in said[::-1] if line.endswith(" left")), said[-1])
     return ("failed", said[-1]) if code else ("done", "")
 
