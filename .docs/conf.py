@@ -101,6 +101,7 @@ myst_substitutions = {
     "kernels": _kernels(),
     "best_rates": _result("study/best-rates/summary.md"),
     "annealed": _result("study/annealed/summary.md"),
+    "rivals": _result("study/rivals/summary.md"),
     "cifar": _result("study/cifar/summary.md"),
     "fifty_runs": _result("50-runs/table2.md", 1, 2),
     "rates": _result("50-runs/runs.md", 2),
