@@ -1,6 +1,7 @@
 """The real command line in real processes, from IDX files to the report."""
 
 import gzip
+import importlib
 import io
 import json
 import os
@@ -22,6 +23,7 @@ from rich.console import Console
 import unitnorm
 from tests import faults
 from tests.common import ROOT, contents, python
+from unitnorm import cli
 from unitnorm.cli import main
 from unitnorm.cli.options import print_report
 from unitnorm.run import progress, records
@@ -193,6 +195,25 @@ def test_output_that_cannot_be_written_is_a_line(words):
     assert process.returncode == 1
     assert errors.startswith("error: the output cannot be written (No space left on device)")
     assert errors.count("\n") == 1
+
+
+def test_ctrl_c_within_an_import_comes_after_it(tmp_path, monkeypatch):
+    (tmp_path / "slowly.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(0.1)\ndone = 1\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def import_and_wait():
+        importlib.import_module("slowly")
+        time.sleep(30)
+
+    before = signal.signal(signal.SIGINT, cli.interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            import_and_wait()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert sys.modules.pop("slowly").done
 
 
 def test_ctrl_c_twice_at_once_is_a_line(tmp_path):

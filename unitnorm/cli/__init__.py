@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import threading
+from types import FrameType
 from typing import Any, NoReturn
 
 import click
@@ -42,6 +43,8 @@ class MainGroup(click.Group):
         # It warns where it can keep nothing; figures are drawn all the same.
         logging.getLogger("matplotlib").setLevel(logging.ERROR)
         hook, sys.unraisablehook = sys.unraisablehook, interrupt_again
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, interrupt)
         try:
             return super().main(*args, **kwargs)
         except OSError as error:
@@ -52,6 +55,8 @@ class MainGroup(click.Group):
             leave(f"the output cannot be written ({error.strerror}); what is saved stays")
         finally:
             sys.unraisablehook = hook
+            if signal.getsignal(signal.SIGINT) is interrupt:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -77,6 +82,15 @@ def leave(fault: str, exit_code: int = 1) -> NoReturn:
     with contextlib.suppress(OSError):  # nowhere to say it
         click.echo(f"error: {on_one_line(fault)}", err=True)
     sys.exit(exit_code)
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """Ctrl-C; within an import, whose native code it could crash, it comes again after it."""
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    if frame is None:
+        raise KeyboardInterrupt
+    threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
 
 
 def interrupt_again(lost: sys.UnraisableHookArgs) -> None:
