@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
+import os
 import shlex
 import zlib
 from pathlib import Path
@@ -46,7 +48,11 @@ def list_folders(out: Path, as_json: bool) -> None:
 
 def look_at(folder: Path) -> dict[str, Any]:
     """What a results folder holds: running, unfinished, recorded or damaged."""
-    size = sum(path.stat().st_size for path in folder.glob("**/*") if path.is_file())
+    size = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # a training at work may have removed it
+                size += os.stat(os.path.join(place, name)).st_size
     about: dict[str, Any] = {
         "folder": str(folder), "experiment": "unknown", "state": "damaged", "runs": None,
         "command": None, "last": None, "bytes": size,
