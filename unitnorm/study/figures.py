@@ -17,7 +17,7 @@ import pandas as pd
 import vl_convert
 
 from unitnorm.report.style import GREY, assign_styles, label, quantize
-from unitnorm.report.tables import format_points
+from unitnorm.report.tables import format_signed
 from unitnorm.study import statistics
 from unitnorm.study.statistics import name_comparison, name_metric, name_place
 
@@ -160,7 +160,7 @@ def name_title(row: Mapping) -> str:
 
 
 def _tell(row: Mapping) -> str:
-    text = f"{format_points(row['difference'] / 100)} {row['verdict']}, n = {row['n']}"
+    text = f"{format_signed(row['difference'], 2)} {row['verdict']}, n = {row['n']}"
     return text + (f" ({row['n_left_out']} left out)" if row["n_left_out"] else "")
 
 
