@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from unitnorm.errors import UserError
 from unitnorm.run.config import ExperimentConfig, Section, check_updates
@@ -17,6 +17,16 @@ Count = Annotated[int, Field(ge=1, le=10_000_000)]
 Epochs = Annotated[int, Field(ge=1, le=100_000)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Rate = Annotated[float, Field(gt=0.0, le=1e6)]
+
+
+def check_distinct(rates: list[float]) -> list[float]:
+    """Raise ValueError where a rate stands twice: it names a row of the records."""
+    if len(set(rates)) != len(rates):
+        raise ValueError("each rate may stand once")
+    return rates
+
+
+Rates = Annotated[list[Rate], Field(min_length=1, max_length=64), AfterValidator(check_distinct)]
 WARM = 0.1  # the part of a training in which the schedule "warm-up" rises
 
 
@@ -50,7 +60,7 @@ class Loss(Section):
 class Sweep(Section):
     """The choice of the base learning rate (section 4, second paragraph)."""
 
-    rates: list[Rate] = Field([1e-2, 1e-3, 1e-4, 1e-5], min_length=1, max_length=64)
+    rates: Rates = Field([1e-2, 1e-3, 1e-4, 1e-5])
     train_images: Count = 1_000  # drawn at random per run
     validation_images: Count = 500  # the same
     epochs: Epochs = 50  # at a fixed rate
@@ -67,9 +77,7 @@ class Sweep(Section):
 
     @field_validator("rates")
     @classmethod
-    def _distinct(cls, rates: list[float]) -> list[float]:
-        if len(set(rates)) != len(rates):
-            raise ValueError("each rate may stand once")
+    def _largest_first(cls, rates: list[float]) -> list[float]:
         return sorted(rates, reverse=True)
 
 

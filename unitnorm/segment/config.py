@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
-from unitnorm.archbn.config import Epochs, Rate
+from unitnorm.archbn.config import Epochs, Rate, Rates
 from unitnorm.run.config import ExperimentConfig, Section, check_updates
 
 Pixels = Annotated[int, Field(ge=1, le=4096)]
@@ -106,17 +106,10 @@ class SegmentTraining(Section):
 class SegmentSweep(Section):
     """The choice of an update's base learning rate, on training images that are held out."""
 
-    rates: list[Rate] = Field([0.1, 0.3, 1.0, 3.0], min_length=1, max_length=64)
+    rates: Rates = Field([0.1, 0.3, 1.0, 3.0])
     epochs: Epochs = 10  # of each rate
     scale: Scale = 1.0  # part of the size, for training and measurement
     held_out: str = "0006R0"  # the sequence of train/ that is measured on
-
-    @field_validator("rates")
-    @classmethod
-    def _distinct(cls, rates: list[float]) -> list[float]:
-        if len(set(rates)) != len(rates):  # in the records a rate names a row
-            raise ValueError("each rate may stand once")
-        return rates
 
 
 class SegmentConfig(ExperimentConfig):
