@@ -6,7 +6,6 @@ options that several share are in `options`, the frame of a training is in `unit
 
 from __future__ import annotations
 
-import _thread
 import contextlib
 import errno
 import io
@@ -43,7 +42,9 @@ class MainGroup(click.Group):
         # It warns where it can keep nothing; figures are drawn all the same.
         logging.getLogger("matplotlib").setLevel(logging.ERROR)
         hook, sys.unraisablehook = sys.unraisablehook, interrupt_again
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        is_main = threading.current_thread() is threading.main_thread()  # else no handler is set
+        plain = is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if plain:
             signal.signal(signal.SIGINT, interrupt)
         try:
             return super().main(*args, **kwargs)
@@ -55,7 +56,7 @@ class MainGroup(click.Group):
             leave(f"the output cannot be written ({error.strerror}); what is saved stays")
         finally:
             sys.unraisablehook = hook
-            if signal.getsignal(signal.SIGINT) is interrupt:
+            if plain and signal.getsignal(signal.SIGINT) is interrupt:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -90,15 +91,20 @@ def interrupt(number: int, frame: FrameType | None) -> None:
         frame = frame.f_back
     if frame is None:
         raise KeyboardInterrupt
-    threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
+    interrupt_later()
 
 
 def interrupt_again(lost: sys.UnraisableHookArgs) -> None:
     """Ctrl-C within a callback of the garbage collector is lost: it comes again after it."""
     if isinstance(lost.exc_value, KeyboardInterrupt):
-        threading.Timer(0.01, _thread.interrupt_main).start()
+        interrupt_later()
     else:
         sys.__unraisablehook__(lost)
+
+
+def interrupt_later() -> None:
+    """Ctrl-C once more."""
+    threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
 
 
 def on_one_line(text: str) -> str:

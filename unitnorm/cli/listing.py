@@ -30,8 +30,9 @@ def list_folders(out: Path, as_json: bool) -> None:
       unitnorm list
       unitnorm list --out results --json
     """
-    marks = ("provenance.json", CHECKPOINTS)
-    folders = sorted({path.parent for mark in marks for path in out.glob(f"**/{mark}")})
+    marks = {"provenance.json", CHECKPOINTS}
+    walk = os.walk(out)  # unlike glob, it bears that a training at work removes a folder
+    folders = sorted(Path(place) for place, inner, names in walk if marks & {*inner, *names})
     found = [look_at(folder) for folder in folders]
     if as_json:
         click.echo(json.dumps(found, indent=2))
