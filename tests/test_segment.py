@@ -659,9 +659,8 @@ def test_predict_takes_folders_and_goes_on_after_a_bad_file(folder, tmp_path):
 
     def refused(*paths):
         trained = folder / "un.safetensors"
-        return segment("predict", *paths, "--weights", trained, "--out", out, code=2).splitlines()[
-            -1
-        ]
+        said = segment("predict", *paths, "--weights", trained, "--out", out, code=2)
+        return said.splitlines()[-1]
 
     assert f"{photos}: holds no image" in refused(photos)
     for name in ("a.png", "c.png"):

@@ -117,10 +117,9 @@ def _best_first(table: pd.DataFrame) -> pd.DataFrame:
     kind = table[["baseline", "metric"]].assign(unnamed=unnamed)
     block = kind.ne(kind.shift()).any(axis=1).cumsum()
     mean = table["difference"].groupby([block, table["comparison"]]).transform("mean")
-    order = pd.DataFrame({"block": block, "mean": mean.where(unnamed, 0.0)})
-    return table.loc[order.sort_values(["block", "mean"], kind="stable").index].reset_index(
-        drop=True
-    )
+    order = table.assign(block=block, mean=mean.where(unnamed, 0.0))
+    order = order.sort_values(["block", "mean"], kind="stable", ignore_index=True)
+    return order.drop(columns=["block", "mean"])
 
 
 def sides_of(
