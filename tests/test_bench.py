@@ -360,6 +360,7 @@ def test_the_comparison_is_medians_and_ratios_round_by_round(fake, bench, tmp_pa
 
 
 def test_a_quick_look_says_each_step_and_leaves_out_what_takes_long(fake, bench, tmp_path):
+    assert "--depth 4 is of the comparison" in bench("--scaling", "--depth", 4, code=2)
     fake(compared)
     said = bench("--quick")
     assert "depth 2, round 2 of 2: geoopt, runs 2, processes 2\n" in said

@@ -95,8 +95,13 @@ def test_a_worker_of_another_version_is_refused_by_name(scheduler, tmp_path):
 
 def test_nobody_there_is_a_line(scheduler, monkeypatch):
     monkeypatch.setattr(cluster, "PATIENCE_S", 0.3)
-    for address, workers in (("tcp://127.0.0.1:1", None), (scheduler, None), (scheduler, 2)):
-        with a_line(), cluster.connect(address, workers, 1):
+    monkeypatch.setattr(cluster, "own_workers", lambda count: contextlib.nullcontext(scheduler))
+    for address, workers, said in (
+        ("tcp://127.0.0.1:1", None, "start `dask scheduler`"),
+        (scheduler, None, "no scheduler with a worker"),
+        (scheduler, 2, "give one"), (None, 2, "--workers 2: not all came up within 0.3 s"),
+    ):  # fmt: skip
+        with a_line(said), cluster.connect(address, workers, 1):
             pass
 
 

@@ -82,7 +82,7 @@ def test_configs_are_read_without_jax(tmp_path):
         ('[loss]\nreduction = "max"', "loss.reduction = 'max': expected 'sum' or 'mean'"),
         ("[sweep]\nrates = [0.0]", "sweep.rates.0 = 0.0: expected more than 0"),
         ("[sweep]\nrates = [nan]", "sweep.rates.0 = nan: expected a finite number"),
-        ("[sweep]\nrates = [0.1, 0.1]", "each rate may stand once"),
+        ("[sweep]\nrates = [0.1, 0.1000000001]", "each rate may stand once"),
         ("[model]\nwidth = 7", "model.width = 7: expected a multiple of 2"),
         ("[train]\nmin_epochs = 9\nmax_epochs = 8", "min_epochs = 9 is above max_epochs = 8"),
         ("[train]\ntrain_images = 50", "loss.batch_size = 100 is above train.train_images = 50"),

@@ -25,15 +25,18 @@ def test_late_rates_stand_beside_un_of_the_same_name():
         "b-sgd@4": ("b-sgd", 0.06, 0.05), "un@4": ("un-adam", 0.01, 0.02),
         "un-carried": ("un-carried", 0.01, 0.03),
     }  # fmt: skip
+    start = {"start": "norms", "spread": 2.0}
+    levels = [("falls", ("b-sgd", 0.001, 0.024), start)]
     rows = [
-        run_row(arm, seed, error + 0.001 * seed, update=update, effective_rate=rate)
-        for arm, (update, rate, error) in arms.items()
+        run_row(arm, seed, error + 0.001 * seed, update=update, effective_rate=rate, **more)
+        for arm, (update, rate, error), more in [*((*arm, {}) for arm in arms.items()), *levels]
         for seed in range(4)
     ]
     table = late_rates(pd.DataFrame(rows).assign(schedule="cosine")).set_index("arm")
-    assert list(table.index) == ["b-sgd@3", "falls"]
-    np.testing.assert_allclose(table["rate_ratio"], [2, 0.2])
-    np.testing.assert_allclose(table["mean"], [-0.2, 0.3])
+    of = ["falls, start balanced, spread 0", "falls, start norms, spread 2"]
+    assert list(table.index) == ["b-sgd@3", *of]
+    np.testing.assert_allclose(table["rate_ratio"], [2, 0.2, 0.1])
+    np.testing.assert_allclose(table["mean"], [-0.2, 0.3, 0.4])
     drawn = figures.late_rate_rows({"one": table.reset_index(), "two": table.reset_index()})
     assert list(drawn["series"]) == [
         f"{study}: {arm}" for study in ("one", "two") for arm in table.index
@@ -73,9 +76,12 @@ def test_a_summary_has_every_comparison_of_errors_in_its_place(runs):
     frame = report.summary_cells(found.plan, table).frame.set_index("comparison")
     places = ["mnist, depth 2", "mnist, depth 4", "fashion, depth 2", "fashion, depth 4"]
     assert list(frame.columns) == places
-    assert list(frame.index) == [one.name for one in COMPARISONS[:-1]]
+    after = {"UN against B-SGD, early": ", test error after epoch 10"}
+    names = {one.name: one.name + after.get(one.name, "") for one in COMPARISONS[:-1]}
+    assert list(frame.index) == list(names.values())
     for row in table[table["metric"] != "train_loss"].itertuples():
-        cell = frame.loc[row.comparison, f"{row.dataset}, depth {row.depth}"].replace("−", "-")
+        cell = frame.loc[names[row.comparison], f"{row.dataset}, depth {row.depth}"]
+        cell = cell.replace("−", "-")
         half = (row.ci_high - row.ci_low) / 2
         told = cell.split()
         assert told == ["–"] if row.Index == 0 else told[1:] == ["±", f"{half:.2f}", row.verdict]

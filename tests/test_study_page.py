@@ -63,6 +63,16 @@ def test_page_holds_the_pairs_and_tables_of_each_study(page, studies):
     assert levels == [f"start filters, spread {x}" for x in ("0", "0.5", "1")]
 
 
+def test_a_ranking_keeps_its_pairs():
+    arms = ("weight-norm", "sgd-wd", "un")
+    ranking = [plan_comparison(f"{arm} − b-sgd", arm, "b-sgd") for arm in arms]
+    packed = data_of(build_page({"x": find(invent_runs(), ranking)}))["x"]["comparisons"]
+    assert packed[0]["arm"] == "un"  # the best first
+    for row in packed:
+        pairs = [pair for pair in row["pairs"]["difference"] if pair is not None]
+        assert sum(pairs) / len(pairs) == pytest.approx(row["difference"], abs=1e-3), row["title"]
+
+
 def test_charts_draw_only_columns_that_the_rows_have(page):
     data = data_of(page)
     for name, rows in {**data["best-rates"]["charts"], **data["starts"]["charts"]}.items():

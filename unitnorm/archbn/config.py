@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+import numpy as np
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from unitnorm.errors import UserError
@@ -20,9 +21,9 @@ Rate = Annotated[float, Field(gt=0.0, le=1e6)]
 
 
 def check_distinct(rates: list[float]) -> list[float]:
-    """Raise ValueError where a rate stands twice: it names a row of the records."""
-    if len(set(rates)) != len(rates):
-        raise ValueError("each rate may stand once")
+    """Raise ValueError where a rate stands twice: as a float32 it names a row of the records."""
+    if len({np.float32(rate) for rate in rates}) < len(rates):
+        raise ValueError("each rate may stand once (they are kept as float32)")
     return rates
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from unitnorm.cli import options as opt
+from unitnorm.errors import UserError
 
 if TYPE_CHECKING:
     from unitnorm.bench.measure import Measurement
@@ -55,6 +56,8 @@ def bench(
     from unitnorm.run import records
     from unitnorm.run.job import command_line
 
+    if depth and what:
+        raise UserError(f"--depth {depth[0]} is of the comparison with the peers, not of --{what}")
     measures: dict[str | None, Callable[..., Measurement]] = {
         None: partial(compare.measure_speed, depth or ((2,) if quick else (2, 4))),
         "scaling": scaling.measure_scaling,

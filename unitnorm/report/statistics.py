@@ -23,17 +23,14 @@ class Summary(NamedTuple):
         return self._replace(ci_low=max(self.ci_low, low), ci_high=min(self.ci_high, high))
 
 
-def summarise(values: np.ndarray, alpha: float = 1 - CONFIDENCE) -> Summary:
-    """The summary of values, shape (n,), with the interval of confidence 1 − alpha.
-
-    NaN where n is too small: below 2 for all but the mean.
-    """
+def summarise(values: np.ndarray) -> Summary:
+    """The summary of values, shape (n,); NaN where n is too small: below 2 for all but the mean."""
     n = len(values)
     mean = float(np.mean(values)) if n else math.nan
     if n < 2:
         return Summary(mean, math.nan, math.nan, math.nan)
     std = float(np.std(values, ddof=1))
-    half = float(stats.t.ppf(1 - alpha / 2, n - 1)) * std / math.sqrt(n)
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * std / math.sqrt(n)
     return Summary(mean, std, mean - half, mean + half)
 
 

@@ -104,8 +104,8 @@ class Workers:
             return
         except KilledWorker:
             raise UserError(
-                f"{group.title}: {ATTEMPTS} workers have died of it; what is recorded stays. "
-                "Give workers more memory, or compute it here, without --scheduler"
+                f"{group.title}: too many workers have died of it; what is recorded stays. "
+                "Give workers more memory, or compute it here, without --scheduler or --workers"
             ) from None
         if not other:
             session.say(f"{group.title}: done by {worker}")
@@ -149,11 +149,13 @@ def connect(
             client = stack.enter_context(Client(address, timeout=PATIENCE_S, set_as_default=False))
             client.wait_for_workers(workers or 1, timeout=PATIENCE_S)
         except (OSError, ValueError, TimeoutError) as error:
-            raise UserError(
-                f"--scheduler {scheduler}: no scheduler with a worker answers "
-                f"({one_line(error)[:200]}); start "
-                "`dask scheduler` and `dask worker ADDRESS --nthreads 1`"
-            ) from None
+            if workers is not None:
+                missing = f"--workers {workers}: not all came up within {PATIENCE_S:g} s"
+                start = "ask for fewer"
+            else:
+                missing = f"--scheduler {scheduler}: no scheduler with a worker answers"
+                start = "start `dask scheduler` and `dask worker ADDRESS --nthreads 1`"
+            raise UserError(f"{missing} ({one_line(error)[:200]}); {start}") from None
         yield Workers(client, cpu_devices)
 
 
@@ -166,7 +168,8 @@ def own_workers(count: int) -> contextlib.AbstractContextManager[Any]:
         env = {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {}
         options = {"nthreads": 1, "host": "127.0.0.1", "silence_logs": 50, "env": env}
         workers[number] = {"cls": Nanny, "options": options}
-    scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", "dashboard": False}}
+    options = {"host": "127.0.0.1", "dashboard": False, "dashboard_address": "127.0.0.1:0"}
+    scheduler = {"cls": Scheduler, "options": options}
     return SpecCluster(workers=workers, scheduler=scheduler, silence_logs=50)
 
 

@@ -146,6 +146,8 @@ class Plan(ExperimentConfig):
                 raise ValueError(f'arm {name}: schedule = "warm-up" is of networks, not of depths')
             if len({*arm.grid()}) < len(arm.grid()) or len({*arm.spreads}) < len(arm.spreads):
                 raise ValueError(f"arm {name}: a rate, decay or spread stands twice, as a float32")
+            if arm.start == "balanced" and any(arm.spreads):
+                raise ValueError(f'arm {name}: start = "balanced" has no spread but 0')
             if self.tune.count == 0 and arm.is_tuned():
                 raise ValueError(f"arm {name} has several rates, but tune.count = 0")
         ends = [*(seeds for seeds, _ in self.halving), self.tune.count]

@@ -351,7 +351,8 @@ class Pace(NamedTuple):
     def of(self, plan: Plan, missing: int) -> float:
         """Until so many runs are there, each program compiled once."""
         purposes = sum(count > 0 for count in count_runs(plan).values())
-        programs = len(plan.depths) * purposes * len({plan.alike(arm) for arm in plan.arms})
+        networks = len(plan.depths) + len(plan.networks)
+        programs = networks * purposes * len({plan.alike(arm) for arm in plan.arms})
         return self.run * missing + self.program * programs * bool(missing)
 
 

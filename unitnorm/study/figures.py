@@ -19,7 +19,7 @@ import vl_convert
 from unitnorm.report.style import GREY, assign_styles, label, quantize
 from unitnorm.report.tables import format_signed
 from unitnorm.study import statistics
-from unitnorm.study.statistics import name_comparison, name_metric, name_place
+from unitnorm.study.statistics import name_comparison, name_place
 
 WIDTH, HEIGHT, SCALE = 800, 180, 1.5  # pixels of a page, of a panel, and of the PNG to each
 _RANGE = 6.0  # how many times its lowest error a panel shows: worse ones do not matter
@@ -143,7 +143,7 @@ def forest_rows(compared: pd.DataFrame, margin: float) -> pd.DataFrame:
     high = 1.06 * np.nanmax([2 * margin, *drawn.max()])
     return rows.assign(
         **drawn,
-        title=[name_title(row) for row in records],
+        title=[name_comparison(row) for row in records],
         place=[name_place(row) for row in records],
         text=[_tell(row) for row in records],
         colour=[look["colour"] for look in looks],
@@ -151,12 +151,6 @@ def forest_rows(compared: pd.DataFrame, margin: float) -> pd.DataFrame:
         shape=np.where(inside, [look["shape"] for look in looks], beyond),
         low=max(-limit, low), high=min(limit, high), margin_low=-margin, margin_high=margin,
     )  # fmt: skip
-
-
-def name_title(row: Mapping) -> str:
-    """A comparison with its level, and its metric where that is another than the test error."""
-    metric = "" if row["metric"] == "test_error" else name_metric(row["metric"])
-    return ", ".join(part for part in (name_comparison(row), metric) if part)
 
 
 def _tell(row: Mapping) -> str:

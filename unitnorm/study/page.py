@@ -17,7 +17,14 @@ import vl_convert
 from unitnorm.errors import UserError
 from unitnorm.study import figures
 from unitnorm.study.report import Findings, chart_rows, describe_looks
-from unitnorm.study.statistics import is_error, name_place, pair_runs, rank, sides_of
+from unitnorm.study.statistics import (
+    is_error,
+    name_comparison,
+    name_place,
+    pair_runs,
+    rank,
+    sides_of,
+)
 
 _DIGITS = 5  # significant, of every number of the page
 _TITLE = b"<title>unitnorm: the studies</title>"
@@ -48,15 +55,16 @@ def build_page(studies: Mapping[str, Findings]) -> bytes:
 def _pack(study: Findings) -> dict:
     """A study as plain lists: see `page.html` for what becomes of each."""
     runs, plan, comparisons = study.known["runs"], study.plan, []
-    sides = sides_of(runs, plan.comparisons)
-    for row, (_, ours, theirs) in zip(study.compared.to_dict("records"), sides, strict=True):
+    found = list(sides_of(runs, plan.comparisons))
+    for row in study.compared.to_dict("records"):
+        ours, theirs = next(both for named, *both in found if named.items() <= row.items())
         both = pair_runs(ours, theirs, row["metric"]).reset_index()
         for side, part in (("arm", ours), ("baseline", theirs)):
             both[f"{side}_epochs"] = both["seed"].map(part.set_index("seed")["epochs"])
         comparisons.append(
             {
                 **{str(name): _round(value) for name, value in row.items()},
-                "title": figures.name_title(row),
+                "title": name_comparison(row),
                 "place": name_place(row),
                 "looks": describe_looks(row),
                 "is_error": is_error(row["metric"]),

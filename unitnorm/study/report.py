@@ -56,7 +56,7 @@ def look(folder: Path, known: Records) -> Findings:
         for command in known.provenance["commands"]
     ]
     looks = statistics.add_looks(before, compared, max(ends).isoformat())
-    compared = statistics.with_looks(compared, looks, plan.alpha)
+    compared = statistics.with_looks(compared, looks)
     return Findings(known, plan, compared, looks, read_answer(folder))
 
 
@@ -184,8 +184,8 @@ def summary_cells(plan: Plan, compared: pd.DataFrame) -> Cells:
     low, high = errors["n"].min(), errors["n"].max()
     count = f"{low}" if low == high else f"{low} to {high}"
     note = (
-        f"Test error in percentage points, arm − baseline, ± half of the {100 * (1 - plan.alpha):g}"
-        f" % interval, in {count} pairs of runs by seed; verdicts by Holm over all; "
+        f"Test error in percentage points, arm − baseline, ± half of the 95 % "
+        f"interval, in {count} pairs of runs by seed; verdicts by Holm over all; "
         f"equivalent: within ±{plan.margin}."
     )
     looked = sorted({int(n) for text in errors["looks_before"] for n in text.split(", ") if n})

@@ -19,7 +19,13 @@ from scipy import special
 
 from unitnorm.archbn.config import WARM
 from unitnorm.errors import UserError
-from unitnorm.report.statistics import Summary, compare_pairs, summarise, summarise_groups
+from unitnorm.report.statistics import (
+    CONFIDENCE,
+    Summary,
+    compare_pairs,
+    summarise,
+    summarise_groups,
+)
 from unitnorm.study.config import ARCHBN, ComparisonPlan, Place, Rates
 from unitnorm.study.schema import BUDGETS, FACTORS
 
@@ -66,15 +72,13 @@ def name_place(row: Mapping) -> str:
 
 
 def name_comparison(row: Mapping) -> str:
-    """What a row of `compare` is called: its comparison, and the level where it has several."""
-    return ", ".join(part for part in (row["comparison"], row["level"]) if part)
-
-
-def name_metric(metric: str) -> str:
-    """A metric in words: `validation error after epoch 10`."""
-    stem, what, *budget = metric.split("_")
+    """What a row of `compare` is called: its comparison, the level where it has several, and the
+    metric where that is another than the test error, `validation error after epoch 10`."""
+    stem, what, *budget = row["metric"].split("_")
     words = {"val": "validation", "train": "training", "test": "test"}
-    return " ".join([words[stem], what, *(f"after epoch {epoch}" for epoch in budget)])
+    metric = " ".join([words[stem], what, *(f"after epoch {epoch}" for epoch in budget)])
+    parts = row["comparison"], row["level"], "" if metric == "test error" else metric
+    return ", ".join(part for part in parts if part)
 
 
 # ---------------------------------------------------------------- comparisons
@@ -96,7 +100,7 @@ def compare(
     Several arms beside one baseline, with no name but theirs, are a ranking: the best comes first.
     """
     rows = [
-        {**named, **_compare_arms(ours, theirs, named["metric"], margin, alpha)}
+        {**named, **_compare_arms(ours, theirs, named["metric"], margin)}
         for named, ours, theirs in sides_of(runs, comparisons)
     ]
     table = pd.DataFrame(rows, columns=list(COMPARISONS))
@@ -144,15 +148,15 @@ def sides_of(
 
 
 def _compare_arms(
-    ours: pd.DataFrame, theirs: pd.DataFrame, metric: str, margin: float, alpha: float
+    ours: pd.DataFrame, theirs: pd.DataFrame, metric: str, margin: float
 ) -> dict[str, object]:
     paired = pair_runs(ours, theirs, metric).dropna()
-    mean, std, low, high = summarise(paired["difference"].to_numpy(float), alpha)
+    mean, std, low, high = summarise(paired["difference"].to_numpy(float))
     images = (math.nan, math.nan)
     if metric == "test_error" and len(paired) > 1:
         mine, other = (_wrong_images(part, paired.index) for part in (ours, theirs))
         if mine is not None and other is not None:
-            images = crossed_interval(100 * (mine.astype(float) - other), alpha)
+            images = crossed_interval(100 * (mine.astype(float) - other))
     sides = paired["arm"].to_numpy(float), paired["baseline"].to_numpy(float)
     p, p_equivalence = paired_tests(*sides, margin if is_error(metric) else math.nan)
     return {
@@ -229,8 +233,8 @@ def holm(p: np.ndarray) -> np.ndarray:
     return adjusted.sort_index().where(~np.isnan(p)).to_numpy()
 
 
-def crossed_interval(matrix: np.ndarray, alpha: float = 0.05) -> tuple[float, float]:
-    """The interval of a mean over runs and images, with both drawn at random (crossed effects).
+def crossed_interval(matrix: np.ndarray) -> tuple[float, float]:
+    """The 95 % interval of a mean over runs and images, both drawn at random (crossed effects).
 
     With x_si = μ + a_s + b_i + e_si the variance of the mean is σ_a²/S + σ_b²/I + σ_e²/SI, which
     (MS_runs + MS_images − MS_rest) / SI estimates without bias from the mean squares of the two-way
@@ -249,7 +253,7 @@ def crossed_interval(matrix: np.ndarray, alpha: float = 0.05) -> tuple[float, fl
     if parts[1] > parts[2]:
         variance = parts[0] + parts[1] - parts[2]
         degrees = float(variance**2 / (parts**2 / freedom).sum())
-    half = float(special.stdtrit(degrees, 1 - alpha / 2)) * math.sqrt(variance)
+    half = float(special.stdtrit(degrees, (1 + CONFIDENCE) / 2)) * math.sqrt(variance)
     return mean - half, mean + half
 
 
@@ -263,12 +267,13 @@ def add_looks(looks: pd.DataFrame | None, compared: pd.DataFrame, time: str) -> 
     return known.drop_duplicates([*_LOOKED_AT, "n"], ignore_index=True)
 
 
-def with_looks(compared: pd.DataFrame, looks: pd.DataFrame, alpha: float = 0.05) -> pd.DataFrame:
+def with_looks(compared: pd.DataFrame, looks: pd.DataFrame) -> pd.DataFrame:
     """Comparisons with what was looked at before, and an interval that is valid all the same.
 
     Pairs added because of what was seen spoil the level of an interval. That of look k is given the
     level α/(k(k + 1)), which all looks together spend once (Bonferroni): whenever one stops, it
-    misses the mean with a chance of at most α. `looks_before` are the numbers of pairs ("2, 5").
+    misses the mean with a chance of at most α = 5 %. `looks_before` are the numbers of pairs before
+    ("2, 5").
     """
     known = looks.groupby(_LOOKED_AT)["n"].apply(list).to_dict()
     rows = []
@@ -277,7 +282,7 @@ def with_looks(compared: pd.DataFrame, looks: pd.DataFrame, alpha: float = 0.05)
         before = sorted(n for n in looked_at if n < row["n"])
         k, half = len(before) + 1, math.nan
         if before:
-            quantile = special.stdtrit(row["n"] - 1, 1 - alpha / (k * (k + 1)) / 2)
+            quantile = special.stdtrit(row["n"] - 1, 1 - (1 - CONFIDENCE) / (k * (k + 1)) / 2)
             half = quantile * row["std"] / math.sqrt(row["n"])
         ends = row["difference"] - half, row["difference"] + half
         rows.append((", ".join(map(str, before)), *ends))
@@ -437,7 +442,8 @@ def late_rates(runs: pd.DataFrame) -> pd.DataFrame:
     an @, in pairs by seed.
 
     Returns:
-        A row for each place and arm that descends along the gradient and has three pairs or more:
+        A row for each place, arm that descends along the gradient, and level of its factors, with
+        three pairs or more:
         `rate_ratio`, its mean effective rate of the last epoch over UN's; and of the difference of
         the test error, arm − UN in percentage points, `mean`, `ci_low`, `ci_high`, `n`.
     """
@@ -449,11 +455,13 @@ def late_rates(runs: pd.DataFrame) -> pd.DataFrame:
             beside = "un-momentum" if update == "sgd-momentum" else "un"
             name = beside + "".join(str(arm).partition("@")[1:])
             theirs = here[(here["arm"] == name) & (here["update"] == beside)]
-            both = pair_runs(mine, theirs, "test_error").dropna()
-            if len(both) >= 3:
-                ratio = mine["effective_rate"].mean() / theirs["effective_rate"].mean()
-                found = summarise(both["difference"].to_numpy())
-                rows.append((*place, arm, update, ratio, len(both), *found))
+            for level, ours, other in _levels(mine, theirs):
+                both = pair_runs(ours, other, "test_error").dropna()
+                if len(both) >= 3:
+                    ratio = ours["effective_rate"].mean() / other["effective_rate"].mean()
+                    named = ", ".join(filter(None, (str(arm), level)))
+                    found = summarise(both["difference"].to_numpy())
+                    rows.append((*place, named, update, ratio, len(both), *found))
     columns = [*PLACE, "arm", "update", "rate_ratio", "n", *Summary._fields]
     return pd.DataFrame(rows, columns=columns)
 
