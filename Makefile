@@ -54,9 +54,10 @@ lock:
 	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes \
 		--no-emit-index-url --no-emit-find-links --no-header --no-annotate --upgrade -o $(LOCK)
 
-# The READMEs' tables again, from results/
+# The READMEs' tables again, from results/, and the drawings of the docs
 readme: $(INSTALLED)
 	$(BIN)/python .ci/readme.py
+	$(BIN)/python .docs/pictures.py
 
 # Secrets in the tree, and known vulnerabilities of the locked versions; the latter asks PyPI's JSON
 # service, and fails where that does not know a package rather than count it as sound

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+sys.path.insert(0, str(ROOT))
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
-import pictures  # noqa: E402
 from sphinx.util import logging  # noqa: E402
 
 import unitnorm  # noqa: E402
@@ -108,8 +107,6 @@ myst_substitutions = {
     "segnet": _result("segnet/table.md", 3),
     "transformer": _result("transformer/summary.md"),
 }
-pictures.draw(ROOT / "build" / "pictures")
-
 
 # Unions that autodoc spells out, by the names that the source gives them.
 _ALIASES = (

@@ -1,4 +1,4 @@
-"""The two drawings of the first page, made when the docs are built."""
+"""The two drawings of the first page, into pictures/ beside this file: `make readme` draws them."""
 
 from pathlib import Path
 
@@ -95,8 +95,6 @@ def step(path: Path) -> None:
     plt.close(fig)
 
 
-def draw(folder: Path) -> None:
-    """Both, as PNG files of their names."""
-    folder.mkdir(parents=True, exist_ok=True)
+if __name__ == "__main__":
     for picture in (symmetry, step):
-        picture(folder / f"{picture.__name__}.png")
+        picture(Path(__file__).parent / "pictures" / f"{picture.__name__}.png")

@@ -135,7 +135,7 @@ def test_filters_that_are_all_of_one_length_are_no_spread():
 
 
 def test_no_two_arms_look_the_same_and_an_update_has_its_colour():
-    looks = figures.assign_looks({f"un@{i}": "un" for i in range(25)} | {"b-sgd": "b-sgd"})
+    looks = figures.assign_marks({f"un@{i}": "un" for i in range(25)} | {"b-sgd": "b-sgd"})
     assert len({(look["colour"], look["shape"]) for look in looks.values()}) == 26
     assert {looks[f"un@{i}"]["colour"] for i in range(8)} == {looks["un@0"]["colour"]}
 

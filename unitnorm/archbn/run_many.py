@@ -7,6 +7,7 @@ inside an epoch. A run's bits do not depend on what is trained along, nor on the
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any
@@ -248,15 +249,11 @@ def _over_devices(
     those in `donate` may be reused.
     """
     runs, everywhere = PartitionSpec("run"), PartitionSpec()
-
-    def sharded(*arguments: Any) -> Any:
-        specs = (runs,) * by_run + (everywhere,) * (len(arguments) - by_run)
-        # by default JAX rounds the factors of float32 products on recent GPUs and on TPUs
-        with jax.default_matmul_precision("highest"):
-            return jax.shard_map(
-                function, mesh=mesh, in_specs=specs, out_specs=runs, check_vma=False
-            )(*arguments)
-
+    count = len(inspect.signature(function).parameters)
+    specs = (runs,) * by_run + (everywhere,) * (count - by_run)
+    # by default JAX rounds the factors of float32 products on recent GPUs and on TPUs
+    exact = jax.default_matmul_precision("highest")(function)
+    sharded = jax.shard_map(exact, mesh=mesh, in_specs=specs, out_specs=runs, check_vma=False)
     return jax.jit(sharded, donate_argnums=donate)
 
 

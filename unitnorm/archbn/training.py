@@ -134,7 +134,8 @@ def make_training(task: Task, arm: Arm) -> Training:
         once = jnp.full(sizes.max_epochs, jnp.nan)
         shape = sizes.max_epochs, len(network.filters(params))
         by_layer = jnp.full(shape, jnp.nan) if task.layers else None
-        history = History(*[once] * (len(History._fields) - 2), *[by_layer] * 2)
+        history = History(**dict.fromkeys(History._fields, once))
+        history = history._replace(layer_rate=by_layer, layer_angle=by_layer)
         reason = jnp.where(jnp.isfinite(given.rate), protocol.RUNNING, protocol.NO_RATE)
         run = Run(
             params=params, stats=stats, opt_state=None, base=given.rate, rate=given.rate,

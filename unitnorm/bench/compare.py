@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from unitnorm.bench import figures, measure
-from unitnorm.bench.measure import Contestant, Measurement, Say, Spread
+from unitnorm.bench.measure import Contestant, Measurement, Range, Say
 from unitnorm.bench.roofline import work_of
 
 UPDATES = ("b-sgd", "un")
@@ -116,11 +116,11 @@ def measure_speed(depths: Sequence[int], rounds: int, *, quick: bool, say: Say) 
         machine += limits
         for entry, values in rates.items():
             times = [ours / theirs for ours, theirs in zip(rates[OURS], values, strict=True)]
-            rows.append([*entry, depth, *Spread.of(values), *Spread.of(times)])
+            rows.append([*entry, depth, *Range.of(values), *Range.of(times)])
         if not quick:
             costs += measure_costs(depth, rounds, images, say_depth)
     speeds = pd.DataFrame(rows, columns=COLUMNS)
-    spreads = {name: Spread.of([answer[name] for answer in machine]) for name in LIMITS}
+    spreads = {name: Range.of([answer[name] for answer in machine]) for name in LIMITS}
     facts = {
         "device": device,
         "rounds": rounds,
@@ -179,8 +179,8 @@ def measure_costs(depth: int, rounds: int, images: int, say: Say) -> Iterator[di
         old, new = seconds["without"], seconds["with"]
         yield {
             "what": what, "depth": depth, "runs": SEEDS,
-            "without_s": Spread.of(old).median, "with_s": Spread.of(new).median,
-            **Spread.of([one / other for one, other in zip(new, old, strict=True)])._asdict(),
+            "without_s": Range.of(old).median, "with_s": Range.of(new).median,
+            **Range.of([one / other for one, other in zip(new, old, strict=True)])._asdict(),
             "rounds": len(old),
         }  # fmt: skip
 

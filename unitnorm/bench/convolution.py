@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from unitnorm.bench import measure
 from unitnorm.bench.contestants import seconds_of
-from unitnorm.bench.measure import Contestant, Measurement, Say, Spread
+from unitnorm.bench.measure import Contestant, Measurement, Range, Say
 from unitnorm.run.devices import prepare
 from unitnorm.segment.config import SegNetConfig
 from unitnorm.segment.evaluation import make_mesh
@@ -68,8 +68,8 @@ def measure_convolution(rounds: int, *, quick: bool, say: Say) -> Measurement:
     }
     rows = []
     for size, found in measure.one_by_one(chosen, rounds, say):
-        times = Spread.of([answer["direct"] / answer["fourier"] for answer in found.answers])
-        rows.append([*size, *(found.spread(way).median for way in WAYS), *times])
+        times = Range.of([answer["direct"] / answer["fourier"] for answer in found.answers])
+        rows.append([*size, *(found.range_of(way).median for way in WAYS), *times])
     frame = pd.DataFrame(rows, columns=COLUMNS)
     columns = {
         "pixels": "{height:.0f}×{width:.0f}", "XLA s": "{direct_s:.3f}",

@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-from unitnorm.bench.measure import Spread
+from unitnorm.bench.measure import Range
 from unitnorm.report.style import GREY, lay_out, make_handle, set_log_scale, settings
 
 _BLUE = "#0072B2"
@@ -21,7 +21,7 @@ _STYLES = {
 }
 
 
-def draw_roofs(points: pd.DataFrame, machine: Mapping[str, Spread]) -> Figure:
+def draw_roofs(points: pd.DataFrame, machine: Mapping[str, Range]) -> Figure:
     """The contestants under the machine's two roofs: products a second over operations per byte.
 
     Args:

@@ -145,7 +145,7 @@ def measure_kernels(rounds: int, *, quick: bool, say: Say) -> Measurement:
         about, work = found.about, Work(*found.about["work"])
         flops = float(roofline.training_flops(point[0]) * roofline.BATCH * point[2])
         predicted = [predict_us(work, flops, us, gpu) for gpu in GPUS for us in LAUNCH_US]
-        here = found.spread("epoch_s", 1e6 / about["steps"])
+        here = found.range_of("epoch_s", 1e6 / about["steps"])
         rows.append([*point, about["compiled_for"], *work, flops, *predicted, *here])
     frame = pd.DataFrame(rows, columns=COLUMNS)
     facts = {

@@ -34,7 +34,7 @@ WARM_UP = 2  # the first compiles, the second writes the first checkpoint
 ONE_THREAD = {"PJRT_NPROC": "1", "OMP_NUM_THREADS": "1"}
 
 
-class Spread(NamedTuple):
+class Range(NamedTuple):
     """A measurement: the median of its repetitions, the lowest and the highest."""
 
     median: float
@@ -108,9 +108,9 @@ class Found(NamedTuple):
     # of each repetition; of several processes the longest time and the sum of the memory
     answers: list[dict[str, float]]
 
-    def spread(self, name: str, scale: float = 1.0) -> Spread:
+    def range_of(self, name: str, scale: float = 1.0) -> Range:
         """Of one of its figures, times `scale`."""
-        return Spread.of([scale * answer[name] for answer in self.answers])
+        return Range.of([scale * answer[name] for answer in self.answers])
 
 
 class Worker:

@@ -71,7 +71,7 @@ def measure_scaling(rounds: int, *, quick: bool, say: Say) -> Measurement:
     points = {point: point.contestant(images) for point in list_points(cores, quick)}
     rows = []
     for point, found in measure.one_by_one(points, rounds, say):
-        seconds, last = found.spread("seconds"), found.answers[-1]
+        seconds, last = found.range_of("seconds"), found.answers[-1]
         speed = found.samples / seconds.median
         rows.append(
             [point.way, point.runs, point.variants, point.depth, found.about["device"]["count"],

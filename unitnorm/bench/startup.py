@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from unitnorm.bench import measure
-from unitnorm.bench.measure import Measurement, Say, Spread
+from unitnorm.bench.measure import Measurement, Range, Say
 from unitnorm.errors import UserError
 
 COLUMNS = ["what", "cache", "seconds", "low", "high"]
@@ -56,7 +56,7 @@ def measure_startup(rounds: int, *, quick: bool, say: Say) -> Measurement:
                 words = ["train", "--out", os.path.join(folder, cache)]
                 found = seconds_until(": epoch ", words, os.path.join(folder, "cache"))
                 seconds.setdefault(("unitnorm train", cache), []).append(found)
-    rows = [[*what, *Spread.of(values)] for what, values in seconds.items()]
+    rows = [[*what, *Range.of(values)] for what, values in seconds.items()]
     frame = pd.DataFrame(rows, columns=COLUMNS)
     facts = {
         "rounds": rounds,

@@ -109,10 +109,10 @@ def measure_updates(rounds: int, *, quick: bool, say: Say) -> Measurement:
     rows = []
     for shape, found in measure.one_by_one(chosen, rounds, say):
         size = found.about["parameters"]
-        ns, rate = 1e9 / size, found.spread("bytes_per_s").median
+        ns, rate = 1e9 / size, found.range_of("bytes_per_s").median
         for name, seconds in found.about["compile_s"].items():
             memory = ns * found.about["bytes"][name] / rate
-            rows.append([shape, name, size, *found.spread(name, ns), memory, seconds])
+            rows.append([shape, name, size, *found.range_of(name, ns), memory, seconds])
     frame = pd.DataFrame(rows, columns=COLUMNS)
     facts = {
         "device": device,

@@ -342,7 +342,7 @@ def _draw_figure2(out: Path, known: Records, count: int, scene_choice: dict[str,
             f"{scene_choice['data__data_dir'] or 'synthetic'}: not the images of these records; "
             f"expected {about['name']} with SHA-256 {about['sha256'][:12]}…"
         )
-    images, labels, _ = data.splits["test"].spread(count)
+    images, labels, _ = data.splits["test"].pick(count)
     rows = {"ground truth": list(labels)}
     rows |= {label(u): predicting.predict_all(loaded[u], images) for u in updates}
     return pictures.draw_samples(images, rows)

@@ -181,7 +181,7 @@ def check_matching(
 
 
 @dataclass
-class Stopping:
+class Interrupts:
     """What Ctrl-C and SIGTERM do: stop at once, or set `is_set`, looked at after each epoch."""
 
     is_set: bool = False
@@ -189,9 +189,9 @@ class Stopping:
 
 
 @contextlib.contextmanager
-def interruptible() -> Iterator[Stopping]:
+def interruptible() -> Iterator[Interrupts]:
     """Turn Ctrl-C or SIGTERM into a KeyboardInterrupt, or into a request to stop."""
-    stopping = Stopping()
+    stopping = Interrupts()
 
     def request(number: int, _: Any) -> None:
         if not stopping.after_the_epoch or (stopping.is_set and number == signal.SIGINT):

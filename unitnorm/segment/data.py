@@ -50,7 +50,7 @@ class Scenes(NamedTuple):
         """Those at an index or mask."""
         return Scenes(*(array[chosen] for array in self))
 
-    def spread(self, count: int) -> Scenes:
+    def pick(self, count: int) -> Scenes:
         """As many, evenly over all, which stand in the order of the drive."""
         chosen = np.linspace(0, len(self.labels), count, endpoint=False).astype(int)
         return self.only(np.unique(chosen + len(self.labels) // (2 * count)))

@@ -42,12 +42,12 @@ _SHAPES = {
 # ---------------------------------------------------------------- rows
 
 
-def assign_looks(updates: Mapping[str, str]) -> dict[str, dict[str, str]]:
+def assign_marks(updates: Mapping[str, str]) -> dict[str, dict[str, str]]:
     """How each arm is drawn, by name: in its update's colour as long as shapes last."""
     styles = assign_styles(updates.values())
     own = [style.colour for style in styles.values()]
     spare = [style.colour for style in assign_styles(map(str, range(9))).values()]
-    looks, taken = {}, set()
+    assigned, taken = {}, set()
     for arm, update in updates.items():
         style = styles[update]
         marks = [_SHAPES.get(style.marker, _SHAPES["P"]), *_SHAPES.values()]
@@ -55,17 +55,17 @@ def assign_looks(updates: Mapping[str, str]) -> dict[str, dict[str, str]]:
         free = ((c, m) for c in colours for m in marks if (c, m) not in taken)
         colour, mark = next(free, (style.colour, marks[0]))
         taken.add((colour, mark))
-        looks[arm] = {"update": update, "colour": colour, "shape": mark[0], "letter": mark[1]}
-    return looks
+        assigned[arm] = {"update": update, "colour": colour, "shape": mark[0], "letter": mark[1]}
+    return assigned
 
 
-def _looking(table: pd.DataFrame, column: str) -> pd.DataFrame:
-    """With the look of each row's arm (or update, as `column` says), and the name of its place."""
-    looks = assign_looks(dict(zip(table[column], table["update"], strict=True)))
+def _marked(table: pd.DataFrame, column: str) -> pd.DataFrame:
+    """With the mark of each row's arm (or update, as `column` says), and the name of its place."""
+    marks = assign_marks(dict(zip(table[column], table["update"], strict=True)))
     return table.assign(
         series=table[column].map(label),
         place=[name_place(row) for row in table.to_dict("records")],
-        **{key: [looks[name][key] for name in table[column]] for key in ("colour", "shape")},
+        **{key: [marks[name][key] for name in table[column]] for key in ("colour", "shape")},
     )
 
 
@@ -81,7 +81,7 @@ def _cut(table: pd.DataFrame) -> pd.DataFrame:
 
 def rate_rows(runs: pd.DataFrame) -> pd.DataFrame:
     """Validation error of the tuning runs against the filters' rate, all else at its best."""
-    table = _looking(statistics.profile_rates(statistics.rate_means(runs)), "arm")
+    table = _marked(statistics.profile_rates(statistics.rate_means(runs)), "arm")
     ends = table[["ci_low", "ci_high"]].where(table["n_diverged"] == 0)
     level = table["schedule"] if table["schedule"].nunique() > 1 else ""
     return _cut(table.assign(x=table["filters_rate"], y=table["val_error"], level=level, **ends))
@@ -95,19 +95,19 @@ def effective_rows(runs: pd.DataFrame, epochs: Mapping[str, int]) -> pd.DataFram
     table = rate_rows(runs)
     left = statistics.left_by(table["schedule"], table["arm"].map(epochs).to_numpy(float))
     table = table.assign(y=table["effective_rate"] / left, ci_low=math.nan, ci_high=math.nan)
-    return _looking(table, "arm")[table["y"] > 0]
+    return _marked(table, "arm")[table["y"] > 0]
 
 
 def budget_rows(runs: pd.DataFrame) -> pd.DataFrame:
     """The error after 5, 10, 25, … epochs and at the end; of many starts the balanced alone."""
     alone = runs["spread"] == 0
     table = statistics.budget_means(runs[alone] if alone.any() else runs)
-    return _cut(_looking(table.assign(x=table["budget"], y=table["mean"], level=""), "arm"))
+    return _cut(_marked(table.assign(x=table["budget"], y=table["mean"], level=""), "arm"))
 
 
 def spread_rows(runs: pd.DataFrame) -> pd.DataFrame:
     """The error of full trainings against the spread of the start: a line per update."""
-    table = _looking(statistics.spread_means(runs), "update")
+    table = _marked(statistics.spread_means(runs), "update")
     names = list(dict.fromkeys(table["series"]))
     shift = 0.02 * max(1.0, float(table["spread"].max()))  # else the intervals overlap
     x = table["spread"] + shift * (table["series"].map(names.index) - (len(names) - 1) / 2)
@@ -122,7 +122,7 @@ def late_rate_rows(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """What `statistics.late_rates` finds in several studies, by name: all in one figure."""
     found = [table.assign(arm=f"{study}: " + table["arm"]) for study, table in tables.items()]
     table = pd.concat(found, ignore_index=True)
-    return _looking(table, "arm").assign(x=table["rate_ratio"], y=table["mean"], level="")
+    return _marked(table, "arm").assign(x=table["rate_ratio"], y=table["mean"], level="")
 
 
 def forest_rows(compared: pd.DataFrame, margin: float) -> pd.DataFrame:
@@ -135,7 +135,7 @@ def forest_rows(compared: pd.DataFrame, margin: float) -> pd.DataFrame:
     limit = min(sizes.max(), 5 * np.quantile(sizes, 0.8)) if sizes.size else 0.0
     limit = 1.06 * max(limit, 2 * margin)
     records = rows.to_dict("records")
-    looks = [VERDICTS[row["verdict"]] for row in records]
+    marks = [VERDICTS[row["verdict"]] for row in records]
     beyond = np.where(rows["difference"] > limit, "triangle-right", "triangle-left")
     inside = rows["difference"].abs() <= limit
     drawn = rows[ends].clip(-limit, limit)
@@ -146,9 +146,9 @@ def forest_rows(compared: pd.DataFrame, margin: float) -> pd.DataFrame:
         title=[name_comparison(row) for row in records],
         place=[name_place(row) for row in records],
         text=[_tell(row) for row in records],
-        colour=[look["colour"] for look in looks],
-        fill=[look.get("fill", look["colour"]) for look in looks],
-        shape=np.where(inside, [look["shape"] for look in looks], beyond),
+        colour=[mark["colour"] for mark in marks],
+        fill=[mark.get("fill", mark["colour"]) for mark in marks],
+        shape=np.where(inside, [mark["shape"] for mark in marks], beyond),
         low=max(-limit, low), high=min(limit, high), margin_low=-margin, margin_high=margin,
     )  # fmt: skip
 
@@ -331,7 +331,7 @@ def draw(name: str, rows: pd.DataFrame) -> dict[str, bytes]:
         texts = _layer("text", at | {"text": {"field": "text"}}, align="left")
         spec = {"layer": [*CHARTS[name]["layer"], texts], "width": WIDTH - 345}
         panels = [_facet(rows, "title", 1, spec | {"height": {"step": 19}})]
-        shape = rows["verdict"].map({verdict: look["shape"] for verdict, look in VERDICTS.items()})
+        shape = rows["verdict"].map({verdict: mark["shape"] for verdict, mark in VERDICTS.items()})
         legend = rows.assign(series=rows["verdict"], shape=shape)
     else:
         levels = rows["level"].nunique()  # a row of panels for each data set and network, or two

@@ -77,7 +77,7 @@ def _pack(study: Findings) -> dict:
     return {
         "question": plan.question,
         "answer": study.answer,
-        "arms": figures.assign_looks(updates),
+        "arms": figures.assign_marks(updates),
         "comparisons": comparisons,
         "ranks": _columns(ranks),
         "charts": {name: _columns(rows) for name, rows in chart_rows(study).items()},

@@ -20,10 +20,11 @@ from jax import Array
 from unitnorm.archbn.batches import INIT, stream
 from unitnorm.archbn.config import Config
 from unitnorm.archbn.evaluation import cross_entropy
-from unitnorm.archbn.model import FILTER_AXIS, Network, archbn, filter_mask
+from unitnorm.archbn.model import FILTER_AXIS, Network, archbn
+from unitnorm.archbn.training import Arm, EpochState, Settings, Task, make_training
 from unitnorm.data import Dataset
 from unitnorm.geometry import filter_norms, retraction
-from unitnorm.updates import build
+from unitnorm.updates import build, find_update
 
 EXPONENTS = np.linspace(-5, 5, 21)  # of |α|: ten decades
 FACTOR_DECADES = 1.0  # a filter's own factor lies at most so many decades from 1
@@ -83,7 +84,8 @@ class Subject(NamedTuple):
             return Point(*jax.device_get(jax.jit(self.network().init)(key)))
 
     def batches(self, count: int) -> np.ndarray:
-        """Image indices of the first mini-batches, (count, batch size), drawn as in training."""
+        """Image indices of the first mini-batches, (count, batch size): without replacement, in a
+        new order in each epoch."""
         random = np.random.default_rng([self.config.seed, 0])
         size, images = self.config.loss.batch_size, self.config.train.train_images
         chosen = random.permutation(len(self.data.train_labels))[:images]
@@ -124,18 +126,16 @@ class Subject(NamedTuple):
           so many steps as `marks` says (ascending), shape (updates, starts, marks, …).
         """
 
-        def optimiser(update: str, params: Any) -> optax.GradientTransformation:
-            return build(update, rates[update], filter_mask(params), axis=FILTER_AXIS)
+        def begin(update: str, start: Point) -> EpochState:
+            optimiser = build(update, rates[update], network.mask(start.params), axis=network.axis)
+            loss = jnp.zeros([], jax.tree.leaves(start)[0].dtype)
+            state = optimiser.init(start.params)
+            return EpochState(*start, state, loss, jnp.zeros([], jnp.float32))
 
-        def begin(update: str, start: Point) -> Any:
-            return *start, optimiser(update, start.params).init(start.params)
-
-        def step(update: str, at: Any, x: Array, labels: Array) -> Any:
-            params, stats, state = at
-            slope = jax.grad(partial(self.loss, network), has_aux=True)
-            gradient, (_, _, stats) = slope(params, stats, x, labels)
-            displacement, state = optimiser(update, params).update(gradient, state, params)
-            return optax.apply_updates(params, displacement), stats, state
+        def step(update: str, at: EpochState, x: Array, labels: Array) -> EpochState:
+            loose = (("off_manifold", "normalize"),) if find_update(update).constrained else ()
+            training = make_training(Task(self.config, network), Arm(update, loose))
+            return training.step(Settings(seed=None, rate=rates[update]), at, x, labels)
 
         @jax.jit
         def train_all(starts: Point, order: Array, images: Array, labels: Array) -> Any:

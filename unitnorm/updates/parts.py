@@ -276,14 +276,14 @@ def leaves_beside(
     if all(name in named for name in names):
         return [named[name] for name in names]
     try:
-        spread = jax.tree.broadcast(tree, params, is_leaf)
+        broadcast = jax.tree.broadcast(tree, params, is_leaf)
     except ValueError as error:
         raise ValueError(
             f"{what} does not fit the parameters: expected one value, a pytree of values or a "
             f"function; {str(error).splitlines()[0]}"
         ) from None
     structure: Any = jax.tree.structure(params)
-    return structure.flatten_up_to(spread)
+    return structure.flatten_up_to(broadcast)
 
 
 def leaf_name(path: Sequence[Any]) -> str:
