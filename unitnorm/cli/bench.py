@@ -49,6 +49,8 @@ def bench(
       pip install "unitnorm[bench]"
       unitnorm bench
     """
+    if depth and what:
+        raise UserError(f"--depth {depth[0]} is of the comparison with the peers, not of --{what}")
     from rich.console import Console
 
     from unitnorm.bench import compare, convolution, kernels, scaling, startup, updates
@@ -56,8 +58,6 @@ def bench(
     from unitnorm.run import records
     from unitnorm.run.job import command_line
 
-    if depth and what:
-        raise UserError(f"--depth {depth[0]} is of the comparison with the peers, not of --{what}")
     measures: dict[str | None, Callable[..., Measurement]] = {
         None: partial(compare.measure_speed, depth or ((2,) if quick else (2, 4))),
         "scaling": scaling.measure_scaling,

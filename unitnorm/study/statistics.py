@@ -443,9 +443,9 @@ def late_rates(runs: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         A row for each place, arm that descends along the gradient, and level of its factors, with
-        three pairs or more:
-        `rate_ratio`, its mean effective rate of the last epoch over UN's; and of the difference of
-        the test error, arm − UN in percentage points, `mean`, `ci_low`, `ci_high`, `n`.
+        three pairs or more: `rate_ratio`, its mean effective rate of the last epoch over UN's; and
+        of the difference of the test error, arm − UN in percentage points, `mean`, `ci_low`,
+        `ci_high`, `n`.
     """
     known = runs["start"].isin(["norms", "balanced"])
     known &= runs["schedule"].isin(["cosine", "warm-up"]) & ~runs["diverged"]
