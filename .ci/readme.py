@@ -35,6 +35,8 @@ def filled(text: str) -> str:
         decimals = len(match[2] or ".") - 1
         names = {"t": _table(ROOT / "results" / match[4]), "pd": pd}
         value = float(eval(match[5], names))  # noqa: S307 - our own pages
+        if value != value:
+            raise ValueError(f"{match[0]}: no number")
         value = 0.0 if round(value, decimals) == 0 else value  # no sign before zero
         sign = "+" if match[1] and value else ""
         return f"{value:{sign},.{decimals}f}".replace("-", "−") + match[3]

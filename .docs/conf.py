@@ -86,26 +86,11 @@ def _kernels() -> str:
     return f"```text\n{unitnorm.examine_kernels(apply, params)}\n```"
 
 
-def _result(name: str, *parts: int) -> str:
-    """What a file of results/ says, or its parts, each of which begins with a bold line."""
-    text = (ROOT / "results" / name).read_text().strip()
-    found = re.split(r"\n\n(?=\*\*)", text)
-    return "\n\n".join(found[part - 1] for part in parts) if parts else text
-
-
 _log = logging.getLogger(__name__)
 myst_substitutions = {
     "quickstart": _quickstart(),
     "updates": _updates(),
     "kernels": _kernels(),
-    "best_rates": _result("study/best-rates/summary.md"),
-    "annealed": _result("study/annealed/summary.md"),
-    "rivals": _result("study/rivals/summary.md"),
-    "cifar": _result("study/cifar/summary.md"),
-    "fifty_runs": _result("50-runs/table2.md", 1, 2),
-    "rates": _result("50-runs/runs.md", 2),
-    "segnet": _result("segnet/table.md", 3),
-    "transformer": _result("transformer/summary.md"),
 }
 
 # Unions that autodoc spells out, by the names that the source gives them.
