@@ -25,6 +25,7 @@ from unitnorm.archbn.config import Model
 from unitnorm.geometry import unit
 
 FILTER_AXIS = -1
+PAPER = Model()
 
 # What of a start can be changed without changing the network. The first three are unbalanced, each
 # by a factor of its own within so many decades: filters in front of batch normalisation; the scales
@@ -47,15 +48,17 @@ class Rows(nnx.Module):
 class Layer(nnx.Module):
     """W x, batch normalisation, ReLU, max-pooling of 2 with stride 2: (…, inputs) → (…, width/2).
 
-    ReLU and max commute, so their order is no choice; which features are neighbours is
-    (`pool_pairs`). `norm` are options of `nnx.BatchNorm`.
+    ReLU and max commute, so their order is no choice; which features are neighbours is.
     """
 
-    def __init__(self, inputs: int, width: int, pool_pairs: Any, *, rngs: nnx.Rngs, **norm: Any):
-        self.rows = Rows(inputs, width, rngs=rngs)
-        # the fast variance E[h²] − E[h]² cancels badly on raw pixels, whose mean is large
-        self.norm = nnx.BatchNorm(width, use_fast_variance=False, rngs=rngs, **norm)
-        self.pool_pairs = pool_pairs
+    def __init__(self, inputs: int, settings: Model, *, rngs: nnx.Rngs):
+        self.rows = Rows(inputs, settings.width, rngs=rngs)
+        self.norm = nnx.BatchNorm(
+            settings.width, momentum=settings.bn_momentum, epsilon=settings.bn_epsilon,
+            # the fast variance E[h²] − E[h]² cancels badly on raw pixels, whose mean is large
+            use_fast_variance=False, rngs=rngs,
+        )  # fmt: skip
+        self.pool_pairs = settings.pool_pairs
 
     def __call__(self, x: Array, *, train: bool) -> Array:
         h = self.norm(self.rows(x), use_running_average=not train)
@@ -68,10 +71,8 @@ class ArchBN(nnx.Module):
     Args:
       features: inputs, 784 for MNIST.
       depth: layers, at least 1; the paper has 2 and 4.
-      width: filters per layer, even; the paper has 64.
       classes: rows of θ.
-      pool_pairs: which two features are pooled, see `max_pool_pairs`.
-      bn_momentum, bn_epsilon: of the running statistics and inside the square root.
+      settings: width, pooling and batch normalisation, by default the paper's.
       rngs: one key for all initial rows.
 
     >>> import jax.numpy as jnp
@@ -82,24 +83,15 @@ class ArchBN(nnx.Module):
     """
 
     def __init__(
-        self,
-        features: int,
-        depth: int,
-        width: int = 64,
-        classes: int = 10,
-        *,
-        pool_pairs: Literal["adjacent", "halves"] = "adjacent",
-        bn_momentum: float = 0.99,
-        bn_epsilon: float = 1e-5,
+        self, features: int, depth: int, classes: int = 10, settings: Model = PAPER, *,
         rngs: nnx.Rngs,
-    ):
-        if depth < 1 or width < 2 or width % 2:
-            raise ValueError(f"depth {depth} and width {width}: need depth ≥ 1 and an even width")
-        options = {"momentum": bn_momentum, "epsilon": bn_epsilon}
-        sizes = [features] + [width // 2] * (depth - 1)
-        layers = [Layer(size, width, pool_pairs, rngs=rngs, **options) for size in sizes]
-        self.layers = nnx.List(layers)
-        self.theta = Rows(width // 2, classes, rngs=rngs)
+    ):  # fmt: skip
+        if depth < 1:
+            raise ValueError(f"depth {depth}: need depth ≥ 1")
+        half = settings.width // 2
+        sizes = [features] + [half] * (depth - 1)
+        self.layers = nnx.List([Layer(size, settings, rngs=rngs) for size in sizes])
+        self.theta = Rows(half, classes, rngs=rngs)
 
     def __call__(self, x: Array, *, train: bool = False) -> Array:
         """Logits. `train` normalises with the mini-batch and moves the running statistics."""
@@ -140,7 +132,7 @@ class Network(NamedTuple):
 @lru_cache(maxsize=16)
 def archbn(settings: Model, features: int, classes: int, depth: int) -> Network:
     """ArchBN as pure functions, the same ones for the same arguments."""
-    make = partial(ArchBN, features, depth, classes=classes, **settings.model_dump())
+    make = partial(ArchBN, features, depth, classes, settings)
     return split_network(lambda rngs: make(rngs=rngs), bn_momentum=settings.bn_momentum)
 
 

@@ -7,8 +7,7 @@ inside an epoch. A run's bits do not depend on what is trained along, nor on the
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -20,10 +19,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from unitnorm.archbn import protocol
-from unitnorm.archbn.batches import Images, draw_split
+from unitnorm.archbn.batches import Images, Split, draw_split
 from unitnorm.archbn.evaluation import find_wrong
 from unitnorm.archbn.model import START
-from unitnorm.archbn.training import Arm, Run, Settings, Task, make_training
+from unitnorm.archbn.training import Arm, Run, Settings, Task, Training, make_training
 from unitnorm.data import Dataset
 from unitnorm.run.loop import Status
 
@@ -48,11 +47,7 @@ class Program:
         blocks = [block if on_cpu else -(-count // len(devices)) for count in counts]
         self._runs_at = place_runs(counts, blocks, len(devices))
         self._places = [np.argsort(index)[np.sum(index < 0) :] for index in self._runs_at]
-        self._settings = tuple(
-            # where there is no run, one that has ended
-            mine._replace(rate=np.where(index < 0, np.float32(np.nan), mine.rate))
-            for mine, index in zip(map(_rows, settings, self._runs_at), self._runs_at, strict=True)
-        )
+        self._settings = self._placed(settings, "rate", np.float32(np.nan))
         mesh = Mesh(np.asarray(devices), ("run",), axis_types=(AxisType.Auto,))
         self._by_run = NamedSharding(mesh, PartitionSpec("run"))
         images = (data.train_images, data.train_labels), (data.test_images, data.test_labels)
@@ -84,12 +79,17 @@ class Program:
     def put(self, saved: Any) -> tuple[Run, ...]:
         """Saved runs at their places, which depend on the devices."""
         self._epochs_done = max(int(np.max(runs.epoch)) for runs in saved)
-        ended = np.int32(protocol.NO_RATE)
-        state = tuple(
-            runs._replace(reason=np.where(index < 0, ended, runs.reason))
-            for runs, index in zip(map(_rows, saved, self._runs_at), self._runs_at, strict=True)
+        return jax.device_put(
+            self._placed(saved, "reason", np.int32(protocol.NO_RATE)), self._by_run
         )
-        return jax.device_put(state, self._by_run)
+
+    def _placed(self, arms: Sequence[Any], field: str, ended: np.generic) -> tuple[Any, ...]:
+        """Each arm's runs at their places; where there is none, one whose `field` says `ended`."""
+        placed = zip(map(_rows, arms, self._runs_at), self._runs_at, strict=True)
+        return tuple(
+            runs._replace(**{field: np.where(index < 0, ended, getattr(runs, field))})
+            for runs, index in placed
+        )
 
     def take(self, state: Any) -> Any:
         """The runs of a state, or what else there is of each, in their order and on the host."""
@@ -141,43 +141,55 @@ def _compile(
     sizes = getattr(task.config, task.part)
     drawn = partial(draw_split, task.part, (sizes.train_images, sizes.validation_images), images)
 
+    def in_blocks(functions: Iterable[Callable[..., Any]], *arms: Any) -> tuple[Any, ...]:
+        """A function of many runs for each arm, on one block of the arm's runs after another.
+
+        XLA compiles batches of other sizes to code with other rounding, so it is the block alone
+        that decides a run's bits, and not how many runs there are.
+        """
+        done = []
+        for function, block, *runs in zip(functions, blocks, *arms, strict=True):
+            each = jax.tree.map(lambda x, b=block: x.reshape(-1, b, *x.shape[1:]), tuple(runs))
+            found = jax.lax.map(lambda given, call=function: call(*given), each)
+            done.append(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found))
+        return tuple(done)
+
     def init(settings: tuple[Settings, ...]) -> Any:
-        each = zip(trainings, blocks, settings, strict=True)
-        return tuple(
-            _joined(jax.lax.map(jax.vmap(mine.init), _blocked(block, given)))
-            for mine, block, given in each
-        )
+        return in_blocks([jax.vmap(mine.init) for mine in trainings], settings)
 
     def advance(splits: Any, state: Any, number: Array, images: Images, test: Images) -> Any:
-        done = []
-        for mine, block, *runs in zip(trainings, blocks, splits, state, strict=True):
-            epoch = jax.vmap(partial(mine.epoch, images, test, number))
-            # a block that has ended costs nothing
-            ended = jax.lax.map(
-                lambda pair, epoch=epoch: jax.lax.cond(
-                    jnp.any(pair[1].reason == protocol.RUNNING), epoch, lambda _, same: same, *pair
-                ),
-                _blocked(block, tuple(runs)),
-            )
-            done.append(_joined(ended))
-        return tuple(done)
+        def unless_ended(training: Training, split: Split, runs: Run) -> Run:
+            """An epoch; a block that has ended costs nothing."""
+            epoch = jax.vmap(partial(training.epoch, images, test, number))
+            going = jnp.any(runs.reason == protocol.RUNNING)
+            return jax.lax.cond(going, epoch, lambda _, same: same, split, runs)
+
+        return in_blocks([partial(unless_ended, mine) for mine in trainings], splits, state)
 
     def wrong(state: Any, test: Images) -> Any:
         everything = jnp.arange(len(test.labels), dtype=jnp.int32)
 
-        def of_block(runs: Run) -> tuple[Array, Array]:
-            of_runs = jax.vmap(partial(find_wrong, task.network), (0, 0, None, None))
-            wrong, losses = of_runs(runs.params, runs.stats, test, everything)
-            return wrong, losses.mean(-1)
+        def of_run(run: Run) -> tuple[Array, Array]:
+            wrong, losses = find_wrong(task.network, run.params, run.stats, test, everything)
+            return wrong, losses.mean()
 
-        each = zip(blocks, state, strict=True)
-        return tuple(_joined(jax.lax.map(of_block, _blocked(block, runs))) for block, runs in each)
+        return in_blocks([jax.vmap(of_run)] * len(blocks), state)
+
+    runs, everywhere = PartitionSpec("run"), PartitionSpec()
+
+    def over_devices(function: Callable[..., Any], *specs: PartitionSpec, **options: Any) -> Any:
+        """Compiled, each device computing its own runs."""
+        # by default JAX rounds the factors of float32 products on recent GPUs and on TPUs
+        exact = jax.default_matmul_precision("highest")(function)
+        sharded = jax.shard_map(exact, mesh=mesh, in_specs=specs, out_specs=runs, check_vma=False)
+        return jax.jit(sharded, **options)
 
     return (
         jax.jit(partial(jax.lax.map, drawn)),
-        _over_devices(mesh, init, by_run=1),
-        _over_devices(mesh, advance, by_run=2, donate=(1,)),
-        _over_devices(mesh, wrong, by_run=1),
+        over_devices(init, runs),
+        # the memory of the state may be reused
+        over_devices(advance, runs, runs, everywhere, everywhere, everywhere, donate_argnums=(1,)),
+        over_devices(wrong, runs, everywhere),
     )
 
 
@@ -226,49 +238,15 @@ def last(values: ArrayLike, epochs: ArrayLike) -> np.ndarray:
     return np.take_along_axis(np.asarray(values), index[..., None], -1)[..., 0]
 
 
-def _blocked(block: int, tree: Any) -> Any:
-    """Leaves (runs, …) as (blocks, block, …).
-
-    XLA compiles batches of other sizes to code with other rounding, so it is the block alone that
-    decides a run's bits, and not how many runs there are.
-    """
-    return jax.tree.map(lambda x: x.reshape(-1, block, *x.shape[1:]), tree)
-
-
-def _joined(tree: Any) -> Any:
-    """Leaves (blocks, block, …) as (runs, …)."""
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
-
-
-def _over_devices(
-    mesh: Mesh, function: Callable[..., Any], *, by_run: int, donate: tuple[int, ...] = ()
-) -> Callable[..., Any]:
-    """Compile a function of many runs, each device computing its own.
-
-    The first `by_run` arguments have runs as their leading axis, as the result has; the memory of
-    those in `donate` may be reused.
-    """
-    runs, everywhere = PartitionSpec("run"), PartitionSpec()
-    count = len(inspect.signature(function).parameters)
-    specs = (runs,) * by_run + (everywhere,) * (count - by_run)
-    # by default JAX rounds the factors of float32 products on recent GPUs and on TPUs
-    exact = jax.default_matmul_precision("highest")(function)
-    sharded = jax.shard_map(exact, mesh=mesh, in_specs=specs, out_specs=runs, check_vma=False)
-    return jax.jit(sharded, donate_argnums=donate)
-
-
 def _fill(given: Settings) -> Settings:
     """Settings with every array as long as `seed`."""
 
-    def filled(values: Any, dtype: type = np.float32, *shape: int) -> Any:
-        each = (len(given.seed), *shape)
-        return None if values is None else np.broadcast_to(np.asarray(values, dtype), each)
+    def filled(name: str, values: Any) -> np.ndarray | None:
+        dtype = {"seed": np.uint32, "schedule": np.int32}.get(name, np.float32)
+        shape = (len(given.seed), len(START)) if name == "spread" else (len(given.seed),)
+        return None if values is None else np.broadcast_to(np.asarray(values, dtype), shape)
 
-    seed, rate, ratio, schedule, spread, decay = given
-    return Settings(
-        filled(seed, np.uint32), filled(rate), filled(ratio), filled(schedule, np.int32),
-        filled(spread, np.float32, len(START)), filled(decay),
-    )  # fmt: skip
+    return Settings(**{name: filled(name, values) for name, values in given._asdict().items()})
 
 
 def _rows(tree: Any, index: np.ndarray) -> Any:
