@@ -6,7 +6,7 @@ factor of some entries is free where their sum in each row vanishes, and entries
 can share one (or take its inverse) where their sums cancel (or are the same).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ _SUGGESTED = 0.05  # of sums over their sizes, where entries go their own ways: 
 _WEAK = 0.3  # the same of one block among many, whose features may vary as little as an ε
 _DEAD = 1e-4  # a block whose effect is this small beside that of the largest says nothing
 FEW = 8  # leaves that may be scaled against one
+FIRST_ROWS = 8
 
 
 class Part(NamedTuple):
@@ -27,24 +28,35 @@ class Part(NamedTuple):
 
 
 class Rows:
-    """Sums of rows over all axes of a leaf but one, which is all that parts of an axis need."""
+    """Sums of rows over all axes of a leaf but one, which is all that parts of an axis need.
 
-    def __init__(self, shapes: Mapping[int, tuple[int, ...]]):
+    `draw` gives a row, an array for each leaf, and `progress` is told of it.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[int, tuple[int, ...]],
+        draw: Callable[[], Sequence[Any]],
+        progress: Callable[[str], Any],
+    ):
         self.shapes = {leaf: shape or (1,) for leaf, shape in shapes.items()}
-        self.count = 0
+        self._draw, self._progress, self._count = draw, progress, 0
         self._kept: dict[tuple[int, int], list[np.ndarray]] = {}
         self._folded: dict[Part, tuple[np.ndarray, np.ndarray]] = {}
+        self.grow(FIRST_ROWS)
 
-    def add(self, row: Sequence[Any]) -> None:
-        """One more row: an array for each leaf."""
-        self.count += 1
+    def grow(self, to: int) -> None:
+        """As many rows in all."""
         self._folded = {}
-        for (leaf, shape), array in zip(self.shapes.items(), row, strict=True):
-            r = np.asarray(array, np.float64).reshape(shape)
-            for axis in range(r.ndim):
-                others = tuple(a for a in range(r.ndim) if a != axis)
-                pair = np.stack([r.sum(others), (r**2).sum(others)])
-                self._kept.setdefault((leaf, axis), []).append(pair)
+        for number in range(self._count, to):
+            self._progress(f"row {number + 1} of {to}")
+            for (leaf, shape), array in zip(self.shapes.items(), self._draw(), strict=True):
+                r = np.asarray(array, np.float64).reshape(shape)
+                for axis in range(r.ndim):
+                    others = tuple(a for a in range(r.ndim) if a != axis)
+                    pair = np.stack([r.sum(others), (r**2).sum(others)])
+                    self._kept.setdefault((leaf, axis), []).append(pair)
+        self._count = max(self._count, to)
 
     def sums(self, part: Part) -> np.ndarray:
         """(rows, parts)"""

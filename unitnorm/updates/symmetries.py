@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple, cast
 
@@ -22,17 +22,16 @@ import optax
 
 from unitnorm import geometry
 from unitnorm.updates.parts import AxisSpec, axis_of_leaves, leaf_name
-from unitnorm.updates.rows import Part, Rows
+from unitnorm.updates.rows import FIRST_ROWS, Part, Rows
 from unitnorm.updates.selection import FilterAxes
-from unitnorm.updates.tracing import ENTRY_BY_ENTRY, evaluate, find_contacts
+from unitnorm.updates.tracing import ENTRY_BY_ENTRY, Origin, evaluate, find_contacts, in_float32
 
 # How little scaling the blocks must change the outputs, against scaling every entry by itself.
 # Normalisation leaves about its ε over the variance of a feature, 1e-5; what is not normalised
 # changes the outputs by the same order either way.
 _TOLERANCE = 0.01
 _DOUBTFUL = 0.1  # below it, but not below the tolerance: normalised in part
-_ROWS = 8  # at first; and as many more as there are leaves that these leave open
-_MOST_ROWS = 136
+_MOST_ROWS = 136  # a few at first; and as many more as there are leaves that these leave open
 
 
 class KernelFinding(NamedTuple):
@@ -243,11 +242,10 @@ def examine_kernels(
     [('bias', None, 'without effect'), ('kernel', (0,), 'a factor for each index of axis 1')]
     """
     with jax.default_matmul_precision("highest"):
-        network = _Network(apply, params, seed, progress or (lambda line: None))
-        return _search(network, params, axis)
+        return _Search(_Network(apply, params, seed, progress or (lambda line: None))).report(axis)
 
 
-# --- The search -----------------------------------------------------------------------------------
+# --- The network ----------------------------------------------------------------------------------
 
 
 class _Group(NamedTuple):
@@ -272,7 +270,7 @@ class _Network:
         progress: Callable[[str], Any],
     ):
         named, treedef = jax.tree.flatten_with_path(params)
-        self.names = [leaf_name(path) for path, _ in named]
+        self.params, self.names = params, [leaf_name(path) for path, _ in named]
         self.given = [leaf for _, leaf in named]
         self.shapes = [jnp.shape(leaf) for leaf in self.given]
         self.floats = [i for i, leaf in enumerate(self.given) if _is_float(leaf)]
@@ -304,12 +302,9 @@ class _Network:
                 "apply gave outputs that are not finite, so no symmetry of theirs can be tested: "
                 "check the batch and the parameters, or select the kernels by a mask"
             )
-        contacts = find_contacts(
-            self.code.jaxpr,
-            {self.code.jaxpr.invars[i]: frozenset({i}) for i in self.floats},
-            {i: math.prod(self.shapes[i]) for i in self.floats},
-        )
-        self.contacts = {i: [c for c in contacts if i in c.leaves] for i in self.floats}
+        origins = [Origin(frozenset({i} & {*self.floats})) for i in range(len(self.given))]
+        sizes = dict(enumerate(map(math.prod, self.shapes)))
+        self.contacts = find_contacts(self.code.jaxpr, origins, sizes)
 
     def point(self) -> list[Any]:
         return [
@@ -321,20 +316,10 @@ class _Network:
         self.passes += 1
         return [np.asarray(out, np.float64) for out in self.forward(leaves)]
 
-    def finding(
-        self,
-        leaf: int,
-        reason: str,
-        effect: float = np.nan,
-        blocks: FilterAxes | None = None,
-        selected: bool = False,
-    ) -> KernelFinding:
-        name, shape = self.names[leaf], self.shapes[leaf]
-        return KernelFinding(name, shape, blocks, effect, reason, selected)
-
     def is_kernel(self, leaf: int) -> bool:
         return sum(n > 1 for n in self.shapes[leaf]) >= 2 and any(
-            contact.primitive not in ENTRY_BY_ENTRY for contact in self.contacts[leaf]
+            leaf in contact.leaves and contact.primitive not in ENTRY_BY_ENTRY
+            for contact in self.contacts
         )
 
     def rows(
@@ -342,15 +327,14 @@ class _Network:
         leaves: Sequence[int],
         extra: Sequence[Any] = (),
         evaluate: Callable[[list[Any], list[Any]], list[Any]] | None = None,
-    ) -> tuple[Rows, Callable[[int], None]]:
-        """A few rows of leaves and of extra arrays, numbered on; and what adds rows up to some.
+    ) -> Rows:
+        """A few rows of leaves and of extra arrays, numbered on.
 
         `evaluate` goes from parameters and extra arrays to outputs.
         """
         count = len(self.given)
         of = [*leaves, *range(count, count + len(extra))]
         shapes = [*self.shapes, *map(jnp.shape, extra)]
-        rows = Rows({i: shapes[i] for i in of})
         scales = [np.sqrt(np.mean(out**2)) or 1.0 for out in self.before]
 
         @jax.jit
@@ -365,19 +349,15 @@ class _Network:
             (slopes,) = jax.vjp(outputs, chosen)[1](cotangents)
             return [w * g for w, g in zip(chosen, slopes, strict=True)]
 
-        def add(to: int) -> None:
-            for number in range(rows.count, to):
-                self.progress(f"row {number + 1} of {to}")
-                cotangents = [
-                    np.asarray(self.random.normal(size=out.shape) / scale, np.float32)
-                    for out, scale in zip(self.before, scales, strict=True)
-                ]
-                arrays = self.point() + [_moved(self.random, array) for array in extra]
-                rows.add(row(arrays, cotangents))
-                self.passes += 3
+        def draw() -> list[jax.Array]:
+            self.passes += 3
+            cotangents = [
+                np.asarray(self.random.normal(size=out.shape) / scale, np.float32)
+                for out, scale in zip(self.before, scales, strict=True)
+            ]
+            return row(self.point() + [_moved(self.random, array) for array in extra], cotangents)
 
-        add(_ROWS)
-        return rows, add
+        return Rows({i: shapes[i] for i in of}, draw, self.progress)
 
     def tried(self, signs: dict[int, int], blocks: dict[int, FilterAxes]) -> _Group:
         """Blocks with the effect of scaling them, over that of scaling every entry.
@@ -412,16 +392,76 @@ class _Network:
         own = outputs(lambda i: np.exp(draw(group.blocks[i].view or self.shapes[i])))
         return _distance(shared, before) / max(_distance(own, before), 1e-30)
 
+
+# --- The search -----------------------------------------------------------------------------------
+
+
+class _Search:
+    """From rows to groups of leaves, which are tried, and to what is said of each leaf."""
+
+    def __init__(self, network: _Network):
+        self.network, self.names, self.shapes = network, network.names, network.shapes
+        self.rows = network.rows(network.floats)
+        largest = max((self.rows.effect(i) for i in network.floats), default=0)
+        self.live = [i for i in network.floats if self.rows.effect(i) > 1e-6 * largest]
+        self.found: dict[int, KernelFinding] = {}
+
+    def report(self, axis: AxisSpec) -> KernelReport:
+        network, rows = self.network, self.rows
+        for i, leaf in enumerate(network.given):
+            if i not in network.floats:
+                self.say(i, f"not tried: {jnp.result_type(leaf)}")
+            elif i not in self.live:
+                self.say(i, "without effect")
+        pairs: list[_Group] = []
+        if axis is None:
+            open_leaves = sum(not rows.free(Part(i)) for i in self.live)
+            rows.grow(min(FIRST_ROWS + open_leaves, _MOST_ROWS))
+            for group in self.groups():
+                self.say_of_group(group)
+            pairs = self.pairs()
+        else:
+            for i, spec in enumerate(axis_of_leaves(network.params, axis)):
+                if i in self.live:
+                    self.try_by_hand(i, spec)
+        for i in self.live:
+            if i not in self.found:
+                effect = float(np.linalg.norm(rows.sums(Part(i))) / rows.effect(i))
+                reason = (self.tied(i) or self.part(i)) if network.is_kernel(i) else None
+                self.say(i, reason or "not normalised", effect)
+        findings = tuple(self.found[i] for i in range(len(network.given)))
+        if in_part := [found.name for found in findings if found.reason.startswith("in part")]:
+            warnings.warn(
+                f"normalised in part alone, and left out: {', '.join(in_part)}; print "
+                "examine_kernels(...) for how far",
+                stacklevel=3,
+            )
+        if not any(found.selected for found in findings):
+            raise ValueError(_nothing(findings, self.held_by_constants()))
+        selection = jax.tree.unflatten(jax.tree.structure(network.params), map(_selected, findings))
+        return KernelReport(selection, findings, tuple(map(self.pair, pairs)), network.passes)
+
+    def say(
+        self,
+        leaf: int,
+        reason: str,
+        effect: float = np.nan,
+        blocks: FilterAxes | None = None,
+        selected: bool = False,
+    ) -> None:
+        name, shape = self.names[leaf], self.shapes[leaf]
+        self.found[leaf] = KernelFinding(name, shape, blocks, effect, reason, selected)
+
     # --- from rows to groups ---
 
-    def refine(self, rows: Rows, signs: dict[int, int]) -> _Group:
+    def refine(self, signs: dict[int, int]) -> _Group:
         """The finest blocks of leaves that are scaled together."""
         main = max(signs, key=lambda i: (len(self.shapes[i]), -i))
         axes: list[dict[int, Part]] = []  # for each axis of `main` that divides, how all do
         for axis in range(len(self.shapes[main])):
-            ways = (rows.divide_alike(signs, part) for part in rows.divisions(main, axis))
-            if (way := next(filter(None, ways), None)) is not None:
-                axes.append(way)
+            divisions = self.rows.divisions(main, axis)
+            ways = (self.rows.divide_alike(signs, part) for part in divisions)
+            axes += [way for way in ways if way is not None][:1]
         subsets = [c for k in range(len(axes) + 1) for c in itertools.combinations(axes, k)]
         subsets.sort(key=lambda c: -math.prod(way[main].parts for way in c))
         tried: list[_Group] = []
@@ -429,209 +469,169 @@ class _Network:
             blocks = {i: _blocks(self.shapes[i], [way[i] for way in subset]) for i in signs}
             if None in blocks.values():
                 continue
-            tried.append(self.tried(signs, cast(dict[int, FilterAxes], blocks)))
+            tried.append(self.network.tried(signs, cast(dict[int, FilterAxes], blocks)))
             if tried[-1].effect < _TOLERANCE:
                 break
         return min(tried, key=lambda group: group.effect)  # the last subset is empty: one block
 
-    def groups(self, rows: Rows, live: Sequence[int]) -> list[_Group]:
+    def groups(self) -> list[_Group]:
         """Leaves scaled alone, then those that share a factor, the fewest leaves first."""
-        alone = [i for i in live if rows.free(Part(i))]
-        others = [i for i in live if i not in alone]
+        alone = [i for i in self.live if self.rows.free(Part(i))]
+        others = [i for i in self.live if i not in alone]
         shared: set[tuple[int, ...]] = set()
         for leaf in others:
-            self.progress(f"what shares a factor with {self.names[leaf]}")
-            items = rows.parts(others, 1)
-            found = rows.signs(Part(leaf), items, positive=True, most=len(others))
+            self.network.progress(f"what shares a factor with {self.names[leaf]}")
+            items = self.rows.parts(others, 1)
+            found = self.rows.signs(Part(leaf), items, positive=True, most=len(others))
             if found is not None:
                 shared.add(tuple(sorted(part.leaf for part in found)))
         together = [(i,) for i in alone] + sorted(shared, key=lambda leaves: (len(leaves), leaves))
-        return [self.refine(rows, dict.fromkeys(leaves, 1)) for leaves in together]
+        return [self.refine(dict.fromkeys(leaves, 1)) for leaves in together]
 
-    def pairs(self, rows: Rows, live: Sequence[int]) -> list[_Group]:
+    def pairs(self) -> list[_Group]:
         """Leaves that are scaled against each other, along an axis or else as a whole."""
         found: dict[frozenset[int], _Group] = {}
         covered: set[tuple[int, int]] = set()
-        for leaf in live:
-            self.progress(f"what is scaled against {self.names[leaf]}")
-            axes = range(len(rows.shapes[leaf]))
-            for ways in [*(rows.divisions(leaf, axis) for axis in axes), [Part(leaf)]]:
+        for leaf in self.live:
+            self.network.progress(f"what is scaled against {self.names[leaf]}")
+            axes = range(len(self.rows.shapes[leaf]))
+            for ways in [*(self.rows.divisions(leaf, axis) for axis in axes), [Part(leaf)]]:
                 for part in ways:
                     whole = part.parts == 1 and any((leaf, axis) in covered for axis in axes)
                     if whole or (leaf, part.axis) in covered:
                         break
-                    pair = rows.signs(part, rows.parts(live, part.parts))
+                    pair = self.rows.signs(part, self.rows.parts(self.live, part.parts))
                     if pair is None or len(set(pair.values())) < 2:
                         continue
                     covered |= {(p.leaf, p.axis) for p in pair}
                     signs = {p.leaf: sign for p, sign in pair.items()}
                     if frozenset(signs) not in found:
-                        group = self.refine(rows, signs)
+                        group = self.refine(signs)
                         if group.effect < _TOLERANCE:
                             found[frozenset(signs)] = group
         return list(found.values())
 
+    # --- from groups to words ---
+
+    def say_of_group(self, group: _Group) -> None:
+        """What a group says of its leaves, but for those that another one has taken."""
+        kernels = [i for i in group.signs if self.network.is_kernel(i)]
+        first = (kernels or list(group.signs))[0]
+        taken = [i for i in group.signs if i in self.found]
+        why = None
+        if group.effect >= _TOLERANCE:
+            why = _bound(group.effect) if kernels else "not normalised"
+        elif kernels and len(group.signs) == 1:
+            why = self.part(first, 0.5)
+        elif taken:
+            names = ", ".join(self.names[i] for i in taken)
+            why = f"free only together with {names}, in blocks of their own"
+        refusal = ""
+        if sum(math.prod(self.shapes[i]) for i in group.signs) == group.factors(self.shapes):
+            refusal = "; not selected: a single entry has no direction"
+        elif not kernels:
+            refusal = "; not selected: no kernel"
+        elif len(kernels) > 1:
+            refusal = "; not selected: several kernels"
+        for i in group.signs.keys() - taken:
+            if why:
+                self.say(i, why, group.effect)
+                continue
+            blocks = group.blocks[i]
+            reason = _in_words(blocks, self.shapes[i])
+            if others := [self.names[j] for j in group.signs if j != i]:
+                reason += f", together with {', '.join(others)}"
+                blocks = replace(blocks, joint=self.names[first])
+            self.say(i, reason + refusal, group.effect, blocks, not refusal)
+
+    def try_by_hand(self, i: int, spec: geometry.Axis) -> None:
+        shape = self.shapes[i]
+        try:
+            blocks = FilterAxes(geometry.filter_axes(shape, spec))
+        except ValueError:
+            return self.say(i, f"not tried: no filters over axis={spec!r}")
+        if all(shape[a] == 1 for a in blocks.axes):
+            return self.say(i, "not tried: a single entry")
+        effect = self.network.tried({i: 1}, {i: blocks}).effect
+        if effect < _TOLERANCE:
+            return self.say(i, _in_words(blocks, shape), effect, blocks, True)
+        return self.say(i, _bound(effect), effect)
+
+    def pair(self, pair: _Group) -> PairFinding:
+        first = min(pair.signs)
+        times, divided = (
+            tuple(self.names[i] for i in sorted(pair.signs) if pair.signs[i] == sign)
+            for sign in (pair.signs[first], -pair.signs[first])
+        )
+        return PairFinding(times, divided, pair.factors(self.shapes), pair.effect)
+
     # --- what stands in the way ---
 
-    def part(self, rows: Rows, leaf: int, least: float = 0) -> str | None:
+    def part(self, leaf: int, least: float = 0) -> str | None:
         """Whether some blocks of a leaf can be scaled, more than a share `least`, but not all."""
         for axis in range(len(self.shapes[leaf])):
-            for part in rows.divisions(leaf, axis):
-                vanish, alive = rows.vanishing(part)
+            for part in self.rows.divisions(leaf, axis):
+                vanish, alive = self.rows.vanishing(part)
                 good, count = int((vanish & alive).sum()), int(alive.sum())
-                if not rows.free(part) and good > least * count:
+                if not self.rows.free(part) and good > least * count:
                     return f"in part: {good} of {count} parts of axis {axis}"
         return None
 
     def tied(self, leaf: int) -> str | None:
         """Whether a leaf is used more than once, and normalised at some of the uses alone."""
-        uses = [(c.equation, c.operand) for c in self.contacts[leaf] if c.operand >= 0]
+        network = self.network
+        uses = [
+            (c.equation, c.operand) for c in network.contacts if leaf in c.leaves and c.operand >= 0
+        ]
         if len(uses) < 2:
             return None
-        equations = self.code.jaxpr.eqns
 
         def used(leaves: list[Any], factors: list[Any]) -> list[Any]:
             by_use = dict(zip(uses, factors, strict=True))
-            return evaluate(self.code, leaves, lambda e, o, x: x * by_use.get((e, o), 1))
 
-        ones = [jnp.ones(equations[e].invars[o].aval.shape) for e, o in uses]
-        rows, _ = self.rows([], ones, used)
+            def rule(number: int, equation: Any, operands: list[Any]) -> Sequence[Any]:
+                scaled = [x * by_use.get((number, i), 1) for i, x in enumerate(operands)]
+                return in_float32(number, equation, scaled)
+
+            return evaluate(network.code, leaves, rule)
+
+        ones = [jnp.ones(network.code.jaxpr.eqns[e].invars[o].aval.shape) for e, o in uses]
+        rows = network.rows([], ones, used)
         free = sum(rows.free(Part(i)) for i in rows.shapes)
         if not 0 < free < len(uses):
             return None
         return f"tied: used {len(uses)} times, and normalised at {free} of them alone"
 
-    def held_by_constants(self, live: Sequence[int]) -> list[str]:
+    def held_by_constants(self) -> list[str]:
         """Kernels whose factors running statistics would have to follow."""
+        code = self.network.code
         places = [
             k
-            for k, c in enumerate(self.code.consts)
+            for k, c in enumerate(code.consts)
             if _is_float(c) and sum(n > 1 for n in jnp.shape(c)) == 1 and jnp.isfinite(c).all()
         ]
 
         def held(leaves: list[Any], extra: list[Any]) -> list[Any]:
-            constants = list(self.code.consts)
-            for k, array in zip(places, extra, strict=True):
-                constants[k] = array
-            return evaluate(self.code, leaves, constants=constants)
+            constants = dict(enumerate(code.consts)) | dict(zip(places, extra, strict=True))
+            return evaluate(code, leaves, constants=constants.values())
 
-        rows, _ = self.rows(live, [self.code.consts[k] for k in places], held)
+        rows = self.network.rows(self.live, [code.consts[k] for k in places], held)
 
         def follows(leaf: int) -> bool:
             for axis, n in enumerate(self.shapes[leaf]):
                 part = Part(leaf, axis, n)
-                alone, along = (rows.parts(list(which), n) for which in (live, rows.shapes))
+                alone, along = (rows.parts(list(which), n) for which in (self.live, rows.shapes))
                 if n > 1 and rows.cancelling(part, alone) is None and rows.cancelling(part, along):
                     return True
             return False
 
-        return [self.names[i] for i in live if places and self.is_kernel(i) and follows(i)]
-
-
-# --- What was found, in words ---------------------------------------------------------------------
-
-
-def _search(network: _Network, params: optax.Params, axis: AxisSpec) -> KernelReport:
-    rows, add = network.rows(network.floats)
-    largest = max((rows.effect(i) for i in network.floats), default=0)
-    live = [i for i in network.floats if rows.effect(i) > 1e-6 * largest]
-    findings = {}
-    for i, leaf in enumerate(network.given):
-        if i not in network.floats:
-            findings[i] = network.finding(i, f"not tried: {jnp.result_type(leaf)}")
-        elif i not in live:
-            findings[i] = network.finding(i, "without effect")
-    pairs: list[_Group] = []
-    if axis is None:
-        add(min(_ROWS + sum(not rows.free(Part(i)) for i in live), _MOST_ROWS))
-        for group in network.groups(rows, live):
-            findings |= _findings(network, rows, group, taken=findings.keys() & group.signs)
-        pairs = network.pairs(rows, live)
-    else:
-        for i, spec in enumerate(axis_of_leaves(params, axis)):
-            if i in live:
-                findings[i] = _by_hand(network, i, spec)
-    for i in live:
-        if i not in findings:
-            effect = float(np.linalg.norm(rows.sums(Part(i))) / rows.effect(i))
-            reason = (network.tied(i) or network.part(rows, i)) if network.is_kernel(i) else None
-            findings[i] = network.finding(i, reason or "not normalised", effect)
-    ordered = tuple(findings[i] for i in range(len(network.given)))
-    if in_part := [found.name for found in ordered if found.reason.startswith("in part")]:
-        warnings.warn(
-            f"normalised in part alone, and left out: {', '.join(in_part)}; print "
-            "examine_kernels(...) for how far",
-            stacklevel=3,
-        )
-    if not any(found.selected for found in ordered):
-        raise ValueError(_nothing(ordered, network.held_by_constants(live)))
-    selection = jax.tree.unflatten(jax.tree.structure(params), map(_selected, ordered))
-    described = tuple(_pair(network, pair) for pair in pairs)
-    return KernelReport(selection, ordered, described, network.passes)
-
-
-def _findings(
-    network: _Network, rows: Rows, group: _Group, taken: Collection[int]
-) -> dict[int, KernelFinding]:
-    """What a group says of its leaves, but for those that another one has taken."""
-    kernels = [i for i in group.signs if network.is_kernel(i)]
-    first = (kernels or list(group.signs))[0]
-    why = None
-    if group.effect >= _TOLERANCE:
-        why = _bound(group.effect) if kernels else "not normalised"
-    elif kernels and len(group.signs) == 1:
-        why = network.part(rows, first, 0.5)
-    elif taken:
-        names = ", ".join(network.names[i] for i in group.signs if i in taken)
-        why = f"free only together with {names}, in blocks of their own"
-    refusal = ""
-    if sum(math.prod(network.shapes[i]) for i in group.signs) == group.factors(network.shapes):
-        refusal = "; not selected: a single entry has no direction"
-    elif not kernels:
-        refusal = "; not selected: no kernel"
-    elif len(kernels) > 1:
-        refusal = "; not selected: several kernels"
-    found = {}
-    for i, blocks in group.blocks.items():
-        if i in taken:
-            continue
-        if why:
-            found[i] = network.finding(i, why, group.effect)
-            continue
-        reason = _in_words(blocks, network.shapes[i])
-        if others := [network.names[j] for j in group.signs if j != i]:
-            reason += f", together with {', '.join(others)}"
-            blocks = replace(blocks, joint=network.names[first])
-        found[i] = network.finding(i, reason + refusal, group.effect, blocks, not refusal)
-    return found
+        kernels = [i for i in self.live if places and self.network.is_kernel(i)]
+        return [self.names[i] for i in kernels if follows(i)]
 
 
 def _bound(effect: float) -> str:
     """Why blocks are left out that change the outputs by so much."""
     return "in part: nearly" if effect < _DOUBTFUL else "not normalised"
-
-
-def _by_hand(network: _Network, i: int, spec: geometry.Axis) -> KernelFinding:
-    shape = network.shapes[i]
-    try:
-        blocks = FilterAxes(geometry.filter_axes(shape, spec))
-    except ValueError:
-        return network.finding(i, f"not tried: no filters over axis={spec!r}")
-    if all(shape[a] == 1 for a in blocks.axes):
-        return network.finding(i, "not tried: a single entry")
-    effect = network.tried({i: 1}, {i: blocks}).effect
-    if effect < _TOLERANCE:
-        return network.finding(i, _in_words(blocks, shape), effect, blocks, True)
-    return network.finding(i, _bound(effect), effect)
-
-
-def _pair(network: _Network, pair: _Group) -> PairFinding:
-    first = min(pair.signs)
-    times, divided = (
-        tuple(network.names[i] for i in sorted(pair.signs) if pair.signs[i] == sign)
-        for sign in (pair.signs[first], -pair.signs[first])
-    )
-    return PairFinding(times, divided, pair.factors(network.shapes), pair.effect)
 
 
 def _nothing(findings: Sequence[KernelFinding], held: Sequence[str]) -> str:
@@ -661,25 +661,20 @@ def _selected(found: KernelFinding) -> bool | FilterAxes:
 
 def _blocks(shape: tuple[int, ...], parts: Sequence[Part]) -> FilterAxes | None:
     """The blocks of a leaf whose axes are divided so, in this order; None: not to be written so."""
-    view: list[int] = []
-    places: dict[Part, int] = {}
+    dims: list[tuple[int, Part | None]] = []  # of the view, with the part that counts there
     for axis, n in enumerate(shape):
-        here = sorted((p for p in parts if p.axis == axis), key=lambda p: p.strided)
-        if len(here) > 1 and (len(here) > 2 or math.prod(p.parts for p in here) != n):
+        here = [part for part in parts if part.axis == axis]
+        within = n // math.prod(part.parts for part in here)
+        if len(here) > 2 or (len(here) == 2 and within > 1):
             return None
-        dims: list[tuple[int, Part | None]] = [(p.parts, p) for p in here] or [(n, None)]
-        within = n // dims[0][0]
-        if len(here) == 1 and within > 1:
-            dims = [(within, None), *dims] if here[0].strided else [*dims, (within, None)]
-        for length, part in dims:
-            if part is not None:
-                places[part] = len(view)
-            view.append(length)
-    counting = [places[part] for part in parts]
-    if counting != sorted(counting):
+        dims += [(part.parts, part) for part in here if not part.strided]
+        dims += [(within, None)] if within > 1 or not here else []
+        dims += [(part.parts, part) for part in here if part.strided]
+    if [part for _, part in dims if part is not None] != list(parts):
         return None
-    axes = tuple(a for a in range(len(view)) if a not in counting)
-    return FilterAxes(axes, None if tuple(view) == shape else tuple(view))
+    view = tuple(length for length, _ in dims)
+    axes = tuple(a for a, (_, part) in enumerate(dims) if part is None)
+    return FilterAxes(axes, None if view == shape else view)
 
 
 def _in_words(blocks: FilterAxes, shape: tuple[int, ...]) -> str:
