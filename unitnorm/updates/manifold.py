@@ -29,7 +29,6 @@ from unitnorm.updates.parts import (
     Transformation,
     check_filters,
     correction,
-    in_wide,
     map_filters,
     norms_leaf,
     per_entry,
@@ -133,7 +132,7 @@ def on_sphere(
         moved = map_filters(_land, axis, params, steps, squared, *radius)
         return moved, OnSphereState(after, state.radius)
 
-    return transformation(init, in_wide(update))
+    return transformation(init, update)
 
 
 def _riemannian(axes: Axes, w: Array, g: Array, squared: Array) -> Array:
@@ -204,7 +203,7 @@ def un(
 
         return map_filters(leaf, axis, params, updates), OnSphereState(after, ())
 
-    return transformation(general.init, in_wide(update))
+    return transformation(general.init, update)
 
 
 # Measured on two cores: up to here, which holds the layers of Table 2, `_row_step` is up to three

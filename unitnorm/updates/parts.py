@@ -104,12 +104,13 @@ def correction(decay: Number, count: Array) -> Array:
 
 
 def transformation(
-    init: Callable[..., Any], update: Callable[..., Any], *, needs_params: bool = True
+    init: Callable[..., Any], update: Callable[..., Any], *, wide: bool = True
 ) -> Transformation:
     """An optax transformation of `init` and of `update`, which takes extra arguments.
 
     A gradient that is None counts as zero, and its update is None. `init` also takes shapes, as of
-    jax.eval_shape, and gives shapes.
+    jax.eval_shape, and gives shapes. If `wide`, the update needs the parameters, is made in at
+    least float32, and its steps have the dtype of their parameters.
     """
 
     def init_or_shapes(params: optax.Params) -> Any:
@@ -119,13 +120,17 @@ def transformation(
     def update_or_none(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, Any]:
-        if params is None and needs_params:
+        if params is None and wide:
             raise ValueError(
                 "this step depends on where the parameters are: call update(grads, state, params)"
             )
         like = updates if params is None else params
         filled = jax.tree.map(lambda w, u: jnp.zeros_like(w) if u is None else u, like, updates)
-        steps, state = update(filled, state, params, **extra)
+        if wide:
+            steps, state = update(widen(filled), state, widen(params), **extra)
+            steps = jax.tree.map(lambda w, x: x.astype(w.dtype), params, steps)
+        else:
+            steps, state = update(filled, state, params, **extra)
         return jax.tree.map(lambda w, u, x: u if u is None else x, like, updates, steps), state
 
     return Transformation(init_or_shapes, update_or_none)
@@ -181,7 +186,7 @@ def stateful(leaf: Callable[..., Arrays], start: tuple[Any, ...], axis: AxisSpec
     ) -> tuple[Any, FilterState]:
         rows = []
         for axes, w, u, *memory in _side_by_side(axis, params, updates, *state.memory):
-            new, *after = leaf(axes, state.count, w, geometry.wide(u), *memory)
+            new, *after = leaf(axes, state.count, w, u, *memory)
             rows.append([new, *(a.astype(b.dtype) for a, b in zip(after, memory, strict=True))])
         columns = zip(*rows, strict=True) if rows else [()] * (1 + len(start))
         structure = jax.tree.structure(params)
@@ -191,20 +196,10 @@ def stateful(leaf: Callable[..., Arrays], start: tuple[Any, ...], axis: AxisSpec
     return transformation(init, update)
 
 
-def in_wide(update: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
-    """An `update` made in at least float32, with steps in the dtype of their parameters."""
-
-    def wide(updates: Any, state: Any, params: Any, **extra: Any) -> tuple[Any, Any]:
-        steps, state = update(widen(updates), state, widen(params), **extra)
-        return jax.tree.map(lambda w, u: u.astype(w.dtype), params, steps), state
-
-    return wide
-
-
 def widened(inner: optax.GradientTransformation) -> Transformation:
     """`inner` in at least float32, its steps in the dtype of their parameters."""
     inner = optax.with_extra_args_support(inner)
-    return transformation(lambda params: inner.init(widen(params)), in_wide(inner.update))
+    return transformation(lambda params: inner.init(widen(params)), inner.update)
 
 
 def map_filters(

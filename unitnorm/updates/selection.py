@@ -92,7 +92,7 @@ def partition(
         )
         return layout.unpack(steps, like), state
 
-    return parts.transformation(init, update, needs_params=False)
+    return parts.transformation(init, update, wide=False)
 
 
 def axes_of_selection(selection: Selection) -> AxisSpec:
