@@ -1,14 +1,28 @@
 """The rules of all updates in float64 NumPy, one filter per row, written from their sources.
 
-Each yields W after every step, and takes the options of the update of its name.
+Each takes W, the gradient there, the learning rate and a memory `m`, in which everything starts at
+zero and "t" counts steps from 1; it gives the next W. As called, from a start and the gradient as a
+function of W, it yields W after every step. The options are those of the update of its name.
 """
 
+import collections
 import functools
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+
+def rule(step):
+    @functools.wraps(step)
+    def steps(W, gradient, rate, **options):
+        memory = collections.defaultdict(lambda: np.zeros_like(W))
+        for memory["t"] in itertools.count(1):
+            W = step(W, gradient(W), rate, memory, **options)
+            yield W
+
+    return steps
 
 
 def dots(A, B):
@@ -27,13 +41,11 @@ def project(W, Z):
     return Z - np.diag(np.diag(Z @ W.T)) @ W
 
 
-def sgd_momentum(W, gradient, rate, momentum=0.9, weight_decay=5e-4, nesterov=False):
-    m = np.zeros_like(W)
-    while True:
-        g = gradient(W) + weight_decay * W
-        m = momentum * m + g
-        W = W - rate * (g + momentum * m if nesterov else m)
-        yield W
+@rule
+def sgd_momentum(W, G, rate, m, momentum=0.9, weight_decay=5e-4, nesterov=False):
+    G = G + weight_decay * W
+    m["M"] = momentum * m["M"] + G
+    return W - rate * (G + momentum * m["M"] if nesterov else m["M"])
 
 
 def sgd_wd(W, gradient, rate, summed_over=1):
@@ -43,112 +55,92 @@ def sgd_wd(W, gradient, rate, summed_over=1):
 b_sgd = functools.partial(sgd_momentum, momentum=0, weight_decay=0)
 
 
-def un(W, gradient, rate):
-    while True:
-        W = towards_sphere(W - rate * project(W, gradient(W)))
-        yield W
+@rule
+def un(W, G, rate, m):
+    return towards_sphere(W - rate * project(W, G))
 
 
-def un_momentum(W, gradient, rate, momentum=0.9, nesterov=False):
-    M = np.zeros_like(W)
-    while True:
-        R = project(W, gradient(W))
-        M = momentum * project(W, M) + R
-        W = towards_sphere(W - rate * (R + momentum * M if nesterov else M))
-        yield W
+@rule
+def un_momentum(W, G, rate, m, momentum=0.9, nesterov=False):
+    R = project(W, G)
+    m["M"] = momentum * project(W, m["M"]) + R
+    return towards_sphere(W - rate * (R + momentum * m["M"] if nesterov else m["M"]))
 
 
 un_nesterov = functools.partial(un_momentum, nesterov=True)
 
 
-def un_adam(W, gradient, rate):
-    M, v = np.zeros_like(W), np.zeros(len(W))
-    for t in itertools.count(1):
-        R = project(W, gradient(W))
-        M = 0.9 * project(W, M) + 0.1 * R
-        v = 0.999 * v + 0.001 * np.diag(R @ R.T)
-        size = np.sqrt(v / (1 - 0.999**t)) + 1e-8
-        W = towards_sphere(W - rate * M / (1 - 0.9**t) / size[:, None])
-        yield W
+@rule
+def un_adam(W, G, rate, m):
+    R = project(W, G)
+    m["M"] = 0.9 * project(W, m["M"]) + 0.1 * R
+    m["v"] = 0.999 * m["v"] + 0.001 * dots(R, R)
+    size = np.sqrt(m["v"] / (1 - 0.999 ** m["t"])) + 1e-8
+    return towards_sphere(W - rate * m["M"] / (1 - 0.9 ** m["t"]) / size)
 
 
-def sm(W, gradient, rate):
-    while True:
-        W = W - rate * np.diag(np.diag(W @ W.T)) @ gradient(W)
-        yield W
+@rule
+def sm(W, G, rate, m):
+    return W - rate * np.diag(np.diag(W @ W.T)) @ G
 
 
-def normalize(W, gradient, rate):
-    while True:
-        W = towards_sphere(W - rate * gradient(W))
-        yield W
+@rule
+def normalize(W, G, rate, m):
+    return towards_sphere(W - rate * G)
 
 
-def weight_norm(W, gradient, rate):
+@rule
+def weight_norm(W, G, rate, m):
     """Descent on v and g by automatic differentiation through W(v, g)."""
 
     def of(v, g):
         return g[:, None] * v / jnp.linalg.norm(v, axis=1, keepdims=True)
 
-    v, g = jnp.asarray(W), jnp.linalg.norm(W, axis=1)
-    while True:
-        G = gradient(np.asarray(of(v, g)))
-        dv, dg = jax.grad(lambda v, g, G=G: jnp.sum(of(v, g) * G), (0, 1))(v, g)
-        v, g = v - rate * dv, g - rate * dg
-        yield np.asarray(of(v, g))
+    v, g = m["v, g"] if m["t"] > 1 else (jnp.asarray(W), jnp.linalg.norm(W, axis=1))
+    dv, dg = jax.grad(lambda v, g: jnp.sum(of(v, g) * G), (0, 1))(v, g)
+    m["v, g"] = v - rate * dv, g - rate * dg
+    return np.asarray(of(*m["v, g"]))
 
 
-def un_carried(W, gradient, rate, median=False):
-    n = np.diag(W @ W.T)
-    while True:
-        R = project(W, gradient(W))
-        size = np.full_like(n, np.median(n)) if median else n
-        W = towards_sphere(W - rate * R / size[:, None])
-        n = n + rate**2 * np.diag(R @ R.T) / n
-        yield W
+@rule
+def un_carried(W, G, rate, m, median=False):
+    n, R = m["n"] if m["t"] > 1 else dots(W, W), project(W, G)
+    m["n"] = n + rate**2 * dots(R, R) / n
+    return towards_sphere(W - rate * R / (np.median(n) if median else n))
 
 
-def b_sgd_median(W, gradient, rate):
-    while True:
-        W = W - rate * np.median(lengths(W)) ** 2 * gradient(W)
-        W = W / np.median(lengths(W))
-        yield W
+@rule
+def b_sgd_median(W, G, rate, m):
+    W = W - rate * np.median(lengths(W)) ** 2 * G
+    return W / np.median(lengths(W))
 
 
 def heo_projection(W, G, P, delta=0.1):
-    """AdamP's Algorithm 1, lines 5 to 9: P without its radial part, and whether it lost it."""
+    """AdamP's Algorithm 1, lines 5 to 9: P without its radial part, and its share of the decay."""
     for view in (lambda A: A, lambda A: A.reshape(1, -1)):
         w, g, p = view(W), view(G), view(P)
         cosines = [abs(a @ b) / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-8)
                    for a, b in zip(w, g, strict=True)]  # fmt: skip
         if max(cosines) < delta / np.sqrt(w.shape[1]):
             unit = w / (lengths(w) + 1e-8)
-            return (p - dots(unit, p) * unit).reshape(P.shape), True
-    return P, False
+            return (p - dots(unit, p) * unit).reshape(P.shape), 0.1
+    return P, 1
 
 
-def sgdp(W, gradient, rate, momentum=0.9, weight_decay=0.0, nesterov=False):
-    M = np.zeros_like(W)
-    while True:
-        G = gradient(W)
-        M = momentum * M + G
-        P, projected = heo_projection(W, G, G + momentum * M if nesterov else M)
-        decay = weight_decay * (0.1 if projected else 1) / (1 - momentum)
-        W = W * (1 - rate * decay) - rate * P
-        yield W
+@rule
+def sgdp(W, G, rate, m, momentum=0.9, weight_decay=0.0, nesterov=False):
+    m["M"] = momentum * m["M"] + G
+    P, share = heo_projection(W, G, G + momentum * m["M"] if nesterov else m["M"])
+    return W * (1 - rate * weight_decay * share / (1 - momentum)) - rate * P
 
 
-def adamp(W, gradient, rate, weight_decay=0.0, nesterov=False):
-    M, V = np.zeros_like(W), np.zeros_like(W)
-    for t in itertools.count(1):
-        G = gradient(W)
-        M, V = 0.9 * M + 0.1 * G, 0.999 * V + 0.001 * G * G
-        step = 0.9 * M + 0.1 * G if nesterov else M
-        P = step / (np.sqrt(V) / np.sqrt(1 - 0.999**t) + 1e-8)
-        P, projected = heo_projection(W, G, P)
-        decay = weight_decay * (0.1 if projected else 1)
-        W = W * (1 - rate * decay) - rate / (1 - 0.9**t) * P
-        yield W
+@rule
+def adamp(W, G, rate, m, weight_decay=0.0, nesterov=False):
+    m["M"], m["V"] = 0.9 * m["M"] + 0.1 * G, 0.999 * m["V"] + 0.001 * G * G
+    step = 0.9 * m["M"] + 0.1 * G if nesterov else m["M"]
+    P = step / (np.sqrt(m["V"]) / np.sqrt(1 - 0.999 ** m["t"]) + 1e-8)
+    P, share = heo_projection(W, G, P)
+    return W * (1 - rate * weight_decay * share) - rate / (1 - 0.9 ** m["t"]) * P
 
 
 def cho_lee_gradient(W, G, clip):
@@ -156,163 +148,126 @@ def cho_lee_gradient(W, G, clip):
     return H if clip is None else H * np.minimum(1, clip / lengths(H))
 
 
-def geodesic(W, D):
-    """exp_W(D), and the transport along it as a function of tangent rows."""
+def geodesic(W, D, M):
+    """exp_W(D), and the rows of M, which are tangent, transported along it."""
     t = lengths(D)
     U = D / t
-
-    def transport(M):
-        inner = dots(U, M)
-        return M - (W * np.sin(t) + U * (1 - np.cos(t))) * inner
-
-    return W * np.cos(t) + U * np.sin(t), transport
+    moved = M - (W * np.sin(t) + U * (1 - np.cos(t))) * dots(U, M)
+    return W * np.cos(t) + U * np.sin(t), moved
 
 
-def sgd_g(W, gradient, rate, momentum=0.9, clip=0.1):
-    M = np.zeros_like(W)
-    while True:
-        D = momentum * M - rate * cho_lee_gradient(W, gradient(W), clip)
-        W, transport = geodesic(W, D)
-        M = transport(D)
-        yield W
+@rule
+def sgd_g(W, G, rate, m, momentum=0.9, clip=0.1):
+    D = momentum * m["M"] - rate * cho_lee_gradient(W, G, clip)
+    W, m["M"] = geodesic(W, D, D)
+    return W
 
 
-def adam_g(W, gradient, rate, clip=0.1):
-    M, v = np.zeros_like(W), np.zeros((len(W), 1))
-    for t in itertools.count(1):
-        H = cho_lee_gradient(W, gradient(W), clip)
-        M, v = 0.9 * M + 0.1 * H, 0.99 * v + 0.01 * dots(H, H)
-        alpha = np.sqrt(1 - 0.99**t) / (1 - 0.9**t)
-        W, transport = geodesic(W, -rate * alpha * M / np.sqrt(v + 1e-8))
-        M = transport(M)
-        yield W
+@rule
+def adam_g(W, G, rate, m, clip=0.1):
+    H = cho_lee_gradient(W, G, clip)
+    M, m["v"] = 0.9 * m["M"] + 0.1 * H, 0.99 * m["v"] + 0.01 * dots(H, H)
+    alpha = np.sqrt(1 - 0.99 ** m["t"]) / (1 - 0.9 ** m["t"])
+    W, m["M"] = geodesic(W, -rate * alpha * M / np.sqrt(m["v"] + 1e-8), M)
+    return W
 
 
-def nero(W, gradient, rate):
-    v = np.zeros((len(W), 1))
-    for t in itertools.count(1):
-        G = gradient(W)
-        v = 0.999 * v + 0.001 * dots(G, G)
-        W = W - rate * G / np.sqrt(v / (1 - 0.999**t))
-        W = towards_sphere(W - W.mean(1, keepdims=True))
-        yield W
+@rule
+def nero(W, G, rate, m):
+    m["v"] = 0.999 * m["v"] + 0.001 * dots(G, G)
+    W = W - rate * G / np.sqrt(m["v"] / (1 - 0.999 ** m["t"]))
+    return towards_sphere(W - W.mean(1, keepdims=True))
 
 
-def lars(W, gradient, rate, momentum=0.9, weight_decay=0.0, trust_coefficient=1.0):
-    M = np.zeros_like(W)
-    while True:
-        D = gradient(W) + weight_decay * W
-        trust = trust_coefficient * np.linalg.norm(W) / np.linalg.norm(D)
-        M = momentum * M + rate * trust * D
-        W = W - M
-        yield W
+@rule
+def lars(W, G, rate, m, momentum=0.9, weight_decay=0.0):
+    D = G + weight_decay * W
+    m["M"] = momentum * m["M"] + rate * np.linalg.norm(W) / np.linalg.norm(D) * D
+    return W - m["M"]
 
 
-def rotational_sgd(W, gradient, rate, momentum=0.9, weight_decay=5e-4, zero_mean=False):
-    if zero_mean:
-        W = towards_sphere(W - W.mean(1, keepdims=True))
-    M, a = np.zeros_like(W), np.zeros((len(W), 1))
-    for t in itertools.count(1):
-        M = momentum * M + gradient(W)
-        D = M - M.mean(1, keepdims=True) if zero_mean else M
-        D = D - dots(D, W) * W
-        a = 0.9 * a + 0.1 * dots(D, D)
-        angle = np.sqrt(2 * rate * weight_decay / (1 + momentum))
-        W = towards_sphere(W - angle * D / (1e-8 + np.sqrt(a / (1 - 0.9**t))))
-        yield W
+@rule
+def rotational_sgd(W, G, rate, m, momentum=0.9, weight_decay=5e-4, zero_mean=False):
+    """From rows of mean zero and norm one."""
+    m["M"] = momentum * m["M"] + G
+    D = m["M"] - m["M"].mean(1, keepdims=True) if zero_mean else m["M"]
+    D = D - dots(D, W) * W
+    m["a"] = 0.9 * m["a"] + 0.1 * dots(D, D)
+    angle = np.sqrt(2 * rate * weight_decay / (1 + momentum))
+    return towards_sphere(W - angle * D / (1e-8 + np.sqrt(m["a"] / (1 - 0.9 ** m["t"]))))
 
 
-def adam_srt(W, gradient, rate):
-    M, v = np.zeros_like(W), np.zeros((len(W), 1))
-    for t in itertools.count(1):
-        G = gradient(W)
-        M, v = 0.9 * M + 0.1 * G, 0.999 * v + 0.001 * dots(G, G)
-        size = np.sqrt(v) / np.sqrt(1 - 0.999**t) + 1e-8
-        new = W - rate * np.sqrt(W.shape[1]) * M / (1 - 0.9**t) / size
-        squared = dots(new, new) + 1e-8
-        v = v * dots(W, W) / squared
-        M = (dots(W, new) * M - dots(M, new) * W) / squared
-        W = new
-        yield W
+@rule
+def adam_srt(W, G, rate, m):
+    M, v = 0.9 * m["M"] + 0.1 * G, 0.999 * m["v"] + 0.001 * dots(G, G)
+    size = np.sqrt(v) / np.sqrt(1 - 0.999 ** m["t"]) + 1e-8
+    new = W - rate * np.sqrt(W.shape[1]) * M / (1 - 0.9 ** m["t"]) / size
+    squared = dots(new, new) + 1e-8
+    m["v"] = v * dots(W, W) / squared
+    m["M"] = (dots(W, new) * M - dots(M, new) * W) / squared
+    return new
 
 
-def adam_direction(G, state, b1=0.9, b2=0.999):
-    """Adam's m̂/(√v̂ + 1e-8); state: (M, V, t)."""
-    M, V, t = state
-    M, V, t = b1 * M + (1 - b1) * G, b2 * V + (1 - b2) * G * G, t + 1
-    return M / (1 - b1**t) / (np.sqrt(V / (1 - b2**t)) + 1e-8), (M, V, t)
+def adam_direction(G, m, b2=0.999):
+    """Adam's m̂/(√v̂ + 1e-8)."""
+    m["M"], m["V"] = 0.9 * m["M"] + 0.1 * G, b2 * m["V"] + (1 - b2) * G * G
+    return m["M"] / (1 - 0.9 ** m["t"]) / (np.sqrt(m["V"] / (1 - b2 ** m["t"])) + 1e-8)
 
 
-def adam_on_sphere(W, gradient, rate):
+@rule
+def adam_on_sphere(W, G, rate, m):
     """What Adam is given, remembers and answers is made tangent."""
-    M, V, t = np.zeros_like(W), 0.0, 0
-    while True:
-        state = (project(W, M), V, t)
-        U, (M, V, t) = adam_direction(project(W, gradient(W)), state)
-        W = towards_sphere(W - rate * project(W, U))
-        yield W
+    m["M"] = project(W, m["M"])
+    return towards_sphere(W - rate * project(W, adam_direction(project(W, G), m)))
 
 
-def hyperball(W, gradient, rate):
-    R, state = lengths(W), (0.0, 0.0, 0)
-    while True:
-        U, state = adam_direction(gradient(W), state)
-        W = R * towards_sphere(W - rate * R * towards_sphere(U))
-        yield W
+@rule
+def hyperball(W, G, rate, m):
+    R = lengths(W)
+    return R * towards_sphere(W - rate * R * towards_sphere(adam_direction(G, m)))
 
 
-def hyperball_of_momentum(W, gradient, rate):
+@rule
+def hyperball_of_momentum(W, G, rate, m):
     """The norm of the whole matrix held, heavy-ball momentum 0.9 inside."""
-    R, M = np.linalg.norm(W), np.zeros_like(W)
-    while True:
-        M = 0.9 * M + gradient(W)
-        W = W - rate * R * M / np.linalg.norm(M)
-        W = R * W / np.linalg.norm(W)
-        yield W
+    R, m["M"] = np.linalg.norm(W), 0.9 * m["M"] + G
+    W = W - rate * R * m["M"] / np.linalg.norm(m["M"])
+    return R * W / np.linalg.norm(W)
 
 
-def ngpt(W, gradient, rate):
-    state = (0.0, 0.0, 0)
-    while True:
-        U, state = adam_direction(gradient(W), state, b2=0.95)
-        W = towards_sphere(W - rate * U)
-        yield W
+@rule
+def ngpt(W, G, rate, m):
+    return towards_sphere(W - rate * adam_direction(G, m, b2=0.95))
 
 
-def renorm_sgd(W, gradient, rate, momentum=0.85, nesterov=True):
-    buffer = None
-    while True:
-        G = gradient(W)
-        buffer = G if buffer is None else momentum * buffer + G
-        D = G + momentum * buffer if nesterov else buffer
-        W = towards_sphere(W) - rate * towards_sphere(D)
-        yield W
+@rule
+def renorm_sgd(W, G, rate, m, momentum=0.85, nesterov=True):
+    m["M"] = momentum * m["M"] + G
+    D = G + momentum * m["M"] if nesterov else m["M"]
+    return towards_sphere(W) - rate * towards_sphere(D)
 
 
-def adamwn(W, gradient, rate, norm_ratio=1.0, update_rate=0.01):
-    start, state = lengths(W), (0.0, 0.0, 0)
-    while True:
-        U, state = adam_direction(gradient(W), state)
-        W = W - rate * U - update_rate * (1 - norm_ratio * start / lengths(W)) * W
-        yield W
+@rule
+def adamwn(W, G, rate, m, norm_ratio=1.0, update_rate=0.01):
+    m["start"] = m["start"] if m["t"] > 1 else lengths(W)
+    excess = 1 - norm_ratio * m["start"] / lengths(W)
+    return W - rate * adam_direction(G, m) - update_rate * excess * W
 
 
-def muon(W, gradient, rate, momentum=0.95, weight_decay=0.0, nesterov=True):
+@rule
+def muon(W, G, rate, m, momentum=0.95, weight_decay=0.0, nesterov=True):
     """Here with filters as rows: Newton-Schulz commutes with the transpose."""
-    M = np.zeros_like(W)
-    for t in itertools.count(1):
-        G = gradient(W)
-        M = momentum * M + (1 - momentum) * G
-        X = M / (1 - momentum**t)
-        if nesterov:
-            X = momentum * M / (1 - momentum ** (t + 1)) + (1 - momentum) * G / (1 - momentum**t)
-        X = X / (np.linalg.norm(X) + 1e-8)
-        for _ in range(5):
-            A = X @ X.T
-            X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
-        scale = max(1, W.shape[0] / W.shape[1]) ** 0.5
-        W = W - rate * (scale * X + weight_decay * W)
-        yield W
+    t, m["M"] = m["t"], momentum * m["M"] + (1 - momentum) * G
+    X = m["M"] / (1 - momentum**t)
+    if nesterov:
+        ahead, now = momentum * m["M"], (1 - momentum) * G
+        X = ahead / (1 - momentum ** (t + 1)) + now / (1 - momentum**t)
+    X = X / (np.linalg.norm(X) + 1e-8)
+    for _ in range(5):
+        A = X @ X.T
+        X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+    scale = max(1, W.shape[0] / W.shape[1]) ** 0.5
+    return W - rate * (scale * X + weight_decay * W)
 
 
 def msign(X):
@@ -320,19 +275,17 @@ def msign(X):
     return U @ V
 
 
-def manifold_muon(W, gradient, rate, dual_steps=10, dual_rate=0.1):
+@rule
+def manifold_muon(W, G, rate, m, dual_steps=10, dual_rate=0.1):
     """Orthonormal columns: of the transpose where there are fewer rows than columns."""
     turned = W.shape[0] < W.shape[1]
-    while True:
-        G = gradient(W)
-        X, G = (W.T, G.T) if turned else (W, G)
-        L = -(X.T @ G + G.T @ X) / 4
-        for k in range(dual_steps):
-            A = msign(G + 2 * X @ L)
-            H = X.T @ A + A.T @ X
-            if np.linalg.norm(H) / np.sqrt(H.size) < 1e-6:
-                break
-            L = L - dual_rate * (1 - k / dual_steps) * H
-        X = msign(X - rate * A)
-        W = X.T if turned else X
-        yield W
+    X, G = (W.T, G.T) if turned else (W, G)
+    L = -(X.T @ G + G.T @ X) / 4
+    for k in range(dual_steps):
+        A = msign(G + 2 * X @ L)
+        H = X.T @ A + A.T @ X
+        if np.linalg.norm(H) / np.sqrt(H.size) < 1e-6:
+            break
+        L = L - dual_rate * (1 - k / dual_steps) * H
+    X = msign(X - rate * A)
+    return X.T if turned else X

@@ -86,7 +86,7 @@ OPTIONS = [
     ("adamp", {"weight_decay": 0.1, "nesterov": True}),
     ("sgd-g", {"momentum": 0.5, "clip": None}),
     ("adam-g", {"clip": None}),
-    ("lars", {"momentum": 0.5, "weight_decay": 0.1, "trust_coefficient": 0.1}),
+    ("lars", {"momentum": 0.5, "weight_decay": 0.1}),
     ("rotational-sgd", {"momentum": 0.5, "weight_decay": 0.1}),
     ("rotational-sgd", {"zero_mean": True}),
     ("renorm-sgd", {"momentum": 0.5, "nesterov": False}),
@@ -122,12 +122,13 @@ def test_any_optimiser_may_move_on_the_sphere(formula):
 
 
 @pytest.mark.parametrize("gradient", [radial, tangent, together])
-@pytest.mark.parametrize("name", ["sgdp", "adamp"])
-def test_the_projection_is_made_where_weights_look_invariant(name, gradient):
+@pytest.mark.parametrize(
+    ("name", "never"), [("sgdp", optax.sgd(RATE, 0.9)), ("adamp", optax.adam(RATE))]
+)
+def test_the_projection_is_made_where_weights_look_invariant(name, never, gradient):
     found = walk(UPDATES[name].filters(RATE, axis=-1), gradient)
     np.testing.assert_allclose(found, rule(name, gradient), rtol=0, atol=1e-12)
-    never = walk(UPDATES[name].filters(RATE, delta=0, axis=-1), gradient)
-    assert (np.abs(found - never).max() > 1e-4) == (gradient is not radial)
+    assert (np.abs(found - walk(never, gradient)).max() > 1e-4) == (gradient is not radial)
 
 
 @pytest.mark.parametrize("size", [1, 24, 784])

@@ -38,6 +38,11 @@ from unitnorm.updates.parts import (
 )
 from unitnorm.updates.selection import FilterAxes, as_columns, from_columns
 
+EPS = 1e-8  # beside a norm or the root of a second moment, in all that are published with one
+DELTA, DECAY_RATIO = 0.1, 0.1  # of AdamP
+AVERAGE_DECAY = 0.9  # of rotational SGD
+TOLERANCE = 1e-6  # of manifold Muon's constraint
+
 
 @with_rate
 def sgdp(
@@ -46,16 +51,13 @@ def sgdp(
     weight_decay: Number = 0.0,
     *,
     nesterov: bool = False,
-    delta: Number = 0.1,
-    wd_ratio: Number = 0.1,
-    eps: float = 1e-8,
     axis: AxisSpec = None,
 ) -> Transformation:
     """SGD with momentum whose step loses its part along the weights, where they look invariant.
 
     m ← μ m + g; the step p is m, or g + μ m with Nesterov. If every filter of a leaf has
-    |cos(g, w)| < δ/√(its entries), p loses its part along each filter; else if the leaf as a whole
-    has, along the leaf. Then w ← (1 − λη/(1−μ)) w − λ p, with η times `wd_ratio` if projected.
+    |cos(g, w)| < 0.1/√(its entries), p loses its part along each filter; else if the leaf as a
+    whole has, along the leaf. Then w ← (1 − λη/(1−μ)) w − λ p, with η/10 if projected.
 
     Source: Heo et al. (2021), AdamP: slowing down the slowdown for momentum optimizers on
     scale-invariant weights, Algorithm 1; the authors' SGDP (clovaai/AdamP). Their momentum default
@@ -72,8 +74,8 @@ def sgdp(
     def leaf(axes: Axes, count: Array, w: Array, g: Array, m: Array) -> Arrays:
         mu = value_at(momentum, count)
         m = mu * m + g
-        moved, share = _without_radial(axes, w, g, g + mu * m if nesterov else m, delta, eps)
-        decay = weight_decay / (1 - mu) * jnp.where(share, wd_ratio, 1)
+        moved, share = _without_radial(axes, w, g, g + mu * m if nesterov else m)
+        decay = weight_decay / (1 - mu) * share
         return moved + decay * w, m
 
     rate = optax.scale_by_learning_rate(learning_rate)
@@ -85,17 +87,14 @@ def adamp(
     learning_rate: LearningRate,
     b1: Number = 0.9,
     b2: Number = 0.999,
-    eps: float = 1e-8,
     weight_decay: Number = 0.0,
     *,
     nesterov: bool = False,
-    delta: Number = 0.1,
-    wd_ratio: Number = 0.1,
     axis: AxisSpec = None,
 ) -> Transformation:
     """Adam whose step loses its part along the weights, where they look invariant: see `sgdp`.
 
-    The projected step is p = m / (√(v / (1−b2ᵗ)) + eps), the weight decay η that of AdamW:
+    The projected step is p = m / (√(v / (1−b2ᵗ)) + ε), the weight decay η that of AdamW:
     w ← (1 − λη) w − λ p / (1−b1ᵗ).
 
     Source: Heo et al. (2021), as for `sgdp`, Algorithm 2; the authors' AdamP.
@@ -110,30 +109,27 @@ def adamp(
 
     def leaf(axes: Axes, count: Array, w: Array, g: Array, m: Array, v: Array) -> Arrays:
         m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
-        size = jnp.sqrt(v / correction(b2, count)) + eps
+        size = jnp.sqrt(v / correction(b2, count)) + EPS
         towards = b1 * m + (1 - b1) * g if nesterov else m
-        moved, share = _without_radial(axes, w, g, towards / size, delta, eps)
-        decay = weight_decay * jnp.where(share, wd_ratio, 1)
-        return moved / correction(b1, count) + decay * w, m, v
+        moved, share = _without_radial(axes, w, g, towards / size)
+        return moved / correction(b1, count) + weight_decay * share * w, m, v
 
     rate = optax.scale_by_learning_rate(learning_rate)
     return widened(optax.chain(stateful(leaf, Moments(per_entry, per_entry), axis), rate))
 
 
-def _without_radial(
-    axes: Axes, w: Array, g: Array, p: Array, delta: Number, eps: float
-) -> tuple[Array, Array]:
-    """p without its part along the weights where they look invariant, and whether they do."""
+def _without_radial(axes: Axes, w: Array, g: Array, p: Array) -> tuple[Array, Array]:
+    """p without its part along the weights where they look invariant, and the share of decay."""
     found, looks = p, jnp.zeros([], bool)
     # The leaf as a whole first, so that filters have the last word.
     for over in (tuple(range(w.ndim)), axes):
         norms = [geometry.norms_of(x, over) for x in (w, g)]
-        cosines = jnp.abs(dot(w, g, over)) / jnp.maximum(norms[0] * norms[1], eps)
-        looks_so = jnp.max(cosines) < delta / (w.size / cosines.size) ** 0.5
-        unit = w / (norms[0] + eps)
+        cosines = jnp.abs(dot(w, g, over)) / jnp.maximum(norms[0] * norms[1], EPS)
+        looks_so = jnp.max(cosines) < DELTA / (w.size / cosines.size) ** 0.5
+        unit = w / (norms[0] + EPS)
         found = jnp.where(looks_so, p - unit * dot(unit, p, over), found)
         looks = looks | looks_so
-    return found, looks
+    return found, jnp.where(looks, DECAY_RATIO, 1)
 
 
 @with_rate
@@ -176,13 +172,12 @@ def adam_g(
     learning_rate: LearningRate,
     b1: Number = 0.9,
     b2: Number = 0.99,
-    eps: float = 1e-8,
     clip: Number | None = 0.1,
     *,
     axis: AxisSpec = None,
     off_manifold: OffManifold = "normalize",
 ) -> Transformation:
-    """Adam along geodesics: w ← exp_w(−λ √(1−b2ᵗ)/(1−b1ᵗ) m/√(v + eps)), m transported along.
+    """Adam along geodesics: w ← exp_w(−λ √(1−b2ᵗ)/(1−b1ᵗ) m/√(v + ε)), m transported along.
 
     h as in `sgd_g`, m ← b1 m + (1−b1) h, v ← b2 v + (1−b2) ‖h‖², one number per filter. It differs
     from `un_adam` by the geodesic, by the parallel transport and by the clipping.
@@ -202,7 +197,7 @@ def adam_g(
         h = _clipped(h, clip, axes)
         m, v = b1 * m + (1 - b1) * h, b2 * v + (1 - b2) * dot(h, h, axes)
         ratio = jnp.sqrt(correction(b2, count)) / correction(b1, count)
-        along = -value_at(learning_rate, count) * ratio * m / jnp.sqrt(v + eps)
+        along = -value_at(learning_rate, count) * ratio * m / jnp.sqrt(v + EPS)
         return *_along_geodesic(w, along, m, axes), v
 
     link = stateful(leaf, Moments(per_entry, per_filter), axis)
@@ -266,14 +261,13 @@ def lars(
     learning_rate: LearningRate,
     momentum: Number = 0.9,
     weight_decay: Number = 0.0,
-    trust_coefficient: Number = 1.0,
     *,
     axis: AxisSpec = None,
 ) -> Transformation:
-    """Layer-wise rates: m ← μ m + λ τ (‖w‖/‖d‖) d with d = g + η w, w ← w − m, norms over a leaf.
+    """Layer-wise rates: m ← μ m + λ (‖w‖/‖d‖) d with d = g + η w, w ← w − m, norms over a leaf.
 
-    The factor before d is λ alone where either norm is zero. τ only multiplies λ; it is 1 here, and
-    0.001 in the paper, whose λ is larger to match. `axis` is not needed.
+    The factor before d is λ alone where either norm is zero. The paper's trust coefficient, 0.001,
+    only multiplies its λ, and is 1 here. `axis` is not needed.
 
     Source: You, Gitman and Ginsburg (2017), Large batch training of convolutional networks,
     Algorithm 1, in the form of optax.lars, which this is.
@@ -286,8 +280,9 @@ def lars(
     [ 2. -1.]
     """
     refuse_schedule("momentum", momentum)
-    options = {"trust_coefficient": trust_coefficient, "momentum": momentum}
-    return widened(optax.lars(learning_rate, weight_decay, **options))
+    return widened(
+        optax.lars(learning_rate, weight_decay, trust_coefficient=1.0, momentum=momentum)
+    )
 
 
 @with_rate
@@ -296,17 +291,15 @@ def rotational_sgd(
     momentum: Number = 0.9,
     weight_decay: Number = 5e-4,
     *,
-    average_decay: Number = 0.9,
     zero_mean: bool = False,
-    eps: float = 1e-8,
     axis: AxisSpec = None,
     off_manifold: OffManifold = "normalize",
 ) -> Transformation:
     """Filters turn by the angle that weight decay would settle at: √(2λη/(1+μ)) per step.
 
-    m ← μ m + g; d = Π_w(m) (of m without its mean if `zero_mean`); a ← β a + (1−β) ‖d‖² per filter,
-    corrected for its zero start; w ← Orth(w − √(2λη/(1+μ)) d / (√â + eps)). η sets an angle;
-    nothing decays.
+    m ← μ m + g; d = Π_w(m) (of m without its mean if `zero_mean`); a ← 0.9 a + 0.1 ‖d‖² per filter,
+    corrected for its zero start; w ← Orth(w − √(2λη/(1+μ)) d / (√â + ε)). η sets an angle; nothing
+    decays.
 
     Source: Kosson, Messmer and Jaggi (2023), Rotational equilibrium: how weight decay balances
     learning across neural networks, Algorithm 1; the authors' RotationalSGD (epfml/REQ), whose
@@ -330,8 +323,8 @@ def rotational_sgd(
 
     def turn(axes: Axes, count: Array, w: Array, m: Array, a: Array) -> Arrays:
         d = geometry.project(start(axes, w), centred(axes, m), axes)
-        a = average_decay * a + (1 - average_decay) * dot(d, d, axes)
-        return d / (jnp.sqrt(a / correction(average_decay, count)) + eps), a
+        a = AVERAGE_DECAY * a + (1 - AVERAGE_DECAY) * dot(d, d, axes)
+        return d / (jnp.sqrt(a / correction(AVERAGE_DECAY, count)) + EPS), a
 
     def from_start(axes: Axes, w: Array, u: Array) -> Array:
         return start(axes, w) + u - w
@@ -350,17 +343,12 @@ def rotational_sgd(
 
 @with_rate
 def adam_srt(
-    learning_rate: LearningRate,
-    b1: Number = 0.9,
-    b2: Number = 0.999,
-    eps: float = 1e-8,
-    *,
-    axis: AxisSpec = None,
+    learning_rate: LearningRate, b1: Number = 0.9, b2: Number = 0.999, *, axis: AxisSpec = None
 ) -> Transformation:
     """Adam with one second moment per filter, both moments rescaled and turned along with it.
 
-    m ← b1 m + (1−b1) g, v ← b2 v + (1−b2) ‖g‖²; w' = w − λ √d m̂ / (√v̂ + eps) with d entries in a
-    filter. Then v ← v ‖w‖²/(‖w'‖² + eps) and m ← (⟨w, w'⟩ m − ⟨m, w'⟩ w)/(‖w'‖² + eps).
+    m ← b1 m + (1−b1) g, v ← b2 v + (1−b2) ‖g‖²; w' = w − λ √d m̂ / (√v̂ + ε) with d entries in a
+    filter. Then v ← v ‖w‖²/(‖w'‖² + ε) and m ← (⟨w, w'⟩ m − ⟨m, w'⟩ w)/(‖w'‖² + ε).
 
     Source: Roburin, de Mont-Marin, Bursuc, Marlet, Pérez and Aubry (2022), Spherical perspective on
     learning with normalization layers; the authors' AdamSRT (ymontmarin/adamsrt).
@@ -375,10 +363,10 @@ def adam_srt(
 
     def leaf(axes: Axes, count: Array, w: Array, g: Array, m: Array, v: Array) -> Arrays:
         m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * dot(g, g, axes)
-        size = jnp.sqrt(v / correction(b2, count)) + eps
+        size = jnp.sqrt(v / correction(b2, count)) + EPS
         far = value_at(learning_rate, count) * (w.size / v.size) ** 0.5
         new = w - far * m / correction(b1, count) / size
-        squared = dot(new, new, axes) + eps
+        squared = dot(new, new, axes) + EPS
         turned = (dot(w, new, axes) * m - dot(m, new, axes) * w) / squared
         return new - w, turned, v * dot(w, w, axes) / squared
 
@@ -429,12 +417,11 @@ def ngpt(
     learning_rate: LearningRate,
     b1: Number = 0.9,
     b2: Number = 0.95,
-    eps: float = 1e-8,
     *,
     axis: AxisSpec = None,
     off_manifold: OffManifold = "normalize",
 ) -> Transformation:
-    """Adam, then unit norm, as nGPT trains its matrices: w ← Orth(w − λ m̂/(√v̂ + eps)).
+    """Adam, then unit norm, as nGPT trains its matrices: w ← Orth(w − λ m̂/(√v̂ + ε)).
 
     nGPT normalises along the embedding: `axis` has to say which that is for each matrix. Its
     network differs too; this is its optimiser alone. For another one than Adam:
@@ -450,7 +437,7 @@ def ngpt(
     >>> print((w + step).ravel().round(3))
     [ 0.8 -0.6]
     """
-    adam = optax.adam(learning_rate, b1, b2, eps)
+    adam = optax.adam(learning_rate, b1, b2, EPS)
     return on_sphere(adam, tangent=(), axis=axis, off_manifold=off_manifold)
 
 
@@ -490,13 +477,12 @@ def adamwn(
     learning_rate: LearningRate,
     b1: Number = 0.9,
     b2: Number = 0.999,
-    eps: float = 1e-8,
     *,
     norm_ratio: Schedulable = 1.0,
     update_rate: Schedulable = 0.01,
     axis: AxisSpec = None,
 ) -> Transformation:
-    """AdamW whose decay draws norms to a target: w ← w − λ m̂/(√v̂ + eps) − κ (1 − r‖w₀‖/‖w‖) w.
+    """AdamW whose decay draws norms to a target: w ← w − λ m̂/(√v̂ + ε) − κ (1 − r‖w₀‖/‖w‖) w.
 
     r is `norm_ratio`, κ is `update_rate`; r = 0 is weight decay κ, κ = 1 sets the norm at once. κ
     is not multiplied by λ. The target is kept per filter, and κ = 0.01 is a choice made here.
@@ -516,7 +502,7 @@ def adamwn(
         excess = 1 - target * geometry.inverse_norms(geometry.norms_of(w, axes))
         return u - value_at(update_rate, count) * excess * w, start
 
-    adam = optax.adam(learning_rate, b1, b2, eps)
+    adam = optax.adam(learning_rate, b1, b2, EPS)
     return widened(optax.chain(adam, stateful(control, (norms_leaf,), axis)))
 
 
@@ -569,7 +555,6 @@ def manifold_muon(
     *,
     dual_steps: int = 10,
     dual_rate: float = 0.1,
-    tolerance: float = 1e-6,
     axis: AxisSpec = None,
 ) -> Transformation:
     """Muon among orthonormal filters: W ← msign(W − λ A), WᵀW = 1, msign(U Σ Vᵀ) = U Vᵀ.
@@ -577,7 +562,7 @@ def manifold_muon(
     W has the filters as columns, or the entries where those are fewer. A = msign(G + 2 W Λ) is the
     steepest direction of spectral norm one among the tangent ones, WᵀA + AᵀW = 0, for the right Λ:
     dual ascent from Λ = −(WᵀG + GᵀW)/4 takes `dual_steps` steps Λ ← Λ − α (1 − k/K) (WᵀA + AᵀW),
-    and stops where their entries are below `tolerance`. The first update makes W orthonormal.
+    and stops where their entries are below 1e-6. The first update makes W orthonormal.
     A singular value decomposition for each of these steps: for small matrices.
 
     Source: Bernstein (2025), Modular manifolds (thinkingmachines.ai), and its code
@@ -603,7 +588,7 @@ def manifold_muon(
             dual = carried[0]
             A = _msign(G + 2 * _times(W, dual))
             off = _times(W.T, A) + _times(A.T, W)
-            step = jnp.where(jnp.sqrt(jnp.mean(off**2)) < tolerance, 0, dual_rate)
+            step = jnp.where(jnp.sqrt(jnp.mean(off**2)) < TOLERANCE, 0, dual_rate)
             return dual - step * (1 - k / dual_steps) * off, A
 
         dual = -(_times(W.T, G) + _times(G.T, W)) / 4
