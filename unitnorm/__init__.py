@@ -17,22 +17,17 @@ first use, so that `unitnorm --help` does not wait for JAX.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from unitnorm.errors import UserError as UserError
+
 if TYPE_CHECKING:
     from unitnorm.archbn.model import ArchBN as ArchBN
     from unitnorm.data import Dataset as Dataset
     from unitnorm.data import load_dataset as load_dataset
-    from unitnorm.errors import UserError as UserError
-    from unitnorm.geometry import filter_norms as filter_norms
-    from unitnorm.geometry import retraction as retraction
-    from unitnorm.geometry import tangent_projection as tangent_projection
     from unitnorm.updates import *  # noqa: F403
 
 __version__ = "0.1.0"
 
-_ELSEWHERE = {
-    "ArchBN": "archbn.model", "Dataset": "data", "load_dataset": "data", "UserError": "errors",
-    "filter_norms": "geometry", "retraction": "geometry", "tangent_projection": "geometry",
-}  # fmt: skip
+_ELSEWHERE = {"ArchBN": "archbn.model", "Dataset": "data", "load_dataset": "data"}
 
 
 def __getattr__(name: str) -> Any:
@@ -40,7 +35,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'unitnorm' has no attribute {name!r}")
     module = importlib.import_module(f"unitnorm.{_ELSEWHERE.get(name, 'updates')}")
     if name == "__all__":
-        return ["__version__", *_ELSEWHERE, *module.__all__]
+        return ["__version__", "UserError", *_ELSEWHERE, *module.__all__]
     if name not in _ELSEWHERE and name not in module.__all__:
         raise AttributeError(f"module 'unitnorm' has no attribute {name!r}")
     return getattr(module, name)

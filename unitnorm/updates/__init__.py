@@ -32,6 +32,7 @@ from typing import Any
 
 import optax
 
+from unitnorm.geometry import filter_norms, retraction, tangent_projection
 from unitnorm.updates.euclidean import b_sgd, b_sgd_median, sgd_momentum, sgd_wd, sm, weight_norm
 from unitnorm.updates.manifold import (
     normalize,
@@ -76,11 +77,11 @@ from unitnorm.updates.symmetries import (
 __all__ = [
     "UPDATES", "FilterAxes", "KernelReport", "Update", "adam_g", "adam_srt", "adamp", "adamwn",
     "assert_on_manifold", "axes_of_selection", "b_sgd", "b_sgd_median", "build",
-    "check_update_name", "examine_kernels", "find_update", "hyperball", "lars", "manifold_muon",
-    "muon", "nero", "ngpt", "normalize", "normalize_filters", "normalized_kernels",
-    "normalized_kernels_nnx", "on_sphere", "partition", "renorm_sgd",
-    "rotational_sgd", "sgd_g", "sgd_momentum", "sgd_wd", "sgdp", "sm", "un", "un_adam",
-    "un_carried", "un_momentum", "un_nesterov", "weight_norm",
+    "check_update_name", "examine_kernels", "filter_norms", "find_update", "hyperball", "lars",
+    "manifold_muon", "muon", "nero", "ngpt", "normalize", "normalize_filters", "normalized_kernels",
+    "normalized_kernels_nnx", "on_sphere", "partition", "renorm_sgd", "retraction",
+    "rotational_sgd", "sgd_g", "sgd_momentum", "sgd_wd", "sgdp", "sm", "tangent_projection", "un",
+    "un_adam", "un_carried", "un_momentum", "un_nesterov", "weight_norm",
 ]  # fmt: skip
 
 
