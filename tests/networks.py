@@ -93,19 +93,6 @@ def haiku_mobilenet():
     return apply, params, {f"{name}/w": CONV for name in kernels}
 
 
-def haiku_grouped():
-    """A convolution in two groups, before a batch normalisation: still a factor for each filter."""
-
-    def forward(hk, images):
-        x = hk.Conv2D(4, 3)(images)
-        x = hk.BatchNorm(True, True, 0.9)(x, is_training=True)
-        x = hk.Conv2D(6, 3, feature_group_count=2)(jax.nn.relu(x))
-        x = hk.BatchNorm(True, True, 0.9)(x, is_training=True)
-        return hk.Linear(3)(jax.nn.relu(x).mean((1, 2)))
-
-    return *of_haiku(forward, IMAGES), {"conv2_d/w": CONV, "conv2_d_1/w": CONV}
-
-
 def nnx_transformer():
     """QK-norm with biases: each head's kernel and bias together, as nnx gives it."""
 
@@ -313,7 +300,6 @@ NETWORKS = {
     "jax-resnet": jax_resnet,
     "haiku-resnet-v2": haiku_resnet,
     "haiku-mobilenet": haiku_mobilenet,
-    "haiku-grouped": haiku_grouped,
     "nnx-transformer": nnx_transformer,
     "linen-transformer": linen_transformer,
     "equinox-transformer": equinox_transformer,

@@ -74,12 +74,12 @@ def assert_same(path, other):
     np.testing.assert_allclose(path, other, rtol=0, atol=1e-12)
 
 
-def test_un_is_geoopts_riemannian_sgd():
-    assert_same(geoopts("RiemannianSGD"), ours(updates.un(RATE)))
-
-
-def test_un_adam_is_geoopts_riemannian_adam():
-    assert_same(geoopts("RiemannianAdam", eps=1e-8), ours(updates.un_adam(RATE)))
+@pytest.mark.parametrize(
+    ("update", "name", "options"),
+    [(updates.un, "RiemannianSGD", {}), (updates.un_adam, "RiemannianAdam", {"eps": 1e-8})],
+)
+def test_un_and_un_adam_are_geoopts(update, name, options):
+    assert_same(geoopts(name, **options), ours(update(RATE)))
 
 
 @pytest.mark.parametrize(
