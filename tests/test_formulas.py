@@ -190,7 +190,10 @@ def test_un_that_carries_the_norm_points_where_gradient_descent_does():
     assert np.abs(plain - carried).max() > 1e-2
 
 
-@pytest.mark.parametrize("update", ["un-momentum", "un-nesterov", "sgdp", "sgd-g", "renorm-sgd"])
+MOMENTUM = ["un-momentum", "un-nesterov", "sgd-momentum", "sgdp", "sgd-g", "lars", "renorm-sgd"]
+
+
+@pytest.mark.parametrize("update", [*MOMENTUM, "rotational-sgd", "muon"])
 def test_momentum_may_be_a_schedule(update):
     def schedule(count):
         return 0.5 * count
@@ -204,17 +207,6 @@ def test_momentum_may_be_a_schedule(update):
     assert_close(path(optax.inject_hyperparams(build)(update, **options)), found)
     assert_close(jax.tree.map(lambda w: w[0], found), jax.tree.map(lambda w: w[0], without))
     assert farthest(last(found), last(without)) > 1e-3
-
-
-@pytest.mark.parametrize("factory", [updates.lars, updates.muon, updates.rotational_sgd])
-def test_where_momentum_is_a_number_the_call_that_takes_a_schedule_is_named(factory):
-    with pytest.raises(ValueError, match=r"inject_hyperparams\(update\)\(..., momentum=schedule\)"):
-        factory(0.1, momentum=lambda count: 0.5)
-    injected = optax.inject_hyperparams(factory)(0.1, momentum=lambda count: 0.5)
-    assert_close(
-        one_update(injected, arrays(1), kernels()),
-        one_update(factory(0.1, momentum=0.5), arrays(1), kernels()),
-    )
 
 
 def test_every_run_of_a_vmap_has_weight_decay_of_its_own():

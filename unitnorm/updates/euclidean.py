@@ -13,15 +13,12 @@ from unitnorm.updates.parts import (
     Axes,
     AxisSpec,
     LearningRate,
-    Number,
     Schedulable,
     Transformation,
-    map_value,
     norms_leaf,
-    refuse_schedule,
+    number,
     stateful,
     stateless,
-    value_at,
     widened,
     with_rate,
 )
@@ -102,14 +99,14 @@ def sgd_wd(
     >>> print((w + step).ravel())
     [0.995 0.   ]
     """
-    decay = map_value(lambda each: summed_over * each, weight_decay)
+    decay = summed_over * number(weight_decay)
     return widened(optax.chain(optax.add_decayed_weights(decay), optax.sgd(learning_rate)))
 
 
 @with_rate
 def sgd_momentum(
     learning_rate: LearningRate,
-    momentum: Number = 0.9,
+    momentum: Schedulable = 0.9,
     weight_decay: Schedulable = 5e-4,
     *,
     nesterov: bool = False,
@@ -132,7 +129,6 @@ def sgd_momentum(
     [-0.5]
     [-0.95]
     """
-    refuse_schedule("momentum", momentum)
     decay = optax.add_decayed_weights(weight_decay)
     return widened(optax.chain(decay, optax.sgd(learning_rate, momentum, nesterov)))
 
@@ -185,7 +181,7 @@ def weight_norm(learning_rate: LearningRate, *, axis: AxisSpec = None) -> Transf
     """
 
     def leaf(axes: Axes, count: Array, w: Array, grad: Array, v: Array, g: Array) -> Arrays:
-        rate = value_at(learning_rate, count)
+        rate = number(learning_rate)
         norms = geometry.norms_of(v, axes)
         by_norm = jnp.sum(geometry.unit(v, axes) * grad, axes, keepdims=True)
         by_direction = g / jnp.where(norms == 0, 1, norms) * geometry.project(v, grad, axes)

@@ -31,12 +31,12 @@ from unitnorm.updates.parts import (
     correction,
     map_filters,
     norms_leaf,
+    number,
     per_entry,
     per_filter,
     refuse_off_manifold,
     stateful,
     transformation,
-    value_at,
     widen,
     with_rate,
 )
@@ -193,7 +193,7 @@ def un(
         return general
 
     def update(updates: Any, state: Any, params: Any, **extra: Any) -> tuple[Any, OnSphereState]:
-        factor, after = scale.update(jnp.ones([]), state.inner)  # −λ, also of a schedule
+        factor = -number(learning_rate)
 
         def leaf(axes: Axes, w: Array, g: Array) -> Array:
             if axes == (w.ndim - 1,) and w.size <= ROW_STEP_SIZE:
@@ -201,7 +201,7 @@ def un(
             squared = geometry.inner(w, w, axes)
             return _land(axes, w, factor * _riemannian(axes, w, g, squared), squared)
 
-        return map_filters(leaf, axis, params, updates), OnSphereState(after, ())
+        return map_filters(leaf, axis, params, updates), state
 
     return transformation(general.init, update)
 
@@ -266,9 +266,8 @@ def un_momentum(
     """
 
     def leaf(axes: Axes, count: Array, w: Array, r: Array, m: Array) -> Arrays:
-        decay = value_at(momentum, count)
-        m = decay * m + r
-        return r + decay * m if nesterov else m, m
+        m = number(momentum) * m + r
+        return r + number(momentum) * m if nesterov else m, m
 
     inner = optax.chain(
         stateful(leaf, optax.TraceState(per_entry), axis),

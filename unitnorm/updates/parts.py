@@ -7,6 +7,7 @@ None, as of a frozen parameter, counts as zero, and its update is None: the para
 """
 
 import functools
+import inspect
 import math
 import numbers
 from collections.abc import Callable, Iterable, Sequence
@@ -55,21 +56,15 @@ def widen(tree: Any) -> Any:
     return jax.tree.map(lambda w: w if jnp.iscomplexobj(w) else geometry.wide(w), tree)
 
 
-def value_at(value: Schedulable, count: Array) -> Any:
-    """A hyperparameter, or what a schedule of it says after so many updates."""
-    return value(count) if callable(value) else value
-
-
-def map_value(function: Callable[[Any], Any], value: Schedulable) -> Schedulable:
-    """A function of a hyperparameter, or the schedule of it for a schedule."""
-    return (lambda count: function(value(count))) if callable(value) else function(value)
-
-
 Build = TypeVar("Build", bound=Callable[..., optax.GradientTransformation])
 
 
 def with_rate(update: Build) -> Build:
-    """An update that raises ValueError for a rate that is negative, not finite, or no rate."""
+    """An update whose numbers may be schedules: it is made anew of what these say, each time.
+
+    It raises ValueError for a rate that is negative, not finite, or no rate.
+    """
+    signature = inspect.signature(update)
 
     @functools.wraps(update)
     def checked(learning_rate: Schedulable, *args: Any, **options: Any) -> Any:
@@ -80,18 +75,19 @@ def with_rate(update: Build) -> Build:
                 f"learning_rate = {learning_rate!r}: expected a finite number of at least 0, an "
                 "array, or an optax schedule"
             )
-        return update(learning_rate, *args, **options)
+        given = signature.bind(learning_rate, *args, **options).arguments
+        schedules = {name for name, value in given.items() if callable(value)} - {"axis"}
+        if not schedules:
+            return update(**given)
+        fixed, dtype = signature.parameters.keys() - schedules, jnp.result_type(float)
+        return optax.inject_hyperparams(update, fixed, hyperparam_dtype=dtype)(**given)
 
     return cast(Build, checked)
 
 
-def refuse_schedule(name: str, value: Any) -> None:
-    """Raise ValueError for a schedule where only a number is taken."""
-    if callable(value):
-        raise ValueError(
-            f"{name} is a schedule, and a number here: optax.inject_hyperparams(update)(..., "
-            f"{name}=schedule) takes one"
-        )
+def number(value: Schedulable) -> Any:
+    """A hyperparameter, which is a number inside an update: see `with_rate`."""
+    return value
 
 
 def correction(decay: Number, count: Array) -> Array:

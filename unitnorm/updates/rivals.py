@@ -25,14 +25,12 @@ from unitnorm.updates.parts import (
     Transformation,
     correction,
     map_filters,
-    map_value,
     norms_leaf,
+    number,
     per_entry,
     per_filter,
-    refuse_schedule,
     stateful,
     stateless,
-    value_at,
     widened,
     with_rate,
 )
@@ -72,7 +70,7 @@ def sgdp(
     """
 
     def leaf(axes: Axes, count: Array, w: Array, g: Array, m: Array) -> Arrays:
-        mu = value_at(momentum, count)
+        mu = number(momentum)
         m = mu * m + g
         moved, share = _without_radial(axes, w, g, g + mu * m if nesterov else m)
         decay = weight_decay / (1 - mu) * share
@@ -159,8 +157,7 @@ def sgd_g(
     """
 
     def leaf(axes: Axes, count: Array, w: Array, h: Array, m: Array) -> Arrays:
-        far = value_at(learning_rate, count)
-        m = value_at(momentum, count) * m - far * _clipped(h, clip, axes)
+        m = number(momentum) * m - number(learning_rate) * _clipped(h, clip, axes)
         return _along_geodesic(w, m, m, axes)
 
     link = stateful(leaf, (per_entry,), axis)
@@ -197,7 +194,7 @@ def adam_g(
         h = _clipped(h, clip, axes)
         m, v = b1 * m + (1 - b1) * h, b2 * v + (1 - b2) * dot(h, h, axes)
         ratio = jnp.sqrt(correction(b2, count)) / correction(b1, count)
-        along = -value_at(learning_rate, count) * ratio * m / jnp.sqrt(v + EPS)
+        along = -number(learning_rate) * ratio * m / jnp.sqrt(v + EPS)
         return *_along_geodesic(w, along, m, axes), v
 
     link = stateful(leaf, Moments(per_entry, per_filter), axis)
@@ -249,7 +246,7 @@ def nero(
     def leaf(axes: Axes, count: Array, w: Array, g: Array, v: Array) -> Arrays:
         v = beta * v + (1 - beta) * dot(g, g, axes)
         size = jnp.sqrt(v / correction(beta, count))
-        u = -value_at(learning_rate, count) / jnp.where(size == 0, 1, size) * g
+        u = -number(learning_rate) / jnp.where(size == 0, 1, size) * g
         return u - jnp.mean(w + u, axes, keepdims=True), v
 
     inner = stateful(leaf, (per_filter,), axis)
@@ -259,7 +256,7 @@ def nero(
 @with_rate
 def lars(
     learning_rate: LearningRate,
-    momentum: Number = 0.9,
+    momentum: Schedulable = 0.9,
     weight_decay: Number = 0.0,
     *,
     axis: AxisSpec = None,
@@ -279,7 +276,6 @@ def lars(
     >>> print((w + step).ravel().round(3))  # λ ‖w‖ far, whatever the gradient
     [ 2. -1.]
     """
-    refuse_schedule("momentum", momentum)
     return widened(
         optax.lars(learning_rate, weight_decay, trust_coefficient=1.0, momentum=momentum)
     )
@@ -288,7 +284,7 @@ def lars(
 @with_rate
 def rotational_sgd(
     learning_rate: LearningRate,
-    momentum: Number = 0.9,
+    momentum: Schedulable = 0.9,
     weight_decay: Number = 5e-4,
     *,
     zero_mean: bool = False,
@@ -313,8 +309,6 @@ def rotational_sgd(
     [-0.0447]
     """
 
-    refuse_schedule("momentum", momentum)
-
     def centred(axes: Axes, w: Array) -> Array:
         return w - jnp.mean(w, axes, keepdims=True) if zero_mean else w
 
@@ -329,13 +323,11 @@ def rotational_sgd(
     def from_start(axes: Axes, w: Array, u: Array) -> Array:
         return start(axes, w) + u - w
 
-    def angle(rate: Number) -> Number:
-        return (2 * rate * weight_decay / (1 + momentum)) ** 0.5
-
+    angle = (2 * number(learning_rate) * weight_decay / (1 + number(momentum))) ** 0.5
     inner = optax.chain(
         optax.trace(momentum),
         stateful(turn, (per_filter,), axis),
-        optax.scale_by_learning_rate(map_value(angle, learning_rate)),
+        optax.scale_by_learning_rate(angle),
         stateless(from_start, axis),
     )
     return on_sphere(inner, tangent=(), axis=axis, off_manifold=off_manifold)
@@ -364,7 +356,7 @@ def adam_srt(
     def leaf(axes: Axes, count: Array, w: Array, g: Array, m: Array, v: Array) -> Arrays:
         m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * dot(g, g, axes)
         size = jnp.sqrt(v / correction(b2, count)) + EPS
-        far = value_at(learning_rate, count) * (w.size / v.size) ** 0.5
+        far = number(learning_rate) * (w.size / v.size) ** 0.5
         new = w - far * m / correction(b1, count) / size
         squared = dot(new, new, axes) + EPS
         turned = (dot(w, new, axes) * m - dot(m, new, axes) * w) / squared
@@ -463,13 +455,13 @@ def renorm_sgd(
     [ 1.   -0.07]
     """
 
-    def leaf(axes: Axes, count: Array, w: Array, g: Array, m: Array) -> Arrays:
-        mu, far = value_at(momentum, count), value_at(learning_rate, count)
-        m = mu * m + g
-        towards = geometry.unit(g + mu * m if nesterov else m, axes)
-        return geometry.unit(w, axes) - far * towards - w, m
-
-    return widened(stateful(leaf, (per_entry,), axis))
+    inner = optax.chain(
+        optax.trace(momentum, nesterov),
+        stateless(lambda axes, w, u: geometry.unit(u, axes), axis),
+        optax.scale_by_learning_rate(learning_rate),
+        stateless(lambda axes, w, u: geometry.unit(w, axes) + u - w, axis),
+    )
+    return widened(inner)
 
 
 @with_rate
@@ -498,9 +490,9 @@ def adamwn(
     """
 
     def control(axes: Axes, count: Array, w: Array, u: Array, start: Array) -> Arrays:
-        target = value_at(norm_ratio, count) * start
+        target = number(norm_ratio) * start
         excess = 1 - target * geometry.inverse_norms(geometry.norms_of(w, axes))
-        return u - value_at(update_rate, count) * excess * w, start
+        return u - number(update_rate) * excess * w, start
 
     adam = optax.adam(learning_rate, b1, b2, EPS)
     return widened(optax.chain(adam, stateful(control, (norms_leaf,), axis)))
@@ -509,7 +501,7 @@ def adamwn(
 @with_rate
 def muon(
     learning_rate: LearningRate,
-    momentum: Number = 0.95,
+    momentum: Schedulable = 0.95,
     weight_decay: Number = 0.0,
     *,
     nesterov: bool = True,
@@ -532,7 +524,6 @@ def muon(
     >>> print(bool((jnp.diag(step) < -0.04).all()))  # both, whatever their gradients
     True
     """
-    refuse_schedule("momentum", momentum)
 
     def numbers(axes: Axes, w: Array) -> optax.contrib.MuonDimensionNumbers:
         others = tuple(a for a in range(w.ndim) if a not in axes)
@@ -577,7 +568,7 @@ def manifold_muon(
      [0. 1.]]
     """
 
-    def leaf(axes: Axes, count: Array, w: Array, g: Array) -> Arrays:
+    def leaf(axes: Axes, w: Array, g: Array) -> Array:
         filters = FilterAxes(axes)
         W, G = as_columns(w, filters), as_columns(g, filters)
         wide = W.shape[0] < W.shape[1]
@@ -593,10 +584,10 @@ def manifold_muon(
 
         dual = -(_times(W.T, G) + _times(G.T, W)) / 4
         A = jax.lax.fori_loop(0, dual_steps, ascend, (dual, jnp.zeros_like(W)))[1]
-        new = _msign(W - value_at(learning_rate, count) * A)
-        return (from_columns(new.T if wide else new, filters, w.shape) - w,)
+        new = _msign(W - number(learning_rate) * A)
+        return from_columns(new.T if wide else new, filters, w.shape) - w
 
-    return widened(stateful(leaf, (), axis))
+    return widened(stateless(leaf, axis))
 
 
 def _times(a: Array, b: Array) -> Array:

@@ -119,7 +119,7 @@ def find_contacts(jaxpr: Any, arguments: Sequence[Origin], sizes: dict[int, int]
     """
     contacts = []
 
-    def meet(number: int, equation: JaxprEqn, operands: list[Origin]) -> list[Origin]:
+    def meet(number: int, equation: Any, operands: list[Origin]) -> list[Origin]:
         name, outputs = equation.primitive.name, len(equation.outvars)
         met = [i for i, operand in enumerate(operands) if operand.leaves]
         union = frozenset[int]().union(*(operands[i].leaves for i in met))
