@@ -65,22 +65,6 @@ def jax_resnet():
     return *of_linen(net, jnp.tile(IMAGES, (2, 2, 2, 1))), dict.fromkeys(names, CONV)
 
 
-def haiku_resnet():
-    """The second version: blocks end in a sum, which is normalised: that is several kernels."""
-
-    def forward(hk, images):
-        net = hk.nets.ResNet(
-            (1, 1, 1, 1), 10, resnet_v2=True, bottleneck=False,
-            channels_per_group=(4, 4, 8, 8), initial_conv_config={"output_channels": 4},
-            strides=(1, 1, 2, 2),
-        )  # fmt: skip
-        return net(images, is_training=True)
-
-    names = ["res_net/~/initial_conv/w"]
-    names += [f"res_net/~/block_group_{group}/~/block_0/~/conv_0/w" for group in range(4)]
-    return *of_haiku(forward, jnp.tile(IMAGES, (2, 4, 4, 1))), dict.fromkeys(names, CONV)
-
-
 def haiku_mobilenet():
     """Depthwise kernels (3, 3, 1, channels) and pointwise ones, each before a normalisation."""
 
@@ -298,7 +282,6 @@ def group_norm_ensemble():
 
 NETWORKS = {
     "jax-resnet": jax_resnet,
-    "haiku-resnet-v2": haiku_resnet,
     "haiku-mobilenet": haiku_mobilenet,
     "nnx-transformer": nnx_transformer,
     "linen-transformer": linen_transformer,

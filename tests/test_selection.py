@@ -82,25 +82,6 @@ def test_a_kernel_that_is_normalised_in_part_is_left_out_with_a_warning():
     assert report.selection == {"whole": True, "part": False}
 
 
-def test_an_equinox_module_selects_though_it_can_be_called():
-    eqx = pytest.importorskip("equinox", reason=networks.NEEDS_DEV)
-
-    class Net(eqx.Module):
-        conv: jax.Array
-        out: jax.Array
-
-        def __call__(self):
-            h = normalised(conv(PICTURES, self.conv), (0, 2, 3))
-            return h.clip(0).mean((2, 3)) @ self.out
-
-    params = Net(random(4, 3, 3, 3), random(4, 2))
-    selection = updates.normalized_kernels(lambda net: net(), params)
-    assert callable(selection)
-    assert (selection.conv, selection.out) == (FilterAxes((1, 2, 3)), False)
-    new = one_step(params, selection)
-    np.testing.assert_allclose(norms_over(new.conv, (1, 2, 3)), 1, atol=1e-6)
-
-
 # --- Found ---------------------------------------------------------------------------------------
 
 

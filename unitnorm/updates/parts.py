@@ -2,8 +2,9 @@
 
 A link is an optax transformation that knows what a filter is: `stateless` and `stateful` make one
 of a function of a single leaf. Chain links with optax's own, and put the chain into
-`manifold.on_sphere` for filters at unit norm, or into `widened` for free ones. A gradient that is
-None, as of a frozen parameter, counts as zero, and its update is None: the parameter stays.
+`manifold.on_sphere` for filters at unit norm, or into `widened` for free ones. `with_rate` before
+an update has its schedules become numbers. A gradient that is None, as of a frozen parameter,
+counts as zero, and its update is None: the parameter stays.
 """
 
 import functools

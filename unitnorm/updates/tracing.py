@@ -40,9 +40,8 @@ def in_float32(number: int, equation: JaxprEqn, operands: list[Any]) -> Sequence
     name, params = equation.primitive.name, equation.params
     if name in _INLINED:
         inner = params["call_jaxpr"] if "call_jaxpr" in params else params["jaxpr"]
-        return evaluate(
-            inner if isinstance(inner, ClosedJaxpr) else ClosedJaxpr(inner, ()), operands
-        )
+        closed = inner if isinstance(inner, ClosedJaxpr) else ClosedJaxpr(inner, ())
+        return evaluate(closed, operands)
     if name in _LEFT_OUT:
         return operands
     if name != "bitcast_convert_type":  # which counts bits
@@ -107,7 +106,7 @@ class Contact(NamedTuple):
     """Where parameters meet data."""
 
     equation: int
-    operand: int  # −1: inside the equation
+    operand: int  # −1: inside a scan
     leaves: frozenset[int]
     primitive: str
 
@@ -136,11 +135,8 @@ def find_contacts(jaxpr: Any, arguments: Sequence[Origin], sizes: dict[int, int]
         if masked or not any(operand.data for operand in operands):
             return [Origin(union)] * outputs
         if name == "scan" and met:
-            within = _find_inside(equation, operands, sizes)
-            for leaf in union:
-                kinds = {c.primitive for c in within if leaf in c.leaves}
-                kind = next((k for k in kinds if k not in ENTRY_BY_ENTRY), "add")
-                contacts.append(Contact(number, -1, frozenset({leaf}), kind))
+            inside = _find_inside(equation, operands, sizes)
+            contacts.extend(contact._replace(operand=-1) for contact in inside)
         else:
             contacts.extend(Contact(number, i, operands[i].leaves, name) for i in met)
         return [Origin(data=True, both=bool(met) or both)] * outputs
