@@ -252,11 +252,12 @@ class _Group(NamedTuple):
     """Leaves that are scaled together, each by a factor or (−1) by its inverse."""
 
     signs: dict[int, int]
-    blocks: dict[int, FilterAxes]
-    effect: float
+    parts: dict[int, list[Part]]  # that each leaf is divided in, in one order
+    blocks: dict[int, FilterAxes]  # the same
+    effect: float = math.inf
 
-    def factors(self, shapes: Sequence[tuple[int, ...]]) -> int:
-        return next(math.prod(blocks.factors(shapes[i])) for i, blocks in self.blocks.items())
+    def factors(self) -> int:
+        return next(math.prod(part.parts for part in parts) for parts in self.parts.values())
 
 
 class _Network:
@@ -359,12 +360,11 @@ class _Network:
 
         return Rows({i: shapes[i] for i in of}, draw, self.progress)
 
-    def tried(self, signs: dict[int, int], blocks: dict[int, FilterAxes]) -> _Group:
-        """Blocks with the effect of scaling them, over that of scaling every entry.
+    def tried(self, group: _Group) -> _Group:
+        """A group with the effect of scaling its blocks, over that of scaling every entry.
 
         It is the least of up to three points: at one, what goes into a kernel may be dead.
         """
-        group = _Group(signs, blocks, math.inf)
         for _ in range(3):
             if group.effect >= _TOLERANCE:
                 group = group._replace(effect=min(group.effect, self.effect(group)))
@@ -385,7 +385,7 @@ class _Network:
         def draw(shape: int | tuple[int, ...]) -> np.ndarray:
             return np.asarray(self.random.uniform(np.log(0.3), np.log(3), shape))
 
-        logs, before = draw(group.factors(self.shapes)), outputs(lambda i: 1.0)
+        logs, before = draw(group.factors()), outputs(lambda i: 1.0)
         shared = outputs(
             lambda i: np.exp(group.signs[i] * logs).reshape(group.blocks[i].factors(self.shapes[i]))
         )
@@ -466,10 +466,12 @@ class _Search:
         subsets.sort(key=lambda c: -math.prod(way[main].parts for way in c))
         tried: list[_Group] = []
         for subset in subsets:
-            blocks = {i: _blocks(self.shapes[i], [way[i] for way in subset]) for i in signs}
+            parts = {i: [way[i] for way in subset] for i in signs}
+            blocks = {i: _blocks(self.shapes[i], parts[i]) for i in signs}
             if None in blocks.values():
                 continue
-            tried.append(self.network.tried(signs, cast(dict[int, FilterAxes], blocks)))
+            group = _Group(signs, parts, cast(dict[int, FilterAxes], blocks))
+            tried.append(self.network.tried(group))
             if tried[-1].effect < _TOLERANCE:
                 break
         return min(tried, key=lambda group: group.effect)  # the last subset is empty: one block
@@ -527,7 +529,7 @@ class _Search:
             names = ", ".join(self.names[i] for i in taken)
             why = f"free only together with {names}, in blocks of their own"
         refusal = ""
-        if sum(math.prod(self.shapes[i]) for i in group.signs) == group.factors(self.shapes):
+        if sum(math.prod(self.shapes[i]) for i in group.signs) == group.factors():
             refusal = "; not selected: a single entry has no direction"
         elif not kernels:
             refusal = "; not selected: no kernel"
@@ -537,8 +539,7 @@ class _Search:
             if why:
                 self.say(i, why, group.effect)
                 continue
-            blocks = group.blocks[i]
-            reason = _in_words(blocks, self.shapes[i])
+            blocks, reason = group.blocks[i], _in_words(self.shapes[i], group.parts[i])
             if others := [self.names[j] for j in group.signs if j != i]:
                 reason += f", together with {', '.join(others)}"
                 blocks = replace(blocks, joint=self.names[first])
@@ -547,14 +548,16 @@ class _Search:
     def try_by_hand(self, i: int, spec: geometry.Axis) -> None:
         shape = self.shapes[i]
         try:
-            blocks = FilterAxes(geometry.filter_axes(shape, spec))
+            axes = geometry.filter_axes(shape, spec)
         except ValueError:
             return self.say(i, f"not tried: no filters over axis={spec!r}")
-        if all(shape[a] == 1 for a in blocks.axes):
+        if all(shape[a] == 1 for a in axes):
             return self.say(i, "not tried: a single entry")
-        effect = self.network.tried({i: 1}, {i: blocks}).effect
+        blocks = FilterAxes(axes)
+        parts = [Part(i, a, n) for a, n in enumerate(shape) if a not in axes]
+        effect = self.network.tried(_Group({i: 1}, {i: parts}, {i: blocks})).effect
         if effect < _TOLERANCE:
-            return self.say(i, _in_words(blocks, shape), effect, blocks, True)
+            return self.say(i, _in_words(shape, parts), effect, blocks, True)
         return self.say(i, _bound(effect), effect)
 
     def pair(self, pair: _Group) -> PairFinding:
@@ -563,7 +566,7 @@ class _Search:
             tuple(self.names[i] for i in sorted(pair.signs) if pair.signs[i] == sign)
             for sign in (pair.signs[first], -pair.signs[first])
         )
-        return PairFinding(times, divided, pair.factors(self.shapes), pair.effect)
+        return PairFinding(times, divided, pair.factors(), pair.effect)
 
     # --- what stands in the way ---
 
@@ -677,19 +680,17 @@ def _blocks(shape: tuple[int, ...], parts: Sequence[Part]) -> FilterAxes | None:
     return FilterAxes(axes, None if view == shape else view)
 
 
-def _in_words(blocks: FilterAxes, shape: tuple[int, ...]) -> str:
+def _in_words(shape: tuple[int, ...], parts: Sequence[Part]) -> str:
     """What has a factor of its own."""
-    factors, view = list(blocks.factors(shape)), list(blocks.view or shape)
     words = []
     for axis, n in enumerate(shape):
-        kind, parts, length = "", 1, 1
-        while length < n or (n == 1 and not kind):
-            kind = kind or ("runs" if factors[0] > 1 else "strides")
-            parts, length = parts * factors.pop(0), length * view.pop(0)
-        if parts == n > 1:
+        here = [part for part in parts if part.axis == axis]
+        count = math.prod(part.parts for part in here)
+        if count == n > 1:
             words.append(f"each index of axis {axis}")
-        elif parts > 1:
-            words.append(f"each of {parts} {kind} of axis {axis}")
+        elif count > 1:
+            kind = "strides" if here[0].strided else "runs"
+            words.append(f"each of {count} {kind} of axis {axis}")
     return f"a factor for {' and '.join(words)}" if words else "one factor for all of it"
 
 
