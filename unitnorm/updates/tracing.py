@@ -116,7 +116,7 @@ def find_contacts(jaxpr: Any, arguments: Sequence[Origin], sizes: dict[int, int]
 
     `sizes` are those of the parameters. Constants that are no scalars are data.
     """
-    contacts = []
+    contacts: list[Contact] = []
 
     def meet(number: int, equation: Any, operands: list[Origin]) -> list[Origin]:
         name, outputs = equation.primitive.name, len(equation.outvars)
