@@ -36,7 +36,7 @@ from unitnorm.updates.parts import (
 )
 from unitnorm.updates.selection import FilterAxes, as_columns, from_columns
 
-EPS = 1e-8  # beside a norm or the root of a second moment, in all that are published with one
+EPS = 1e-8  # beside a norm, of AdamP and rotational SGD
 DELTA, DECAY_RATIO = 0.1, 0.1  # of AdamP
 AVERAGE_DECAY = 0.9  # of rotational SGD
 TOLERANCE = 1e-6  # of manifold Muon's constraint
@@ -85,6 +85,7 @@ def adamp(
     learning_rate: LearningRate,
     b1: Number = 0.9,
     b2: Number = 0.999,
+    eps: float = 1e-8,
     weight_decay: Number = 0.0,
     *,
     nesterov: bool = False,
@@ -92,7 +93,7 @@ def adamp(
 ) -> Transformation:
     """Adam whose step loses its part along the weights, where they look invariant: see `sgdp`.
 
-    The projected step is p = m / (√(v / (1−b2ᵗ)) + ε), the weight decay η that of AdamW:
+    The projected step is p = m / (√(v / (1−b2ᵗ)) + eps), the weight decay η that of AdamW:
     w ← (1 − λη) w − λ p / (1−b1ᵗ).
 
     Source: Heo et al. (2021), as for `sgdp`, Algorithm 2; the authors' AdamP.
@@ -107,7 +108,7 @@ def adamp(
 
     def leaf(axes: Axes, count: Array, w: Array, g: Array, m: Array, v: Array) -> Arrays:
         m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
-        size = jnp.sqrt(v / correction(b2, count)) + EPS
+        size = jnp.sqrt(v / correction(b2, count)) + eps
         towards = b1 * m + (1 - b1) * g if nesterov else m
         moved, share = _without_radial(axes, w, g, towards / size)
         return moved / correction(b1, count) + weight_decay * share * w, m, v
@@ -169,12 +170,13 @@ def adam_g(
     learning_rate: LearningRate,
     b1: Number = 0.9,
     b2: Number = 0.99,
+    eps: float = 1e-8,
     clip: Number | None = 0.1,
     *,
     axis: AxisSpec = None,
     off_manifold: OffManifold = "normalize",
 ) -> Transformation:
-    """Adam along geodesics: w ← exp_w(−λ √(1−b2ᵗ)/(1−b1ᵗ) m/√(v + ε)), m transported along.
+    """Adam along geodesics: w ← exp_w(−λ √(1−b2ᵗ)/(1−b1ᵗ) m/√(v + eps)), m transported along.
 
     h as in `sgd_g`, m ← b1 m + (1−b1) h, v ← b2 v + (1−b2) ‖h‖², one number per filter. It differs
     from `un_adam` by the geodesic, by the parallel transport and by the clipping.
@@ -194,7 +196,7 @@ def adam_g(
         h = _clipped(h, clip, axes)
         m, v = b1 * m + (1 - b1) * h, b2 * v + (1 - b2) * dot(h, h, axes)
         ratio = jnp.sqrt(correction(b2, count)) / correction(b1, count)
-        along = -number(learning_rate) * ratio * m / jnp.sqrt(v + EPS)
+        along = -number(learning_rate) * ratio * m / jnp.sqrt(v + eps)
         return *_along_geodesic(w, along, m, axes), v
 
     link = stateful(leaf, Moments(per_entry, per_filter), axis)
@@ -335,12 +337,17 @@ def rotational_sgd(
 
 @with_rate
 def adam_srt(
-    learning_rate: LearningRate, b1: Number = 0.9, b2: Number = 0.999, *, axis: AxisSpec = None
+    learning_rate: LearningRate,
+    b1: Number = 0.9,
+    b2: Number = 0.999,
+    eps: float = 1e-8,
+    *,
+    axis: AxisSpec = None,
 ) -> Transformation:
     """Adam with one second moment per filter, both moments rescaled and turned along with it.
 
-    m ← b1 m + (1−b1) g, v ← b2 v + (1−b2) ‖g‖²; w' = w − λ √d m̂ / (√v̂ + ε) with d entries in a
-    filter. Then v ← v ‖w‖²/(‖w'‖² + ε) and m ← (⟨w, w'⟩ m − ⟨m, w'⟩ w)/(‖w'‖² + ε).
+    m ← b1 m + (1−b1) g, v ← b2 v + (1−b2) ‖g‖²; w' = w − λ √d m̂ / (√v̂ + eps) with d entries in a
+    filter. Then v ← v ‖w‖²/(‖w'‖² + eps) and m ← (⟨w, w'⟩ m − ⟨m, w'⟩ w)/(‖w'‖² + eps).
 
     Source: Roburin, de Mont-Marin, Bursuc, Marlet, Pérez and Aubry (2022), Spherical perspective on
     learning with normalization layers; the authors' AdamSRT (ymontmarin/adamsrt).
@@ -355,10 +362,10 @@ def adam_srt(
 
     def leaf(axes: Axes, count: Array, w: Array, g: Array, m: Array, v: Array) -> Arrays:
         m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * dot(g, g, axes)
-        size = jnp.sqrt(v / correction(b2, count)) + EPS
+        size = jnp.sqrt(v / correction(b2, count)) + eps
         far = number(learning_rate) * (w.size / v.size) ** 0.5
         new = w - far * m / correction(b1, count) / size
-        squared = dot(new, new, axes) + EPS
+        squared = dot(new, new, axes) + eps
         turned = (dot(w, new, axes) * m - dot(m, new, axes) * w) / squared
         return new - w, turned, v * dot(w, w, axes) / squared
 
@@ -409,11 +416,12 @@ def ngpt(
     learning_rate: LearningRate,
     b1: Number = 0.9,
     b2: Number = 0.95,
+    eps: float = 1e-8,
     *,
     axis: AxisSpec = None,
     off_manifold: OffManifold = "normalize",
 ) -> Transformation:
-    """Adam, then unit norm, as nGPT trains its matrices: w ← Orth(w − λ m̂/(√v̂ + ε)).
+    """Adam, then unit norm, as nGPT trains its matrices: w ← Orth(w − λ m̂/(√v̂ + eps)).
 
     nGPT normalises along the embedding: `axis` has to say which that is for each matrix. Its
     network differs too; this is its optimiser alone. For another one than Adam:
@@ -429,7 +437,7 @@ def ngpt(
     >>> print((w + step).ravel().round(3))
     [ 0.8 -0.6]
     """
-    adam = optax.adam(learning_rate, b1, b2, EPS)
+    adam = optax.adam(learning_rate, b1, b2, eps)
     return on_sphere(adam, tangent=(), axis=axis, off_manifold=off_manifold)
 
 
@@ -469,12 +477,13 @@ def adamwn(
     learning_rate: LearningRate,
     b1: Number = 0.9,
     b2: Number = 0.999,
+    eps: float = 1e-8,
     *,
     norm_ratio: Schedulable = 1.0,
     update_rate: Schedulable = 0.01,
     axis: AxisSpec = None,
 ) -> Transformation:
-    """AdamW whose decay draws norms to a target: w ← w − λ m̂/(√v̂ + ε) − κ (1 − r‖w₀‖/‖w‖) w.
+    """AdamW whose decay draws norms to a target: w ← w − λ m̂/(√v̂ + eps) − κ (1 − r‖w₀‖/‖w‖) w.
 
     r is `norm_ratio`, κ is `update_rate`; r = 0 is weight decay κ, κ = 1 sets the norm at once. κ
     is not multiplied by λ. The target is kept per filter, and κ = 0.01 is a choice made here.
@@ -494,7 +503,7 @@ def adamwn(
         excess = 1 - target * geometry.inverse_norms(geometry.norms_of(w, axes))
         return u - number(update_rate) * excess * w, start
 
-    adam = optax.adam(learning_rate, b1, b2, EPS)
+    adam = optax.adam(learning_rate, b1, b2, eps)
     return widened(optax.chain(adam, stateful(control, (norms_leaf,), axis)))
 
 
