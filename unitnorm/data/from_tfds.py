@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from numpy.typing import NDArray
+from tensorflow_datasets.core.utils.version import list_all_versions
 
 from unitnorm.data.arrays import MAX_BYTES, MAX_CLASSES, Arrays
 from unitnorm.errors import UserError, expect, one_line
@@ -46,14 +47,15 @@ def find_prepared(dataset: str, root: Path) -> Path | None:
     Looked up here and not by TFDS, which would import its own builder of that name, if it has one.
     """
     for folder in (root / dataset.replace(":", "/"), Path(dataset)):
-        for depth in ("", "*/", "*/*/"):  # dataset, dataset/version, dataset/config/version
-            found = [path.parent for path in folder.glob(f"{depth}dataset_info.json")]
-            if depth:  # TFDS calls a half-prepared folder incomplete.XXXXXX_1.0.0
-                found = [path for path in found if _version(path)]
-            names = sorted({path.parent.name for path in found})
-            expect(len(names) < 2, dataset, "one configuration", f"{', '.join(names)}; name one")
-            if found:
-                return max(found, key=_version)
+        if (folder / "dataset_info.json").is_file():
+            return folder
+        for holders in [folder], sorted(folder.glob("*/")):  # of versions; or its configurations
+            found = {holder: list_all_versions(holder) for holder in holders}
+            named = [holder for holder, versions in found.items() if versions]
+            several = ", ".join(holder.name for holder in named)
+            expect(len(named) < 2, dataset, "one configuration", f"{several}; name one")
+            if named:
+                return named[0] / str(found[named[0]][-1])
     return None
 
 
@@ -115,9 +117,7 @@ def read(folder: Path) -> Arrays:
     try:
         builder = tfds.builder_from_directory(folder)
         _check_kind(builder.info, folder)
-        (train_images, train_labels), (test_images, test_labels) = (
-            _read_split(builder.as_data_source(split), f"{folder}, {split}") for split in _SPLITS
-        )
+        arrays = [array for split in _SPLITS for array in _read_split(builder, split, folder)]
     except UserError:
         raise
     except Exception as problem:  # TFDS raises all kinds on damaged files
@@ -128,7 +128,7 @@ def read(folder: Path) -> Arrays:
     label = builder.info.features["label"]
     classes = isinstance(label, tfds.features.ClassLabel) and label.num_classes
     names = [f"{folder}, {split}: {key}" for split in _SPLITS for key in ("image", "label")]
-    return Arrays(train_images, train_labels, test_images, test_labels, names, classes or None)
+    return Arrays(*arrays, names, classes or None)
 
 
 def _check_kind(info: Any, folder: Path) -> None:
@@ -151,22 +151,16 @@ def _check_kind(info: Any, folder: Path) -> None:
         expect(size <= MAX_BYTES, folder, f"at most {MAX_BYTES} bytes of images in {split}", size)
 
 
-def _read_split(source: Any, name: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    image_shape = source.dataset_info.features["image"].shape
-    if image_shape[-1:] == (1,):
-        image_shape = image_shape[:-1]
-    images = np.empty((len(source), *image_shape), np.uint8)
-    labels = np.empty(len(source), np.int64)
-    for start in range(0, len(source), _BLOCK):
-        stop = min(start + _BLOCK, len(source))
-        examples = source.__getitems__(range(start, stop))
-        images[start:stop] = [example["image"].reshape(image_shape) for example in examples]
-        labels[start:stop] = [example["label"] for example in examples]
+def _read_split(builder: Any, split: str, folder: Path) -> tuple[NDArray, NDArray]:
+    """Images and labels, each uint8."""
+    source = builder.as_data_source(split)
+    places, shape = range(len(source)), builder.info.features["image"].shape
+    images, labels = np.empty((len(source), *shape), np.uint8), np.empty(len(source), np.int64)
+    for start in places[::_BLOCK]:
+        block = slice(start, start + _BLOCK)
+        examples = source.__getitems__(places[block])
+        images[block] = [example["image"] for example in examples]
+        labels[block] = [example["label"] for example in examples]
     bad = labels[(labels < 0) | (labels >= MAX_CLASSES)]  # a byte below would hide them
-    expect(not bad.size, name, f"labels 0 to {MAX_CLASSES - 1}", bad[:1])
-    return images, labels.astype(np.uint8)
-
-
-def _version(folder: Path) -> tuple[int, ...]:
-    parts = folder.name.split(".")
-    return tuple(map(int, parts)) if all(map(str.isdecimal, parts)) else ()
+    expect(not bad.size, f"{folder}, {split}", f"labels 0 to {MAX_CLASSES - 1}", bad[:1])
+    return images.squeeze(-1) if shape[-1:] == (1,) else images, labels.astype(np.uint8)
