@@ -198,15 +198,14 @@ def predict(images: tuple[Path, ...], weights: Path, overlay: bool, out: Path) -
     from unitnorm.segment.weights import read_weights
 
     paths, failed = predicting.list_photos(images), []
-    trained = read_weights(weights)
-    predictor = predicting.make_predictor(trained)
+    predictor = predicting.make_predictor(read_weights(weights))
     for path in paths:
         try:
             photo = predicting.open_photo(path)
         except UserError as error:
             failed.append(str(error))
             continue
-        labels = predicting.segment_photo(predictor, photo, trained.size)
+        labels = predictor(photo)
         drawn = predicting.draw_all(photo, labels, overlay=overlay)
         files = {f"{path.stem}_{name}.png": content for name, content in drawn.items()}
         _write(out, files)
@@ -329,6 +328,8 @@ def _print(tables: Iterable[Cells]) -> None:
 
 
 def _draw_figure2(out: Path, known: Records, count: int, scene_choice: dict[str, Any]) -> Figure:
+    from PIL import Image
+
     from unitnorm.report.style import label, sort_updates
     from unitnorm.segment import pictures, predicting
     from unitnorm.segment.weights import read_weights
@@ -343,6 +344,6 @@ def _draw_figure2(out: Path, known: Records, count: int, scene_choice: dict[str,
             f"expected {about['name']} with SHA-256 {about['sha256'][:12]}…"
         )
     images, labels, _ = data.splits["test"].pick(count)
-    rows = {"ground truth": list(labels)}
-    rows |= {label(u): predicting.predict_all(loaded[u], images) for u in updates}
+    photos, rows = list(map(Image.fromarray, images)), {"ground truth": list(labels)}
+    rows |= {label(u): list(map(predicting.make_predictor(loaded[u]), photos)) for u in updates}
     return pictures.draw_samples(images, rows)

@@ -5,8 +5,6 @@ where an image ends. Of the libraries tried, augmax samples without averaging an
 outside an image the class 0, the sky; dm-pix transforms the whole image, twenty times as slow.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 from jax import Array

@@ -4,8 +4,6 @@ The defaults are a plain training, nothing changed at random but flips; what gav
 `configs/`. To add a key, add a field here. Nothing here reads data or touches JAX.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, field_validator

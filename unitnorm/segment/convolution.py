@@ -10,8 +10,6 @@ products with small matrices; the transform of a tile is a sum of its four block
 m is a factor of ±1. Exact up to rounding, for every kernel of 2 × 2 and more.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any, NamedTuple
 

@@ -4,8 +4,6 @@ CamVid's files are read each time, by several threads, into arrays of bytes; no 
 kept. All 701 images and labels of 360×480 take 485 MB, and 3 s on two busy cores.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import warnings
@@ -14,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,10 +20,8 @@ from PIL import Image
 
 from unitnorm.errors import UserError, one_line
 from unitnorm.segment import synthetic
+from unitnorm.segment.config import ScenesConfig
 from unitnorm.segment.palette import CAMVID, CLASSES, NAMES, UNKNOWN, UNLABELLED, labels_by_colour
-
-if TYPE_CHECKING:
-    from unitnorm.segment.config import ScenesConfig
 
 COUNTS = {"train": 367, "val": 101, "test": 233}
 SPLITS = tuple(COUNTS)
@@ -46,11 +42,11 @@ class Scenes(NamedTuple):
     labels: NDArray[np.uint8]  # (n, height, width): 0 to 10, and 11 where nobody said what it is
     sequences: NDArray[np.str_]  # (n,), such as 0001TP
 
-    def only(self, chosen: NDArray) -> Scenes:
+    def only(self, chosen: NDArray) -> Self:
         """Those at an index or mask."""
-        return Scenes(*(array[chosen] for array in self))
+        return type(self)(*(array[chosen] for array in self))
 
-    def pick(self, count: int) -> Scenes:
+    def pick(self, count: int) -> Self:
         """As many, evenly over all, which stand in the order of the drive."""
         chosen = np.linspace(0, len(self.labels), count, endpoint=False).astype(int)
         return self.only(np.unique(chosen + len(self.labels) // (2 * count)))
@@ -60,14 +56,14 @@ class Scenes(NamedTuple):
         _, height, width = self.labels.shape
         return max(1, round(scale * height)), max(1, round(scale * width))
 
-    def scaled(self, scale: float) -> Scenes:
+    def scaled(self, scale: float) -> Self:
         """Images and labels at that part of their size: averaged, and by nearest neighbour."""
         size = self.size_at(scale)
         if size == self.size_at(1.0):
             return self
-        images = [_resize_image(Image.fromarray(image), *size) for image in self.images]
+        images = [resize_image(Image.fromarray(image), *size) for image in self.images]
         labels = [_resize_label(label, *size) for label in self.labels]
-        return Scenes(np.stack(images), np.stack(labels), self.sequences)
+        return type(self)(np.stack(images), np.stack(labels), self.sequences)
 
 
 @dataclass(frozen=True, eq=False)  # no tuple, which Dask would take for several things to send
@@ -128,11 +124,8 @@ def find_pairs(folder: Path) -> dict[str, list[tuple[Path, Path]]]:
         if images.is_dir() and labels.is_dir():
             pairs = _pair(images, labels)
             return {s: [pair for pair in pairs if find_split(pair[0]) == s] for s in SPLITS}
-    beside = {s: folder / f"{s}_labels" for s in SPLITS}
-    return {
-        s: _pair(folder / s, labels if labels.is_dir() else folder / f"{s}annot")
-        for s, labels in beside.items()
-    }
+    beside = {s: (folder / f"{s}_labels", folder / f"{s}annot") for s in SPLITS}
+    return {s: _pair(folder / s, a if a.is_dir() else b) for s, (a, b) in beside.items()}
 
 
 def find_split(path: Path) -> str:
@@ -212,7 +205,7 @@ def _read_pair(pair: tuple[Path, Path], height: int, width: int) -> tuple[NDArra
     """An image and its label at that size, and whether the label was in colours."""
     image = _load(pair[0], ("RGB",), "colours (mode RGB)")
     labels, in_colours = _read_label(pair[1])
-    return _resize_image(image, height, width), _resize_label(labels, height, width), in_colours
+    return resize_image(image, height, width), _resize_label(labels, height, width), in_colours
 
 
 def _read_label(path: Path) -> tuple[NDArray[np.uint8], bool]:
@@ -241,7 +234,7 @@ def _read_label(path: Path) -> tuple[NDArray[np.uint8], bool]:
     return labels, False
 
 
-def _resize_image(image: Image.Image, height: int, width: int) -> NDArray[np.uint8]:
+def resize_image(image: Image.Image, height: int, width: int) -> NDArray[np.uint8]:
     """As an array of that size, averaged where it shrinks."""
     shrinks = height <= image.height and width <= image.width
     smooth = Image.Resampling.BOX if shrinks else Image.Resampling.BILINEAR

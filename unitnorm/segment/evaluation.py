@@ -4,8 +4,6 @@ Unlabelled pixels count nowhere. The figures are those of the SegNet papers: glo
 average, intersection over union (IoU).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from typing import Any
 

@@ -4,8 +4,6 @@ A group is the sweep of an update, or the training of one of its runs. A trainin
 with every measurement, so that a look at them is possible at any time.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

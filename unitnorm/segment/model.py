@@ -6,8 +6,6 @@ Cipolla (2015), "SegNet"; the layout, without ReLU in decoders, follows the auth
 code. Convolutions have no bias, since batch normalisation would take it out again.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The eleven classes of CamVid in the order of their labels, and their colours."""
 
-from __future__ import annotations
-
 import functools
 
 import numpy as np

@@ -1,8 +1,7 @@
 """Predictions for photos of any size: to the training's scale, through the network, and back."""
 
-from __future__ import annotations
-
 import io
+import math
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,30 +14,11 @@ from PIL import Image, ImageOps
 
 from unitnorm.errors import UserError
 from unitnorm.report.style import encode
-from unitnorm.segment.data import opened
+from unitnorm.segment.data import opened, resize_image
 from unitnorm.segment.model import segnet
 from unitnorm.segment.palette import CLASSES, COLOURS, NAMES
 from unitnorm.segment.pictures import draw_photo
 from unitnorm.segment.weights import TrainedSegNet
-
-Predictor = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
-
-
-def make_predictor(trained: TrainedSegNet) -> Predictor:
-    """A compiled function: an image uint8 (h, w, 3) → float32 logits (h, w, classes)."""
-    network = segnet(trained.network)
-
-    @jax.jit
-    def logits(image: jax.Array) -> jax.Array:
-        return network.apply(*trained.weights, image[None].astype(jnp.float32), False)[0][0]
-
-    return lambda image: np.asarray(logits(jnp.asarray(image)))
-
-
-def predict_all(trained: TrainedSegNet, images: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
-    """The most likely class of each pixel of images of the training's size, uint8 (h, w) each."""
-    predict = make_predictor(trained)
-    return [predict(image).argmax(-1).astype(np.uint8) for image in images]
 
 
 def list_photos(paths: Iterable[Path]) -> list[Path]:
@@ -88,28 +68,34 @@ def open_photo(path: Path) -> Image.Image:
         return Image.fromarray(np.rint(255 * values).astype(np.uint8)).convert("RGB")
 
 
-def segment_photo(
-    predict: Predictor, photo: Image.Image, size: tuple[int, int]
-) -> NDArray[np.uint8]:
-    """The class of each pixel of a photo: uint8 (photo.height, photo.width).
+def make_predictor(trained: TrainedSegNet) -> Callable[[Image.Image], NDArray[np.uint8]]:
+    """A function: a photo in RGB → the class of each of its pixels, uint8 (height, width).
 
-    The photo is brought to the number of pixels that the network was trained on, `size`, in its own
+    The photo is brought to the number of pixels that the network was trained on, in its own
     proportions, so that things have the size that the network knows; the scores of each class are
     then stretched back, and the highest wins.
     """
-    scale = (size[0] * size[1] / (photo.width * photo.height)) ** 0.5
-    small = (max(1, round(photo.width * scale)), max(1, round(photo.height * scale)))
-    smooth = Image.Resampling.BOX if scale < 1 else Image.Resampling.BILINEAR
-    scores = predict(np.asarray(photo.resize(small, smooth), np.uint8))
-    # one class at a time: all at once would take gigabytes for a large photo
-    best = np.full((photo.height, photo.width), -np.inf, np.float32)
-    labels = np.zeros(best.shape, np.uint8)
-    for index in range(scores.shape[-1]):
-        coarse = Image.fromarray(np.ascontiguousarray(scores[..., index]))
-        score = np.asarray(coarse.resize(photo.size, Image.Resampling.BILINEAR))
-        higher = score > best
-        best[higher], labels[higher] = score[higher], index
-    return labels
+    network = segnet(trained.network)
+
+    @jax.jit
+    def logits(image: jax.Array) -> jax.Array:
+        return network.apply(*trained.weights, image[None].astype(jnp.float32), False)[0][0]
+
+    def predict(photo: Image.Image) -> NDArray[np.uint8]:
+        scale = (math.prod(trained.size) / (photo.width * photo.height)) ** 0.5
+        height, width = (max(1, round(side * scale)) for side in (photo.height, photo.width))
+        scores = np.asarray(logits(jnp.asarray(resize_image(photo, height, width))))
+        # one class at a time: all at once would take gigabytes for a large photo
+        best = np.full((photo.height, photo.width), -np.inf, np.float32)
+        labels = np.zeros(best.shape, np.uint8)
+        for index in range(CLASSES):
+            coarse = Image.fromarray(np.ascontiguousarray(scores[..., index]))
+            score = np.asarray(coarse.resize(photo.size, Image.Resampling.BILINEAR))
+            higher = score > best
+            best[higher], labels[higher] = score[higher], index
+        return labels
+
+    return predict
 
 
 def draw_all(photo: Image.Image, labels: NDArray[np.uint8], *, overlay: bool) -> dict[str, bytes]:

@@ -4,8 +4,6 @@
 add it here and fill it in `experiment`.
 """
 
-from __future__ import annotations
-
 from unitnorm.run.records import About, Schema, Table
 from unitnorm.segment.palette import NAMES
 

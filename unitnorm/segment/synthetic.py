@@ -4,8 +4,6 @@ Each scene is drawn from a seed. Coordinates are fractions of the height and wid
 of any size look alike.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 import numpy as np

@@ -1,7 +1,5 @@
 """What a segmentation's records say, as tables to be read."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 

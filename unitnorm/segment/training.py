@@ -6,8 +6,6 @@ on exactly. Mini-batches are sharded over all devices, parameters are on each; s
 normalisation are those of the whole mini-batch.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -119,11 +117,10 @@ class SegNetProgram:
 
     def start(self) -> SegNetState:
         """The start, which depends on the seed and not on the update."""
-        loss = np.zeros(self.epochs, np.float32)
+        loss, deviation = np.zeros((2, self.epochs), np.float32)
         confusion = np.zeros((self.epochs, CLASSES, CLASSES), np.int32)
-        nothing = EpochFigures(loss, loss.copy(), confusion)
-        now, opt_state, step, total, best = self._init(self._run[0])
-        return SegNetState(now, opt_state, step, total, best, np.int32(0), nothing)
+        nothing = EpochFigures(loss, deviation, confusion)
+        return SegNetState(*self._init(self._run[0]), np.int32(0), nothing)
 
     def put(self, saved: Any) -> SegNetState:
         """A state from the host, on the devices."""

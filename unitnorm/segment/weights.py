@@ -1,7 +1,5 @@
 """Trained weights as a file: safetensors, with what is needed to build the network and use it."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -99,16 +99,6 @@ class Subject(NamedTuple):
         size = (self.depth, self.config.model.width)
         return 10 ** random.uniform(-FACTOR_DECADES, FACTOR_DECADES, size)
 
-    def loss(
-        self, network: Network, params: Any, stats: Any, x: Array, labels: Array
-    ) -> tuple[Array, tuple[Array, Array, Any]]:
-        """The config's loss, with the mean cross-entropy, the error and the new statistics."""
-        logits, after = network.apply(params, stats, x, True)
-        losses = cross_entropy(logits, labels)
-        error = jnp.mean(jnp.argmax(logits, -1) != labels)
-        total = losses.sum() if self.config.loss.reduction == "sum" else losses.mean()
-        return total, (losses.mean(), error, after)
-
     def train(
         self,
         network: Network,
@@ -259,21 +249,28 @@ def probe(
     order, norm_of = subject.batches(PROBE_BATCHES), optax.tree.norm
     images = cast(subject.data.train_images[order], case.dtype)
     batches, tables = (images, subject.data.train_labels[order]), []
+    summed = subject.config.loss.reduction == "sum"
     with jax.enable_x64(case.dtype == CLAIM):
         # a momentum of 0: the running variance is that of the mini-batch
         network = subject.network(bn_epsilon=case.bn_epsilon, bn_momentum=0.0)
 
         def probe_batch(point: Point, factors: Any, batch: Any) -> Any:
-            differentiate = jax.value_and_grad(
-                lambda params: subject.loss(network, params, point.stats, *batch), has_aux=True
-            )
-            (_, (loss, _, after)), gradient = differentiate(point.params)
+            x, labels = batch
+
+            def objective(params: Any) -> Any:
+                logits, after = network.apply(params, point.stats, x, True)
+                losses = cross_entropy(logits, labels)
+                total = losses.sum() if summed else losses.mean()
+                return total, (losses.mean(), jnp.mean(jnp.argmax(logits, -1) != labels), after)
+
+            differentiate = jax.grad(objective, has_aux=True)
+            gradient, (loss, _, after) = differentiate(point.params)
             at_w, layers = network.filters(gradient), sorted(after["layers"].items())
             variances = jnp.stack([layer["norm"]["var"] for _, layer in layers])
 
             def scale(alpha: Array, gamma: Array) -> dict[str, Array]:
                 there = reparameterise(point.params, alpha, gamma)
-                (_, (loss, error, _)), gradient = differentiate(there)
+                gradient, (loss, error, _) = differentiate(there)
                 each = list(zip(network.filters(gradient), alpha[:, :, None], at_w, strict=True))
                 return {
                     "loss": loss,
@@ -375,12 +372,12 @@ def record_norms(
         fall = np.maximum(1 - norm[1:] / norm[:-1], 0).max(-1)  # of (steps + 1, depth, width)
         fall = np.maximum.accumulate(np.concatenate([0 * norm[:1, :, 0], fall]))[kept]
         for layer in range(subject.depth):
-            keys = {"depth": subject.depth, "update": update, "layer": layer + 1, "step": kept}
-            columns = {"epoch": kept / per_epoch, "rate": rate}
-            here = norm[kept, layer]
-            sizes = {"min": here.min(-1), "median": np.median(here, -1), "max": here.max(-1)}
-            columns |= {f"norm_{name}": size for name, size in sizes.items()}
-            for name, size in zip(sizes, reversed(sizes.values()), strict=True):
-                columns[f"effective_{name}"] = rate / size**2
-            tables.append(pd.DataFrame(keys | columns | {"norm_fall": fall[:, layer]}))
+            least, median, most = (of(norm[kept, layer], -1) for of in (np.min, np.median, np.max))
+            tables.append(pd.DataFrame({
+                "depth": subject.depth, "update": update, "layer": layer + 1, "step": kept,
+                "epoch": kept / per_epoch, "rate": rate,
+                "norm_min": least, "norm_median": median, "norm_max": most,
+                "effective_min": rate / most**2, "effective_median": rate / median**2,
+                "effective_max": rate / least**2, "norm_fall": fall[:, layer],
+            }))  # fmt: skip
     return pd.concat(tables, ignore_index=True), ends[-1]
