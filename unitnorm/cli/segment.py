@@ -110,16 +110,12 @@ def evaluate(weights: tuple[Path, ...], save: Path | None, split: str, **scene_c
     Example
       unitnorm segment evaluate --data-dir CamVid --weights un.safetensors
     """
-    from unitnorm.run import devices
-
-    devices.prepare()
     from unitnorm.report.tables import to_page
     from unitnorm.segment.evaluation import Evaluator
     from unitnorm.segment.schema import ALL
     from unitnorm.segment.tables import tabulate
-    from unitnorm.segment.weights import read_weights
 
-    loaded = [read_weights(path) for path in weights]
+    loaded = _open_weights(weights, devices=None)
     if len({trained.size for trained in loaded}) > 1:
         raise UserError("--weights: trained on images of different sizes; measure them one by one")
     data = _load_for(loaded[0], scene_choice)
@@ -153,18 +149,15 @@ def renew(weights: Path, out: Path, **options: Any) -> None:
     Example
       unitnorm segment renew --config segnet --data-dir CamVid
     """
-    from unitnorm.run import devices
-
-    devices.prepare(1)
     from unitnorm.segment.training import SegNetProgram
-    from unitnorm.segment.weights import pack_weights, read_weights
+    from unitnorm.segment.weights import pack_weights
 
     config = _read_config(**options)
     if config.train.statistics == "running":
         raise UserError(
             'train.statistics = "running": nothing to average; expected "batches" or "images"'
         )
-    trained = read_weights(weights)
+    (trained,) = _open_weights([weights])
     splits = _load_for(trained, options).splits
     program = SegNetProgram(
         "renew", config.model_copy(update={"network": trained.network}), trained.update,
@@ -191,14 +184,10 @@ def predict(images: tuple[Path, ...], weights: Path, overlay: bool, out: Path) -
     Example
       unitnorm segment predict street.jpg --overlay
     """
-    from unitnorm.run import devices
-
-    devices.prepare(1)
     from unitnorm.segment import predicting
-    from unitnorm.segment.weights import read_weights
 
     paths, failed = predicting.list_photos(images), []
-    predictor = predicting.make_predictor(read_weights(weights))
+    predictor = predicting.make_predictor(*_open_weights([weights]))
     for path in paths:
         try:
             photo = predicting.open_photo(path)
@@ -228,11 +217,9 @@ def report(out: Path, count: int, **scene_choice: Any) -> None:
     Example
       unitnorm segment report --data-dir CamVid
     """
-    from unitnorm.run import devices, records
-
-    devices.prepare(1)
     from unitnorm.report.style import encode
     from unitnorm.report.tables import to_page
+    from unitnorm.run import records
     from unitnorm.segment import pictures, schema, tables
 
     with records.locked(out, make=False):
@@ -305,6 +292,15 @@ def _load(config: SegmentConfig) -> SceneData:
     return data
 
 
+def _open_weights(paths: Iterable[Path], devices: int | None = 1) -> list[TrainedSegNet]:
+    """The weights in files, once JAX has so many CPU devices; None: one per core."""
+    from unitnorm.run.devices import prepare
+    from unitnorm.segment.weights import read_weights
+
+    prepare(devices)
+    return [read_weights(path) for path in paths]
+
+
 def _load_for(trained: TrainedSegNet, options: dict[str, Any]) -> SceneData:
     """The images at the size that the weights were trained on."""
     height, width = trained.size
@@ -332,11 +328,10 @@ def _draw_figure2(out: Path, known: Records, count: int, scene_choice: dict[str,
 
     from unitnorm.report.style import label, sort_updates
     from unitnorm.segment import pictures, predicting
-    from unitnorm.segment.weights import read_weights
 
     updates = sort_updates(name.removesuffix(".safetensors") for name in known.files)
-    loaded = {update: read_weights(out / f"{update}.safetensors") for update in updates}
-    data = _load_for(loaded[updates[0]], scene_choice)
+    loaded = _open_weights(out / f"{update}.safetensors" for update in updates)
+    data = _load_for(loaded[0], scene_choice)
     about = known.provenance["data"]
     if data.size == (about["height"], about["width"]) and data.sha256 != about["sha256"]:
         raise UserError(
@@ -345,5 +340,6 @@ def _draw_figure2(out: Path, known: Records, count: int, scene_choice: dict[str,
         )
     images, labels, _ = data.splits["test"].pick(count)
     photos, rows = list(map(Image.fromarray, images)), {"ground truth": list(labels)}
-    rows |= {label(u): list(map(predicting.make_predictor(loaded[u]), photos)) for u in updates}
+    for update, trained in zip(updates, loaded, strict=True):
+        rows[label(update)] = list(map(predicting.make_predictor(trained), photos))
     return pictures.draw_samples(images, rows)
