@@ -15,6 +15,7 @@ import numpy as np
 import optax
 from jax import Array
 
+from unitnorm.archbn.batches import stream
 from unitnorm.archbn.evaluation import cross_entropy, measure_norms
 from unitnorm.errors import UserError
 from unitnorm.run.loop import Status
@@ -120,7 +121,8 @@ class SegNetProgram:
         loss, deviation = np.zeros((2, self.epochs), np.float32)
         confusion = np.zeros((self.epochs, CLASSES, CLASSES), np.int32)
         nothing = EpochFigures(loss, deviation, confusion)
-        return SegNetState(*self._init(self._run[0]), np.int32(0), nothing)
+        now, opt_state, step, total, best = self._init(self._run[0])
+        return SegNetState(now, opt_state, step, total, best, np.int32(0), nothing)
 
     def put(self, saved: Any) -> SegNetState:
         """A state from the host, on the devices."""
@@ -203,7 +205,7 @@ class SegNetProgram:
 
     def _start(self, seed: Array) -> tuple[Weights, Any, Array, Array, Weights]:
         """What a state has on the devices, in its order."""
-        params, stats = self._network.init(jax.random.fold_in(jax.random.key(seed), INIT))
+        params, stats = self._network.init(stream(seed, INIT))
         now, opt_state = Weights(params, stats), self._optimiser(0.0, params).init(params)
         return now, opt_state, jnp.int32(0), jnp.float32(0), jax.tree.map(jnp.copy, now)
 
@@ -219,13 +221,11 @@ class SegNetProgram:
         Each epoch has an order of its own. Where the batch size does not divide the images, the
         first of an order stand again at its end, so that all batches are of one size.
         """
-        key, size = jax.random.key(seed), self._config.train.batch_size
-        epoch, place = step // self.steps, step % self.steps
-        order_key = jax.random.fold_in(jax.random.fold_in(key, ORDER), epoch)
+        size, (epoch, place) = self._config.train.batch_size, jnp.divmod(step, self.steps)
+        order_key = jax.random.fold_in(stream(seed, ORDER), epoch)
         order = jax.random.permutation(order_key, len(labels))
         index = order[(place * size + jnp.arange(size)) % len(labels)]
-        keys = jax.random.fold_in(jax.random.fold_in(key, AUGMENT), step)
-        keys = jax.random.split(keys, size)
+        keys = jax.random.split(jax.random.fold_in(stream(seed, AUGMENT), step), size)
         by_image = self.evaluator.by_image
         index, keys = jax.lax.with_sharding_constraint((index, keys), by_image)
         rows, columns = map(min, self._config.train.crop, labels.shape[1:])

@@ -1,10 +1,12 @@
 """What the tables of `measure` come to, as tables to be read. To add a row, add it here."""
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 
 from unitnorm.report.style import label, sort_updates
-from unitnorm.report.tables import Cells, format_short
+from unitnorm.report.tables import Cells, format_columns, format_short
 from unitnorm.symmetry.measure import CLAIM, TRAINED, Measured
 
 NOTICEABLE = 0.01  # relative change of the loss, and share of ε in a variance
@@ -98,17 +100,15 @@ def _gap_cells(walks: pd.DataFrame, title: str) -> Cells:
 
 def _norm_cells(norms: pd.DataFrame) -> Cells:
     end = norms[norms["step"] == norms["step"].max()]
-    cells = {
-        "depth": end["depth"].map(str),
-        "update": end["update"].map(label),
-        "layer": end["layer"].map(str),
-        "‖w‖": end["norm_median"].map(lambda value: format_short(value, 2)),
-        "λ/‖w‖²": end["effective_median"].map(lambda value: format_short(value, 2)),
-        "largest fall": end["norm_fall"].map(lambda value: format_short(value, 1)),
-    }
+    one, two = (partial(format_short, digits=digits) for digits in (1, 2))
+    cells = format_columns(end, {
+        "depth": (str, "depth"), "update": (label, "update"), "layer": (str, "layer"),
+        "‖w‖": (two, "norm_median"), "λ/‖w‖²": (two, "effective_median"),
+        "largest fall": (one, "norm_fall"),
+    })  # fmt: skip
     rate, epochs = (format_short(end[column].max()) for column in ("rate", "epoch"))
     note = (
         f"After {epochs} epochs at λ = {rate}: medians of the layer's filters, and the largest "
         "relative fall of any norm in one step."
     )
-    return Cells("Row norms and effective rates", pd.DataFrame(cells), note)
+    return Cells("Row norms and effective rates", cells, note)
