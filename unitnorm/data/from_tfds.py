@@ -117,7 +117,7 @@ def read(folder: Path) -> Arrays:
     try:
         builder = tfds.builder_from_directory(folder)
         _check_kind(builder.info, folder)
-        arrays = [array for split in _SPLITS for array in _read_split(builder, split, folder)]
+        train, test = (_read_split(builder, split, folder) for split in _SPLITS)
     except UserError:
         raise
     except Exception as problem:  # TFDS raises all kinds on damaged files
@@ -128,7 +128,7 @@ def read(folder: Path) -> Arrays:
     label = builder.info.features["label"]
     classes = isinstance(label, tfds.features.ClassLabel) and label.num_classes
     names = [f"{folder}, {split}: {key}" for split in _SPLITS for key in ("image", "label")]
-    return Arrays(*arrays, names, classes or None)
+    return Arrays(*train, *test, names, classes or None)
 
 
 def _check_kind(info: Any, folder: Path) -> None:
