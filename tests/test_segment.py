@@ -495,13 +495,17 @@ def test_records_go_with_older_names_of_values_and_with_rates_of_other_updates()
 
 
 @pytest.fixture(scope="module")
-def weights_file(folder):
-    return folder / "un.safetensors"
+def weights_file(small, trained, tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "un.safetensors"
+    known = weights.TrainedSegNet(small.network, trained.best, "un", (19, 26))
+    path.write_bytes(weights.pack_weights(known))
+    return path
 
 
-def test_weights_come_back_whole(weights_file, small):
+def test_weights_come_back_whole(weights_file, small, trained):
     found = weights.read_weights(weights_file)
     assert (found.network, found.update, found.size) == (small.network, "un", (19, 26))
+    jax.tree.map(np.testing.assert_array_equal, found.weights, trained.best)
     for _ in range(8):  # the same bytes each time
         assert weights.pack_weights(found) == weights_file.read_bytes()
 
