@@ -4,11 +4,13 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
+import itertools
 import json
 from typing import NamedTuple
 
 import jax
 import numpy as np
+import pandas as pd
 import pytest
 import safetensors.numpy
 
@@ -22,6 +24,7 @@ from unitnorm.run.config import load
 from unitnorm.run.loop import Session
 from unitnorm.run.planner import Group
 from unitnorm.table2 import experiment
+from unitnorm.table2.schema import CELL
 
 PART = Part("train depth 2", "f" * 64, ("runs/2/un/0", "runs/2/un/1"))
 
@@ -300,9 +303,8 @@ def test_another_seed_rate_or_data_set_is_another_fingerprint(idx_folder, monkey
     monkeypatch.setattr(experiment, "train", stop)
 
     def look(sweep=False, updates=("un",), runs=(0, 1), rate=1e-2, data=data, **changes):
-        rates = None if sweep else np.full((len(runs), len(updates)), rate)
-        cells = experiment.Cells(2, updates, runs, rates)
-        group = Group("train", "sweep" if sweep else "runs", cells.table(), cells)
+        cells = pd.DataFrame(itertools.product([2], updates, runs), columns=list(CELL))
+        group = Group("train", "sweep" if sweep else "runs", cells.assign(base_lr=rate))
         table2 = experiment.Table2(load(None, settings | changes, Config))
         with contextlib.suppress(Interrupted):
             table2.compute(group, data, Session())

@@ -85,8 +85,8 @@ def done(plan, blobs) -> Records:
 def missing(plan: Plan, runs: pd.DataFrame) -> list[tuple[list[str], tuple[int, ...]]]:
     """The arms and seeds of each group that is to be computed."""
     known = replace(Records.empty(SCHEMA), tables={"runs": runs})
-    groups = [group.what for group in experiment.Study(plan).missing(known)]
-    return [([variant.arm for variant in what.variants], what.seeds) for what in groups]
+    groups = [group.cells for group in experiment.Study(plan).missing(known)]
+    return [([*cells["arm"].unique()], (*cells["seed"].unique(),)) for cells in groups]
 
 
 def test_every_declared_run_is_there_and_no_other(done, plan):

@@ -27,8 +27,9 @@ class Group:
 
     title: str  # what the user calls it, such as "train depth 4"
     table: str  # that they are recorded in, and missing from
-    cells: pd.DataFrame  # what names each run, a row each, in the columns `Schema.cell`
-    what: Any  # all that the experiment needs to compute them
+    # a row for each run: what names it, in the columns `Schema.cell`, and whatever else is given
+    cells: pd.DataFrame
+    what: Any = None  # what the experiment needs beside that to compute them
     data: str = ""  # the name of their data set
 
     def names(self, schema: Schema) -> set[str]:

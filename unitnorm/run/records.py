@@ -91,7 +91,7 @@ class Schema:
         """The files that are always there."""
         return [*map(self.file_of, self.tables), *self.required]
 
-    def frame(self, table: str, rows: Sequence[Mapping[Any, Any]]) -> pd.DataFrame:
+    def frame(self, table: str, rows: pd.DataFrame | Sequence[Mapping[Any, Any]]) -> pd.DataFrame:
         """Rows as a table with its columns, dtypes and order."""
         spec = self.tables[table]
         result = pd.DataFrame(rows, columns=list(spec.columns))

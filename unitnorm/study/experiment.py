@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,7 +17,6 @@ import numpy as np
 import pandas as pd
 
 from unitnorm.archbn import protocol, run_many
-from unitnorm.archbn.config import Config
 from unitnorm.archbn.model import START, archbn
 from unitnorm.archbn.resnet import convolutional
 from unitnorm.archbn.training import Arm, Run, Settings, Task
@@ -29,58 +28,14 @@ from unitnorm.run.loop import Session, train
 from unitnorm.run.planner import Found, Group
 from unitnorm.run.provenance import fingerprint
 from unitnorm.run.records import PROVENANCE, Records
-from unitnorm.study.config import ARCHBN, ArmPlan, Place, Plan, Rates
+from unitnorm.study.config import ARCHBN, Plan, Rates
 from unitnorm.study.schema import BUDGETS, CELL, LAYERS, MEASURED, SCHEMA
-from unitnorm.study.statistics import best_rates, pack_wrong
+from unitnorm.study.statistics import PLACE, RATES, best_rates, pack_wrong
 
 SEEDS_AT_ONCE = 4  # in a program; its runs are recorded together
 SEEDS_ON_GPU = 100  # there a step of a few runs is all launches of kernels
 VARIANTS_AT_ONCE = 32  # of a seed, in a program; all of a large grid would be recorded late
-
-
-class Variant(NamedTuple):
-    """One variant of a program."""
-
-    arm: str
-    plan: ArmPlan
-    rates: Rates
-    spread: float
-
-
-class Trials(NamedTuple):
-    """What one program trains."""
-
-    place: Place
-    purpose: str  # "tune" or "compare"
-    config: Config
-    variants: tuple[Variant, ...]
-    seeds: Sequence[int]
-
-    def cell(self, variant: Variant, seed: int) -> tuple[Any, ...]:
-        """What names a run, in the order of `CELL`."""
-        arm, plan, rates, spread = variant
-        return (*self.place, arm, self.purpose, seed, *rates, plan.start, spread)
-
-    def cells_of(self, seed: int) -> list[tuple[Any, ...]]:
-        """What names each run of a seed."""
-        return [self.cell(variant, seed) for variant in self.variants]
-
-    def only(self, chosen: Sequence[int], seeds: Sequence[int]) -> Trials:
-        """Some of the variants and seeds, and the first variant where any of them follows it."""
-        variants = [self.variants[k] for k in chosen]
-        if 0 not in chosen and any(variant.plan.schedule == "follow" for variant in variants):
-            variants.insert(0, self.variants[0])
-        return self._replace(variants=tuple(variants), seeds=tuple(seeds))
-
-    def group(self) -> Group:
-        """As the planner takes it."""
-        network, depth = self.place.network, self.place.depth
-        where = f"depth {depth}" if network == ARCHBN else network
-        title = f"{self.purpose} {self.place.dataset} {where}"
-        title += f" {self.variants[0].arm} seed {self.seeds[0]}"
-        rows = [cell for seed in self.seeds for cell in self.cells_of(seed)]
-        cells = pd.DataFrame(rows, columns=list(CELL))
-        return Group(title, "runs", cells, self, self.place.dataset)
+_AXES = ("filters_rates", "rates", "decays")  # of an arm's grid, in the order of `Rates`
 
 
 @dataclass(frozen=True)
@@ -98,23 +53,16 @@ class Study:
         Raises:
           UserError: see `check_compared`.
         """
-        have = _cells_in(records["runs"])
-        trials = {p: whole_trials(self.plan, records["runs"], p) for p in ("tune", "compare")}
-        check_compared(trials["compare"], records["runs"])
+        runs = records["runs"]
+        planned = {p: list_runs(self.plan, runs, p) for p in ("tune", "compare")}
+        check_compared(self.plan, planned["compare"], runs)
         size = SEEDS_AT_ONCE if jax.default_backend() == "cpu" else SEEDS_ON_GPU
-        for wholes in trials.values():
-            found = []
-            for whole in wholes:
-                lacking: dict[tuple[int, ...], list[int]] = {}  # seeds, by the variants they lack
-                for seed in whole.seeds:
-                    cells = whole.cells_of(seed)
-                    lacks = tuple(k for k, cell in enumerate(cells) if cell not in have)
-                    if lacks:
-                        lacking.setdefault(lacks, []).append(seed)
-                for lacks, seeds in lacking.items():
-                    starts = range(0, len(seeds), size)
-                    found += [whole.only(lacks, seeds[k : k + size]) for k in starts]
-            yield from (t.group() for t in sorted(found, key=lambda trials: trials.seeds[0]))
+        for wanted in planned.values():
+            lacking = wanted[~SCHEMA.among(wanted, runs)]
+            batch = (lacking.groupby("program")["seed"].rank("dense") - 1) // size
+            parts = [part for _, part in lacking.groupby(["program", batch], sort=False)]
+            for part in sorted(parts, key=lambda part: part["seed"].min()):
+                yield self._group(part, wanted)
 
     def again(self, records: Records, chosen: Mapping[str, Any]) -> Iterator[Group]:
         """The run alone, with the one that it may follow.
@@ -122,31 +70,42 @@ class Study:
         Raises:
           UserError: the plan has no such run.
         """
-        cell, seed = tuple(chosen[name] for name in CELL), chosen["seed"]
-        for whole in whole_trials(self.plan, records["runs"], chosen["purpose"]):
-            cells = whole.cells_of(seed)
-            if cell in cells:
-                yield whole.only([cells.index(cell)], [seed]).group()
-                return
-        named = *(chosen[name] for name in Place._fields), chosen["purpose"]
-        raise UserError(f"{', '.join(map(str, named))}: the plan has no such run")
+        wanted = list_runs(self.plan, records["runs"], chosen["purpose"])
+        wanted = wanted.assign(seed=chosen["seed"]).drop_duplicates()  # of which there may be fewer
+        mine = wanted[SCHEMA.among(wanted, pd.DataFrame([chosen], columns=list(CELL)))]
+        if mine.empty:
+            named = *(chosen[name] for name in PLACE), chosen["purpose"]
+            raise UserError(f"{', '.join(map(str, named))}: the plan has no such run")
+        yield self._group(mine.head(1), wanted)
+
+    def _group(self, runs: pd.DataFrame, planned: pd.DataFrame) -> Group:
+        """Runs of a program, and of each seed its first run where any of them follows that."""
+        if any(self.plan.arms[arm].schedule == "follow" for arm in runs["arm"].unique()):
+            program = planned[planned["program"] == runs["program"].iloc[0]]
+            leading = program[program["seed"].isin(runs["seed"])].drop_duplicates("seed")
+            runs = pd.concat([leading, runs]).drop_duplicates()
+        first = runs.iloc[0]
+        where = f"depth {first['depth']}" if first["network"] == ARCHBN else first["network"]
+        title = f"{first['purpose']} {first['dataset']} {where} {first['arm']} seed {first['seed']}"
+        return Group(title, "runs", runs[list(CELL)], data=first["dataset"])
 
     def compute(self, group: Group, data: Dataset, session: Session) -> Found:
         """The runs of a group, as rows of the table `runs`."""
-        trials: Trials = group.what
-        task, arms = task_of(trials, data), group_by_arm(trials)
-        given = [(arm, settings_of(variants, trials.seeds)) for arm, variants in arms.items()]
+        cells, task = group.cells, task_of(self.plan, group.cells, data)
+        arms = split_by_arm(self.plan, cells)
+        given = [(arm, settings_of(self.plan, mine)) for arm, mine in arms.items()]
         program = run_many.Program(group.title, task, given, data)
+        first = cells.iloc[0]
         identity = fingerprint(
             ("archbn", "study"), [arm.update for arm in arms], task.config.fingerprint(),
-            data.sha256, *trials.place, task.stop_by, task.statistics, trials.purpose,
+            data.sha256, *first[PLACE], task.stop_by, task.statistics, first["purpose"],
             json.dumps([arm._asdict() for arm in arms], default=str),
             *(values for _, settings in given for values in settings if values is not None),
         )  # fmt: skip
         part = Part(group.title, identity, tuple(sorted(group.names(SCHEMA))))
         state = train(part, program, session)
         ended = zip(arms.values(), program.take(state), program.find_wrong(state), strict=True)
-        rows = [row for each in ended for row in make_rows(trials, task, *each)]
+        rows = [row for mine, *each in ended for row in make_rows(self.plan, mine, task, *each)]
         return Found({"runs": SCHEMA.frame("runs", rows)})
 
 
@@ -155,37 +114,33 @@ def plan_of(known: Records) -> Plan:
     return parse(known.provenance["config"], PROVENANCE, Plan)
 
 
-def _cells_in(runs: pd.DataFrame) -> set[tuple[Any, ...]]:
-    return set(runs[list(CELL)].itertuples(index=False, name=None))
-
-
-def check_compared(trials: Sequence[Trials], runs: pd.DataFrame) -> None:
+def check_compared(plan: Plan, planned: pd.DataFrame, runs: pd.DataFrame) -> None:
     """Raise UserError where an arm was compared at other rates than its wider grid chooses now;
-    `trials` are those of the comparison."""
-    columns = [*Place._fields, "arm", *Rates._fields]
-    compared = runs.loc[runs["purpose"] == "compare", columns]
-    found = {*compared.itertuples(index=False, name=None)}
-    for whole in trials:
-        for variant in whole.variants:
-            arm = (*whole.place, variant.arm)
-            others = {row for row in found if row[: len(arm)] == arm} - {(*arm, *variant.rates)}
-            if variant.plan.is_tuned() and others:
-                raise UserError(
-                    f"{variant.arm} in {whole.place.dataset} was compared at other rates than "
-                    "tuning chooses now: give the wider grid an arm of another name"
-                )
+    `planned` are the runs of the comparison."""
+    tuned = planned[planned["arm"].isin([n for n, arm in plan.arms.items() if arm.is_tuned()])]
+    others = runs[runs["purpose"] == "compare"]
+    for columns, there in (([*PLACE, "arm"], True), ([*PLACE, "arm", *RATES], False)):
+        known = pd.MultiIndex.from_frame(tuned[columns])
+        others = others[pd.MultiIndex.from_frame(others[columns]).isin(known) == there]
+    for arm, dataset in others[["arm", "dataset"]].itertuples(index=False):
+        raise UserError(
+            f"{arm} in {dataset} was compared at other rates than tuning chooses now: give the "
+            "wider grid an arm of another name"
+        )
 
 
-def whole_trials(plan: Plan, runs: pd.DataFrame, purpose: str) -> list[Trials]:
-    """Every program of a purpose with all of its seeds, recorded or not.
+def list_runs(plan: Plan, runs: pd.DataFrame, purpose: str) -> pd.DataFrame:
+    """Every run of a purpose, recorded or not: what names it, and the number of its `program`.
 
     For the comparison, the rates are those that tuning chose; an arm that is not tuned yet, where
-    it has to be, has no variant. All variants of a program are `Plan.alike`.
+    it has to be, has no run. All runs of a program are `Plan.alike`; they stand variant after
+    variant, each with all of its seeds.
     """
-    found = []
+    rows: list[tuple[Any, ...]] = []
+    number = 0
     for place in plan.places():
-        programs: dict[Any, list[Variant]] = {}
-        here = runs[list(Place._fields)].eq(pd.Series(place._asdict())).all(axis=1)
+        programs: dict[Any, list[tuple[str, Rates, float]]] = {}
+        here = runs[PLACE].eq(pd.Series(place._asdict())).all(axis=1)
         tuning = runs[here & (runs["purpose"] == "tune")]
         for name, arm in plan.arms.items():
             fresh = plan.seeds_of(name, "compare")
@@ -197,16 +152,19 @@ def whole_trials(plan: Plan, runs: pd.DataFrame, purpose: str) -> list[Trials]:
                 continue
             spreads = spreads[:1] if purpose == "tune" else spreads
             for grid, seeds in rungs:
-                mine = [Variant(name, arm, rates, spread) for rates in grid for spread in spreads]
+                mine = [(name, rates, spread) for rates in grid for spread in spreads]
                 programs.setdefault((seeds, plan.alike(name)), []).extend(mine)
         for (seeds, _), variants in programs.items():
             # variants that follow the first one stay with it
-            together = any(variant.plan.schedule == "follow" for variant in variants)
+            together = any(plan.arms[name].schedule == "follow" for name, *_ in variants)
             size = len(variants) if together else VARIANTS_AT_ONCE
-            for start in range(0, len(variants), size):
-                some = tuple(variants[start : start + size])
-                found.append(Trials(place, purpose, plan.config_of(some[0].arm), some, seeds))
-    return found
+            rows += [
+                (*place, name, purpose, seed, *rates, plan.arms[name].start, spread,
+                 number + k // size)
+                for k, (name, rates, spread) in enumerate(variants) for seed in seeds
+            ]  # fmt: skip
+            number += len(variants)
+    return pd.DataFrame(rows, columns=[*CELL, "program"]).astype({"seed": int, "depth": int})
 
 
 def tuning_of(
@@ -220,7 +178,7 @@ def tuning_of(
     grid, seeds, rungs = plan.arms[name].grid(), plan.seeds_of(name, "tune"), []
     for _, start, end, keep in plan.rungs(grid):
         rungs.append((grid, seeds[start:end]))
-        settings = pd.MultiIndex.from_frame(runs[list(Rates._fields)]).isin(grid)
+        settings = pd.MultiIndex.from_frame(runs[RATES]).isin(grid)
         done = runs[settings & runs["seed"].isin(seeds[:end])]
         if len(done) < len(grid) * end:
             return rungs, []
@@ -228,74 +186,67 @@ def tuning_of(
     return rungs, grid
 
 
-def task_of(trials: Trials, data: Dataset) -> Task:
+def task_of(plan: Plan, cells: pd.DataFrame, data: Dataset) -> Task:
     """What a program's runs have in common."""
-    place, first = trials.place, trials.variants[0].plan
-    if place.network == ARCHBN:
+    first = cells.iloc[0]
+    arm, config = plan.arms[first["arm"]], plan.config_of(first["arm"])
+    if first["network"] == ARCHBN:
         features = data.train_images.shape[1]
-        network = archbn(trials.config.model, features, data.classes, place.depth)
+        network = archbn(config.model, features, data.classes, int(first["depth"]))
     else:
-        network = convolutional(place.network, tuple(data.image_shape), data.classes)
-    compare = trials.purpose == "compare"
+        network = convolutional(first["network"], tuple(data.image_shape), data.classes)
+    compare = first["purpose"] == "compare"
     return Task(
-        trials.config, network, "train", first.stop_by, first.statistics,
+        config, network, "train", arm.stop_by, arm.statistics,
         budgets=BUDGETS if compare else (), layers=compare,
     )  # fmt: skip
 
 
-def group_by_arm(trials: Trials) -> dict[Arm, list[Variant]]:
-    """The variants by what is compiled in, the first one's first."""
-    arms: dict[Arm, list[Variant]] = {}
-    for variant in trials.variants:
-        plan = variant.plan
-        options = tuple(sorted(plan.options.items()))
-        arm = Arm(plan.update, options, plan.start != "balanced", tuple(plan.factors))
-        arms.setdefault(arm, []).append(variant)
-    return arms
+def split_by_arm(plan: Plan, cells: pd.DataFrame) -> dict[Arm, pd.DataFrame]:
+    """A program's runs by what is compiled in, those of the first run first."""
+    names: dict[Arm, list[str]] = {}
+    for name in cells["arm"].unique():
+        mine = plan.arms[name]
+        options = tuple(sorted(mine.options.items()))
+        arm = Arm(mine.update, options, mine.start != "balanced", tuple(mine.factors))
+        names.setdefault(arm, []).append(name)
+    return {arm: cells[cells["arm"].isin(those)] for arm, those in names.items()}
 
 
-def settings_of(variants: Sequence[Variant], seeds: Sequence[int]) -> Settings:
-    """An arm's runs, variant after variant, each with all seeds."""
-    spread = np.zeros((len(variants), len(START)))
-    for row, variant in zip(spread, variants, strict=True):
-        if variant.plan.start != "balanced":
-            row[START.index(variant.plan.start)] = variant.spread
-    each = {
-        "rate": [variant.rates.rest_rate for variant in variants],
-        "ratio": [variant.rates.filters_rate / variant.rates.rest_rate for variant in variants],
-        "schedule": [protocol.SCHEDULES.index(variant.plan.schedule) for variant in variants],
-        "spread": spread,
-    }
-    if variants[0].plan.decays:
-        each["decay"] = [variant.rates.decay for variant in variants]
-    repeated = {name: np.repeat(np.asarray(x), len(seeds), 0) for name, x in each.items()}
-    return Settings(np.tile(seeds, len(variants)), **repeated)
+def settings_of(plan: Plan, cells: pd.DataFrame) -> Settings:
+    """An arm's runs, in the order of `cells`."""
+    schedules = [protocol.SCHEDULES.index(plan.arms[name].schedule) for name in cells["arm"]]
+    starts = cells["start"].to_numpy()[:, None] == np.array(START, object)
+    rates = cells[RATES].to_numpy()
+    return Settings(
+        cells["seed"].to_numpy(), rates[:, 1], rates[:, 0] / rates[:, 1], schedules,
+        starts * cells[["spread"]].to_numpy(),
+        rates[:, 2] if plan.arms[cells["arm"].iloc[0]].decays else None,
+    )  # fmt: skip
 
 
 def make_rows(
-    trials: Trials,
+    plan: Plan,
+    cells: pd.DataFrame,
     task: Task,
-    variants: Sequence[Variant],
     run: Run,
     measured: tuple[np.ndarray, np.ndarray],
-) -> list[dict[str, Any]]:
-    """The rows of a trained arm, whose runs are in the order of `settings_of`.
+) -> list[dict[Any, Any]]:
+    """The rows of a trained arm, whose runs are those of `cells`.
 
     `measured` is what `run_many.Program.find_wrong` gives.
     """
     wrong, test_loss = measured
     diverged, history = run_many.at_end(run, task)["diverged"], run_many.exact_history(run, task)
     rows = []
-    cells = [trials.cell(variant, seed) for variant in variants for seed in trials.seeds]
-    for i, cell in enumerate(cells):
-        plan, epochs = variants[i // len(trials.seeds)].plan, int(run.epoch[i])
-        row = {
-            **dict(zip(CELL, cell, strict=True)),
-            "update": plan.update, "schedule": plan.schedule,
+    for i, cell in enumerate(cells.to_dict("records")):
+        arm, epochs = plan.arms[cell["arm"]], int(run.epoch[i])
+        row: dict[Any, Any] = {
+            **cell, "update": arm.update, "schedule": arm.schedule,
             "batch_size": task.config.loss.batch_size, "reduction": task.config.loss.reduction,
             "epochs": epochs, "stop_reason": protocol.STOP_REASONS[run.reason[i]],
             "diverged": diverged[i], "effective_rate": history["effective_rate"][i, epochs - 1],
-            "wrong": pack_wrong(wrong[i]) if trials.purpose == "compare" else "",
+            "wrong": pack_wrong(wrong[i]) if cell["purpose"] == "compare" else "",
             **_after(history, i, epochs), "test_error": wrong[i].mean(), "test_loss": test_loss[i],
         }  # fmt: skip
         for epoch in BUDGETS:
@@ -331,15 +282,8 @@ def count_runs(plan: Plan) -> dict[str, int]:
 
 def count_recorded(plan: Plan, runs: pd.DataFrame) -> dict[str, int]:
     """How many of `count_runs` are recorded; others may be, which the plan does not ask for."""
-    have = _cells_in(runs)
-    return {
-        purpose: sum(
-            len(have.intersection(whole.cells_of(seed)))
-            for whole in whole_trials(plan, runs, purpose)
-            for seed in whole.seeds
-        )
-        for purpose in ("tune", "compare")
-    }
+    planned = {purpose: list_runs(plan, runs, purpose) for purpose in ("tune", "compare")}
+    return {purpose: int(SCHEMA.among(mine, runs).sum()) for purpose, mine in planned.items()}
 
 
 class Pace(NamedTuple):
@@ -358,32 +302,37 @@ class Pace(NamedTuple):
 
 def measure_pace(plan: Plan, data: Dataset, images: int = 2000) -> Pace:
     """The mean over the plan's networks, from two epochs of each on a few images of any data."""
-    plan = plan.model_copy(update={"datasets": plan.datasets[:1]})
-    whole = whole_trials(plan, SCHEMA.frame("runs", []), "compare")
-    if not whole:  # all arms have to be tuned first; a large rate could end at once
+    plan, none = plan.model_copy(update={"datasets": plan.datasets[:1]}), SCHEMA.frame("runs", [])
+    planned = list_runs(plan, none, "compare")
+    if planned.empty:  # all arms have to be tuned first; a large rate could end at once
         name, arm = next(iter(plan.arms.items()))
-        config, variants = plan.config_of(name), (Variant(name, arm, min(arm.grid()), 0.0),)
-        whole = [Trials(place, "compare", config, variants, ()) for place in plan.places()]
-    first = {trials.place: trials for trials in reversed(whole)}  # of each network
-    return Pace(*np.mean([_measure_trials(trials, data, images) for trials in first.values()], 0))
+        rates = zip(_AXES, min(arm.grid()), strict=True)
+        least = {axis: [rate] for axis, rate in rates if getattr(arm, axis)}
+        plan = plan.model_copy(update={"arms": {name: arm.model_copy(update=least)}})
+        planned = list_runs(plan, none, "compare")
+    # of each network its first program, with the first seeds
+    programs = planned.groupby(PLACE)["program"].transform("min")
+    few = planned["seed"] < planned.groupby("program")["seed"].transform("min") + SEEDS_AT_ONCE
+    first = planned[(planned["program"] == programs) & few]
+    found = [_measure_cells(plan, cells, data, images) for _, cells in first.groupby(PLACE)]
+    return Pace(*np.mean(found, 0))
 
 
-def _measure_trials(trials: Trials, data: Dataset, images: int) -> Pace:
-    sizes = trials.config.train
+def _measure_cells(plan: Plan, cells: pd.DataFrame, data: Dataset, images: int) -> Pace:
+    task = task_of(plan, cells, data)
+    sizes = task.config.train
     few = min(images, sizes.train_images)
     fewer = {"train_images": few, "validation_images": min(500, sizes.validation_images)}
-    short = trials.config.model_copy(update={"train": sizes.model_copy(update=fewer)})
-    trials = trials._replace(config=short, seeds=range(SEEDS_AT_ONCE))
-    arms = group_by_arm(trials).items()
-    given = [(arm, settings_of(variants, trials.seeds)) for arm, variants in arms]
+    short = task.config.model_copy(update={"train": sizes.model_copy(update=fewer)})
+    given = [(arm, settings_of(plan, mine)) for arm, mine in split_by_arm(plan, cells).items()]
     started = time.perf_counter()
-    program = run_many.Program("timing", task_of(trials, data), given, data)
+    program = run_many.Program("timing", task._replace(config=short), given, data)
     state = program.advance(program.start())
     program.status(state)
     compiled = time.perf_counter()
     program.status(program.advance(state))
     epoch = time.perf_counter() - compiled
-    per_image = epoch / (few * len(trials.seeds) * len(trials.variants))
+    per_image = epoch / (few * len(cells))
     epochs = (sizes.min_epochs + sizes.max_epochs) / 2
     seen = sizes.train_images + sizes.validation_images / 3
     return Pace(per_image * epochs * seen, compiled - started - epoch)
