@@ -30,7 +30,7 @@ peers: $(INSTALLED)
 # What a GPU is to measure and train, 8 minutes a call, into runs/gpu/DEVICE; needs no network, and
 # takes $(PYTHON) where there is no $(VENV):  make gpu PYTHON=python3 GPU='--data fashion=FOLDER'
 gpu:
-	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m unitnorm.bench.gpu $(GPU)
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) .ci/gpu.py $(GPU)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

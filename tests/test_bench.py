@@ -6,9 +6,10 @@ No test looks at a time.
 import functools
 import json
 import math
+import os
 import re
+import signal
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -53,13 +54,12 @@ def fake(monkeypatch):
         class Worker:
             def __init__(self, contestant, stack):
                 if contestant.kind == "contestants.nothing":
-                    about, answers = {"device": DEVICE}, [{}]
+                    about, answers = {"device": DEVICE}, []
                 else:
                     asked.append(contestant)
                     about, answers = answer(contestant)
-                told = about if "missing" in about else {"ready": about}
-                self.ready = lambda: [told] * contestant.processes
-                self.repeat = iter([*answers[:1] * measure.WARM_UP, *answers]).__next__
+                self.answers = lambda: [about] * contestant.processes
+                self.repeat = iter([*answers[:1] * contestant.warm_up, *answers]).__next__
 
         monkeypatch.setattr(measure, "Worker", Worker)
         return asked
@@ -127,7 +127,7 @@ def test_kernels_and_bytes_are_those_of_the_loop_over_mini_batches():
 
 
 @pytest.mark.usefixtures("hurried")
-def test_kernels_are_counted_in_the_epoch_and_told_beside_the_measured_time(fake, bench, tmp_path):
+def test_kernels_are_counted_in_the_epoch():
     images = data.load_dataset()
     function, fixed, state = contestants.make_epoch(1, "un", 2, 400, images)
     program = jax.jit(function).lower(*fixed, state).compile()
@@ -135,13 +135,6 @@ def test_kernels_are_counted_in_the_epoch_and_told_beside_the_measured_time(fake
     state = program(*fixed, program(*fixed, state))
     np.testing.assert_array_equal(state.epoch, 2)
     assert kernels.compile_for_h100(function, (*fixed, state)) is None  # without its plugin
-    about = {"steps": 50, "compiled_for": "H100", "work": (50, 67e6)}
-    asked = fake(lambda _: (about, [{"epoch_s": 0.01}, {"epoch_s": 0.02}]))
-    said = bench("--kernels", "--quick")
-    assert [c.options["runs"] for c in asked] == [10] * 4
-    assert re.search(r"2 +un +10 +50 +67\.0 +120–270 +114–264 +300 +200–400", said)
-    frame = pd.read_csv(tmp_path / f"{NAME}-kernels.csv")
-    assert frame["h100_low_us"][0] == pytest.approx(50 * 2 + 67e6 / 3.35e6)
 
 
 # ---------------------------------------------------------------- the same work
@@ -207,8 +200,8 @@ def test_the_steps_that_are_measured_are_those_of_the_update(shape, monkeypatch)
     some = {name: every[name] for name in ("optax.adam", "optax muon", "UN")}
     monkeypatch.setattr(updates, "list_transformations", lambda _: some)
     monkeypatch.setattr(updates, "memory_rate", lambda _: 1e10)
-    ready, answer = worker.serve("updates.updates", {"shape": shape}, iter(["again\n"]))
-    about, size = ready["ready"], math.prod(shape)
+    answers = worker.answers("updates.updates", {"shape": shape})
+    about, answer, size = next(answers), next(answers), math.prod(shape)
     assert about["parameters"] == size
     assert about["bytes"]["UN"] == 3 * 4 * size
     assert about["bytes"]["optax.adam"] == 3 * 4 * size + 2 * (2 * 4 * size + 4)  # and a count
@@ -216,19 +209,13 @@ def test_the_steps_that_are_measured_are_those_of_the_update(shape, monkeypatch)
 
 
 @pytest.mark.usefixtures("hurried")
-def test_both_convolutions_give_the_same_and_are_told_side_by_side(fake, bench, monkeypatch):
+def test_both_convolutions_give_the_same():
     x, kernel = jax.random.normal(jax.random.key(0), (1, 45, 46, 16)), jnp.ones((7, 7, 16, 16))
     layers = [jax.jit(convolution.make_layer(way)) for way in convolution.WAYS]
     direct, fourier = (layer(x, kernel, x) for layer in layers)
     assert not np.array_equal(direct[0], fourier[0])  # the way was another
     for one, other in zip(direct, fourier, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(one).max())
-    monkeypatch.setattr(convolution, "SIZES", ((9, 12), (10, 12)))
-    seconds = [{"direct": 3.0, "fourier": 1.0}, {"direct": 5.0, "fourier": 1.0}]
-    asked = fake(lambda _: ({"device": DEVICE}, seconds))
-    said = bench("--convolution", "--quick")
-    assert [contestant.options for contestant in asked] == [{"height": 9, "width": 12}]
-    assert re.search(r"9×12 +4.000 +1.000 +4.0 +3.0–5.0", said)
 
 
 # ---------------------------------------------------------------- workers
@@ -237,11 +224,11 @@ def test_both_convolutions_give_the_same_and_are_told_side_by_side(fake, bench, 
 def test_contestants_take_turns_after_warming_up(fake):
     log = []
     fake(lambda c: ({"samples": 5}, [{"n": 1}, {"n": 2}, {"n": 3}]))
-    both = {name: Contestant("x", processes=2) for name in "abc"}
-    found, missing = measure.in_turns(both, 3, log.append)
+    three = [Contestant("x", processes=2, row={"name": name}) for name in "abc"]
+    found = measure.in_turns(three, 3, log.append)
     assert log[0] == "starting 6 processes"
     assert "".join(line[-1] for line in log[1:]) == "aabbcc" + "abc" + "bca" + "cab"
-    assert (found["b"], missing) == (({"samples": 5}, 10, [{"n": 1}, {"n": 2}, {"n": 3}]), {})
+    assert found[1] == ({"name": "b"}, {"samples": 5}, 10, [{"n": 1}, {"n": 2}, {"n": 3}])
 
 
 def test_a_device_names_its_files():
@@ -260,7 +247,7 @@ def test_our_program_is_served_by_epochs_of_the_command_line(tmp_path, monkeypat
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # compiles sooner
     options = {"depth": 1, "seeds": 2, "updates": ["un"], "images": 100, "devices_used": 1}
     program = Contestant("contestants.program", {**options, "save_every_s": 0.0})
-    small = measure.in_turns({"small": program}, 2)[0]["small"]
+    [small] = measure.in_turns([program], 2)
     assert small.samples == 2 * 100
     assert (small.about["device"]["platform"], small.about["device"]["count"]) == ("cpu", 1)
     assert all(answer["seconds"] > 0 for answer in small.answers)
@@ -271,32 +258,37 @@ def test_our_program_is_served_by_epochs_of_the_command_line(tmp_path, monkeypat
 def test_what_is_not_installed_is_named_and_what_fails_says_why(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.delitem(sys.modules, "unitnorm.bench.peers", raising=False)
-    assert list(worker.serve("peers.geoopt", {}, iter(["again"]))) == [{"missing": "torch"}]
-    with pytest.raises(UserError, match=r"bench: serve failed .*: TypeError.* missing 3 required"):
-        measure.in_turns({"no generator": Contestant("worker.serve")}, 1)
+    assert list(worker.answers("peers.geoopt", {})) == [{"missing": "torch"}]
+    for kind, why in (("contestants.machine", "TypeError"), (f"{HERE}.killed", "its process was")):
+        with pytest.raises(UserError, match=rf"bench: \w+ failed while it was measured: {why}"):
+            measure.in_turns([Contestant(kind, {"x": 1})], 1)
 
 
-STUB = """#!{python}
-import json, os, sys
-threads = [os.environ.get(name) for name in ("PJRT_NPROC", "OMP_NUM_THREADS")]
-print(json.dumps({{"ready": {{"samples": 50, "told": [threads, *sys.argv[3:]]}}}}), flush=True)
-for line in sys.stdin:
-    print(json.dumps({{"seconds": 1.0, "peak_memory_mb": 10.0}}), flush=True)
-"""
+HERE = "tests.test_bench"  # where a worker finds these contestants
+
+
+def killed(x):
+    os.kill(os.getpid(), signal.SIGKILL)
+    yield
+
+
+def copy(seconds):
+    """One of several; the second process to ask takes longer."""
+    print("noise")  # of a library
+    yield {"samples": 50, "threads": [os.environ.get(name) for name in measure.ONE_THREAD]}
+    while True:
+        yield {"seconds": seconds, "peak_memory_mb": 10.0}
 
 
 @pytest.mark.parametrize(("copies", "threads"), [(1, None), (3, "1")])
-def test_copies_add_up_and_have_a_thread_each(copies, threads, tmp_path, monkeypatch):
-    python = tmp_path / "python"
-    python.write_text(STUB.format(python=sys.executable))
-    python.chmod(0o700)
-    monkeypatch.setattr(measure.sys, "executable", str(python))
+def test_copies_add_up_and_have_a_thread_each(copies, threads, monkeypatch, capfd):
     for name in measure.ONE_THREAD:
         monkeypatch.delenv(name, raising=False)
-    found, _ = measure.in_turns({"x": Contestant("peers.x", {"depth": 2}, copies)}, 1)
-    about, samples, answers = found["x"]
-    assert about["told"] == [[threads] * 2, "peers.x", '{"depth": 2}']
-    assert (samples, answers) == (50 * copies, [{"seconds": 1.0, "peak_memory_mb": 10.0 * copies}])
+    [found] = measure.in_turns([Contestant(f"{HERE}.copy", {"seconds": 2.0}, copies)], 1)
+    assert found.about["threads"] == [threads] * 2
+    assert found.samples == 50 * copies
+    assert found.answers == [{"seconds": 2.0, "peak_memory_mb": 10.0 * copies}]
+    assert capfd.readouterr() == ("", "")
 
 
 # ---------------------------------------------------------------- what is told
@@ -346,16 +338,16 @@ def test_the_comparison_is_medians_and_ratios_round_by_round(fake, bench, tmp_pa
     assert facts["missing"] == {"torch-sgd": "torch", "oblique-sgd": "emerging_optimizers"}
     assert facts["command"].startswith("unitnorm")
     assert facts["versions"]["jax"] == jax.__version__
+    assert facts["device"] == DEVICE
     costs = pd.read_csv(tmp_path / f"{NAME}-costs.csv").to_numpy().tolist()
     numbers = [2, 10, 1.0, 1.1, 1.05, 1.0, 1.1, 6]
-    assert costs == [[what, *numbers] for what in (compare.UN_COST, compare.SAVE_COST)]
-    for line in (
-        "- torch-sgd is left out: torch is not installed (pip install 'unitnorm[bench]').",
-        "UN instead of B-SGD takes 1.050 times as long (median of 6 pairs; 1.000–1.100).",
-        "oblique-sgd is left out: emerging_optimizers is not installed (pip install 'git+https:",
-    ):
-        assert line in " ".join(said.split())
+    saved = "a checkpoint after every epoch"
+    assert costs == [[what, *numbers] for what in ("UN instead of B-SGD", saved)]
     assert re.search(r"2 +geoopt +1 +100k +50k–125k +2\.50 +1\.60–10\.00 +10%", said)
+    assert re.search(rf"2 +{saved} +10 +1\.050 +1\.000–1\.100 +6", said)
+    text = (tmp_path / f"{NAME}.md").read_text()
+    assert "**Times as long as an epoch without**" in text
+    assert "pip install 'unitnorm[bench]'; oblique-sgd is not on PyPI" in text
     assert (tmp_path / f"{NAME}-roofline.svg").exists()
 
 
@@ -363,23 +355,25 @@ def test_a_quick_look_says_each_step_and_leaves_out_what_takes_long(fake, bench,
     assert "--depth 4 is of the comparison" in bench("--scaling", "--depth", 4, code=2)
     fake(compared)
     said = bench("--quick")
-    assert "depth 2, round 2 of 2: geoopt, runs 2, processes 2\n" in said
+    assert "round 2 of 2: name geoopt, runs 2, processes 2, depth 2\n" in said
     assert not re.search("depth 4|instead of B-SGD", said)
     facts = json.loads((tmp_path / f"{NAME}.json").read_text())
     assert (facts["rounds"], facts["images"]) == (2, 5_000)
-    peers = [entry for entry in compare.list_contestants(2, 100, 1) if entry.name == "geoopt"]
-    assert peers == [("geoopt", 1, 1)]  # one core needs no second row
+    names = [contestant.row["name"] for contestant in compare.list_contestants(2, 100, 1)]
+    assert names.count("geoopt") == 1  # one core needs no second row
 
 
 def test_the_roofline_has_both_roofs_and_every_contestant(fake):
     fake(compared)
-    measured = compare.measure_speed([2], 3, quick=True, say=lambda _: None)
-    axis = measured.figures["-roofline"].axes[0]
+    [survey] = compare.surveys(DEVICE, True, [2])
+    found = measure.in_turns(next(iter(survey.groups)), 3)
+    speeds = pd.DataFrame(survey.rows(found))
+    axis = survey.conclude(speeds, found)[1]["-roofline"].axes[0]
     roof = axis.lines[0].get_xydata()
     np.testing.assert_allclose(roof[:, 1], np.minimum(240.0, 20.0 * roof[:, 0]))
     assert roof[0, 1] < 240.0 == roof[-1, 1]
     points = [bars.lines[0] for bars in axis.containers]
-    speeds = measured.tables[""].query("name != 'bound'")
+    speeds = speeds.query("name != 'bound'")
     assert len(points) == len(speeds) == 6
     for point, row in zip(points, speeds.itertuples(), strict=True):
         flops, moved = roofline.work_of(2, ours=row.name == "unitnorm")
@@ -416,58 +410,64 @@ def test_scaling_measures_each_point_alone_and_draws_how_it_grows(fake, bench, t
     assert titles == ["depth 2", "20 runs", "as in a study, depth 2"]
     drawn = [line.get_xydata().tolist() for line in axes[0].lines]
     assert [[runs, runs] for runs in (10, 20, 50, 100, 200)] in drawn
-    assert len(scaling.list_points(2, quick=True)) == 6
 
 
-def test_updates_are_told_beside_the_memory(fake, bench, tmp_path):
-    def answer(contestant):
-        size = math.prod(contestant.options["shape"])
-        about = {
-            "parameters": size, "compile_s": {"optax.sgd": 0.25, "UN": 0.5},
-            "bytes": {"optax.sgd": 12 * size, "UN": 12 * size},
-        }  # fmt: skip
-        seconds = [size * ns * 1e-9 for ns in (2.0, 4.0, 3.0)]
-        return about, [{"optax.sgd": 1e-9 * size, "UN": s, "bytes_per_s": 24e9} for s in seconds]
+@pytest.mark.parametrize(
+    ("flag", "about", "answers", "options", "line", "row"),
+    [
+        ("--kernels", {"steps": 50, "compiled_for": "H100", "work": (50, 67_000_000)},
+         [{"epoch_s": 0.01}, {"epoch_s": 0.02}], {"depth": 4, "update": "un", "runs": 10},
+         "4 +un +10 +50 +H100 +67,000,000 +120–270 +114–264 +300 +200–400",
+         "4,un,10,H100,50,67000000,2.39488e+08,120,270,113.9583,263.9583,300,200,400"),
+        ("--convolution", {}, [{"direct": 3.0, "fourier": 1.0}, {"direct": 5.0, "fourier": 1.0}],
+         {"height": 90, "width": 120}, "90×120 +4.000 +1.000 +4.0 +3.0–5.0", "90,120,4,1,4,3,5"),
+        ("--updates", {"parameters": 10**9, "compile_s": {"UN": 0.5}, "bytes": {"UN": 12 * 10**9}},
+         [{"UN": ns, "bytes_per_s": 24e9} for ns in (2.0, 4.0, 3.0)], {"shape": (3, 3, 64, 64)},
+         "UN +3.00 +3.00 +0.50 +0.50", "3×3×64×64,UN,1000000000,3,2,4,0.5,0.5"),
+        ("--startup", {}, [{"seconds": 2.0}, {"seconds": 4.0}], {"cache": "warm"},
+         "unitnorm train +warm +3.00 +2.00 – 4.00", "unitnorm train,warm,3,2,4"),
+    ],
+)  # fmt: skip
+def test_what_is_asked_is_written_and_told(
+    flag, about, answers, options, line, row, fake, bench, tmp_path
+):
+    asked = fake(lambda _: (about, answers))
+    said = bench(flag, "--quick", "--rounds", len(answers))
+    assert asked[-1].options == options
+    assert re.search(line, said)
+    [table] = tmp_path.glob("*.csv")
+    assert table.read_text().splitlines()[-1] == row
 
-    asked = fake(answer)
-    bench("--updates")
-    frame = pd.read_csv(tmp_path / f"{NAME}-updates.csv")
-    assert tuple(contestant.options["shape"] for contestant in asked) == updates.SHAPES
-    assert frame.iloc[1].tolist() == ["64×784", "UN", 50_176, 3.0, 2.0, 4.0, 0.5, 0.5]
-    text = (tmp_path / f"{NAME}-updates.md").read_text()
-    assert "| UN | 3.00 | 3.00 | 3.00 | 3.00 | 3.00 | 0.50 | 0.50 |" in re.sub(" +", " ", text)
-    asked.clear()
-    bench("--updates", "--quick")
-    assert [contestant.options["shape"] for contestant in asked] == [(64, 784), (3, 3, 64, 64)]
+
+def test_a_quick_look_has_fewer_points():
+    kinds = (updates, kernels, convolution, startup, scaling)
+    counts = [[len(list(k.survey(DEVICE, quick).groups)) for quick in (0, 1)] for k in kinds]
+    assert counts == [[5, 2], [12, 4], [3, 2], [1, 1], [16, 6]]
 
 
 TRAINS = """
 import pathlib, os, sys, time
-if "train" in sys.argv:
-    folder = pathlib.Path(os.environ["UNITNORM_CACHE"])
-    folder.mkdir(exist_ok=True)
-    with open({log!r}, "a") as log:
-        print(len(list(folder.iterdir())), sys.argv[sys.argv.index("--out") + 1], file=log)
-    (folder / "program").touch()
-    print("first line", flush=True)
-    print("sweep depth 2: epoch 1/50, 80/80 runs active", flush=True)
-    time.sleep(600)
+folder = pathlib.Path(os.environ["UNITNORM_CACHE"])
+folder.mkdir()
+(folder / "program").touch()
+print("first line", flush=True)
+print("sweep depth 2: epoch 1/50, 80/80 runs active", flush=True)
+time.sleep(600)
 """
 
 
-def test_a_start_is_cold_then_warm_and_each_is_ended(bench, tmp_path, monkeypatch):
-    log = tmp_path / "log"
-    code = TRAINS.format(log=str(log))
-    monkeypatch.setattr(startup, "COMMAND", [sys.executable, "-c", code])
-    said = bench("--startup", "--rounds", "2")
-    assert re.search(r"unitnorm train +warm +\d", said)
-    lines = [line.split() for line in log.read_text().splitlines()]
-    assert [cached for cached, _ in lines] == ["0", "1", "0", "1"]
-    places = {Path(place) for _, place in lines}
-    assert len(places) == 4
-    assert not any(place.parent.exists() for place in places)
+def test_a_start_is_cold_or_warm_and_each_is_ended(monkeypatch):
+    [starts] = startup.survey(DEVICE, True).groups
+    assert [contestant.warm_up for contestant in starts] == [0, 0, 1]
+    # a folder that is there already would be refused
+    monkeypatch.setattr(startup, "COMMAND", [sys.executable, "-c", TRAINS])
+    cold, warm = startup.start("cold"), startup.start("warm")
+    assert next(cold) == {}
+    assert next(cold)["seconds"] > 0 < next(cold)["seconds"]
+    assert next(warm) == {}
+    assert next(warm)["seconds"] > 0
+    with pytest.raises(UserError, match=r"train ended without an epoch: .*FileExistsError"):
+        next(warm)
     monkeypatch.setattr(startup, "COMMAND", [sys.executable, "-c", "raise SystemExit('no disk')"])
-    with pytest.raises(UserError, match="train ended without an epoch: no disk"):
-        startup.seconds_until(": epoch ", ["train"])
     with pytest.raises(UserError, match="--help failed: no disk"):
         startup.seconds_until("", ["--help"])

@@ -1,8 +1,8 @@
 """How fast we are, beside the loops that people would write today and beside the machine's limits.
 
-Nothing here changes a result; `unitnorm bench` is its command, and `gpu` is that of `make gpu`.
-Whatever is measured runs in a process of its own, as a user would run it (`worker`: one of
-`contestants`, or of PyTorch's `peers`), and waits while another one is measured (`measure`).
-`compare`, `scaling`, `updates`, `kernels`, `convolution` and `startup` each end in a
-`measure.Measurement`: its files, and what is printed.
+Nothing here changes a result; `unitnorm bench` is its command. Whatever is measured runs in a
+process of its own, as a user would run it (`worker`: one of `contestants`, or of PyTorch's
+`peers`), and waits while another one is measured (`measure`). `compare`, `scaling`, `updates`,
+`kernels`, `convolution` and `startup` each describe a `survey.Survey`; `survey.measure` makes its
+files of it, and what is printed.
 """

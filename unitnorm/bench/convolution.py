@@ -6,13 +6,12 @@ from typing import Any
 
 import jax
 import numpy as np
-import pandas as pd
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from unitnorm.bench import measure
 from unitnorm.bench.contestants import seconds_of
-from unitnorm.bench.measure import Contestant, Measurement, Range, Say
+from unitnorm.bench.measure import Contestant, Found, Range
+from unitnorm.bench.survey import Device, Survey
 from unitnorm.run.devices import prepare
 from unitnorm.segment.config import SegNetConfig
 from unitnorm.segment.evaluation import make_mesh
@@ -23,7 +22,6 @@ from unitnorm.segment.model import choose_convolution
 SIZES = ((45, 60), (90, 120), (180, 240))
 BATCH, CHANNELS = 4, 64  # images on each device
 WAYS = ("direct", "fourier")
-COLUMNS = ["height", "width", "direct_s", "fourier_s", "times", "low", "high"]
 
 
 def convolution(height: int, width: int) -> Iterator[dict[str, Any]]:
@@ -59,28 +57,33 @@ def make_layer(way: str, mesh: Mesh | None = None) -> Callable[..., tuple[Array,
     return layer
 
 
-def measure_convolution(rounds: int, *, quick: bool, say: Say) -> Measurement:
+def rows(found: list[Found]) -> Iterator[dict[str, Any]]:
+    """Of each size, and how many times as fast the Fourier transforms are, round by round."""
+    for each in found:
+        seconds = {f"{way}_s": each.range_of(way).median for way in WAYS}
+        times = Range.of([answer["direct"] / answer["fourier"] for answer in each.answers])
+        yield {**each.row, **seconds, **times.named("times")}
+
+
+def survey(device: Device, quick: bool) -> Survey:
     """Both convolutions at every size; `quick`: the smaller sizes."""
-    device = measure.find_device()
-    chosen = {
-        (height, width): Contestant("convolution.convolution", {"height": height, "width": width})
-        for height, width in (SIZES[:-1] if quick else SIZES)
-    }
-    rows = []
-    for size, found in measure.one_by_one(chosen, rounds, say):
-        times = Range.of([answer["direct"] / answer["fourier"] for answer in found.answers])
-        rows.append([*size, *(found.range_of(way).median for way in WAYS), *times])
-    frame = pd.DataFrame(rows, columns=COLUMNS)
-    columns = {
-        "pixels": "{height:.0f}×{width:.0f}", "XLA s": "{direct_s:.3f}",
-        "Fourier s": "{fourier_s:.3f}", "times as fast": "{times:.1f}",
-        "(range)": "{low:.1f}–{high:.1f}",
-    }  # fmt: skip
-    remark = (
-        f"A convolution of 7 × 7 with {CHANNELS} channels in and out for {BATCH} images on each "
-        "device (core), with its two derivatives; medians of the rounds."
-    )
-    title = "Seconds of a layer of SegNet, by XLA's convolution and by Fourier transforms"
-    cells = measure.make_cells(title, frame, columns, [remark])
-    facts = {"device": device, "rounds": rounds, "batch": BATCH, "channels": CHANNELS}
-    return Measurement(f"{measure.slug(device)}-convolution", {"": frame}, cells, facts)
+    sizes = [{"height": height, "width": width} for height, width in SIZES]
+    return Survey(
+        name="{device}-convolution",
+        title="Seconds of a layer of SegNet, by XLA's convolution and by Fourier transforms",
+        groups=[
+            [Contestant("convolution.convolution", size, row=size)]
+            for size in (sizes[:-1] if quick else sizes)
+        ],
+        rows=rows,
+        columns={
+            "pixels": "{height:.0f}×{width:.0f}", "XLA s": "{direct_s:.3f}",
+            "Fourier s": "{fourier_s:.3f}", "times as fast": "{times:.1f}",
+            "(range)": "{low:.1f}–{high:.1f}",
+        },
+        note=[
+            f"A convolution of 7 × 7 with {CHANNELS} channels in and out for {BATCH} images on "
+            "each device (core), with its two derivatives; medians of the rounds.",
+        ],
+        facts={"batch": BATCH, "channels": CHANNELS},
+    )  # fmt: skip

@@ -6,32 +6,28 @@ though a CPU's has more kernels.
 """
 
 import contextlib
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import pandas as pd
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from unitnorm.bench import measure, roofline
+from unitnorm.bench import roofline
 from unitnorm.bench.contestants import make_epoch, seconds_of
-from unitnorm.bench.measure import Contestant, Measurement, Say
+from unitnorm.bench.measure import Contestant, Found
+from unitnorm.bench.survey import Device, Survey
 from unitnorm.data import load_dataset
 from unitnorm.run import provenance
 from unitnorm.run.devices import prepare
 
 IMAGES = {"cpu": 400_000, "gpu": 5_000_000}  # of an epoch, over all runs
-POINTS = [(depth, update, runs) for depth in (2, 4) for update in ("b-sgd", "un")
-          for runs in (10, 100, 1000)]  # fmt: skip
+RUNS = (10, 100, 1000)
 LAUNCH_US = (2.0, 5.0)  # of a kernel, until the next one can begin
 GPUS = {"h100": (67e12, 3.35e12), "h200": (67e12, 4.8e12)}  # float32 FLOP/s and bytes/s (NVIDIA)
-COLUMNS = [
-    "depth", "update", "runs", "compiled_for", "kernels", "bytes", "flops",
-    *(f"{gpu}_{end}_us" for gpu in GPUS for end in ("low", "high")), "here_us", "low", "high",
-]  # fmt: skip
 # what XLA has to know of an H100 to compile for it
 H100 = """
 gpu_device_info {
@@ -107,11 +103,10 @@ def compile_for_h100(function: Callable[..., Any], arguments: tuple[Any, ...]) -
     return None
 
 
-def kernels(platform: str, depth: int, update: str, runs: int) -> Iterator[dict[str, Any]]:
+def kernels(depth: int, update: str, runs: int) -> Iterator[dict[str, Any]]:
     """An epoch of many runs at once, without its evaluation."""
-    if platform == "cpu":  # CUDA's plugin, asked for as well, would look for a driver
-        jax.config.update("jax_platforms", platform)
     prepare(1)
+    platform = jax.default_backend()
     images = IMAGES.get(platform, IMAGES["gpu"]) // runs
     function, fixed, state = make_epoch(depth, update, runs, images, load_dataset())
     program = jax.jit(function).lower(*fixed, state).compile()
@@ -132,43 +127,45 @@ def predict_us(work: Work, flops: float, launch_us: float, gpu: str) -> float:
     return work.kernels * launch_us + 1e6 * max(flops / flops_per_s, work.bytes / bytes_per_s)
 
 
-def measure_kernels(rounds: int, *, quick: bool, say: Say) -> Measurement:
+def rows(found: list[Found]) -> Iterator[dict[str, Any]]:
+    """Of each point: its work, microseconds of a step predicted for GPUs, and measured here."""
+    for each in found:
+        work = Work(*each.about["work"])
+        flops = float(
+            roofline.training_flops(each.row["depth"]) * roofline.BATCH * each.row["runs"]
+        )
+        yield {
+            **each.row, "compiled_for": each.about["compiled_for"], **work._asdict(),
+            "flops": flops,
+            **{
+                f"{gpu}_{end}_us": predict_us(work, flops, us, gpu)
+                for gpu in GPUS for end, us in zip(("low", "high"), LAUNCH_US, strict=True)
+            },
+            **each.range_of("epoch_s", 1e6 / each.about["steps"]).named("here_us"),
+        }  # fmt: skip
+
+
+def survey(device: Device, quick: bool) -> Survey:
     """Every point; `quick`: 10 runs alone."""
-    device = measure.find_device()
-    chosen = {}
-    for depth, update, runs in POINTS:
-        options = {"depth": depth, "update": update, "runs": runs, "platform": device["platform"]}
-        if not quick or runs == POINTS[0][2]:
-            chosen[depth, update, runs] = Contestant("kernels.kernels", options)
-    rows = []
-    for point, found in measure.one_by_one(chosen, rounds, say):
-        about, work = found.about, Work(*found.about["work"])
-        flops = float(roofline.training_flops(point[0]) * roofline.BATCH * point[2])
-        predicted = [predict_us(work, flops, us, gpu) for gpu in GPUS for us in LAUNCH_US]
-        here = found.range_of("epoch_s", 1e6 / about["steps"])
-        rows.append([*point, about["compiled_for"], *work, flops, *predicted, *here])
-    frame = pd.DataFrame(rows, columns=COLUMNS)
-    facts = {
-        "device": device,
-        "rounds": rounds,
-        "what": "a training step of so many runs at once: kernels, the bytes that they read and "
-        "write, operations of its matrix products; microseconds predicted for GPUs and measured "
-        "here, on one device, fastest and slowest",
-        "launch_us": LAUNCH_US,
-        "flops_per_s and bytes_per_s": GPUS,
-    }
-    shown = frame.assign(mb=frame["bytes"] / 1e6)
-    columns = {
-        **{name: f"{{{name}}}" for name in ("depth", "update", "runs", "kernels")},
-        "MB": "{mb:,.1f}",
-        **{f"{g.upper()} µs": f"{{{g}_low_us:,.0f}}–{{{g}_high_us:,.0f}}" for g in GPUS},
-        "here µs": "{here_us:,.0f}", "(range)": "{low:,.0f}–{high:,.0f}",
-    }  # fmt: skip
-    remarks = [
-        f"kernels: of the program that XLA compiles for {frame['compiled_for'].iloc[0]}.",
-        f"H100, H200: predicted, {LAUNCH_US[0]:g} to {LAUNCH_US[1]:g} µs a kernel, and the time of "
-        "the bytes or of the products, whichever is longer.",
-        "here: measured, on one device; without evaluation.",
-    ]
-    cells = measure.make_cells("A training step of all runs at once", shown, columns, remarks)
-    return Measurement(f"{measure.slug(device)}-kernels", {"": frame}, cells, facts)
+    points = itertools.product((2, 4), ("b-sgd", "un"), RUNS[:1] if quick else RUNS)
+    named = [dict(zip(("depth", "update", "runs"), point, strict=True)) for point in points]
+    return Survey(
+        name="{device}-kernels",
+        title="A training step of all runs at once",
+        groups=[[Contestant("kernels.kernels", point, row=point)] for point in named],
+        rows=rows,
+        columns={
+            **{name: f"{{{name}}}" for name in ("depth", "update", "runs", "kernels")},
+            "of": "{compiled_for}", "bytes": "{bytes:,}",
+            **{f"{g.upper()} µs": f"{{{g}_low_us:,.0f}}–{{{g}_high_us:,.0f}}" for g in GPUS},
+            "here µs": "{here_us:,.0f}", "(range)": "{low:,.0f}–{high:,.0f}",
+        },
+        note=[
+            "kernels: of the program that XLA compiles for the device beside them; bytes: that "
+            "they read and write.",
+            f"H100, H200: predicted, {LAUNCH_US[0]:g} to {LAUNCH_US[1]:g} µs a kernel, and the "
+            "time of the bytes or of the products, whichever is longer.",
+            "here: measured, on one device; without evaluation.",
+        ],
+        facts={"launch_us": LAUNCH_US, "flops_per_s and bytes_per_s": GPUS},
+    )  # fmt: skip

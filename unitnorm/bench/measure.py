@@ -1,33 +1,22 @@
-"""How everything is measured and written: workers, turns, medians, tables and files."""
+"""How everything is measured: workers that take turns, medians and ranges."""
 
 import contextlib
-import datetime
-import importlib.metadata
-import json
+import multiprocessing
 import os
-import platform
 import re
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Self, TypeVar
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any, NamedTuple, Self
 
 import numpy as np
-import pandas as pd
-from matplotlib.figure import Figure
 
+from unitnorm.bench.worker import serve
 from unitnorm.errors import UserError
-from unitnorm.report.style import encode
-from unitnorm.report.tables import Cells, to_csv, to_markdown
-from unitnorm.run.devices import count_cores, cpu_model
-from unitnorm.run.provenance import commit
 
-Key = TypeVar("Key", bound=Hashable)
 Say = Callable[[str], None]
 
-PACKAGES = ("unitnorm", "jax", "jaxlib", "flax", "optax", "numpy", "torch", "geoopt")
 PATIENCE_S = 20  # a worker that takes longer to leave is ended
 WARM_UP = 2  # the first compiles, the second writes the first checkpoint
 # XLA sizes its threads by PJRT_NPROC, PyTorch by OMP_NUM_THREADS
@@ -46,63 +35,33 @@ class Range(NamedTuple):
         """Of at least one value."""
         return cls(float(np.median(values)), float(min(values)), float(max(values)))
 
-
-@dataclass(frozen=True)
-class Measurement:
-    """What was measured, ready to be written and shown."""
-
-    name: str  # of its files, without the ending
-    tables: Mapping[str, pd.DataFrame]  # by what follows the name
-    cells: Cells  # what is printed
-    facts: Mapping[str, Any]  # for the JSON file
-    figures: Mapping[str, Figure] = field(default_factory=dict)  # by what follows the name
-
-    def files(self, command: str, started: float, wall_s: float) -> dict[str, bytes]:
-        """The files of the results folder by name; `started` in seconds since the epoch."""
-        versions = {"python": platform.python_version()}
-        for name in PACKAGES:
-            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-                versions[name] = importlib.metadata.version(name)
-        when = datetime.datetime.fromtimestamp(started, datetime.UTC).isoformat("T", "seconds")
-        facts = {
-            "command": command, "started": when, "wall_s": round(wall_s, 1), "commit": commit(),
-            "versions": versions, "processor": cpu_model(), "cores": count_cores(), **self.facts,
-        }  # fmt: skip
-        texts = {f"{self.name}{part}.csv": to_csv(t, 7) for part, t in self.tables.items()}
-        texts[f"{self.name}.json"] = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
-        texts[f"{self.name}.md"] = to_markdown(self.cells) + "\n"
-        files = {name: text.encode() for name, text in texts.items()}
-        for part, figure in self.figures.items():
-            for ending, content in encode(figure).items():
-                files[f"{self.name}{part}.{ending}"] = content
-        return files
-
-
-def make_cells(
-    title: str, frame: pd.DataFrame, columns: Mapping[str, str], remarks: Iterable[str] = ()
-) -> Cells:
-    """A table to be read, and remarks: `columns` has by header a format that takes the values of
-    a row of `frame`, such as "{low:.2f}–{high:.2f}"."""
-    rows = [[text.format_map(row) for text in columns.values()] for row in frame.to_dict("records")]
-    note = "\n".join(f"- {remark}" for remark in remarks)
-    return Cells(title, pd.DataFrame(rows, columns=list(columns)), note)
+    def named(self, median: str, ends: str = "") -> dict[str, float]:
+        """As columns of a table: the median by its name, the ends as `low` and `high` after
+        `ends`."""
+        return {median: self.median, f"{ends}low": self.low, f"{ends}high": self.high}
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """Something to be measured: a generator of a module here, its options, in how many processes.
+    """Something to be measured: a generator, its options, in how many processes.
 
     Several processes are independent copies, each with data of its own and one thread.
     """
 
-    kind: str  # "module.generator"
+    kind: str  # as `worker.answers` takes it
     options: Mapping[str, Any] = field(default_factory=dict)
     processes: int = 1
+    row: Mapping[str, Any] = field(default_factory=dict)  # how its row of the table begins
+    warm_up: int = WARM_UP  # repetitions that do not count
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {value}" for name, value in self.row.items())
 
 
 class Found(NamedTuple):
-    """What a contestant has said."""
+    """What a contestant has said; one that lacks a package tells it in `about`, and no more."""
 
+    row: Mapping[str, Any]  # of the contestant
     about: dict[str, Any]  # itself
     samples: int  # of a repetition, over all copies; 0 where there are none
     # of each repetition; of several processes the longest time and the sum of the memory
@@ -114,108 +73,90 @@ class Found(NamedTuple):
 
 
 class Worker:
-    """A contestant's processes; `ready`, then `repeat` as often as wanted."""
+    """A contestant's processes; `answers` to what it is, then `repeat` as often as wanted."""
 
     def __init__(self, contestant: Contestant, stack: contextlib.ExitStack):
         self._kind = contestant.kind
-        options = json.dumps(contestant.options)
         # several JAX processes share one GPU: none may take it whole
         environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
         environment |= ONE_THREAD if contestant.processes > 1 else {}
-        errors = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
-        self._errors = stack.enter_context(errors)
-        self._processes: list[subprocess.Popen[str]] = []
+        context = multiprocessing.get_context("spawn")
+        self._pipes: list[Connection] = []
         for _ in range(contestant.processes):
-            process = subprocess.Popen(
-                [sys.executable, "-m", "unitnorm.bench.worker", contestant.kind, options],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
-                text=True, env=environment,
-            )  # fmt: skip
-            stack.callback(_end, process)
-            self._processes.append(process)
+            ours, its = context.Pipe()
+            given = its, contestant.kind, dict(contestant.options), environment
+            process = context.Process(target=serve, args=given, daemon=True)
+            process.start()
+            its.close()
+            self._pipes.append(ours)
+            stack.callback(_end, process, ours)
 
-    def ready(self) -> list[dict[str, Any]]:
-        """What each process tells of itself, or the package that it lacks."""
-        return [self._answer(process) for process in self._processes]
+    def answers(self) -> list[dict[str, Any]]:
+        """Of each process; one that fails is a `UserError`."""
+        found = []
+        for pipe in self._pipes:
+            try:
+                found.append(pipe.recv())
+            except (EOFError, ConnectionResetError):
+                found.append({"failed": "its process was killed"})
+            if "failed" in found[-1]:
+                kind, why = self._kind.rpartition(".")[2], found[-1]["failed"]
+                raise UserError(f"bench: {kind} failed while it was measured: {why}")
+        return found
 
     def repeat(self) -> dict[str, float]:
         """One repetition."""
-        for process in self._processes:
-            assert process.stdin is not None
+        for pipe in self._pipes:
             with contextlib.suppress(BrokenPipeError):
-                print(file=process.stdin, flush=True)
-        answers = self.ready()
+                pipe.send(None)
+        answers = self.answers()
         return {
             **answers[0],
             "seconds": max(answer["seconds"] for answer in answers),
             "peak_memory_mb": sum(answer["peak_memory_mb"] for answer in answers),
         }
 
-    def _answer(self, process: subprocess.Popen[str]) -> dict[str, Any]:
-        assert process.stdout is not None
-        if line := process.stdout.readline():
-            return json.loads(line)
-        process.wait()
-        self._errors.seek(0)
-        said = [line.strip() for line in self._errors if line.strip()]
-        last = said[-1] if said else f"exit code {process.returncode}"
-        kind = self._kind.partition(".")[2]
-        raise UserError(f"bench: {kind} failed while it was measured: {last}")
 
-
-def _end(process: subprocess.Popen[str]) -> None:
-    try:
-        process.communicate(timeout=PATIENCE_S)  # the end of its input ends it
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.communicate()
+def _end(process: BaseProcess, pipe: Connection) -> None:
+    pipe.close()
+    process.join(PATIENCE_S)
+    process.kill()
+    process.join()
 
 
 def in_turns(
-    contestants: Mapping[Key, Contestant], rounds: int, say: Say = lambda _: None
-) -> tuple[dict[Key, Found], dict[Key, str]]:
+    contestants: Sequence[Contestant], rounds: int, say: Say = lambda _: None
+) -> list[Found]:
     """Start all of them, and repeat them in turn; a contestant that fails is a `UserError`.
 
     Each round begins with another one, so that none is always measured after the same neighbour.
-
-    Returns:
-      What was found, and for the others the package that is missing.
     """
     with contextlib.ExitStack() as stack:
-        say(f"starting {sum(c.processes for c in contestants.values())} processes")
-        workers = {key: Worker(contestant, stack) for key, contestant in contestants.items()}
-        said = {key: worker.ready() for key, worker in workers.items()}
-        missing = {key: a["missing"] for key, each in said.items() for a in each if "missing" in a}
-        keys = [key for key in workers if key not in missing]
-        found = {}
-        for key in keys:
-            about = said[key][0]["ready"]
-            found[key] = Found(about, len(said[key]) * about.get("samples", 0), [])
-            for _ in range(WARM_UP if rounds else 0):
-                say(f"warming up {key}")
-                workers[key].repeat()
+        say(f"starting {sum(c.processes for c in contestants)} processes")
+        workers = [Worker(contestant, stack) for contestant in contestants]
+        found = []
+        for contestant, worker in zip(contestants, workers, strict=True):
+            about = worker.answers()[0]
+            samples = contestant.processes * about.get("samples", 0)
+            found.append(Found(contestant.row, about, samples, []))
+        every = list(zip(contestants, workers, found, strict=True))
+        turns = [each for each in every if "missing" not in each[2].about]
+        for contestant, worker, _ in turns:
+            for _ in range(contestant.warm_up):
+                say(f"warming up {contestant}")
+                worker.repeat()
         for number in range(rounds):
-            for key in keys:
-                say(f"round {number + 1} of {rounds}: {key}")
-                found[key].answers.append(workers[key].repeat())
-            keys = keys[1:] + keys[:1]
-    return found, missing
-
-
-def one_by_one(
-    contestants: Mapping[Key, Contestant], rounds: int, say: Say
-) -> Iterator[tuple[Key, Found]]:
-    """`in_turns`, one contestant after the other, each alone on the machine."""
-    for key, contestant in contestants.items():
-        found, _ = in_turns({key: contestant}, rounds, say)
-        yield key, found[key]
+            for contestant, worker, told in turns:
+                say(f"round {number + 1} of {rounds}: {contestant}")
+                told.answers.append(worker.repeat())
+            turns = turns[1:] + turns[:1]
+    return found
 
 
 def find_device() -> dict[str, Any]:
     """What JAX computes on, as `run.provenance.device` tells it; asked in another process, which
     leaves a GPU's memory to the workers."""
-    found, _ = in_turns({"device": Contestant("contestants.nothing")}, 0)
-    return found["device"].about["device"]
+    return in_turns([Contestant("contestants.nothing", warm_up=0)], 0)[0].about["device"]
 
 
 def slug(device: Mapping[str, Any]) -> str:

@@ -16,12 +16,11 @@ import optax
 import pandas as pd
 from jax.sharding import SingleDeviceSharding
 
-from unitnorm.bench import measure
 from unitnorm.bench.contestants import memory_rate, seconds_of
-from unitnorm.bench.measure import Contestant, Measurement, Say
+from unitnorm.bench.measure import Contestant, Found
+from unitnorm.bench.survey import Device, Survey
 from unitnorm.geometry import retraction
 from unitnorm.report.style import label
-from unitnorm.report.tables import Cells
 from unitnorm.updates import UPDATES
 
 # (filters, inputs) of a dense layer and (height, width, inputs, filters) of a convolution's kernel
@@ -29,10 +28,6 @@ SHAPES = ((64, 784), (1024, 1024), (4096, 4096), (3, 3, 64, 64), (3, 3, 512, 512
 LEFT_OUT = {"muon", "manifold-muon"}  # the first is optax's; the second decomposes matrices, slowly
 SMALL = 1 << 17  # parameters of the larger ones that a quick look leaves out
 RATE = 1e-6  # so small that the weights stay what they are through all steps
-COLUMNS = [
-    "shape", "update", "parameters", "ns_per_parameter", "low", "high", "memory_ns_per_parameter",
-    "compile_s",
-]  # fmt: skip
 
 
 def filter_axis(shape: Sequence[int]) -> int | None:
@@ -98,48 +93,53 @@ def compile_steps(
     return jax.jit(many, donate_argnums=0).lower((w, update.init(w)), g).compile()
 
 
-def measure_updates(rounds: int, *, quick: bool, say: Say) -> Measurement:
+def rows(found: list[Found]) -> Iterator[dict[str, Any]]:
+    """Of each shape and update, with what the memory needs for it."""
+    for each in found:
+        size = each.about["parameters"]
+        ns, rate = 1e9 / size, each.range_of("bytes_per_s").median
+        for update, seconds in each.about["compile_s"].items():
+            yield {
+                **each.row, "update": update, "parameters": size,
+                **each.range_of(update, ns).named("ns_per_parameter"),
+                "memory_ns_per_parameter": ns * each.about["bytes"][update] / rate,
+                "compile_s": seconds,
+            }  # fmt: skip
+
+
+def by_update(frame: pd.DataFrame) -> pd.DataFrame:
+    """A row for each update: what it costs at every shape; medians of the rest."""
+    wide = frame.pivot(index="update", columns="shape", values="ns_per_parameter")
+    others = frame.groupby("update", sort=False)[["memory_ns_per_parameter", "compile_s"]].median()
+    return others.join(wide).reset_index()
+
+
+def survey(device: Device, quick: bool) -> Survey:
     """Every update at every shape; `quick`: the smaller shapes."""
-    device = measure.find_device()
-    chosen = {
-        "×".join(map(str, shape)): Contestant("updates.updates", {"shape": shape})
+    shapes = {
+        "×".join(map(str, shape)): {"shape": shape}
         for shape in SHAPES
         if not quick or math.prod(shape) <= SMALL
     }
-    rows = []
-    for shape, found in measure.one_by_one(chosen, rounds, say):
-        size = found.about["parameters"]
-        ns, rate = 1e9 / size, found.range_of("bytes_per_s").median
-        for name, seconds in found.about["compile_s"].items():
-            memory = ns * found.about["bytes"][name] / rate
-            rows.append([shape, name, size, *found.range_of(name, ns), memory, seconds])
-    frame = pd.DataFrame(rows, columns=COLUMNS)
-    facts = {
-        "device": device,
-        "rounds": rounds,
-        "what": "nanoseconds of a step per parameter, medians of the rounds; low and high the "
-        "fastest and the slowest; what the memory needs for weights and state, read and written, "
-        "and the gradient, read; compile_s: tracing and compiling, nothing cached",
-    }
-    return Measurement(f"{measure.slug(device)}-updates", {"": frame}, show(frame), facts)
-
-
-def show(frame: pd.DataFrame) -> Cells:
-    """A row for each update: what it costs at every shape, beside the memory's time."""
-    wide = frame.pivot(index="update", columns="shape", values="ns_per_parameter")
-    by_update = frame.groupby("update", sort=False)
-    others = by_update[["memory_ns_per_parameter", "compile_s"]].median()
-    shapes = frame["shape"].unique()
-    columns = {
-        "update": "{update}", **{shape: f"{{{shape}:.2f}}" for shape in shapes},
-        "memory": "{memory_ns_per_parameter:.2f}", "compile s": "{compile_s:.2f}",
-    }  # fmt: skip
-    remarks = [
-        "memory: the time that its bandwidth needs for weights and state, read and written, and "
-        "the gradient, read; what fits into the caches can be faster.",
-        "n×m: n dense filters of m inputs; h×w×n×m: a convolution's kernel of m filters.",
-        "optax muon: optax.contrib.muon, filters by inputs; all with their defaults.",
-        "compile s: seconds to trace and compile a step, median of the shapes.",
-    ]
-    title = "Nanoseconds of a step per parameter"
-    return measure.make_cells(title, others.join(wide).reset_index(), columns, remarks)
+    return Survey(
+        name="{device}-updates",
+        title="Nanoseconds of a step per parameter",
+        groups=[
+            [Contestant("updates.updates", shape, row={"shape": name})]
+            for name, shape in shapes.items()
+        ],
+        rows=rows,
+        read=by_update,
+        columns={
+            "update": "{update}", **{name: f"{{{name}:.2f}}" for name in shapes},
+            "memory": "{memory_ns_per_parameter:.2f}", "compile s": "{compile_s:.2f}",
+        },
+        note=[
+            "medians of the rounds; in the CSV file low and high: the fastest and the slowest.",
+            "memory: the time that its bandwidth needs for weights and state, read and written, "
+            "and the gradient, read; what fits into the caches can be faster.",
+            "n×m: n dense filters of m inputs; h×w×n×m: a convolution's kernel of m filters.",
+            "optax muon: optax.contrib.muon, filters by inputs; all with their defaults.",
+            "compile s: seconds to trace and compile a step, nothing cached; median of the shapes.",
+        ],
+    )  # fmt: skip

@@ -1,18 +1,18 @@
-"""The process that serves one contestant: `python -m unitnorm.bench.worker KIND OPTIONS`.
+"""The process that serves one contestant, and its answers through a pipe.
 
-A contestant is a generator, KIND its module here and its name. It sets up and gives what it tells
-of itself, then one repetition after the other, each with what it has found. The process passes
-both on as lines of JSON, a repetition for each line on its standard input, and ends with the input.
+A contestant is a generator. It sets up and gives what it tells of itself, then one repetition after
+the other, each with what it has found. An order asks for the next one; the process ends with the
+pipe, and so with whoever holds its other end.
 """
 
 import importlib
-import json
 import os
 import re
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +20,46 @@ RATE = 1e-3  # at which every update trains at every depth; speed does not depen
 OPTIONAL = ("torch", "geoopt", "emerging_optimizers")
 
 
-def serve(kind: str, options: dict[str, Any], orders: Iterator[str]) -> Iterator[dict[str, Any]]:
-    """The answers of a contestant: {"ready": …} or {"missing": package}, then one per order."""
-    module, _, name = kind.partition(".")
+def serve(
+    pipe: Connection, kind: str, options: Mapping[str, Any], environment: Mapping[str, str]
+) -> None:
+    """Answer with a dict for each order; {"failed": why} is the last one."""
+    os.environ.update(environment)
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)  # what fails is told by the pipe
     try:
-        contestant = getattr(importlib.import_module(f"unitnorm.bench.{module}"), name)(**options)
-        yield {"ready": next(contestant)}
+        for answer in answers(kind, options):
+            pipe.send(answer)
+            pipe.recv()
+    except EOFError:
+        pass
+    except Exception as error:
+        pipe.send({"failed": repr(error)})
+
+
+def answers(kind: str, options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """What a contestant tells of itself, or {"missing": package}; then its repetitions.
+
+    Args:
+      kind: "module.generator", a module of this room or the path of another.
+      options: of the generator.
+    """
+    module, _, name = kind.rpartition(".")
+    try:
+        found = importlib.import_module(module if "." in module else f"unitnorm.bench.{module}")
+        contestant = getattr(found, name)(**options)
+        yield next(contestant)
     except ModuleNotFoundError as error:
         if error.name not in OPTIONAL:
             raise
         yield {"missing": error.name}
         return
-    for _ in orders:
+    while True:
         started = time.perf_counter()
-        found = next(contestant)
+        answer = next(contestant)
         seconds = time.perf_counter() - started
-        yield {"seconds": seconds, "peak_memory_mb": peak_memory_mb(), **found}
+        yield {"seconds": seconds, "peak_memory_mb": peak_memory_mb(), **answer}
 
 
 def peak_memory_mb() -> float:
@@ -45,10 +69,3 @@ def peak_memory_mb() -> float:
         return int(peak[1]) * 1024 / 1e6
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
-
-
-if __name__ == "__main__":
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever a library prints goes to the error stream, not among the answers
-    for answer in serve(sys.argv[1], json.loads(sys.argv[2]), iter(sys.stdin.readline, "")):
-        print(json.dumps(answer), file=answers, flush=True)

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from unitnorm.cli import options as opt
 from unitnorm.errors import UserError
-
-if TYPE_CHECKING:
-    from unitnorm.bench.measure import Measurement
 
 MEASURES = {  # flag → what it says of itself; without any, the comparison
     "scaling": "Cost and memory against runs, depth, variants and devices.",
@@ -54,25 +48,27 @@ def bench(
     from rich.console import Console
 
     from unitnorm.bench import compare, convolution, kernels, scaling, startup, updates
-    from unitnorm.report.tables import Fitting
+    from unitnorm.bench.measure import find_device
+    from unitnorm.bench.survey import measure
+    from unitnorm.report.tables import to_screen
     from unitnorm.run import records
     from unitnorm.run.job import command_line
 
-    measures: dict[str | None, Callable[..., Measurement]] = {
-        None: partial(compare.measure_speed, depth or ((2,) if quick else (2, 4))),
-        "scaling": scaling.measure_scaling,
-        "updates": updates.measure_updates,
-        "kernels": kernels.measure_kernels,
-        "convolution": convolution.measure_convolution,
-        "startup": startup.measure_startup,
-    }
+    measures = {
+        "scaling": scaling.survey, "updates": updates.survey, "kernels": kernels.survey,
+        "convolution": convolution.survey, "startup": startup.survey,
+    }  # fmt: skip
+    depths = depth or ((2,) if quick else (2, 4))
     rounds = rounds or (2 if quick else 3 if what else 7)
-    console, started = Console(), time.time()
+    console = Console()
     plain = partial(console.print, highlight=False, soft_wrap=True)
     with records.locked(out):
         with console.status("") as status:
             say = status.update if console.is_terminal else plain
-            measured = measures[what](rounds, quick=quick, say=say)
-        files = measured.files(command_line(), started, time.time() - started)
+            device = find_device()
+            surveys = (
+                [measures[what](device, quick)] if what else compare.surveys(device, quick, depths)
+            )
+            pages, files = measure(surveys, device, command_line(), rounds, say)
         records.write_files(out, files)
-    opt.print_report(Fitting(measured.cells), files, out)
+    opt.print_report(to_screen(pages), files, out)

@@ -2,7 +2,7 @@
 
 Each step is a command of `unitnorm` with a folder and a log of its own under OUT/DEVICE. A call
 takes the steps in turn. When its time is up it asks the command to stop, as Ctrl-C would; the next
-call goes on from the records and checkpoints. `gpu.csv`, `.json` and `.md` say how far it all is.
+call goes on from the records and checkpoints. `gpu.csv` says how far it all is.
 """
 
 import contextlib
@@ -15,15 +15,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a checkout need not be installed
+
 import click
 import pandas as pd
 from rich.console import Console
 
-from unitnorm.bench import measure
-from unitnorm.bench.compare import IMAGES
-from unitnorm.bench.measure import Measurement
+from unitnorm.bench.measure import find_device, slug
 from unitnorm.errors import UserError
-from unitnorm.report.tables import Fitting
+from unitnorm.report.tables import Cells, Fitting
 from unitnorm.run import records
 from unitnorm.run.config import load, presets
 from unitnorm.study.config import Plan
@@ -32,7 +32,6 @@ from unitnorm.study.schema import SCHEMA
 
 UNITNORM = (sys.executable, "-m", "unitnorm")
 GRACE_S = 60.0  # to finish an epoch and save; then it is killed, which costs no finished epoch
-COLUMNS = ["step", "state", "calls", "seconds", "said"]
 
 
 class Step(NamedTuple):
@@ -46,7 +45,7 @@ class Step(NamedTuple):
 
 STEPS = (
     Step("table2-compiling", ("reproduce",)),
-    Step("table2-compiled", ("reproduce",)),
+    Step("table2-compiled", ("reproduce",)),  # again, with the programs of the first time
     Step("bench", ("bench", "--rounds", "3"), whole=True),
     Step("bench-updates", ("bench", "--updates"), whole=True),
     Step("bench-kernels", ("bench", "--kernels"), whole=True),
@@ -76,12 +75,12 @@ def run_step(step: Step, out: Path, seconds: float) -> tuple[str, str]:
     """Run a command for so long at most; its state, and what it said last or how much is left."""
     name = step.name.replace("/", "-")
     # its own cache is empty at first, so that the first step compiles
-    environment = {**os.environ, "UNITNORM_CACHE": str(out / "cache")}
+    given = {"UNITNORM_CACHE": str(out / "cache"), "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [*UNITNORM, *step.words, "--out", str(out / name)]
     stopped = {130, -signal.SIGINT}  # the exit codes of a command that was asked to stop
     with open(out / f"{name}.log", "a+", encoding="utf-8") as log:
         begin = log.tell()
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | given)
         try:
             process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -100,7 +99,7 @@ def run_step(step: Step, out: Path, seconds: float) -> tuple[str, str]:
 
 
 def work(steps: Sequence[Step], out: Path, minutes: float) -> pd.DataFrame:
-    """Take the steps in turn until the time is up; a row of `COLUMNS` for each, as in `gpu.csv`.
+    """Take the steps in turn until the time is up; a row for each, as in `gpu.csv`.
 
     A step that starts anew each time, and did not fit into a call, waits for the others.
     """
@@ -122,30 +121,9 @@ def work(steps: Sequence[Step], out: Path, minutes: float) -> pd.DataFrame:
             earlier = 0.0 if step.whole else row["seconds"]
             row["seconds"] = round(earlier + time.monotonic() - started, 1)
             row["calls"] += 1
-        table = pd.DataFrame(rows.values(), columns=COLUMNS)
+        table = pd.DataFrame(rows.values())
         records.write_files(out, {known.name: table.to_csv(index=False).encode()})
     return table
-
-
-def summarise(frame: pd.DataFrame, out: Path, device: dict[str, Any]) -> Measurement:
-    """The steps, and geoopt's loop beside Table 2's runs as far as both are measured."""
-    seconds = dict(frame[frame["state"] == "done"][["step", "seconds"]].to_numpy().tolist())
-    facts: dict[str, Any] = {"device": device, "seconds": seconds}
-    remarks = ["table2-compiled: Table 2 again, with the programs that the first time compiled."]
-    if {"bench", "table2-compiled"} <= seconds.keys():
-        speeds = pd.read_csv(out / "bench" / f"{measure.slug(device)}.csv")
-        speeds = speeds[speeds["name"] == "geoopt"]
-        epochs = pd.read_csv(out / "table2-compiled" / "runs.csv").groupby("depth")["epochs"].sum()
-        if speeds.empty:
-            remarks.append("geoopt's loop is not measured: torch or geoopt is not installed.")
-        else:
-            needs = (IMAGES * epochs / speeds.groupby("depth")["samples_per_s"].max()).sum()
-            facts["geoopt_s"] = float(needs)
-            times = needs / seconds["table2-compiled"]
-            remarks.append(f"geoopt's loop needs {needs:,.0f} s for these runs: × {times:,.0f}.")
-    columns = {name: f"{{{name}}}" for name in COLUMNS}
-    cells = measure.make_cells("On a GPU", frame, columns, remarks)
-    return Measurement("gpu", {"": frame}, cells, facts)
 
 
 @click.command()
@@ -159,19 +137,14 @@ def summarise(frame: pd.DataFrame, out: Path, device: dict[str, Any]) -> Measure
               help="Of this call; the next one goes on.")  # fmt: skip
 def main(out: Path, results: Path, data: tuple[str, ...], minutes: float) -> None:
     """Measure and train on a GPU as far as a call's minutes reach; exit code 1 if a step failed."""
-    started = time.time()
     folders = {name: folder for name, _, folder in (text.partition("=") for text in data)}
     try:
-        device = measure.find_device()
-        out /= measure.slug(device)
+        out /= slug(find_device())
         with records.locked(out):
             frame = work([*STEPS, *list_studies(results, folders)], out, minutes)
-            made = summarise(frame, out, device)
-            files = made.files("make gpu", started, time.time() - started)
-            records.write_files(out, files)
     except UserError as error:
         raise click.ClickException(str(error)) from None
-    Console().print(Fitting(made.cells))
+    Console().print(Fitting(Cells("On a GPU", frame.map(str))))
     sys.exit(int("failed" in set(frame["state"])))
 
 
