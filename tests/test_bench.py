@@ -427,6 +427,7 @@ def test_scaling_measures_each_point_alone_and_draws_how_it_grows(fake, bench, t
         ("--startup", {}, [{"seconds": 2.0}, {"seconds": 4.0}], {"cache": "warm"},
          "unitnorm train +warm +3.00 +2.00 – 4.00", "unitnorm train,warm,3,2,4"),
     ],
+    ids=["kernels", "convolution", "updates", "startup"],
 )  # fmt: skip
 def test_what_is_asked_is_written_and_told(
     flag, about, answers, options, line, row, fake, bench, tmp_path

@@ -120,7 +120,7 @@ def list_costs(depth: int) -> Iterator[list[Contestant]]:
     (`unitnorm train` saves at most every five seconds, so that it pays less.)
     """
     b_sgd, un = ({"updates": [update]} for update in UPDATES)
-    pairs = {
+    pairs: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         "UN instead of B-SGD": (b_sgd, un),
         "a checkpoint after every epoch": (
             {**un, "save_every_s": math.inf}, {**un, "save_every_s": 0.0}

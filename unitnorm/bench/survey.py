@@ -50,7 +50,8 @@ def measure(
     Returns:
       The tables to be read, and the files by name; those of all surveys together by the first's.
     """
-    started, pages, tables, files = time.time(), [], {}, {}
+    started, pages, tables = time.time(), [], {}
+    files: dict[str, bytes] = {}
     facts = {
         "device": device, "processor": devices.cpu_model(), "cores": devices.count_cores(),
         "rounds": rounds, "what": "\n".join(surveys[0].note),
