@@ -348,8 +348,8 @@ def draw(name: str, rows: pd.DataFrame) -> dict[str, bytes]:
     page = {"vconcat": [_legend(legend), *panels], "title": title, "padding": 8, "spacing": 14}
     page["config"] = {**CONFIG, "aria": False}
     _register_letters()
-    png = quantize(vl_convert.vegalite_to_png(page, scale=SCALE))
-    return {"png": png, "svg": vl_convert.vegalite_to_svg(page).encode()}
+    svg = vl_convert.vegalite_to_svg(page)  # compiled once, for both
+    return {"png": quantize(vl_convert.svg_to_png(svg, scale=SCALE)), "svg": svg.encode()}
 
 
 @cache
