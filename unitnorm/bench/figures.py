@@ -80,7 +80,7 @@ def draw_scaling(frame: pd.DataFrame) -> Figure:
     """Cost and memory over runs, over depth, and over the variants of a seed.
 
     Args:
-      frame: columns `scaling.COLUMNS`; points on fewer devices are left to the table.
+      frame: columns as `scaling.rows` gives them; points on fewer devices are left to the table.
     """
     common = frame[frame["devices"] == frame["devices"].max()]
     table2 = common[common["way"] == "table 2"]

@@ -103,10 +103,11 @@ def compile_for_h100(function: Callable[..., Any], arguments: tuple[Any, ...]) -
     return None
 
 
-def kernels(depth: int, update: str, runs: int) -> Iterator[dict[str, Any]]:
+def kernels(platform: str, depth: int, update: str, runs: int) -> Iterator[dict[str, Any]]:
     """An epoch of many runs at once, without its evaluation."""
+    if platform == "cpu":  # CUDA's plugin, asked for as well, would look for a driver
+        jax.config.update("jax_platforms", platform)
     prepare(1)
-    platform = jax.default_backend()
     images = IMAGES.get(platform, IMAGES["gpu"]) // runs
     function, fixed, state = make_epoch(depth, update, runs, images, load_dataset())
     program = jax.jit(function).lower(*fixed, state).compile()
@@ -152,7 +153,10 @@ def survey(device: Device, quick: bool) -> Survey:
     return Survey(
         name="{device}-kernels",
         title="A training step of all runs at once",
-        groups=[[Contestant("kernels.kernels", point, row=point)] for point in named],
+        groups=[
+            [Contestant("kernels.kernels", {"platform": device["platform"], **point}, row=point)]
+            for point in named
+        ],
         rows=rows,
         columns={
             **{name: f"{{{name}}}" for name in ("depth", "update", "runs", "kernels")},
