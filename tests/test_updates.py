@@ -461,3 +461,17 @@ def test_another_update_takes_the_lines_that_the_documentation_shows():
     assert update.constrained
     assert off_unit(moved) < 1e-6
     assert farthest(moved, kernels()) > 1e-2
+
+
+def test_a_compiled_training_may_close_over_its_start():
+    params, tx = kernels(), updates.un(0.1)
+
+    def step(grads):
+        return tx.update(grads, tx.init(params), params)[0]
+
+    assert_close(jax.jit(step)(arrays(1)), step(arrays(1)))
+    tiny = jax.tree.map(lambda w: 1e-30 * w, params)
+    with pytest.raises(ValueError, match="out of the range of float32"):
+        jax.jit(lambda rate: updates.un(rate).init(tiny))(0.1)
+    with pytest.raises(ValueError, match="look outside jit"):
+        jax.jit(lambda rate: updates.un(rate, off_manifold="raise").init(params))(0.1)

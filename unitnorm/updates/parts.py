@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeGuard, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 from jax.typing import ArrayLike
@@ -303,12 +304,13 @@ def check_filters(params: optax.Params, axis: AxisSpec) -> None:
     for (path, w), axes in zip(named, axes_of_leaves(params, axis), strict=True):
         if isinstance(w, jax.core.Tracer | jax.ShapeDtypeStruct):
             continue
-        norms = geometry.filter_norms(w, axes)
+        with jax.ensure_compile_time_eval():  # values known inside jax.jit are known here
+            norms = np.asarray(geometry.filter_norms(w, axes))
         numbers = jnp.finfo(norms.dtype)
         least, most = (numbers.tiny / numbers.eps) ** 0.5, float(numbers.max) ** 0.5
-        outside = ((norms > 0) & (norms < least)) | ((norms > most) & jnp.isfinite(norms))
-        if jnp.any(outside):
-            norm = float(norms.ravel()[jnp.argmax(outside)])
+        outside = ((norms > 0) & (norms < least)) | ((norms > most) & np.isfinite(norms))
+        if outside.any():
+            norm = float(norms.ravel()[outside.argmax()])
             raise ValueError(
                 f"{leaf_name(path)} of shape {jnp.shape(w)} has a filter of norm {norm:.2g}, whose "
                 f"square is out of the range of {norms.dtype}: normalize_filters first"
@@ -317,7 +319,7 @@ def check_filters(params: optax.Params, axis: AxisSpec) -> None:
 
 def refuse_off_manifold(params: optax.Params, unit: optax.Params) -> None:
     """Raise ValueError unless parameters are what they are once normalised, which is `unit`."""
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(params)):
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, unit))):
         raise ValueError(
             "whether filters have unit norm is in the values of the parameters: look outside jit, "
             'or choose off_manifold="normalize"'
