@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from unitnorm.study.config import Plan
     from unitnorm.study.report import Findings
 
-RUNS = "runs/study"
+RUNS = "runs/study/NAME"  # unless --out says otherwise; NAME is the plan's
 
 
 @click.command(cls=opt.GroupedCommand, short_help="Many runs compared, from a declared plan.")
@@ -51,8 +51,8 @@ def study(
     """Train what a plan declares, and compare.
 
     A plan names data sets, depths, arms (an update with its rates, schedule and start), seeds for
-    tuning and fresh ones for comparing, and the comparisons. Records go to --out [default:
-    runs/study/NAME]; the same command goes on where it stopped, and seeds may be added later.
+    tuning and fresh ones for comparing, and the comparisons. Records go to --out; the same
+    command goes on where it stopped, and seeds may be added later.
 
     \b
     Example
@@ -68,7 +68,7 @@ def study(
     plan = opt.read_config(Plan, plan_name, overrides)
     training = opt.take_training_options(options)
     if training.out == Path(RUNS):
-        training = replace(training, out=Path(RUNS) / Path(plan_name).stem)
+        training = replace(training, out=Path(RUNS).with_name(Path(plan_name).stem))
     if report_only:
         with records.locked(training.out, make=False):
             write_report(training.out, records.read(training.out, SCHEMA), page)
