@@ -416,7 +416,8 @@ def test_scaling_measures_each_point_alone_and_draws_how_it_grows(fake, bench, t
     ("flag", "about", "answers", "options", "line", "row"),
     [
         ("--kernels", {"steps": 50, "compiled_for": "H100", "work": (50, 67_000_000)},
-         [{"epoch_s": 0.01}, {"epoch_s": 0.02}], {"depth": 4, "update": "un", "runs": 10},
+         [{"epoch_s": 0.01}, {"epoch_s": 0.02}],
+         {"platform": "cpu", "depth": 4, "update": "un", "runs": 10},
          "4 +un +10 +50 +H100 +67,000,000 +120–270 +114–264 +300 +200–400",
          "4,un,10,H100,50,67000000,2.39488e+08,120,270,113.9583,263.9583,300,200,400"),
         ("--convolution", {}, [{"direct": 3.0, "fourier": 1.0}, {"direct": 5.0, "fourier": 1.0}],
